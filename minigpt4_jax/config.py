@@ -1,0 +1,257 @@
+"""What a model is made of: sizes, constants and templates, as plain frozen dataclasses."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from minigpt4_jax.errors import UserError
+
+IMAGE = -1  # token id of a visual slot in a row; the model puts a projected visual token there
+
+VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """EVA-ViT-g by default (EVA paper, table 4; the original keeps 39 of its 40 blocks)."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    mlp: int = 6144
+    eps: float = 1e-6
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """BLIP-2's Q-Former: BERT-base whose every second layer attends to the image."""
+
+    queries: int = 32
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    cross_every: int = 2
+    vision_width: int = 1408
+    eps: float = 1e-12
+    dropout: float = 0.1  # only when it is trained (freeze_qformer=False)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Long-context change of the rotary frequencies: "linear" (position interpolation) or "llama3"."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """A LLaMA-like decoder. Families differ in these fields only."""
+
+    model_type: str = "llama"
+    vocab: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    ffn: int = 11008
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie: bool = False
+    window: int | None = None  # sliding attention window in tokens
+    max_length: int = 2048  # context the model was trained for
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "LlmConfig":
+        """Read a Hugging Face config.json. UserError for an architecture that is not supported."""
+        return _from_hf(config)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA paper): y = W x + alpha / rank * B A x on the named projections."""
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q", "v")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer a model directory holds, and its special ids."""
+
+    kind: str = "sentencepiece"  # or "hf"
+    bos_id: int | None = 1
+    eos_id: int = 2
+    pad_id: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One MiniGPT model: the three variants of the papers differ only in these values."""
+
+    variant: str = "minigpt4-vicuna"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    qformer: QFormerConfig | None = field(default_factory=QFormerConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    lora: LoraConfig | None = None
+    merge_patches: int = 1  # consecutive raster patches joined into one visual token (no Q-Former)
+    prompt_template: str = "###Human: {} ###Assistant: "
+    chat_template: str = "vicuna0"
+    end_symbol: str = "###"
+    max_text_length: int = 160
+    max_context: int = 3800
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    @property
+    def visual_tokens(self) -> int:
+        """P: visual tokens one image becomes."""
+        if self.qformer is not None:
+            return self.qformer.queries
+        return self.vision.patches // self.merge_patches
+
+    @property
+    def projection_in(self) -> int:
+        """Width of a visual token before the projection."""
+        if self.qformer is not None:
+            return self.qformer.hidden
+        return self.vision.width * self.merge_patches
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Inverse of to_dict, also after a trip through JSON. UserError names an unknown field."""
+        return _build(cls, values, "config")
+
+    def check(self) -> "ModelConfig":
+        """Return self; UserError when sizes contradict each other."""
+        v, q, m = self.vision, self.qformer, self.llm
+        rules = [
+            (self.variant in VARIANTS, f"variant {self.variant!r}: expected one of {VARIANTS}"),
+            (v.image_size % v.patch_size == 0,
+             f"image_size {v.image_size} is not a multiple of the patch size {v.patch_size}"),
+            (v.width % v.heads == 0, f"vision.width {v.width} is not divisible by vision.heads {v.heads}"),
+            (q is None or q.hidden % q.heads == 0,
+             f"qformer.hidden {q and q.hidden} is not divisible by qformer.heads {q and q.heads}"),
+            (q is None or q.vision_width == v.width,
+             f"the Q-Former reads width {q and q.vision_width}, the vision encoder gives {v.width}"),
+            (q is not None or v.patches % self.merge_patches == 0,
+             f"{v.patches} patches do not divide into groups of {self.merge_patches}"),
+            (m.heads % m.kv_heads == 0, f"llm.heads {m.heads} is not a multiple of kv_heads {m.kv_heads}"),
+            ("{}" in self.prompt_template, f"prompt_template {self.prompt_template!r} has no {{}}"),
+            (self.max_text_length > 0, f"max_text_length {self.max_text_length} must be positive"),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise UserError(f"model configuration: {message}")
+        return self
+
+
+_NESTED = {
+    "vision": VisionConfig, "qformer": QFormerConfig, "llm": LlmConfig, "lora": LoraConfig,
+    "tokenizer": TokenizerConfig, "rope_scaling": RopeScaling,
+}  # fmt: skip
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(names)}")
+    made = {}
+    for key, value in values.items():
+        if key in _NESTED and isinstance(value, dict):
+            value = _build(_NESTED[key], value, f"{where}.{key}")
+        made[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3")  # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
+
+
+def _from_hf(c: dict[str, Any]) -> LlmConfig:
+    kind = c.get("model_type")
+    if kind not in SUPPORTED_LLMS:
+        raise UserError(
+            f"language model: model_type {kind!r} is not supported; supported are "
+            f"{', '.join(SUPPORTED_LLMS)} (LLaMA 1/2/3, Vicuna, SmolLM2 are 'llama')"
+        )
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    if missing := [k for k in needed if k not in c]:
+        raise UserError(f"language model config.json: missing {', '.join(missing)}")
+    if (act := c.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"language model: hidden_act {act!r} is not supported; expected 'silu'")
+    heads = c["num_attention_heads"]
+    bias = bool(c.get("attention_bias", False))
+    rope = c.get("rope_parameters") or {}
+    return LlmConfig(
+        model_type=kind,
+        vocab=c["vocab_size"],
+        width=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        ffn=c["intermediate_size"],
+        eps=c.get("rms_norm_eps", 1e-6),
+        rope_theta=float(c.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        rope_scaling=_rope_scaling(c.get("rope_scaling") or rope, c),
+        qkv_bias=bias or kind == "qwen2",
+        o_bias=bias and kind != "qwen2",
+        mlp_bias=bool(c.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        tie=bool(c.get("tie_word_embeddings", False)),
+        window=_window(kind, c),
+        max_length=c.get("max_position_embeddings", 2048),
+    )
+
+
+def _rope_scaling(s: dict[str, Any], c: dict[str, Any]) -> RopeScaling | None:
+    kind = s.get("rope_type") or s.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(s["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3", float(s["factor"]), float(s["low_freq_factor"]), float(s["high_freq_factor"]),
+            int(s.get("original_max_position_embeddings", c.get("max_position_embeddings", 8192))),
+        )  # fmt: skip
+    raise UserError(
+        f"language model: rope_scaling type {kind!r} is not supported; expected default, linear or llama3"
+    )
+
+
+def _window(kind: str, c: dict[str, Any]) -> int | None:
+    window = c.get("sliding_window")
+    if kind in ("qwen2", "qwen3") and not c.get("use_sliding_window", False):
+        window = None
+    if kind == "llama" or not window:
+        return None
+    types = set(c.get("layer_types") or ())
+    if types == {"full_attention"}:
+        return None
+    if kind in ("qwen2", "qwen3") and (len(types) > 1 or not types and c.get("max_window_layers", 0) > 0):
+        raise UserError(
+            "language model: a sliding window on some layers only is not supported; "
+            "set use_sliding_window to false in config.json (exact up to the window's length)"
+        )
+    return int(window)

@@ -1,0 +1,22 @@
+"""User-facing errors: one clear line and an exit code instead of a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: the message names the thing, its value, what was expected
+    and what to do. Entry points print it as one line; library callers can catch it."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run an entry point: UserError becomes one line on stderr and exit code 2, Ctrl-C code 130."""
+    try:
+        code = main() or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""The model: vision encoder, Q-Former, language model, and the projection that joins them."""
