@@ -1,0 +1,126 @@
+"""What every network here is made of: linear maps, norms, attention, and the drivers of a block stack.
+
+Axes: B batch, I images, P visual tokens per image, T sequence, S cache length, D width, F FFN,
+N query heads, K key/value heads, H head dim, L layers, V vocabulary. Weights are [out, in].
+A matrix product runs in the dtype of its weight; norms and softmax run in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    # float32 means float32: GPUs and TPUs would otherwise round the factors (TF32, bfloat16).
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., in], weight [out, in], bias [out] -> [..., out] in the weight's dtype."""
+    dtype = weight.dtype
+    y = jnp.einsum("...i,oi->...o", x.astype(dtype), weight, precision=_precision(dtype))
+    return y if bias is None else y + bias.astype(dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in)."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rngs: nnx.Rngs):
+        bound = n_in**-0.5
+        uniform = lambda shape: jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)  # noqa: E731
+        self.weight = nnx.Param(uniform((n_out, n_in)))
+        self.bias = nnx.Param(uniform((n_out,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, in float32 whatever comes in. [..., D] -> [..., D] float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32. [..., D] -> [..., D] float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale[...].astype(jnp.float32)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU, in float32, returned in x's dtype."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    causal: bool = False,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
+
+    lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
+    window: with causal, a query sees itself and the window - 1 keys before it.
+    """
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=causal,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+        )  # fmt: skip
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` layers as one module whose parameters carry a leading axis [L, ...], for `scan_layers`."""
+    keys = jax.random.split(rngs.params(), depth)
+    states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(params=key)))[1])(keys)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))), states)
+
+
+def run_layers(
+    layers: Any, x: jax.Array, step: Callable[[Any, jax.Array], tuple[jax.Array, Any]], *, remat: bool = False
+) -> tuple[jax.Array, Any]:
+    """Apply layers in order: `step(layer, x) -> (x, extra)`.
+
+    Stacked layers (from `stack_layers`) run as one `lax.scan`, extras come back stacked [L, ...];
+    an nnx.List runs unrolled, extras come back as a list. remat: recompute a layer's activations
+    in the backward pass instead of keeping them.
+    """
+    if isinstance(layers, nnx.List):
+        body = jax.checkpoint(step) if remat else step
+        extras = []
+        for layer in layers:
+            x, extra = body(layer, x)
+            extras.append(extra)
+        return x, extras
+    graphdef, state = nnx.split(layers)
+
+    def scanned(x: jax.Array, layer_state: Any) -> tuple[jax.Array, Any]:
+        return step(nnx.merge(graphdef, layer_state), x)
+
+    return jax.lax.scan(jax.checkpoint(scanned) if remat else scanned, x, state)

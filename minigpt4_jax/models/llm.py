@@ -1,0 +1,218 @@
+"""The language model: a LLaMA-like decoder for LLaMA 1/2/3, Vicuna, Mistral, Qwen2/3 and SmolLM2
+(LLaMA paper; families differ in LlmConfig only)."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minigpt4_jax.config import LlmConfig, LoraConfig, RopeScaling
+from minigpt4_jax.models.layers import Linear, RMSNorm, attention, linear, run_layers, stack_layers
+from minigpt4_jax.models.lora import LoraLinear
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer: a stacked array [L, B, S, K, H] each, or a list of L [B, S, K, H].
+
+    Slot t of a row holds position t. A row's slots past its length are never looked at, so right
+    padding may leave anything there, and decoding overwrites it.
+    """
+
+    k: Any
+    v: Any
+
+
+def rope_frequencies(c: LlmConfig) -> np.ndarray:
+    """Rotary frequencies [H / 2] float32 (RoFormer paper), with the model's long-context scaling."""
+    freq = 1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
+    scaling = c.rope_scaling
+    if scaling is None:
+        return freq.astype(np.float32)
+    if scaling.kind == "linear":
+        return (freq / scaling.factor).astype(np.float32)
+    return _llama3_frequencies(freq, scaling).astype(np.float32)
+
+
+def _llama3_frequencies(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
+    """Llama 3.1's rule: long wavelengths are stretched, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / freq
+    blend = (s.original_max_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)  # 1 keeps the frequency, 0 divides it by the factor
+    return (1 - blend) * freq / s.factor + blend * freq
+
+
+def rotary(c: LlmConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """positions [B, T] int32 -> cos and sin [B, T, 1, H / 2] float32."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(c)
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-split rotary embedding of x [B, T, N, H]: dimension i turns with i + H / 2."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.config = c
+        q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+        def make(name: str, n_in: int, n_out: int, bias: bool) -> Linear:
+            if lora is not None and name in lora.targets:
+                return LoraLinear(n_in, n_out, bias=bias, lora=lora, rngs=rngs)
+            return Linear(n_in, n_out, bias=bias, rngs=rngs)
+
+        self.q = make("q", c.width, q_width, c.qkv_bias)
+        self.k = make("k", c.width, kv_width, c.qkv_bias)
+        self.v = make("v", c.width, kv_width, c.qkv_bias)
+        self.o = make("o", q_width, c.width, c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+
+    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], rotated."""
+        c, (b, t, _) = self.config, x.shape
+        q = self.q(x).reshape(b, t, c.heads, c.head_dim)
+        k = self.k(x).reshape(b, t, c.kv_heads, c.head_dim)
+        v = self.v(x).reshape(b, t, c.kv_heads, c.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def __call__(self, x: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, tuple]:
+        """Causal attention within right-padded rows. Returns [B, T, D] and the (k, v) for a cache."""
+        c = self.config
+        q, k, v = self.heads(x, rope)
+        y = attention(
+            q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, window=c.window
+        )
+        return self.o(y.reshape(*x.shape[:2], -1)), (k, v)
+
+    def decode(self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple) -> tuple[jax.Array, tuple]:
+        """x [B, T, D] at positions [B, T] against kv, each [B, S, K, H], into which theirs is written."""
+        c = self.config
+        q, k, v = self.heads(x, rope)
+        rows = jnp.arange(x.shape[0])[:, None]
+        keys = kv[0].at[rows, positions].set(k.astype(kv[0].dtype))
+        values = kv[1].at[rows, positions].set(v.astype(kv[1].dtype))
+        slots = jnp.arange(keys.shape[1])
+        seen = slots <= positions[:, :, None]  # [B, T, S]
+        if c.window is not None:
+            seen &= slots > positions[:, :, None] - c.window
+        y = attention(
+            q, keys.astype(q.dtype), values.astype(q.dtype), scale=c.head_dim**-0.5, mask=seen[:, None]
+        )
+        return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, c: LlmConfig, rngs: nnx.Rngs):
+        self.gate = Linear(c.width, c.ffn, bias=c.mlp_bias, rngs=rngs)
+        self.up = Linear(c.width, c.ffn, bias=c.mlp_bias, rngs=rngs)
+        self.down = Linear(c.ffn, c.width, bias=c.mlp_bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer; the residual stream is float32."""
+
+    def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(c.width, c.eps)
+        self.attn = Attention(c, lora, rngs)
+        self.norm2 = RMSNorm(c.width, c.eps)
+        self.mlp = Mlp(c, rngs)
+
+    def _after(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        x = x + y.astype(jnp.float32)
+        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+
+    def __call__(self, x: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, tuple]:
+        y, kv = self.attn(self.norm1(x), rope, lengths)
+        return self._after(x, y), kv
+
+    def decode(self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple) -> tuple[jax.Array, tuple]:
+        y, kv = self.attn.decode(self.norm1(x), rope, positions, kv)
+        return self._after(x, y), kv
+
+
+class Llm(nnx.Module):
+    """Embeddings in, hidden states out; `logits` turns hidden states into scores over the vocabulary.
+
+    blocks: stacked parameters (training, encoding), or an nnx.List after `unstack` (decoding).
+    """
+
+    def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.config = c
+        self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab, c.width)))
+        self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
+        self.norm = RMSNorm(c.width, c.eps)
+        self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] int32 -> [..., D] float32."""
+        return self.embed[...][tokens].astype(jnp.float32)
+
+    def __call__(self, embeds: jax.Array, lengths: jax.Array, *, remat: bool = False) -> jax.Array:
+        """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D]."""
+        rope = self._rope(embeds)
+        step = lambda block, x: (block(x, rope, lengths)[0], None)  # noqa: E731
+        x, _ = run_layers(self.blocks, embeds.astype(jnp.float32), step, remat=remat)
+        return self.norm(x)
+
+    def prefill(self, embeds: jax.Array, lengths: jax.Array, cache_length: int) -> tuple[jax.Array, KVCache]:
+        """As __call__, and the cache [.., B, S = cache_length, K, H] of these T <= S positions."""
+        rope = self._rope(embeds)
+        step = lambda block, x: block(x, rope, lengths)  # noqa: E731
+        x, kv = run_layers(self.blocks, embeds.astype(jnp.float32), step)
+        pad = cache_length - embeds.shape[1]
+        grow = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 3) + [(0, pad), (0, 0), (0, 0)])  # noqa: E731
+        if isinstance(self.blocks, nnx.List):
+            return self.norm(x), KVCache([grow(k) for k, _ in kv], [grow(v) for _, v in kv])
+        return self.norm(x), KVCache(grow(kv[0]), grow(kv[1]))
+
+    def decode(self, embeds: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache."""
+        rope = rotary(self.config, positions)
+        x = embeds.astype(jnp.float32)
+        if isinstance(self.blocks, nnx.List):
+            keys, values = [], []
+            for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
+                x, (k, v) = block.decode(x, rope, positions, (k, v))
+                keys.append(k)
+                values.append(v)
+            return self.norm(x), KVCache(keys, values)
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            return nnx.merge(graphdef, layer[0]).decode(x, rope, positions, layer[1:])
+
+        x, (keys, values) = jax.lax.scan(body, x, (state, cache.k, cache.v))
+        return self.norm(x), KVCache(keys, values)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> scores [..., V] float32."""
+        weight = self.embed[...] if self.head is None else self.head.weight[...]
+        return linear(hidden, weight).astype(jnp.float32)
+
+    def _rope(self, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rotary(self.config, jnp.arange(embeds.shape[1])[None])
+
+
+def unstack(llm: Llm) -> Llm:
+    """The same model with its layers as an nnx.List (call outside jit): decoding needs them apart."""
+    graphdef, state = nnx.split(llm.blocks)
+    layers = [
+        nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(llm.config.layers)
+    ]
+    outer, rest = nnx.split(llm)
+    copy = nnx.merge(outer, rest)
+    copy.blocks = nnx.List(layers)
+    return copy

@@ -1,0 +1,86 @@
+"""MiniGPT-4: image -> vision encoder -> Q-Former or patch groups -> projection -> language model
+(MiniGPT-4 paper, section 3; MiniGPT-v2 paper, section 2; the original's minigpt_base.py)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minigpt4_jax.config import IMAGE, ModelConfig
+from minigpt4_jax.models.layers import LayerNorm, Linear
+from minigpt4_jax.models.llm import Llm
+from minigpt4_jax.models.qformer import QFormer
+from minigpt4_jax.models.vit import Vit
+
+LN_VISION_EPS = 1e-5
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right; arrays of NumPy or JAX."""
+
+    pixels: jax.Array | np.ndarray  # [B, I, S, S, 3] float32, normalized; I is 0 for text alone
+    tokens: jax.Array | np.ndarray  # [B, T] int32; IMAGE where a visual token goes
+    lengths: jax.Array | np.ndarray  # [B] int32; tokens of a row that are not padding
+    answers: jax.Array | np.ndarray  # [B, A] int32; positions of the labelled tokens, -1 is padding
+
+
+class MiniGpt(nnx.Module):
+    """The whole model. Parameter paths begin with the part: vit, ln_vision, qformer, projection, llm."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.config = c
+        self.vit = Vit(c.vision, rngs)
+        self.ln_vision = LayerNorm(c.vision.width, LN_VISION_EPS)
+        self.qformer = None if c.qformer is None else QFormer(c.qformer, rngs)
+        self.projection = Linear(c.projection_in, c.llm.width, rngs=rngs)
+        self.llm = Llm(c.llm, c.lora, rngs)
+
+    def encode(
+        self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """pixels [B, I, S, S, 3] -> visual tokens [B, I * P, D] float32, in image order."""
+        b, i = pixels.shape[:2]
+        x = self.vit(pixels.reshape(b * i, *pixels.shape[2:]), remat=remat)
+        x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
+        if self.qformer is not None:
+            x = self.qformer(x, dropout_key=dropout_key)
+        else:
+            x = x[:, 1:].reshape(b * i, self.config.visual_tokens, -1)  # 4 raster patches a token
+        return self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], -1)
+
+    def merge(self, tokens: jax.Array, visual: jax.Array) -> jax.Array:
+        """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32."""
+        slot = tokens == IMAGE
+        embeds = self.llm.embed_tokens(jnp.where(slot, 0, tokens))
+        if visual.shape[1] == 0:
+            return embeds
+        index = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, visual.shape[1] - 1)
+        placed = jnp.take_along_axis(visual, index[:, :, None], axis=1)
+        return jnp.where(slot[:, :, None], placed, embeds)
+
+    def token_nll(
+        self, batch: Batch, *, remat: bool = False, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
+        visual = self.encode(batch.pixels, remat=remat, dropout_key=dropout_key)
+        hidden = self.llm(self.merge(batch.tokens, visual), batch.lengths, remat=remat)
+        return self.answer_nll(hidden, batch)
+
+    def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """hidden [B, T, D] -> [B, A]. Only the answers meet the output matrix: it is a tenth of the step."""
+        at = jnp.maximum(batch.answers, 1)  # position 0 is never labelled: nothing predicts it
+        before = jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1)  # [B, A, D]
+        target = jnp.take_along_axis(batch.tokens, at, axis=1)
+        logits = self.llm.logits(before)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, :, None], axis=2)[:, :, 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return jnp.where(batch.answers >= 0, nll, 0.0)
+
+    def loss(
+        self, batch: Batch, *, remat: bool = False, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Mean negative log-likelihood over the labelled tokens of the batch, as the original's."""
+        nll = self.token_nll(batch, remat=remat, dropout_key=dropout_key)
+        return nll.sum() / jnp.maximum((batch.answers >= 0).sum(), 1)

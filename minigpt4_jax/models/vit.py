@@ -1,0 +1,85 @@
+"""EVA-ViT-g, the frozen vision encoder (EVA paper; the original's minigpt4/models/eva_vit.py)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from minigpt4_jax.config import VisionConfig
+from minigpt4_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    attention,
+    gelu,
+    linear,
+    run_layers,
+    stack_layers,
+)
+
+
+class Attention(nnx.Module):
+    """Self-attention with one fused projection; queries and values have a bias, keys none."""
+
+    def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
+        self.qkv = Linear(c.width, 3 * c.width, bias=False, rngs=rngs)
+        self.q_bias = nnx.Param(jnp.zeros(c.width))
+        self.v_bias = nnx.Param(jnp.zeros(c.width))
+        self.out = Linear(c.width, c.width, rngs=rngs)
+        self.heads = c.heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
+        b, t, d = x.shape
+        q_bias = self.q_bias[...]
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), self.v_bias[...]])
+        qkv = linear(x, self.qkv.weight[...], bias).reshape(b, t, 3, self.heads, d // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, N, H]
+        return self.out(attention(q, k, v, scale=(d // self.heads) ** -0.5).reshape(b, t, d))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
+        self.up = Linear(width, hidden, rngs=rngs)
+        self.down = Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D]
+        return self.down(gelu(self.up(x)))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer; the residual stream is float32."""
+
+    def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(c.width, c.eps)
+        self.attn = Attention(c, rngs)
+        self.norm2 = LayerNorm(c.width, c.eps)
+        self.mlp = Mlp(c.width, c.mlp, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] float32
+        x = x + self.attn(self.norm1(x)).astype(jnp.float32)
+        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+
+
+class Vit(nnx.Module):
+    """Pixels [B, S, S, 3] float32, normalized -> tokens [B, 1 + patches, D] float32; no final norm."""
+
+    def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
+        self.config = c
+        self.patch = Linear(3 * c.patch_size**2, c.width, rngs=rngs)
+        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.width,)))
+        self.pos = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.patches + 1, c.width)))
+        self.blocks = stack_layers(lambda r: Block(c, r), c.depth, rngs)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Patch embedding (a convolution with stride = kernel): [B, S, S, 3] -> [B, patches, D]."""
+        size, p = self.config.image_size, self.config.patch_size
+        if pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"pixels {pixels.shape}: expected [B, {size}, {size}, 3]")
+        g = size // p
+        x = pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 5, 2, 4)  # [B, g, g, 3, p, p]
+        return self.patch(x.reshape(-1, g * g, 3 * p * p))
+
+    def __call__(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
+        x = self.embed(pixels).astype(jnp.float32)
+        cls = jnp.broadcast_to(self.cls[...].astype(jnp.float32), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([cls, x], axis=1) + self.pos[...].astype(jnp.float32)
+        x, _ = run_layers(self.blocks, x, lambda block, x: (block(x), None), remat=remat)
+        return x
