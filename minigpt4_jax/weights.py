@@ -1,0 +1,304 @@
+"""The model directory: model.json, tokenizer/, and one or more safetensors files a part.
+
+A directory written by training holds the trained parts alone and names its `base`, from which the
+rest is read. Names are dotted parameter paths, one tensor a layer: `llm.blocks.3.attn.q.weight`.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.models.llm import unstack
+from minigpt4_jax.models.minigpt import MiniGpt
+
+FORMAT = 1
+SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
+STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def part_of(name: str) -> str:
+    """The part, and so the file, a parameter belongs to: vit, qformer, projection, lora or llm."""
+    if ".lora_" in name:
+        return "lora"
+    head = name.split(".", 1)[0]
+    return "vit" if head == "ln_vision" else head
+
+
+def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
+    """The model with shapes instead of arrays. stacked=False: the language model's layers in a list."""
+
+    def make() -> MiniGpt:
+        model = MiniGpt(config, nnx.Rngs(0))
+        if not stacked:
+            model.llm = unstack(model.llm)
+        return model
+
+    return nnx.eval_shape(make)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor a whole model directory holds."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config))):
+        for name, shape in _layer_names(path, leaf.shape):
+            shapes[name] = shape
+    return shapes
+
+
+def _layer_names(path: tuple, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    if path[:2] not in STACKED or isinstance(path[2], int):
+        return [(".".join(map(str, path)), shape)]
+    rest = ".".join(map(str, path[2:]))
+    return [(f"{path[0]}.{path[1]}.{i}.{rest}", shape[1:]) for i in range(shape[0])]
+
+
+def tensors_of(state: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array) of every parameter in an nnx state, stacked layers taken apart."""
+    for path, leaf in nnx.to_flat_state(state):
+        value = np.asarray(leaf.get_value())
+        names = _layer_names(path, value.shape)
+        stacked = len(names) > 1 or names[0][1] != value.shape
+        for i, (name, _) in enumerate(names):
+            yield name, np.ascontiguousarray(value[i] if stacked else value)
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_model(
+    out: Path | str,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    tokenizer: Mapping[str, Path | bytes] | None = None,
+    sources: Mapping[str, Any] | None = None,
+    base: Path | str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model directory, whole or not at all; `tensors` is consumed one at a time.
+
+    tokenizer: file name -> path or content, copied to tokenizer/. base: directory that holds the
+    parts not given here. UserError: `out` is taken, the disk is full or not writable, or (without
+    a base) a parameter is missing or has a wrong shape; all such are named in one message.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: choose another --out or remove it first")
+    with _temporary_beside(out) as tmp:
+        written = _write_shards(tmp, tensors)
+        _check_shapes(written, parameter_shapes(config), partial=base is not None)
+        for name, content in (tokenizer or {}).items():
+            (tmp / "tokenizer").mkdir(exist_ok=True)
+            if isinstance(content, bytes):
+                (tmp / "tokenizer" / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, tmp / "tokenizer" / name)
+        document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
+        if base is not None:
+            document["base"] = os.path.relpath(Path(base).resolve(), out.resolve())
+        (tmp / "model.json").write_text(json.dumps(document, indent=1) + "\n")
+        _replace(tmp, out)
+    return out
+
+
+@contextlib.contextmanager
+def _temporary_beside(out: Path) -> Iterator[Path]:
+    tmp = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        tmp.chmod(0o755)
+        yield tmp
+    except OSError as e:
+        cause = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        raise UserError(f"cannot write {out}: {cause}; nothing was written") from e
+    except SafetensorError as e:
+        raise UserError(f"cannot write {out}: {e}; nothing was written") from e
+    finally:
+        if tmp is not None:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _replace(tmp: Path, out: Path) -> None:
+    if out.exists():
+        old = out.with_name(f".{out.name}.old-{os.getpid()}")
+        out.rename(old)
+        tmp.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        tmp.rename(out)
+
+
+def _write_shards(tmp: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:
+    """Write tensors as they come, a file whenever a part has gathered SHARD_BYTES."""
+    waiting: dict[str, dict[str, np.ndarray]] = {}
+    counts: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def flush(part: str) -> None:
+        counts[part] = counts.get(part, 0) + 1
+        save_file(waiting.pop(part), tmp / f"{part}-{counts[part]:05d}.safetensors")
+
+    for name, array in tensors:
+        part = part_of(name)
+        shapes[name] = array.shape
+        group = waiting.setdefault(part, {})
+        group[name] = np.ascontiguousarray(array)
+        if sum(a.nbytes for a in group.values()) >= SHARD_BYTES:
+            flush(part)
+    for part in list(waiting):
+        flush(part)
+    return shapes
+
+
+def _check_shapes(
+    have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], *, partial: bool
+) -> None:
+    problems = [f"{n}: unknown parameter" for n in have if n not in want]
+    problems += [
+        f"{n}: shape {tuple(have[n])}, expected {tuple(want[n])}"
+        for n in have
+        if n in want and tuple(have[n]) != tuple(want[n])
+    ]
+    if not partial:
+        problems += [f"{n}: missing" for n in want if n not in have]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError("the parameters do not make this model: " + "; ".join(problems[:8]) + more)
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def read_document(model_dir: Path | str) -> dict[str, Any]:
+    """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
+    path = Path(model_dir) / "model.json"
+    try:
+        document = json.loads(path.read_text())
+        if document["format"] != FORMAT:
+            raise UserError(f"{path}: format {document['format']}, this version reads {FORMAT}")
+        document["config"]
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{model_dir} is not a model directory (no model.json): make one with "
+            "`python -m convert build --out={model_dir}`".replace("{model_dir}", str(model_dir))
+        ) from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}): convert the model again") from e
+    return document
+
+
+def read_config(model_dir: Path | str) -> ModelConfig:
+    """The configuration of the model in a directory, checked."""
+    return ModelConfig.from_dict(read_document(model_dir)["config"]).check()
+
+
+def model_chain(model_dir: Path | str) -> list[Path]:
+    """The directory, then its base, and so on: a parameter is read from the first that has it."""
+    chain = [Path(model_dir)]
+    while base := read_document(chain[-1]).get("base"):
+        chain.append(Path(os.path.normpath(chain[-1] / base)))
+        if not chain[-1].is_dir():
+            raise UserError(
+                f"{chain[-2]} holds the trained part of {chain[-1]}, which is not there: move it "
+                f"back, or correct 'base' in {chain[-2] / 'model.json'}"
+            )
+        if len(chain) > 16:
+            raise UserError(f"{model_dir}: 'base' in model.json goes in a circle")
+    return chain
+
+
+def tokenizer_dir(model_dir: Path | str) -> Path:
+    """The tokenizer/ folder of a model (its own or its base's)."""
+    for folder in model_chain(model_dir):
+        if (folder / "tokenizer").is_dir():
+            return folder / "tokenizer"
+    raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Lazy view of a model directory's tensors (and its bases'): each is read when asked for."""
+
+    def __init__(self, model_dir: Path | str):
+        self._files: dict[str, Any] = {}
+        for folder in model_chain(model_dir):
+            for path in sorted(folder.glob("*.safetensors")):
+                try:
+                    handle = safe_open(path, framework="np")
+                except (SafetensorError, OSError) as e:
+                    raise UserError(f"{path} is damaged ({e}): convert the model again") from e
+                for name in handle.keys():
+                    self._files.setdefault(name, handle)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The stored type as safetensors spells it, for instance F16."""
+        return self._files[name].get_slice(name).get_dtype()
+
+
+def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
+    """Matrices of frozen parts take `dtype`; norms, biases, projection and LoRA are float32."""
+    matrix = path[-1] == "weight" or path == ("llm", "embed")
+    return dtype if matrix and path[0] != "projection" else jnp.dtype(jnp.float32)
+
+
+def load_model(
+    model_dir: Path | str, dtype: str = "float32", *, stacked: bool = True
+) -> tuple[MiniGpt, ModelConfig]:
+    """Read a model directory into arrays, tensor by tensor.
+
+    dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
+    (training), else as a list (generation). UserError for a damaged or incomplete directory.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    config = read_config(model_dir)
+    tensors = Tensors(model_dir)
+    shapes = {name: tensors.shape(name) for name in tensors}
+    _check_shapes(shapes, parameter_shapes(config), partial=False)
+    graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
+    filled = []
+    for path, leaf in nnx.to_flat_state(state):
+        kind = parameter_dtype(path, jnp.dtype(DTYPES[dtype]))
+        filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind))))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
+
+
+def _read(tensors: Tensors, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    names = _layer_names(path, shape)
+    if len(names) == 1 and names[0][1] == shape:
+        return jnp.asarray(tensors[names[0][0]].astype(dtype))
+    array = np.empty(shape, dtype)
+    for i, (name, _) in enumerate(names):
+        array[i] = tensors[name]
+    return jnp.asarray(array)
