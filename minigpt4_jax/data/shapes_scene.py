@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -48,7 +49,10 @@ HELDOUT_SHARE = 0.1  # of all signatures without a held-out pair
 MAX_OBJECTS = 3
 IMAGE_SIZE = 112  # pixels, the default side of an image
 
-_EXTENT = {"small": (16 / 112, 20 / 112), "large": (29 / 112, 34 / 112)}  # longer side of the box, share of the image
+_EXTENT = {
+    "small": (16 / 112, 20 / 112),
+    "large": (29 / 112, 34 / 112),
+}  # longer side of the box, share of the image
 _MAX_ANGLE = 12.0  # degrees; more would make a square a diamond
 _RING_HOLE = 0.55  # inner radius over outer radius
 _COLOR_JITTER = 10  # of 255, per channel
@@ -91,6 +95,34 @@ class Scene:
     texture: int = 0
 
 
+def scene_to_dict(scene: Scene) -> dict[str, Any]:
+    """The scene as plain values for JSON; boxes to a hundredth of a pixel, a cell under the name "place"."""
+    objects = []
+    for o in scene.objects:
+        box = [round(v, 2) for v in o.box]
+        plain = {"size": o.size, "color": o.color, "shape": o.shape, "place": o.cell, "box": box}
+        objects.append(plain | {"angle": round(o.angle, 2), "rgb": list(o.rgb)})
+    plain = {"objects": objects, "background": scene.background}
+    return plain | {"image_size": scene.image_size, "texture": scene.texture}
+
+
+def scene_from_dict(plain: dict[str, Any]) -> Scene:
+    """The scene that `scene_to_dict` wrote."""
+    objects = tuple(
+        Object(
+            o["shape"],
+            o["color"],
+            o["size"],
+            o["place"],
+            tuple(o["box"]),
+            o["angle"],
+            tuple(o["rgb"]),
+        )
+        for o in plain["objects"]
+    )
+    return Scene(objects, plain["background"], plain["image_size"], plain["texture"])
+
+
 # ---------------------------------------------------------------------------------------------------- splits
 
 
@@ -111,7 +143,11 @@ def split_of(scene: Scene) -> str:
 
 
 def random_scene(
-    rng: np.random.Generator, split: str = "train", *, image_size: int = IMAGE_SIZE, counts: tuple[int, ...] = (1, 2, 3)
+    rng: np.random.Generator,
+    split: str = "train",
+    *,
+    image_size: int = IMAGE_SIZE,
+    counts: tuple[int, ...] = (1, 2, 3),
 ) -> Scene:
     """Draws a scene of `split`, uniform over attributes; `counts` are the numbers of objects drawn from.
 
@@ -126,7 +162,12 @@ def random_scene(
 
 
 def scene_at(
-    seed: int, index: int, split: str = "train", *, image_size: int = IMAGE_SIZE, counts: tuple[int, ...] = (1, 2, 3)
+    seed: int,
+    index: int,
+    split: str = "train",
+    *,
+    image_size: int = IMAGE_SIZE,
+    counts: tuple[int, ...] = (1, 2, 3),
 ) -> Scene:
     """Scene number `index` of the endless stream that `seed` names: the same in whatever order scenes are asked for."""
     if split not in SPLITS:
@@ -135,7 +176,9 @@ def scene_at(
     return random_scene(rng, split, image_size=image_size, counts=counts)
 
 
-def _propose(rng: np.random.Generator, with_pair: bool, image_size: int, counts: tuple[int, ...]) -> Scene:
+def _propose(
+    rng: np.random.Generator, with_pair: bool, image_size: int, counts: tuple[int, ...]
+) -> Scene:
     count = counts[rng.integers(len(counts))]
     cells = np.sort(rng.permutation(9)[:count])
     forced = rng.integers(count) if with_pair else -1
@@ -148,7 +191,9 @@ def _propose(rng: np.random.Generator, with_pair: bool, image_size: int, counts:
     return Scene(tuple(objects), BACKGROUNDS[rng.integers(4)], image_size, int(rng.integers(2**31)))
 
 
-def _place(rng: np.random.Generator, shape: str, color: str, size: str, cell: int, image_size: int) -> Object:
+def _place(
+    rng: np.random.Generator, shape: str, color: str, size: str, cell: int, image_size: int
+) -> Object:
     """An object somewhere in its cell, at least a pixel (of 112) away from the cell's border."""
     angle = 0.0 if shape in ("circle", "ring") else float(rng.uniform(-_MAX_ANGLE, _MAX_ANGLE))
     low, high = _EXTENT[size]
@@ -157,9 +202,13 @@ def _place(rng: np.random.Generator, shape: str, color: str, size: str, cell: in
     pitch, margin = image_size / 3, image_size / 112
     x1 = (cell % 3) * pitch + rng.uniform(margin, pitch - width - margin)
     y1 = (cell // 3) * pitch + rng.uniform(margin, pitch - height - margin)
-    rgb = np.clip(np.array(COLORS[color]) + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, 3), 0, 255)
+    rgb = np.clip(
+        np.array(COLORS[color]) + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, 3), 0, 255
+    )
     box = (float(x1), float(y1), float(x1 + width), float(y1 + height))
-    return Object(shape, color, size, CELLS[cell], box, angle, (int(rgb[0]), int(rgb[1]), int(rgb[2])))
+    return Object(
+        shape, color, size, CELLS[cell], box, angle, (int(rgb[0]), int(rgb[1]), int(rgb[2]))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -209,7 +258,11 @@ def _mask(thing: Object, scale: float, image_size: int) -> tuple[np.ndarray, int
         corners = (points * ((x2 - x1) / width) + (x1 - left, y1 - top)) * k - 0.5
         draw.polygon([(float(x), float(y)) for x, y in corners], fill=255)
     else:
-        cx, cy, r = ((x1 + x2) / 2 - left) * k - 0.5, ((y1 + y2) / 2 - top) * k - 0.5, (x2 - x1) / 2 * k - 0.5
+        cx, cy, r = (
+            ((x1 + x2) / 2 - left) * k - 0.5,
+            ((y1 + y2) / 2 - top) * k - 0.5,
+            (x2 - x1) / 2 * k - 0.5,
+        )
         draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=255)
         if thing.shape == "ring":
             r *= _RING_HOLE
@@ -220,20 +273,31 @@ def _mask(thing: Object, scale: float, image_size: int) -> tuple[np.ndarray, int
 def _background(name: str, texture: int, size: int) -> np.ndarray:
     """float32 [size, size, 3]: a base tone with a faint tint, a slow change of brightness, and stripes if striped."""
     rng = np.random.default_rng(texture)
-    low, high = {"white": (238, 250), "black": (8, 28), "gray": (112, 146), "striped": (206, 236)}[name]
+    low, high = {"white": (238, 250), "black": (8, 28), "gray": (112, 146), "striped": (206, 236)}[
+        name
+    ]
     tone, tint, slope = rng.uniform(low, high), rng.uniform(-3, 3, 3), rng.uniform(-6, 6, 2)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     brightness = tone + slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
     if name == "striped":
-        angle, period, phase = rng.uniform(0, math.pi), rng.uniform(9, 15) / 112 * size, rng.uniform(0, math.tau)
+        angle, period, phase = (
+            rng.uniform(0, math.pi),
+            rng.uniform(9, 15) / 112 * size,
+            rng.uniform(0, math.tau),
+        )
         x = np.arange(size, dtype=np.float32)
-        wave = np.cos(math.tau / period * (math.cos(angle) * x[None, :] + math.sin(angle) * x[:, None]) + phase)
+        wave = np.cos(
+            math.tau / period * (math.cos(angle) * x[None, :] + math.sin(angle) * x[:, None])
+            + phase
+        )
         depth = rng.uniform(55, 75)
         brightness = brightness - depth * np.clip(0.5 + 1.5 * wave, 0, 1)  # soft-edged bands
     return (brightness[..., None] + tint).astype(np.float32)
 
 
-def render_with_owners(scene: Scene, image_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def render_with_owners(
+    scene: Scene, image_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Image uint8 [S, S, 3] and, for every pixel, which object covers it: uint8 [S, S], 0 none, i + 1 object i.
 
     S is the scene's own image size unless `image_size` says otherwise (boxes are scaled along).
@@ -300,7 +364,9 @@ def _patch_owners(owners: np.ndarray, grid: int, min_share: float) -> np.ndarray
     size = owners.shape[0]
     edges = np.arange(size) * grid // size  # the patch that each pixel row or column falls into
     patch = edges[:, None] * grid + edges[None, :]
-    counts = np.bincount((patch * (MAX_OBJECTS + 1) + owners).ravel(), minlength=grid * grid * (MAX_OBJECTS + 1))
+    counts = np.bincount(
+        (patch * (MAX_OBJECTS + 1) + owners).ravel(), minlength=grid * grid * (MAX_OBJECTS + 1)
+    )
     counts = counts.reshape(grid, grid, MAX_OBJECTS + 1)
     best = counts[..., 1:].argmax(-1) + 1
     return np.where(counts[..., 1:].max(-1) >= min_share * counts.sum(-1), best, 0)
