@@ -1,15 +1,16 @@
 """The generated dataset `shapes`, written to disk: `python -m minigpt4_jax.data.shapes --out=DIR`.
 
-Each split (train, heldout, heldout_pairs) is a folder in the layout of MiniGPT-4's stage-2 data, with more beside it:
+Each split (train, heldout, heldout_pairs) is a folder in the layout of MiniGPT-4's stage-2 data,
+with more beside it:
 
     image/000000.png     the images
     captions.jsonl       {"image", "caption"}: short captions, for stage 1
-    filter_cap.json      {"annotations": [{"image_id", "caption"}]}: detailed descriptions, for stage 2
+    filter_cap.json      {"annotations": [{"image_id", "caption"}]}: descriptions, for stage 2
     questions.jsonl      {"image", "question", "answer"}
-    scenes.jsonl         {"image", "objects" with box and referring phrase, "background", ...}: the truth
+    scenes.jsonl         {"image", "objects" (with box and referring phrase), "background", ...}
 
-and `dataset.json` beside the splits records what was asked for. Scenes and drawing are in shapes_scene.py, words in
-shapes_text.py; this file also passes their public names on.
+and `dataset.json` beside the splits records what was asked for. Scenes and drawing are in
+shapes_scene.py, words in shapes_text.py; this file also passes their public names on.
 """
 
 import argparse
@@ -61,10 +62,11 @@ from minigpt4_jax.data.shapes_text import (
 )
 
 __all__ = [
-    "BACKGROUNDS", "CELLS", "COLOR_NAMES", "HELDOUT_PAIRS", "IMAGE_SIZE", "SHAPES", "SIZES", "SPLITS",
-    "Object", "Parsed", "Scene", "attribute_score", "detailed", "matches", "parse_description", "questions",
-    "random_scene", "read_scenes", "references", "render", "render_with_owners", "scene_at", "scene_from_dict",
-    "scene_labels", "scene_to_dict", "short", "signature", "split_of", "write_dataset",
+    "BACKGROUNDS", "CELLS", "COLOR_NAMES", "HELDOUT_PAIRS", "IMAGE_SIZE", "SHAPES", "SIZES",
+    "SPLITS", "Object", "Parsed", "Scene", "attribute_score", "detailed", "matches",
+    "parse_description", "questions", "random_scene", "read_scenes", "references", "render",
+    "render_with_owners", "scene_at", "scene_from_dict", "scene_labels", "scene_to_dict",
+    "short", "signature", "split_of", "write_dataset",
 ]  # fmt: skip
 
 _CHUNK = 50  # images a task
@@ -97,10 +99,11 @@ def write_dataset(
 ) -> Path:
     """Writes the dataset to `out_dir`, which appears whole or not at all, and returns its path.
 
-    `train`, `heldout` and `heldout_pairs` are numbers of images, `size` their side in pixels, `stage2` how many of the
-    training images get a detailed description (all unless given; held-out images always do). The files depend on these
-    alone, byte for byte, not on `workers`, the number of processes. If `out_dir` is this very dataset already, nothing
-    is done. Raises UserError for numbers out of range, another thing at `out_dir`, or a disk that cannot be written.
+    `train`, `heldout` and `heldout_pairs` are numbers of images, `size` their side in pixels,
+    `stage2` how many of the training images get a detailed description (all unless given; held-out
+    images always do). The files depend on these alone, byte for byte, not on `workers`, the number
+    of processes. If `out_dir` is this very dataset already, nothing is done. Raises UserError for
+    numbers out of range, another thing at `out_dir`, or a disk that cannot be written.
     """
     out = Path(out_dir)
     request = _Request(
@@ -123,7 +126,8 @@ def write_dataset(
 
 
 def read_scenes(split_dir: str | os.PathLike[str]) -> list[tuple[Path, Scene]]:
-    """(image file, scene) of every image of one split, in order. Raises UserError if scenes.jsonl cannot be read."""
+    """(image file, scene) of every image of one split, in order. Raises UserError if scenes.jsonl
+    cannot be read."""
     path = Path(split_dir) / "scenes.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -164,7 +168,8 @@ def _is_there(out: Path, request: _Request) -> bool:
         ) from None
     if found != dataclasses.asdict(request):
         raise errors.UserError(
-            f"{out} holds a dataset made with other settings ({found}): delete it or name another directory"
+            f"{out} holds a dataset made with other settings ({found}): "
+            "delete it or name another directory"
         )
     return True
 

@@ -1,12 +1,13 @@
-"""Scenes of the generated dataset `shapes`: what is in one, which split it belongs to, how it looks.
+"""Scenes of the generated dataset `shapes`: their content, their split, and how they look.
 
-A scene is one to three coloured shapes, each in a different cell of a 3x3 grid, on one of four backgrounds. Objects
-never overlap. Everything follows from a seed: `scene_at(seed, index, split)` is the same scene on every machine and
-in every order of asking, so training may stream scenes without end.
+A scene is one to three coloured shapes, each in a different cell of a 3x3 grid, on one of four
+backgrounds. Objects never overlap. Everything follows from a seed: `scene_at(seed, index, split)`
+is the same scene on every machine and in every order of asking, so training may stream scenes
+without end.
 
-Splits are a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash of the scene's content;
-`train` is the rest; `heldout_pairs` are the scenes with a colour-shape pair of `HELDOUT_PAIRS`, which the other two
-never show.
+Splits are a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash of the
+scene's content; `train` is the rest; `heldout_pairs` are the scenes with a colour-shape pair of
+`HELDOUT_PAIRS`, which the other two never show.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ _SUPERSAMPLE = 4
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape. `box` is (x1, y1, x2, y2) in pixels, edges exact; `angle` in degrees; `rgb` the colour drawn."""
+    """One shape. `box` is (x1, y1, x2, y2) in pixels, edges exact; `angle` in degrees; `rgb` the
+    colour drawn."""
 
     shape: str
     color: str
@@ -87,7 +89,8 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Objects in raster order of their cells, a background, the image's side in pixels, and the background's seed."""
+    """Objects in raster order of their cells, a background, the image's side in pixels, and the
+    background's seed."""
 
     objects: tuple[Object, ...]
     background: str
@@ -96,7 +99,8 @@ class Scene:
 
 
 def scene_to_dict(scene: Scene) -> dict[str, Any]:
-    """The scene as plain values for JSON; boxes to a hundredth of a pixel, a cell under the name "place"."""
+    """The scene as plain values for JSON; boxes to a hundredth of a pixel, a cell under the name
+    "place"."""
     objects = []
     for o in scene.objects:
         box = [round(v, 2) for v in o.box]
@@ -123,11 +127,12 @@ def scene_from_dict(plain: dict[str, Any]) -> Scene:
     return Scene(objects, plain["background"], plain["image_size"], plain["texture"])
 
 
-# ---------------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 
 
 def signature(scene: Scene) -> str:
-    """What identifies a scene's content, whatever the jitter: its background and the attributes of its objects."""
+    """What identifies a scene's content, whatever the jitter: its background and the attributes of
+    its objects."""
     return f"{scene.background}|" + ";".join(sorted(",".join(o.attributes) for o in scene.objects))
 
 
@@ -139,7 +144,7 @@ def split_of(scene: Scene) -> str:
     return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
 
 
-# ---------------------------------------------------------------------------------------------------- scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 
 def random_scene(
@@ -149,7 +154,7 @@ def random_scene(
     image_size: int = IMAGE_SIZE,
     counts: tuple[int, ...] = (1, 2, 3),
 ) -> Scene:
-    """Draws a scene of `split`, uniform over attributes; `counts` are the numbers of objects drawn from.
+    """Draws a scene of `split`, uniform over attributes and over the numbers of objects `counts`.
 
     Raises ValueError for an unknown split.
     """
@@ -169,7 +174,8 @@ def scene_at(
     image_size: int = IMAGE_SIZE,
     counts: tuple[int, ...] = (1, 2, 3),
 ) -> Scene:
-    """Scene number `index` of the endless stream that `seed` names: the same in whatever order scenes are asked for."""
+    """Scene number `index` of the endless stream that `seed` names: the same in whatever order
+    scenes are asked for."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -211,7 +217,7 @@ def _place(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 @functools.cache
@@ -233,8 +239,8 @@ def _polygon(shape: str) -> np.ndarray:
 
 
 def _outline(shape: str, angle: float) -> tuple[np.ndarray | None, tuple[float, float]]:
-    """Rotated corners scaled into [0, width] x [0, height] and (width, height), whose longer side is 1; no corners
-    for the round shapes."""
+    """Rotated corners scaled into [0, width] x [0, height] and (width, height), whose longer side
+    is 1; no corners for the round shapes."""
     if shape in ("circle", "ring"):
         return None, (1.0, 1.0)
     a = math.radians(angle)
@@ -246,7 +252,8 @@ def _outline(shape: str, angle: float) -> tuple[np.ndarray | None, tuple[float, 
 
 
 def _mask(thing: Object, scale: float, image_size: int) -> tuple[np.ndarray, int, int]:
-    """Coverage uint8 [h, w] of an object on its own patch of the image, and the patch's left and top pixel."""
+    """Coverage uint8 [h, w] of an object on its own patch of the image, and the patch's left and
+    top pixel."""
     x1, y1, x2, y2 = (v * scale for v in thing.box)
     left, top = max(int(x1), 0), max(int(y1), 0)
     right, bottom = min(math.ceil(x2), image_size), min(math.ceil(y2), image_size)
@@ -271,7 +278,8 @@ def _mask(thing: Object, scale: float, image_size: int) -> tuple[np.ndarray, int
 
 
 def _background(name: str, texture: int, size: int) -> np.ndarray:
-    """float32 [size, size, 3]: a base tone with a faint tint, a slow change of brightness, and stripes if striped."""
+    """float32 [size, size, 3]: a base tone with a faint tint, a slow change of brightness, and
+    stripes if striped."""
     rng = np.random.default_rng(texture)
     low, high = {"white": (238, 250), "black": (8, 28), "gray": (112, 146), "striped": (206, 236)}[
         name
@@ -298,7 +306,8 @@ def _background(name: str, texture: int, size: int) -> np.ndarray:
 def render_with_owners(
     scene: Scene, image_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 [S, S, 3] and, for every pixel, which object covers it: uint8 [S, S], 0 none, i + 1 object i.
+    """Image uint8 [S, S, 3] and, for every pixel, which object covers it: uint8 [S, S], 0 for
+    none, i + 1 for object i.
 
     S is the scene's own image size unless `image_size` says otherwise (boxes are scaled along).
     """
@@ -315,26 +324,28 @@ def render_with_owners(
 
 
 def render(scene: Scene, image_size: int | None = None) -> np.ndarray:
-    """The scene as an image, uint8 [S, S, 3]; S as in `render_with_owners`. The same scene gives the same bytes."""
+    """The scene as an image, uint8 [S, S, 3]; S as in `render_with_owners`. The same scene gives
+    the same bytes."""
     return render_with_owners(scene, image_size)[0]
 
 
-# ---------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def scene_labels(
     scene: Scene, grid: int, owners: np.ndarray | None = None, min_share: float = 0.06
 ) -> dict[str, np.ndarray]:
-    """Integer labels for training a vision encoder. Ids count from 1 in the order of SHAPES, COLOR_NAMES, SIZES and
-    CELLS; 0 means none.
+    """Integer labels for training a vision encoder. Ids count from 1 in the order of SHAPES,
+    COLOR_NAMES, SIZES and CELLS; 0 means none.
 
-    objects     [3, 4] shape, color, size, cell of each object in raster order, rows of 0 after the last
+    objects     [3, 4] shape, color, size, cell of each object in raster order, then rows of 0
     cells       [9, 3] shape, color, size of the object in each cell
-    patches     [grid, grid, 4] object number (1..3), shape, color, size of the object that covers most of each patch
-                (0 where none covers at least `min_share` of it)
+    patches     [grid, grid, 4] number (1..3), shape, color, size of the object that covers most of
+                each patch (0 where none covers at least `min_share` of it)
     count       [] number of objects;  background [] index into BACKGROUNDS (from 0)
 
-    `owners` is what `render_with_owners` returned for this scene, if at hand; it saves drawing again.
+    `owners` is what `render_with_owners` returned for this scene, if at hand; it saves drawing
+    again.
     """
     if owners is None:
         owners = render_with_owners(scene)[1]
@@ -360,7 +371,8 @@ def scene_labels(
 
 
 def _patch_owners(owners: np.ndarray, grid: int, min_share: float) -> np.ndarray:
-    """[grid, grid]: the object with most pixels in each patch, 0 where it has less than `min_share` of them."""
+    """[grid, grid]: the object with most pixels in each patch, 0 where it has less than `min_share`
+    of them."""
     size = owners.shape[0]
     edges = np.arange(size) * grid // size  # the patch that each pixel row or column falls into
     patch = edges[:, None] * grid + edges[None, :]

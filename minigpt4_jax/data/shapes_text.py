@@ -1,8 +1,8 @@
-"""Wording of the dataset `shapes`: captions, descriptions, questions, referring phrases; and reading text back.
+"""Wording of the dataset `shapes`: captions, descriptions, questions; and reading text back.
 
-`short` and `detailed` say everything there is to say about a scene; `parse_description` reads such text, also a
-model's imperfect version of it, and `matches` and `attribute_score` judge it. Few tokens are spent: most words here
-are one token of SmolLM2's vocabulary.
+`short` and `detailed` say everything there is to say about a scene; `parse_description` reads such
+text, also a model's imperfect version of it, and `matches` and `attribute_score` judge it. Few
+tokens are spent: most words here are one token of SmolLM2's vocabulary.
 """
 
 import dataclasses
@@ -33,17 +33,19 @@ _SAID = {
     "right of": "to the right of",
 }
 
-# ---------------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 
 def short(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Stage-1 caption: every attribute in the fewest words, always worded the same (`rng` is not used)."""
+    """Stage-1 caption: every attribute in the fewest words, always worded the same (`rng` is not
+    used)."""
     return f"{_join([f'a {_name(o)} {o.cell}' for o in scene.objects])} on {_ground(scene)}"
 
 
 def detailed(scene: Scene, rng: np.random.Generator) -> str:
-    """Stage-2 description in one of five phrasings: the count, the background, every attribute of each object. The
-    last phrasing adds how two objects stand to each other, and is drawn only where that is beyond doubt."""
+    """Stage-2 description in one of five phrasings: the count, the background, every attribute of
+    each object. The last phrasing adds how two objects stand to each other, and is drawn only where
+    that is beyond doubt."""
     relations = true_relations(scene)
     pick = int(rng.integers(5 if relations else 4))
     if pick < 4:
@@ -72,12 +74,14 @@ def _there_are(scene: Scene) -> str:
 
 def _places_first(scene: Scene) -> str:
     things = _join([f"{_at(o)} is a {_name(o)}" for o in scene.objects])
-    return f"On a {scene.background} background we see {_count(scene)}. {things[0].upper()}{things[1:]}."
+    things = things[0].upper() + things[1:]
+    return f"On a {scene.background} background we see {_count(scene)}. {things}."
 
 
 def _background_first(scene: Scene) -> str:
     things = _join([f"the {_name(o)} is {_at(o)}" for o in scene.objects])
-    return f"The background is {scene.background}, with {_count(scene)}. {things[0].upper()}{things[1:]}."
+    things = things[0].upper() + things[1:]
+    return f"The background is {scene.background}, with {_count(scene)}. {things}."
 
 
 _PHRASINGS: tuple[Callable[[Scene], str], ...] = (
@@ -111,11 +115,12 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-# ---------------------------------------------------------------------------------------------------- relations
+# ---------------------------------------------------------------------------------------- relations
 
 
 def true_relations(scene: Scene) -> list[tuple[str, str, str]]:
-    """(phrase, relation, phrase) for pairs in one row or one column of the grid whose names tell them apart."""
+    """(phrase, relation, phrase) for pairs in one row or one column of the grid whose names tell
+    them apart."""
     phrases = [_unique_phrase(scene, o) for o in scene.objects]
     found = []
     for (a, x), (b, y) in itertools.permutations(zip(scene.objects, phrases, strict=True), 2):
@@ -129,7 +134,8 @@ def true_relations(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def _unique_phrase(scene: Scene, thing: Object) -> str | None:
-    """The fewest words that mean `thing` alone without its place: "circle", "red circle", "large red circle"."""
+    """The fewest words that mean `thing` alone without its place: "circle", "red circle", "large
+    red circle"."""
     for words in (
         (thing.shape,),
         (thing.color, thing.shape),
@@ -147,13 +153,15 @@ def references(scene: Scene) -> list[tuple[str, tuple[float, float, float, float
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(question, short answer) pairs about colour, shape, size, place, count, background, existence and relation.
+    """(question, short answer) pairs about colour, shape, size, place, count, background, existence
+    and relation.
 
-    Each has one right answer; of the yes-or-no questions as many are answered yes as no, in the mean.
+    Each has one right answer; of the yes-or-no questions as many are answered yes as no, in the
+    mean.
     """
     found = [
         ("How many shapes are there?", NUMBERS[len(scene.objects)]),
@@ -183,8 +191,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """ "Is there a red circle?", answered yes or no with equal chance. A wrong pair is near the truth where it can be
-    (a colour or a shape of the scene), and never one of the held-out pairs: those must stay unseen in text as well."""
+    """A question like "Is there a red circle?", answered yes or no with equal chance. A wrong pair
+    shares its colour or its shape with an object of the scene, and is never a held-out pair: those
+    must stay unseen in text as well."""
     present = {(o.color, o.shape) for o in scene.objects}
     yes = bool(rng.integers(2))
     if yes:
@@ -201,7 +210,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"Is there {article} {color} {shape}?", "yes" if yes else "no"
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 Stated = tuple[
     str | None, str | None, str | None, str | None
@@ -210,8 +219,8 @@ Stated = tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a text claims. `count` is None without a claim and -1 where claims differ; a relation is (words of the
-    first object, relation, words of the second)."""
+    """What a text claims. `count` is None without a claim and -1 where claims differ; a relation is
+    (words of the first object, relation, words of the second)."""
 
     objects: tuple[Stated, ...]
     background: str | None
@@ -228,14 +237,16 @@ _ATTRIBUTE = "|".join(_WORDS)
 _RUN = rf"(?:{_ATTRIBUTE})(?:\s+(?:{_ATTRIBUTE}))*"
 _GROUND = r"white|black|gray|grey|striped|stripes"
 _RELATION = re.compile(
-    rf"\bthe ({_RUN}) (?:is|sits|lies|stands)(?: (?:directly|just))? (above|below|(?:to the |on the )?(?:left|right) of)"
-    rf" the ({_RUN})\b"
+    rf"\bthe ({_RUN}) (?:is|sits|lies|stands)(?: (?:directly|just))?"
+    rf" (above|below|(?:to the |on the )?(?:left|right) of) the ({_RUN})\b"
 )
 _BACKGROUND = re.compile(
-    rf"\b(?:(?!the |a )(?P<a>\w+) background|background is (?:a )?(?P<b>\w+)|on (?:a )?(?P<c>{_GROUND})\b)"
+    r"\b(?:(?!the |a )(?P<a>\w+) background|background is (?:a )?(?P<b>\w+)"
+    rf"|on (?:a )?(?P<c>{_GROUND})\b)"
 )
 _COUNT = re.compile(
-    r"\b(\d+|no|an?|one|single|two|three|four|five|six|seven|eight|nine|ten) (?:\w+ )?(?:shape|object|thing|figure|item)s?\b"
+    r"\b(\d+|no|an?|one|single|two|three|four|five|six|seven|eight|nine|ten)"
+    r" (?:\w+ )?(?:shape|object|thing|figure|item)s?\b"
 )
 _COUNTS = {
     w: i for i, w in enumerate("no one two three four five six seven eight nine ten".split())
@@ -251,7 +262,8 @@ _TAG = re.compile(
 
 
 def parse_description(text: str) -> Parsed:
-    """What `text` claims about a scene. Reads this module's wordings and near variants of them; never raises."""
+    """What `text` claims about a scene. Reads this module's wordings and near variants of them;
+    never raises."""
     text = re.sub(r"[ \t]+", " ", text.lower().replace("-", " "))
     relations = tuple(
         (m[1], m[2].removeprefix("to the ").removeprefix("on the "), m[3])
@@ -271,8 +283,9 @@ def parse_description(text: str) -> Parsed:
 
 
 def _read_objects(text: str) -> tuple[Stated, ...]:
-    """Objects in the order of mention. A place belongs to the mention before it, or to the one after it in sentences
-    that begin with a place. A place left over makes the last object's place unclear."""
+    """Objects in the order of mention. A place belongs to the mention before it, or to the one
+    after it in sentences that begin with a place. A place left over makes the last object's place
+    unclear."""
     found: list[list[str | None]] = []
     waiting: str | None = None  # a place still without its object
     place_first: bool | None = None  # of this sentence; None until its first place or object
@@ -301,7 +314,8 @@ def _read_objects(text: str) -> tuple[Stated, ...]:
 
 
 def _read_run(run: str) -> list[str | None] | None:
-    """[size, color, shape, None] from neighbouring attribute words; None if they are colours only, so no object."""
+    """[size, color, shape, None] from neighbouring attribute words; None if they are colours only,
+    so no object."""
     words = [_WORDS[w] for w in run.split()]
     if all(kind == 1 for kind, _ in words):
         return None
@@ -312,12 +326,12 @@ def _read_run(run: str) -> list[str | None] | None:
     return thing
 
 
-# ---------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def matches(scene: Scene, text: str) -> bool:
-    """True if `text` has every attribute of every object right, no object more, the background, and if what it says
-    about the count and about relations is true."""
+    """True if `text` has every attribute of every object right, no object more, the background, and
+    if what it says about the count and about relations is true."""
     said = parse_description(text)
     return (
         sorted(o.attributes for o in scene.objects)
@@ -329,8 +343,9 @@ def matches(scene: Scene, text: str) -> bool:
 
 
 def attribute_score(scene: Scene, text: str) -> float:
-    """Share of attributes that `text` has right, 0 to 1: four of each object and the background. Objects are paired
-    so that the share is largest; an object too many counts as four attributes wrong."""
+    """Share of attributes that `text` has right, 0 to 1: four of each object and the background.
+    Objects are paired so that the share is largest; an object too many counts as four attributes
+    wrong."""
     said = parse_description(text)
     true = [o.attributes for o in scene.objects]
     right = [
@@ -347,7 +362,8 @@ def attribute_score(scene: Scene, text: str) -> float:
 
 
 def _holds(scene: Scene, first: str, relation: str, second: str) -> bool:
-    """Whether the relation is true of two objects that its words single out, judged by rows and columns of the grid."""
+    """Whether the relation is true of two objects that its words single out, judged by rows and
+    columns of the grid."""
     found = []
     for words in (first, second):
         stated = {_WORDS[w][1] for w in words.split()}
