@@ -1,0 +1,266 @@
+"""Pictures for people: a contact sheet of images beside what a model said, and loss curves."""
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from minigpt4_jax.errors import UserError
+
+_RIGHT, _WRONG, _NEUTRAL = (22, 140, 70), (205, 42, 42), (150, 150, 150)
+_INK, _FAINT, _PAPER, _CARD = (28, 28, 32), (105, 105, 112), (240, 241, 244), (255, 255, 255)
+_CURVES = ("#1f6fb4", "#d9741a", "#2b9348", "#a03c9a", "#8c6239", "#4a4a4a")
+_VALIDATION_KEYS = ("val_loss", "valid_loss", "validation_loss", "eval_loss")
+
+Picture = np.ndarray | Image.Image | str | os.PathLike[str]
+
+# ------------------------------------------------------------------------------------ contact sheet
+
+
+def contact_sheet(
+    images: Sequence[Picture],
+    captions: Sequence[str],
+    right: Sequence[bool | None],
+    path: str | os.PathLike[str],
+    *,
+    truths: Sequence[str] | None = None,
+    title: str = "",
+    columns: int = 2,
+) -> Path:
+    """Saves a PNG with every image beside its caption; returns its path.
+
+    `images` are uint8 arrays [H, W, 3], PIL images or files, all of any size; `right` says whether
+    a caption is right (green), wrong (red) or not judged (None, gray); under a wrong one stands
+    what is true, if `truths` are given. Raises UserError if the lists differ in length, are empty,
+    or if the file cannot be written.
+    """
+    lengths = {len(images), len(captions), len(right), len(images if truths is None else truths)}
+    if lengths == {0} or len(lengths) > 1:
+        raise UserError(
+            f"contact sheet: {len(images)} images, {len(captions)} captions, {len(right)} verdicts"
+            f"{'' if truths is None else f', {len(truths)} truths'}: expected one of each, and some"
+        )
+    side, words, gap = 168, 380, 14
+    cards = []
+    for i, picture in enumerate(images):
+        truth = truths[i] if truths is not None and right[i] is False else ""
+        cards.append(_card(picture, captions[i], right[i], truth, side, words))
+    columns = min(columns, len(cards))
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) for row in rows]
+    width = columns * (cards[0].width + gap) + gap
+    heading = _heading(title, right)
+    top = 58 if heading else gap
+    sheet = Image.new("RGB", (width, top + sum(h + gap for h in heights)), _PAPER)
+    if heading:
+        ImageDraw.Draw(sheet).text((gap + 4, 18), heading, _INK, _font(22))
+    for row, height in zip(rows, heights, strict=True):
+        for i, card in enumerate(row):
+            at = (gap + i * (card.width + gap), top)
+            sheet.paste(_CARD, (*at, at[0] + card.width, at[1] + height))
+            sheet.paste(card, at)
+        top += height + gap
+    return _save(sheet, path)
+
+
+def _card(
+    picture: Picture, caption: str, right: bool | None, truth: str, side: int, words: int
+) -> Image.Image:
+    """One image with a coloured frame, its caption to the right."""
+    color = _NEUTRAL if right is None else _RIGHT if right else _WRONG
+    verdict = "" if right is None else "right" if right else "wrong"
+    lines = [(line, _INK) for line in _wrap(caption or "(nothing)", words, _font(17))[:9]]
+    if truth:
+        lines += [(line, _FAINT) for line in _wrap(f"true: {truth}", words, _font(15))[:4]]
+    gap = 8 if truth else 0
+    frame, pad, pitch = 4, 10, 22
+    text_top = pad + 4 + (26 if verdict else 0)
+    height = max(side + 2 * frame, text_top + len(lines) * pitch + gap + pad)
+    card = Image.new("RGB", (side + 2 * frame + 2 * pad + words, height), _CARD)
+    draw = ImageDraw.Draw(card)
+    draw.rectangle((0, 0, side + 2 * frame - 1, side + 2 * frame - 1), color)
+    card.paste(_fit(picture, side), (frame, frame))
+    x, y = side + 2 * frame + pad + 2, pad
+    if verdict:
+        _mark(draw, x, y + 3, bool(right), color)
+        draw.text((x + 22, y), verdict, color, _font(16))
+    for i, (line, ink) in enumerate(lines):
+        y = text_top + i * pitch + (gap if ink == _FAINT else 0)
+        draw.text((x, y), line, ink, _font(17 if ink == _INK else 15))
+    return card
+
+
+def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool, color: tuple[int, ...]) -> None:
+    """A tick or a cross, 14 pixels wide: the verdict for those who do not see red and green."""
+    if right:
+        draw.line([(x, y + 7), (x + 5, y + 13), (x + 14, y + 1)], color, 3, joint="curve")
+    else:
+        draw.line([(x + 1, y + 1), (x + 13, y + 13)], color, 3)
+        draw.line([(x + 1, y + 13), (x + 13, y + 1)], color, 3)
+
+
+def _heading(title: str, right: Sequence[bool | None]) -> str:
+    judged = [r for r in right if r is not None]
+    score = f"{sum(judged)} of {len(judged)} right" if judged else ""
+    return " · ".join(part for part in (title, score) if part)
+
+
+def _fit(picture: Picture, side: int) -> Image.Image:
+    """RGB [side, side], the whole picture on gray if it is not square."""
+    if isinstance(picture, (str, os.PathLike)):
+        try:
+            with Image.open(picture) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError) as e:
+            raise UserError(f"contact sheet: cannot read the image {picture}: {e}") from e
+    else:
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    framed = Image.new("RGB", (side, side), (225, 225, 228))
+    framed.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return framed
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, or inside one that is too long."""
+    lines = [""]
+    for word in " ".join(text.split()).split(" "):
+        for piece in textwrap.wrap(word, 30) or [""]:
+            longer = f"{lines[-1]} {piece}".strip()
+            if font.getlength(longer) <= width or not lines[-1]:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    return lines
+
+
+def _save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    out = Path(path)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(out, format="PNG")
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+    return out
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+Records = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+def loss_plot(
+    runs: Records | Mapping[str, Records],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Training loss",
+) -> Path:
+    """Saves a PNG of the loss over the steps, one smoothed curve a run over its raw values; returns
+    its path.
+
+    `runs` is one run, or a name for each of several (stages, seeds); a run is a JSONL file or
+    records {"step", "loss"}, among them, or in records of their own, validation losses under
+    "val_loss". Other records are passed over. Raises UserError if there is no loss to draw or the
+    file cannot be written.
+    """
+    from matplotlib.figure import Figure  # heavy: only where a plot is drawn
+
+    named = runs if isinstance(runs, Mapping) else {"loss": runs}
+    curves = {name: _curves(records) for name, records in named.items()}
+    curves = {name: pair for name, pair in curves.items() if len(pair[0]) or len(pair[1])}
+    if not curves:
+        raise UserError(f"loss plot: no record with a step and a finite loss in {', '.join(named)}")
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, (train, validation)) in enumerate(curves.items()):
+        color = _CURVES[i % len(_CURVES)]
+        if len(train):
+            smooth = _smooth(train[:, 1])
+            dots = "." if len(train) == 1 else ""
+            axes.plot(*train.T, color=color, alpha=0.25, linewidth=0.8, marker=dots)
+            axes.plot(train[:, 0], smooth, color=color, linewidth=1.9, label=name)
+        if len(validation):
+            axes.plot(*validation.T, "o--", color=color, ms=5, lw=1, label=f"{name}, validation")
+    losses = np.concatenate([part[:, 1] for pair in curves.values() for part in pair])
+    if losses.min() > 0 and losses.max() / losses.min() > 20:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(title=title, xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    out = Path(path)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, format="png")
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+    return out
+
+
+def _curves(records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """(step, loss) [N, 2] of training and of validation, finite values only, in order of steps."""
+    if isinstance(records, (str, os.PathLike)):
+        records = _read(records)
+    train, validation = [], []
+    for record in records:
+        if not _is_number(record.get("step")):
+            continue
+        step = float(record["step"])
+        if _is_number(record.get("loss")):
+            train.append((step, float(record["loss"])))
+        for key in _VALIDATION_KEYS:
+            if _is_number(record.get(key)):
+                validation.append((step, float(record[key])))
+    return _by_step(train), _by_step(validation)
+
+
+def _by_step(points: list[tuple[float, float]]) -> np.ndarray:
+    """[N, 2] sorted; of a step logged twice (a run interrupted and resumed) the later one."""
+    return np.array(sorted(dict(points).items()), float).reshape(-1, 2)
+
+
+def _read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a line that is not one, as a torn last line, is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"loss plot: cannot read {path}: {e}") from e
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return False
+    return math.isfinite(value)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over about a twentieth of the curve; narrower at the start, where loss falls
+    fast, and over what there is at the end."""
+    reach = min(len(values) // 40, 50)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    center = np.arange(len(values))
+    first = np.maximum(center - reach, 0)
+    after = np.minimum(center + np.minimum(center, reach), len(values) - 1) + 1
+    return (total[after] - total[first]) / (after - first)
