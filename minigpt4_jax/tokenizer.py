@@ -1,7 +1,8 @@
-"""Text to token ids and back: LLaMA's sentencepiece model as the original used it, or a Hugging Face tokenizer.
+"""Text to token ids and back: LLaMA's sentencepiece model as the original used it, or any other.
 
-The original ran the slow `LlamaTokenizer` of transformers 4.30 in its legacy mode. Current tokenizers
-differ from it on leading and double spaces, so that path is written out here on `sentencepiece` alone.
+The original ran the slow `LlamaTokenizer` of transformers 4.30 in its legacy mode. Current
+tokenizers differ from it on leading and double spaces, so that path is written out here on
+sentencepiece alone.
 Every other language model brings a tokenizer.json, which `transformers.AutoTokenizer` reads.
 """
 
@@ -13,7 +14,9 @@ from typing import Any, Protocol
 
 from minigpt4_jax.errors import UserError
 
-PAD_PIECE = "$$"  # the original sets tokenizer.pad_token to this piece, id 3997 in LLaMA's vocabulary
+PAD_PIECE = (
+    "$$"  # the original sets tokenizer.pad_token to this piece, id 3997 in LLaMA's vocabulary
+)
 HF_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -33,16 +36,16 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; special tokens are left out or written as they are. An id that the vocabulary
-        lacks (a padded embedding row) is left out."""
+        """Text of ids; special tokens are left out or written as they are. An id that the
+        vocabulary lacks (a padded embedding row) is left out."""
         ...
 
 
 def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
     """Read the tokenizer in `directory`.
 
-    kind: "sentencepiece" (LLaMA 1/2, Vicuna: tokenizer.model) or "hf" (tokenizer.json and its like); None
-    takes sentencepiece where a readable tokenizer.model lies, else hf.
+    kind: "sentencepiece" (LLaMA 1/2, Vicuna: tokenizer.model) or "hf" (tokenizer.json and its like);
+    None takes sentencepiece where a readable tokenizer.model lies, else hf.
     UserError when the directory has none or it is damaged.
     """
     directory = Path(directory)
@@ -53,7 +56,10 @@ def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
         raise UserError(f"tokenizer: kind {kind!r}; expected 'sentencepiece' or 'hf'")
     if kind == "hf" or (kind is None and not model.is_file() and has_hf):
         if not has_hf:
-            raise UserError(f"tokenizer: {directory} has no tokenizer.json; copy the model's tokenizer files there")
+            raise UserError(
+                f"tokenizer: {directory} has no tokenizer.json; "
+                "copy the language model's tokenizer files there"
+            )
         return HfTokenizer(directory)
     if not model.is_file():
         raise UserError(
@@ -73,10 +79,10 @@ def _has_hf(directory: Path) -> bool:
 
 
 class SentencePieceTokenizer:
-    """The legacy slow LLaMA tokenizer (transformers 4.30, tokenization_llama.py and tokenization_utils.py).
+    """The legacy slow LLaMA tokenizer (tokenization_llama.py, tokenization_utils.py of 4.30).
 
-    Special tokens are split out of the text first, and white space beside them is dropped; every other
-    chunk is encoded on its own, so each gets its own leading-space piece.
+    Special tokens are split out of the text first, and white space beside them is dropped; every
+    other chunk is encoded on its own, so each gets its own leading-space piece.
     """
 
     kind = "sentencepiece"
@@ -89,14 +95,20 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             pieces = self._model.get_piece_size()
         except (OSError, RuntimeError, ValueError, TypeError) as e:
-            raise UserError(f"tokenizer: {path} is not a sentencepiece model ({_one_line(e)})") from None
+            raise UserError(
+                f"tokenizer: {path} is not a sentencepiece model ({_one_line(e)})"
+            ) from None
         bos, eos, unk = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
         if pieces == 0 or eos < 0:
-            raise UserError(f"tokenizer: {path} has no end-of-sequence piece; expected LLaMA's tokenizer.model")
+            raise UserError(
+                f"tokenizer: {path} has no end-of-sequence piece; expected LLaMA's tokenizer.model"
+            )
         self.bos_id = bos if bos >= 0 else None
         self.eos_id = eos
         self.bos = self._model.id_to_piece(bos) if bos >= 0 else ""
-        self.pad_id = self._model.piece_to_id(PAD_PIECE)  # unk where the piece is missing, as the original
+        self.pad_id = self._model.piece_to_id(
+            PAD_PIECE
+        )  # unk where the piece is missing, as the original
         self._special = {self._model.id_to_piece(i): i for i in (bos, eos, unk) if i >= 0}
         self._added = _read_added_tokens(directory / "added_tokens.json", self._model)
         self._added_by_id = {i: token for token, i in self._added.items()}
@@ -104,7 +116,7 @@ class SentencePieceTokenizer:
         self._keep_space = _tokens_that_keep_space(directory / "special_tokens_map.json")
         split_out = sorted([*self._special, *self._added], key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, split_out)) + ")")
-        # what skip_special leaves out: the pad piece counts, as pad_token is one of the special tokens
+        # what skip_special leaves out; the pad piece too, as pad_token is one of the special tokens
         self._skipped = {*self._special.values(), self.pad_id}
         self._spelled = {*self._special, PAD_PIECE}
 
@@ -115,12 +127,13 @@ class SentencePieceTokenizer:
             if n % 2:
                 ids.append(self._special[part] if part in self._special else self._added[part])
                 continue
-            if n > 0 and not self._keeps_space(parts[n - 1], "right"):
-                part = part.lstrip()
-            if n + 1 < len(parts) and not self._keeps_space(parts[n + 1], "left"):
-                part = part.rstrip()
-            if part:
-                ids.extend(self._model.encode(part))
+            chunk = part
+            if n > 0 and (parts[n - 1], "right") not in self._keep_space:
+                chunk = chunk.lstrip()
+            if n + 1 < len(parts) and (parts[n + 1], "left") not in self._keep_space:
+                chunk = chunk.rstrip()
+            if chunk:
+                ids.extend(self._model.encode(chunk))
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -128,12 +141,14 @@ class SentencePieceTokenizer:
         for i in map(int, ids):
             if i in self._added_by_id:
                 chunks += [self._added_by_id[i], []]
-            elif 0 <= i < self._model.get_piece_size() and not (skip_special and i in self._skipped):
+            elif 0 <= i < self._model.get_piece_size() and not (
+                skip_special and i in self._skipped
+            ):
                 chunks[-1].append(self._model.id_to_piece(i))  # type: ignore[union-attr]
         return " ".join(c if isinstance(c, str) else self._join(c) for c in chunks if c)
 
     def _join(self, pieces: list[str]) -> str:
-        """Pieces to text; sentencepiece never sees a special token (convert_tokens_to_string of 4.30)."""
+        """Pieces to text, special tokens set off by a space (convert_tokens_to_string of 4.30)."""
         out, run, after_special = "", [], False
         for n, piece in enumerate(pieces):
             if piece not in self._spelled:
@@ -146,12 +161,9 @@ class SentencePieceTokenizer:
             run, after_special = [], True
         return out + self._model.decode(run)
 
-    def _keeps_space(self, token: str, side: str) -> bool:
-        return (token, side) in self._keep_space
-
 
 class HfTokenizer:
-    """Any tokenizer that `transformers.AutoTokenizer` reads from local files (LLaMA 3, Mistral, Qwen, SmolLM2)."""
+    """What `transformers.AutoTokenizer` reads from local files: LLaMA 3, Mistral, Qwen, SmolLM2."""
 
     kind = "hf"
 
@@ -161,13 +173,19 @@ class HfTokenizer:
         try:
             self._model: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
             self.vocab_size = len(self._model)
-        except Exception as e:  # the library raises whatever its parsers raise
-            raise UserError(f"tokenizer: cannot read the tokenizer in {directory} ({_one_line(e)})") from None
+        except Exception as e:  # noqa: BLE001  (whatever its parsers raise)
+            raise UserError(
+                f"tokenizer: cannot read the tokenizer in {directory} ({_one_line(e)})"
+            ) from None
         if self._model.eos_token_id is None:
-            raise UserError(f"tokenizer: {directory} names no eos_token; set it in its tokenizer_config.json")
+            raise UserError(
+                f"tokenizer: {directory} names no eos_token; set it in its tokenizer_config.json"
+            )
         self.bos_id: int | None = self._model.bos_token_id
         self.eos_id: int = self._model.eos_token_id
-        self.pad_id: int = self.eos_id if self._model.pad_token_id is None else self._model.pad_token_id
+        self.pad_id: int = (
+            self.eos_id if self._model.pad_token_id is None else self._model.pad_token_id
+        )
         self.bos: str = self._model.bos_token or ""
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
@@ -194,8 +212,8 @@ def _read_added_tokens(path: Path, model: Any) -> dict[str, int]:
 
 
 def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
-    """(token, side) pairs where white space stays: a token spelled as an object says so itself; one that
-    is a plain string, or not in the file, loses it on both sides (tokenize() of transformers 4.30)."""
+    """(token, side) pairs where white space stays: a token spelled as an object says so itself; one
+    that is a plain string, or not in the file, loses it on both sides (tokenize() of 4.30)."""
     kept = set()
     for value in _read_json_object(path).values():
         if isinstance(value, dict) and isinstance(value.get("content"), str):
