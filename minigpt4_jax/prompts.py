@@ -69,7 +69,7 @@ def build_conversation_row(
     *,
     images: int,
 ) -> Row:
-    """The row of a conversation: only its answers are labelled (the original's tokenize_conversation).
+    """The row of a conversation: only answers are labelled (the original's tokenize_conversation).
 
     questions: plain, each gets config.prompt_template; the first holds every `<ImageHere>`.
     Everything after the first question is cut to config.max_text_length together.
@@ -204,8 +204,8 @@ _SYSTEM = (
     "You will be able to see the image once I provide it to you. Please answer my questions."
 )
 
-# The first three are the original's CONV_VISION templates, spacing and extra <s> as released weights
-# know them; the others are how those model families were trained to chat.
+# The first three are the original's CONV_VISION templates, spacing and extra <s> as released
+# weights know them; the others are how those model families were trained to chat.
 CHAT_TEMPLATES = {
     "vicuna0": ChatTemplate(
         "Human: {}###", "Assistant: {}###", "{}###", system=_SYSTEM, without_system="###"
@@ -274,7 +274,7 @@ def render_chat(
 
 
 def clean_answer(text: str) -> str:
-    """What is shown of a decoded answer: cut at ### and </s>, after the last role marker, stripped."""
+    """A decoded answer as shown: cut at ### and </s>, after the last role marker, stripped."""
     text = text.split("###")[0].split("</s>")[0].replace("<s>", "")
     for role in ("Assistant:", "[/INST]"):
         text = text.split(role)[-1]

@@ -44,8 +44,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
     """Read the tokenizer in `directory`.
 
-    kind: "sentencepiece" (LLaMA 1/2, Vicuna: tokenizer.model) or "hf" (tokenizer.json and its like);
-    None takes sentencepiece where a readable tokenizer.model lies, else hf.
+    kind: "sentencepiece" (LLaMA 1/2, Vicuna: tokenizer.model) or "hf" (tokenizer.json or its
+    like); None takes sentencepiece where a readable tokenizer.model lies, else hf.
     UserError when the directory has none or it is damaged.
     """
     directory = Path(directory)
@@ -173,7 +173,7 @@ class HfTokenizer:
         try:
             self._model: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
             self.vocab_size = len(self._model)
-        except Exception as e:  # noqa: BLE001  (whatever its parsers raise)
+        except Exception as e:  # whatever its parsers raise
             raise UserError(
                 f"tokenizer: cannot read the tokenizer in {directory} ({_one_line(e)})"
             ) from None

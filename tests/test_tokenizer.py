@@ -175,8 +175,8 @@ def test_llama_3_style_directory_falls_back_to_tokenizer_json(bpe_directory, tmp
 
 def test_llama_path_does_not_import_transformers():
     code = (
-        "import sys; from minigpt4_jax.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]); "
-        "sys.exit('transformers' in sys.modules)"
+        "import sys; from minigpt4_jax.tokenizer import load_tokenizer; "
+        "load_tokenizer(sys.argv[1]); sys.exit('transformers' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(FIXTURES / "llama_tokenizer")]
     assert subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -1,0 +1,161 @@
+"""Images: open and check, resize, normalize, as the vision encoder was trained to see them."""
+
+import io
+import warnings
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from minigpt4_jax.errors import UserError
+
+# CLIP's statistics, as EVA-ViT-g and BLIP-2 were trained with
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs: 537 MB decoded
+CROP_SCALE = (0.5, 1.0)  # share of the area that version 1's training crop keeps
+CROP_RATIO = (3 / 4, 4 / 3)
+
+ImageSource = str | PathLike[str] | Image.Image | np.ndarray
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Read one image as RGB.
+
+    source: a path, a PIL image or a uint8 array [H, W, 3]. Palette, gray and CMYK files are
+    converted as Pillow does, transparency is dropped and EXIF rotation ignored, as in the original;
+    16-bit gray keeps its upper 8 bits (Pillow alone would turn it white).
+    UserError: missing, not an image, truncated, too large, wrong dtype or shape.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, "image")
+    if not isinstance(source, (str, PathLike)):
+        raise UserError(
+            f"image: got {type(source).__name__}; "
+            "expected a path, a PIL image or a uint8 array [H, W, 3]"
+        )
+    path = Path(source)
+    name = f"image {path}"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{name}: is a directory; expected an image file") from None
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the path
+        raise UserError(f"{name}: cannot be read ({_one_line(e)})") from None
+    if not data:
+        raise UserError(f"{name}: the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oddities of a file that decodes nevertheless
+        try:
+            opened = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as e:
+            raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
+        except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
+            raise UserError(f"{name}: {_not_an_image(data, e)}") from None
+        return _decode(opened, name)
+
+
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """RGB image -> uint8 [size, size, 3]: Pillow's bicubic, antialiased, aspect not kept."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Version 1's training augmentation: a random part, resized to uint8 [size, size, 3].
+
+    The part has 0.5-1 of the area and an aspect of 3/4-4/3 (torchvision's RandomResizedCrop);
+    the same generator state gives the same part. No flip. MiniGPT-v2 takes `resize`: a crop would
+    move its boxes.
+    """
+    return resize(image.crop(_crop_box(*image.size, rng)), size)
+
+
+def normalize(image: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] -> float32 (x / 255 - mean) / std, bit for bit what torchvision computes."""
+    x = image.astype(np.float32) / np.float32(255)
+    return (x - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+
+
+def load_pixels(source: ImageSource, size: int) -> np.ndarray:
+    """Open, resize and normalize: float32 [size, size, 3]."""
+    return normalize(resize(open_image(source), size))
+
+
+def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_SCALE)
+        ratio = np.exp(rng.uniform(*np.log(CROP_RATIO)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return x, y, x + w, y + h
+    # a very long image: its middle, as near to the allowed aspect as it goes
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(
+            f"image: got an array {array.dtype} {list(array.shape)}; "
+            "expected uint8 [H, W, 3] (0-255, RGB)"
+        )
+    _check_size("image", array.shape[1], array.shape[0])
+    return Image.fromarray(array)
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width == 0 or height == 0:
+        raise UserError(f"{name}: has no pixels ({width} x {height})")
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{name}: {width} x {height} = {width * height} pixels; "
+            f"at most {MAX_PIXELS} are read; resize it first"
+        )
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    _check_size(name, *image.size)
+    if image.mode == "F":
+        raise UserError(
+            f"{name}: has floating-point pixels of no known range; convert it to 8 bits"
+        )
+    try:
+        image.load()
+        return _sixteen_to_eight(image).convert("RGB")
+    except Image.DecompressionBombError as e:
+        raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
+    except Exception as e:  # as above
+        raise UserError(f"{name}: cannot be decoded ({_one_line(e)}); is the file whole?") from None
+
+
+def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits (Pillow's modes I;16*, and I for PGM and TIFF) -> 8 bits; others as they are."""
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    return image
+
+
+def _not_an_image(data: bytes, error: Exception) -> str:
+    start = data[:200].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return "is a web page or XML, not an image; was the download refused?"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not an image; run `git lfs pull`"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is not an image that Pillow knows"
+    return f"is not a readable image ({_one_line(error)})"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__
