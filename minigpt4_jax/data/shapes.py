@@ -114,6 +114,7 @@ def write_dataset(
         return out
     part = out.parent / f".{out.name}.part-{os.getpid()}"
     try:
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         part.mkdir(parents=True)
         _write_splits(part, request, workers, progress)
         (part / "dataset.json").write_text(json.dumps(dataclasses.asdict(request), indent=1) + "\n")

@@ -260,7 +260,7 @@ def _mask(thing: Object, scale: float, image_size: int) -> tuple[np.ndarray, int
     k = _SUPERSAMPLE
     canvas = Image.new("L", ((right - left) * k, (bottom - top) * k))
     draw = ImageDraw.Draw(canvas)
-    points, (width, height) = _outline(thing.shape, thing.angle)
+    points, (width, _) = _outline(thing.shape, thing.angle)
     if points is not None:
         corners = (points * ((x2 - x1) / width) + (x1 - left, y1 - top)) * k - 0.5
         draw.polygon([(float(x), float(y)) for x, y in corners], fill=255)

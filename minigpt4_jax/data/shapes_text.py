@@ -248,10 +248,8 @@ _COUNT = re.compile(
     r"\b(\d+|no|an?|one|single|two|three|four|five|six|seven|eight|nine|ten)"
     r" (?:\w+ )?(?:shape|object|thing|figure|item)s?\b"
 )
-_COUNTS = {
-    w: i for i, w in enumerate("no one two three four five six seven eight nine ten".split())
-}
-_COUNTS |= {"a": 1, "an": 1, "single": 1}
+_COUNTS = {"no": 0, "a": 1, "an": 1, "one": 1, "single": 1, "two": 2, "three": 3, "four": 4}
+_COUNTS |= {"five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _PLACE_WORD = r"(?:top|bottom|left|right|center|centre|middle)"
 _PLACES = {name: name for name in CELLS} | {
     "top center": "top", "bottom center": "bottom", "center left": "left", "center right": "right",
