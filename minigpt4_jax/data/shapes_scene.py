@@ -325,7 +325,7 @@ def render_with_owners(
 
 def render(scene: Scene, image_size: int | None = None) -> np.ndarray:
     """The scene as an image, uint8 [S, S, 3]; S as in `render_with_owners`. The same scene gives
-    the same bytes."""
+    the same bytes with the same NumPy and Pillow; others may round a pixel another way."""
     return render_with_owners(scene, image_size)[0]
 
 
