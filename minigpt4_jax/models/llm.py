@@ -200,7 +200,7 @@ class Llm(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> scores [..., V] float32."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]
-        return linear(hidden, weight).astype(jnp.float32)
+        return linear(hidden, weight, out=jnp.float32)
 
     def _rope(self, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rotary(self.config, jnp.arange(embeds.shape[1])[None])
