@@ -1,0 +1,1 @@
+"""Weights in and out: released checkpoints to a model directory, the trained part back to .pth."""

@@ -1,0 +1,88 @@
+"""python -m convert build | export | inspect: see `python -m convert build --help`."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from minigpt4_jax.config import VARIANTS
+from minigpt4_jax.errors import UserError, run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m convert", description="Convert weights to and from a model directory.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    b = commands.add_parser(
+        "build", help="make a model directory from checkpoints",
+        description="Make a model directory. Sources may be .pth/.bin (no pickle code is run), "
+        ".safetensors, sharded directories, and GGUF for the language model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_BUILD_NOTES,
+    )  # fmt: skip
+    b.add_argument("--variant", default=VARIANTS[0], help=f"{', '.join(VARIANTS)} (default: %(default)s)")
+    b.add_argument("--llm", type=Path, required=True, help="language model: Hugging Face directory or .gguf")
+    b.add_argument("--out", type=Path, required=True, help="model directory to make; must not exist")
+    b.add_argument("--vision", type=Path, help="eva_vit_g.pth, or this project's .safetensors or model directory")
+    b.add_argument("--qformer", type=Path, help="blip2_pretrained_flant5xxl.pth, or as --vision")
+    b.add_argument("--checkpoint", type=Path, help="fine-tuned MiniGPT-4 or MiniGPT-v2; without it the "
+                   "projection is new, to be trained")  # fmt: skip
+    b.add_argument("--llm-delta", type=Path, help="Vicuna delta, added to the LLaMA in --llm")
+    b.add_argument("--tokenizer", type=Path, help="directory of tokenizer files, instead of --llm's own")
+    b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+                   help="override an architecture value; may be repeated")  # fmt: skip
+    b.add_argument("--llm-dtype", choices=("float32", "bfloat16", "float16"),
+                   help="store the language model so; default: as the source has it (quantized: float32)")  # fmt: skip
+    b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
+
+    e = commands.add_parser("export", help="write the trained part as the original's .pth")
+    e.add_argument("--model", type=Path, required=True, help="model directory, or one that training wrote")
+    e.add_argument("--out", type=Path, required=True, help="file to write")
+
+    i = commands.add_parser("inspect", help="say what a model directory holds")
+    i.add_argument("model", type=Path)
+    i.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+_BUILD_NOTES = """\
+--set keys (the rest of the configuration works too, a wrong key names the nearest):
+  image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol, lora.alpha,
+  prompt_template, chat_template, llm.rope_theta, ...
+Heads are needed for encoders that are not of the released width; everything else the shapes tell.
+Without --vision the small demonstration encoder in this package is used (it knows drawn shapes only).
+Without --checkpoint the projection is new. A language model with a chat format of its own (ChatML,
+Llama 3, Mistral) is prompted in it."""
+
+
+def _main() -> None:
+    args = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written output is removed
+    if args.command == "build":
+        from convert.build import Request, build
+
+        fields = {k: v for k, v in vars(args).items() if k != "command"}
+        build(Request(**fields))
+    elif args.command == "export":
+        from convert.export import export
+
+        export(args.model, args.out)
+    else:
+        from convert.inspect import inspect
+
+        inspect(args.model, as_json=args.json)
+
+
+def main() -> None:
+    """Entry point: one line for a mistake, exit code 2."""
+    run(_main)
+
+
+if __name__ == "__main__":
+    main()

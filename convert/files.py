@@ -1,0 +1,117 @@
+"""Opening files that may be damaged: what a file really is, and reading it once while hashing it."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from minigpt4_jax.errors import UserError
+
+CHUNK = 1 << 24
+
+
+class HashedFile:
+    """A file read in pieces; its SHA-256 comes from the same pass over the disk.
+
+    Pieces read in ascending order are hashed from the buffer the caller gets, so a 13 GB file is read
+    once. Plain reads, not mmap: a file cut short is an error, not a SIGBUS, and pages do not pile up.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 (open as long as its reader)
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from e
+        self.size = path.stat().st_size
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    def peek(self, offset: int, count: int) -> bytes:
+        """Bytes for looking around (headers): read without hashing."""
+        self._file.seek(offset)
+        data = self._file.read(count)
+        if len(data) != count:
+            raise UserError(f"{self.path} is truncated: it ends before byte {offset + count}")
+        return data
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` bytes as a fresh uint8 array."""
+        if offset > self._hashed:
+            self._advance(offset)
+        buffer = np.empty(count, np.uint8)
+        self._fill(offset, buffer)
+        if offset <= self._hashed < offset + count:
+            self._hash.update(memoryview(buffer)[self._hashed - offset :])
+            self._hashed = offset + count
+        return buffer
+
+    def sha256(self) -> str:
+        """Hex digest of the whole file; what has not been read yet is read now."""
+        self._advance(self.size)
+        return self._hash.hexdigest()
+
+    def _advance(self, end: int) -> None:
+        while self._hashed < end:
+            buffer = np.empty(min(CHUNK, end - self._hashed), np.uint8)
+            self._fill(self._hashed, buffer)
+            self._hash.update(buffer)
+            self._hashed += buffer.size
+
+    def _fill(self, offset: int, buffer: np.ndarray) -> None:
+        try:
+            self._file.seek(offset)
+            got = self._file.readinto(memoryview(buffer))  # type: ignore[arg-type]
+        except OSError as e:
+            raise UserError(f"cannot read {self.path}: {e.strerror}") from e
+        if got != buffer.size:
+            raise UserError(f"{self.path} is truncated: it ends before byte {offset + buffer.size}")
+
+
+def sniff(path: Path) -> str:
+    """What a file is by its first bytes: "zip", "legacy", "pickle", "gguf" or "safetensors".
+
+    UserError, naming the likely cause, when it is missing, empty, a web page, a git-lfs pointer,
+    or nothing known.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; expected a checkpoint file")
+    try:
+        with open(path, "rb") as f:
+            head = f.read(512)
+    except FileNotFoundError as e:
+        raise UserError(f"{path} does not exist") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    for kind, looks in _KINDS:
+        if looks(head):
+            return kind
+    raise UserError(f"{path} {_what_else(head)}")
+
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+_KINDS: list[tuple[str, Callable[[bytes], bool]]] = [
+    ("zip", lambda h: h[:4] == b"PK\x03\x04"),
+    ("legacy", lambda h: h.startswith(LEGACY_MAGIC)),
+    ("gguf", lambda h: h[:4] == b"GGUF"),
+    ("safetensors", lambda h: len(h) > 8 and h[8:9] == b"{" and h[7] == 0),
+    ("pickle", lambda h: h[:1] == b"\x80" and h[1:2] in b"\x01\x02\x03\x04\x05"),
+]
+
+
+def _what_else(head: bytes) -> str:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "is empty (0 bytes): the download failed, fetch it again"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page (HTML), not weights: the link led to a page; download the file itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file itself"
+    if not head.strip(b"\0"):
+        return "begins with zeros: the download is incomplete, fetch it again"
+    return (
+        f"is not a checkpoint (it begins with {head[:12]!r}): "
+        "expected .pth/.bin, .safetensors or .gguf"
+    )

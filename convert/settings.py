@@ -1,0 +1,143 @@
+"""What a variant implies, and --set key=value on top of it."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from minigpt4_jax.config import (
+    VARIANTS,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    QFormerConfig,
+    RopeScaling,
+    TokenizerConfig,
+    VisionConfig,
+)
+from minigpt4_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Values of one of the released systems (MiniGPT-4 and MiniGPT-v2 papers, stage-2 configs)."""
+
+    qformer: bool
+    lora: bool
+    merge_patches: int
+    image_scale: int  # image size over the size the position embedding was trained at
+    prompt_template: str
+    chat_template: str
+    end_symbol: str
+    max_text_length: int
+
+
+_TABLE = {
+    "minigpt4-vicuna": Variant(True, False, 1, 1, "###Human: {} ###Assistant: ", "vicuna0", "###", 160),
+    "minigpt4-llama2": Variant(False, False, 4, 1, "[INST] {} [/INST] ", "llama2", "</s>", 160),
+    "minigpt-v2": Variant(False, True, 4, 2, "[INST] {} [/INST]", "minigptv2", "</s>", 1024),
+}
+
+
+def variant_named(name: str) -> Variant:
+    """UserError lists the known ones."""
+    if name not in _TABLE:
+        raise UserError(f"--variant={name}: expected one of {', '.join(VARIANTS)}")
+    return _TABLE[name]
+
+
+# A language model's own chat format, told by a word of its Jinja template:
+# (word, chat_template, prompt_template, end_symbol)
+_CHAT_FORMATS = (
+    ("<|im_start|>", "chatml", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    (
+        "<|start_header_id|>", "llama3",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    ("[INST]", "mistral", "[INST] {} [/INST]", "</s>"),
+)  # fmt: skip
+
+
+def chat_format(template: str) -> dict[str, str]:
+    """Config fields for a language model with this Jinja chat template; {} when it is not known."""
+    for word, chat, prompt, end in _CHAT_FORMATS:
+        if word in template:
+            return {"chat_template": chat, "prompt_template": prompt, "end_symbol": end}
+    return {}
+
+
+# --- --set ----------------------------------------------------------------------------------------
+
+_PARTS = {
+    "vision": VisionConfig, "qformer": QFormerConfig, "llm": LlmConfig, "lora": LoraConfig,
+    "tokenizer": TokenizerConfig, "llm.rope_scaling": RopeScaling,
+}  # fmt: skip
+_ALIASES = {"image_size": "vision.image_size", "patch_size": "vision.patch_size"}
+
+
+def _known() -> dict[str, Any]:
+    """Dotted name -> type of every value --set can change."""
+    known: dict[str, Any] = {}
+    for prefix, cls in {"": ModelConfig, **_PARTS}.items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            name = f"{prefix}.{f.name}" if prefix else f.name
+            if name != "variant" and name not in _PARTS:
+                known[name] = hints[f.name]
+    return known
+
+
+def parse_settings(items: list[str]) -> dict[str, Any]:
+    """["vision.depth=3", ...] -> {"vision.depth": 3, ...}. UserError: unknown key, unfit value."""
+    known = _known()
+    values: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError(f"--set {item}: expected key=value")
+        name = _ALIASES.get(key, key)
+        if name not in known:
+            near = difflib.get_close_matches(key, [*known, *_ALIASES], n=3, cutoff=0.5)
+            near += [k for k in known if k.endswith("." + key.rpartition(".")[2]) and k not in near]
+            hint = f"did you mean {', '.join(near[:3])}?" if near else "see python -m convert build --help"
+            raise UserError(f"--set {key}: unknown key; {hint}")
+        values[name] = _parse(key, text, known[name])
+    return values
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    kind = next(k for k in options if k is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--set {key}={text}: expected {expected}") from None
+    if typing.get_origin(kind) is tuple:
+        return tuple(t for t in text.split(",") if t)
+    return text.replace("\\n", "\n").replace("\\t", "\t")  # what a shell passes on as two characters
+
+
+def apply_settings(config: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Put values into a nested configuration; returns those that have no place in this variant."""
+    unused = []
+    for name, value in values.items():
+        *path, last = name.split(".")
+        at: Any = config
+        for part in path:
+            at = at.get(part) if isinstance(at, dict) else None
+        if at is None:
+            unused.append(name)
+        else:
+            at[last] = value
+    return unused
