@@ -138,7 +138,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits (Pillow's modes I;16*, and I for PGM and TIFF) -> 8 bits; others as they are."""
+    """Gray of 16 bits (modes I;16*, and I of PGM and TIFF) -> 8 bits; other modes as they are."""
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray((values >> 8).astype(np.uint8))
