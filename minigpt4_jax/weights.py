@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,12 +273,17 @@ def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
 
 
 def load_model(
-    model_dir: Path | str, dtype: str = "float32", *, stacked: bool = True
+    model_dir: Path | str,
+    dtype: str = "float32",
+    *,
+    stacked: bool = True,
+    masters: Collection[str] = (),
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays, tensor by tensor.
 
     dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
-    (training), else as a list (generation). UserError for a damaged or incomplete directory.
+    (training), else as a list (generation). masters: parts that stay float32 because they are
+    trained. UserError for a damaged or incomplete directory.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -289,7 +294,8 @@ def load_model(
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
-        kind = parameter_dtype(path, jnp.dtype(DTYPES[dtype]))
+        exact = part_of(".".join(map(str, path))) in masters
+        kind = parameter_dtype(path, jnp.dtype(jnp.float32 if exact else DTYPES[dtype]))
         filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 

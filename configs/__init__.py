@@ -1,0 +1,1 @@
+"""Configurations of training runs: one `get_config(arg="")` a file."""

@@ -1,0 +1,1 @@
+"""Training: configuration, the step, checkpoints, logs, and the loop that joins them."""

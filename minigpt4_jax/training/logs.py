@@ -1,0 +1,144 @@
+"""What a run leaves to look at: lines, metrics.jsonl, samples.jsonl, TensorBoard, a progress bar."""
+
+import errno
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from minigpt4_jax.errors import UserError
+
+METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
+
+
+def import_tensorboard() -> None:
+    """Begin importing tensorboardX beside other work: it imports PyTorch where that is installed,
+    which takes seconds."""
+
+    def load() -> None:
+        import tensorboardX  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
+
+
+class RunLog:
+    """The log of the run in `workdir`, continued behind `step`: whatever was recorded after it by an
+    interrupted run is taken out first, and will be recorded again."""
+
+    def __init__(self, workdir: Path, step: int, steps: int):
+        self._workdir, self._step, self._writer = workdir, step, None
+        self._files: dict[str, IO[str]] = {}
+        for name in (METRICS, SAMPLES):
+            self._guard(lambda name=name: self._open(name, step))
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def _open(self, name: str, step: int) -> None:
+        path = self._workdir / name
+        _truncate(path, step)
+        self._files[name] = path.open("a", encoding="utf-8")
+
+    def line(self, text: str) -> None:
+        """One line for people, above the progress bar where there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def advance(self, step: int, loss: float) -> None:
+        """Move the progress bar to `step`."""
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append {"step": ..., name: number} to metrics.jsonl and TensorBoard."""
+        self._append(METRICS, record)
+        for name, value in record.items():
+            if name != "step":
+                self._tensorboard().add_scalar(name, value, record["step"])
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Append {"step", "image", "text"} to samples.jsonl and TensorBoard, and print it."""
+        self._append(SAMPLES, record)
+        name = Path(record["image"]).name
+        self._tensorboard().add_text(f"samples/{name}", record["text"], record["step"])
+        self.line(f"  {name}: {record['text']}")
+
+    def flush(self) -> None:
+        """Bring everything to disk: a checkpoint is only as good as the log up to it."""
+        for file in self._files.values():
+            self._guard(lambda file=file: (file.flush(), os.fsync(file.fileno())))
+        if self._writer is not None:
+            self._guard(self._writer.flush)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for file in self._files.values():
+            self._guard(file.close)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self._guard(lambda: self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n"))
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            folder = str(self._workdir / TENSORBOARD)
+            # TensorBoard drops what an interrupted run had written behind the checkpoint.
+            self._writer = SummaryWriter(folder, purge_step=self._step + 1 if self._step else None)
+        return self._writer
+
+    def _guard(self, write: Any) -> None:
+        try:
+            write()
+        except OSError as e:
+            raise cannot_write(self._workdir, e) from e
+
+
+def cannot_write(path: Path, e: OSError) -> UserError:
+    """One line for a failed write into the working directory."""
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = "the disk is full" if full else e.strerror or str(e)
+    return UserError(f"cannot write into {path}: {cause}")
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the whole records up to `step`; a torn last line of a killed run goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    new.replace(path)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, in order."""
+    path = workdir / METRICS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1h02m', 65 -> '1m05s', 7 -> '7s'."""
+    whole = int(round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
