@@ -1,0 +1,1 @@
+"""Generation: choosing tokens (sampling) and the compiled prefill and decode loop (engine)."""
