@@ -16,7 +16,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m convert", description="Convert weights to and from a model directory.")
+    parser = _Parser(
+        prog="python -m convert", description="Convert weights to and from a model directory."
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     b = commands.add_parser(
@@ -26,15 +28,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_BUILD_NOTES,
     )  # fmt: skip
-    b.add_argument("--variant", default=VARIANTS[0], help=f"{', '.join(VARIANTS)} (default: %(default)s)")
-    b.add_argument("--llm", type=Path, required=True, help="language model: Hugging Face directory or .gguf")
-    b.add_argument("--out", type=Path, required=True, help="model directory to make; must not exist")
-    b.add_argument("--vision", type=Path, help="eva_vit_g.pth, or this project's .safetensors or model directory")
+    b.add_argument(
+        "--variant", default=VARIANTS[0], help=f"{', '.join(VARIANTS)} (default: %(default)s)"
+    )
+    b.add_argument(
+        "--llm", type=Path, required=True, help="language model: Hugging Face directory or .gguf"
+    )
+    b.add_argument(
+        "--out", type=Path, required=True, help="model directory to make; must not exist"
+    )
+    b.add_argument(
+        "--vision",
+        type=Path,
+        help="eva_vit_g.pth, or this project's .safetensors or model directory",
+    )
     b.add_argument("--qformer", type=Path, help="blip2_pretrained_flant5xxl.pth, or as --vision")
     b.add_argument("--checkpoint", type=Path, help="fine-tuned MiniGPT-4 or MiniGPT-v2; without it the "
                    "projection is new, to be trained")  # fmt: skip
     b.add_argument("--llm-delta", type=Path, help="Vicuna delta, added to the LLaMA in --llm")
-    b.add_argument("--tokenizer", type=Path, help="directory of tokenizer files, instead of --llm's own")
+    b.add_argument(
+        "--tokenizer", type=Path, help="directory of tokenizer files, instead of --llm's own"
+    )
     b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
                    help="override an architecture value; may be repeated")  # fmt: skip
     b.add_argument("--llm-dtype", choices=("float32", "bfloat16", "float16"),
@@ -42,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
 
     e = commands.add_parser("export", help="write the trained part as the original's .pth")
-    e.add_argument("--model", type=Path, required=True, help="model directory, or one that training wrote")
+    e.add_argument(
+        "--model", type=Path, required=True, help="model directory, or one that training wrote"
+    )
     e.add_argument("--out", type=Path, required=True, help="file to write")
 
     i = commands.add_parser("inspect", help="say what a model directory holds")
@@ -63,9 +79,12 @@ Llama 3, Mistral) is prompted in it."""
 
 def _main() -> None:
     args = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written output is removed
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that half-written output is removed
     if args.command == "build":
-        from convert.build import Request, build
+        from convert.build import build
+        from convert.plan import Request
 
         fields = {k: v for k, v in vars(args).items() if k != "command"}
         build(Request(**fields))

@@ -9,8 +9,9 @@ from minigpt4_jax.errors import UserError
 
 Shape = tuple[int, ...]
 
-# Heads cannot be told from shapes: known at the released width only.
+# Heads cannot be told from shapes: known at the released width only. So is the number of blocks used.
 _VISION_HEADS = {1408: 16}
+_VISION_DEPTH = {1408: 39}
 _QFORMER_HEADS = {768: 12}
 
 
@@ -21,7 +22,12 @@ def layer_count(names: Mapping[str, Any], prefix: str) -> int:
 
 
 def vision_config(
-    shapes: Mapping[str, Shape], where: str, *, spare_block: bool, scale: int, given: Mapping[str, Any]
+    shapes: Mapping[str, Shape],
+    where: str,
+    *,
+    spare_block: bool,
+    scale: int,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """VisionConfig fields from raw tensor shapes under this project's names.
 
@@ -35,11 +41,16 @@ def vision_config(
     patch = _patch_size(shapes["vit.patch.weight"], where)
     grid = grid_side(shapes["vit.pos"][-2])
     if grid == 0:
-        raise UserError(f"{where}: {shapes['vit.pos'][-2]} positions are not 1 + a square grid of patches")
+        raise UserError(
+            f"{where}: {shapes['vit.pos'][-2]} positions are not 1 + a square grid of patches"
+        )
     blocks = layer_count(shapes, "vit.blocks.")
+    used = blocks - 1 if spare_block else blocks
+    if blocks in (39, 40):
+        used = _VISION_DEPTH.get(width, used)
     return {
         "width": width,
-        "depth": blocks - 1 if spare_block else blocks,
+        "depth": used,
         "heads": _heads("vision.heads", width, _VISION_HEADS, where, given),
         "mlp": shapes["vit.blocks.0.mlp.up.weight"][0],
         "patch_size": patch,
@@ -55,15 +66,27 @@ def _patch_size(kernel: Shape, where: str) -> int:
     return patch
 
 
-def qformer_config(shapes: Mapping[str, Shape], where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def qformer_config(
+    shapes: Mapping[str, Shape], where: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """QFormerConfig fields from raw tensor shapes under this project's names."""
-    cross = sorted({int(m[1]) for n in shapes if (m := re.match(r"qformer\.blocks\.(\d+)\.cross\.k\.weight", n))})
+    cross = sorted(
+        {
+            int(m[1])
+            for n in shapes
+            if (m := re.match(r"qformer\.blocks\.(\d+)\.cross\.k\.weight", n))
+        }
+    )
     if "qformer.query" not in shapes or not cross or "qformer.blocks.0.mlp.up.weight" not in shapes:
-        raise UserError(f"{where} holds no Q-Former: expected query_tokens and Qformer.bert.encoder layers")
+        raise UserError(
+            f"{where} holds no Q-Former: expected query_tokens and Qformer.bert.encoder layers"
+        )
     layers = layer_count(shapes, "qformer.blocks.")
     every = cross[1] - cross[0] if len(cross) > 1 else layers
     if cross != list(range(0, layers, every)):
-        raise UserError(f"{where}: cross-attention in layers {cross} of {layers} follows no regular step")
+        raise UserError(
+            f"{where}: cross-attention in layers {cross} of {layers} follows no regular step"
+        )
     queries, hidden = shapes["qformer.query"][-2:]
     return {
         "queries": queries,
@@ -76,11 +99,15 @@ def qformer_config(shapes: Mapping[str, Shape], where: str, given: Mapping[str, 
     }
 
 
-def _heads(key: str, width: int, known: Mapping[int, int], where: str, given: Mapping[str, Any]) -> int:
+def _heads(
+    key: str, width: int, known: Mapping[int, int], where: str, given: Mapping[str, Any]
+) -> int:
     if key in given:
         return given[key]
     if width not in known:
-        raise UserError(f"{where}: shapes do not tell how many heads its width {width} has: give --set {key}=N")
+        raise UserError(
+            f"{where}: shapes do not tell how many heads its width {width} has: give --set {key}=N"
+        )
     return known[width]
 
 

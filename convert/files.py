@@ -108,7 +108,9 @@ def _what_else(head: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "is a web page (HTML), not weights: the link led to a page; download the file itself"
     if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file itself"
+        return (
+            "is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file itself"
+        )
     if not head.strip(b"\0"):
         return "begins with zeros: the download is incomplete, fetch it again"
     return (

@@ -24,15 +24,21 @@ class Gguf:
 
     def __init__(self, path: Path):
         if sniff(path) != "gguf":
-            raise UserError(f"{path} is not a GGUF file; a Hugging Face model is given as its directory")
+            raise UserError(
+                f"{path} is not a GGUF file; a Hugging Face model is given as its directory"
+            )
         self.path = path
         self._file = HashedFile(path)
         parsed = _parse(path)
         if parsed.byte_order != "I":
-            raise UserError(f"{path} has the byte order of another kind of machine; convert it there")
+            raise UserError(
+                f"{path} has the byte order of another kind of machine; convert it there"
+            )
         self._values = parsed.fields
         if (self.field("split.count") or 1) > 1:
-            raise UserError(f"{path} is one part of several; join them with llama-gguf-split --merge")
+            raise UserError(
+                f"{path} is one part of several; join them with llama-gguf-split --merge"
+            )
         self.tensors = {t.name: self._tensor(t) for t in parsed.tensors}
         self.reader = Reader(str(path), self.tensors, [self._file])
 
@@ -45,7 +51,9 @@ class Gguf:
         shape = tuple(int(n) for n in reversed(t.shape))
         start, count = int(t.data_offset), int(t.n_bytes)
         if start + count > self._file.size:
-            raise UserError(f"{self.path} is truncated: {t.name} ends past its end; download it again")
+            raise UserError(
+                f"{self.path} is truncated: {t.name} ends past its end; download it again"
+            )
         plain = _PLAIN.get(t.tensor_type.name)
         dtype = DTYPES[plain or "float32"]
 
@@ -76,12 +84,16 @@ class Gguf:
             value = self.field(f"{arch}.{theirs}")
             if isinstance(value, list):
                 if len(set(value)) != 1:
-                    raise UserError(f"{self.path}: {arch}.{theirs} differs between layers: not supported")
+                    raise UserError(
+                        f"{self.path}: {arch}.{theirs} differs between layers: not supported"
+                    )
                 value = value[0]
             if value is not None:
                 config[ours] = value
         if missing := [k for k in _NEEDED if k not in config]:
-            raise UserError(f"{self.path}: metadata lacks {arch}.{_FIELDS[missing[0]]}; convert it again")
+            raise UserError(
+                f"{self.path}: metadata lacks {arch}.{_FIELDS[missing[0]]}; convert it again"
+            )
         config["rms_norm_eps"] = _short(config["rms_norm_eps"])
         return self._finish(config)
 
@@ -89,7 +101,9 @@ class Gguf:
         """Facts that the tensors tell, and the rotary embedding."""
         arch, names = self.architecture, self.tensors
         if "token_embd.weight" not in names:
-            raise UserError(f"{self.path} has no token_embd.weight: it does not hold a language model")
+            raise UserError(
+                f"{self.path} has no token_embd.weight: it does not hold a language model"
+            )
         config["vocab_size"] = names["token_embd.weight"].shape[0]
         config["tie_word_embeddings"] = "output.weight" not in names
         config["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -97,7 +111,9 @@ class Gguf:
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         rotated = self.field(f"{arch}.rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:
-            raise UserError(f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: not supported")
+            raise UserError(
+                f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: not supported"
+            )
         kind = self.field(f"{arch}.rope.scaling.type", "none")
         if kind != "none":
             factor = self.field(f"{arch}.rope.scaling.factor", 1.0)
@@ -133,7 +149,13 @@ _FIELDS = {
     "rope_theta": "rope.freq_base",
     "max_position_embeddings": "context_length",
 }
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
+_NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+)
 
 
 def _short(value: float) -> float:

@@ -31,7 +31,9 @@ def tokenizer_files(source: Gguf) -> dict[str, bytes]:
         files = {"tokenizer.model": sentencepiece_model(tokens, scores, kinds, bool(prefix))}
         config = {"tokenizer_class": "LlamaTokenizer"}
     else:
-        raise UserError(f"{source.path}: tokenizer {model!r} is not supported: give --tokenizer=DIR")
+        raise UserError(
+            f"{source.path}: tokenizer {model!r} is not supported: give --tokenizer=DIR"
+        )
     config |= _special(source, tokens)
     files["tokenizer_config.json"] = json.dumps(config, indent=1, ensure_ascii=False).encode()
     return files
@@ -72,7 +74,13 @@ PRE_TOKENIZERS = (
     | {"tekken": [_TEKKEN]}
     | {"default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]}
 )
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # a whole word in the vocabulary wins
+_IGNORE_MERGES = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "tekken",
+)  # a whole word in the vocabulary wins
 
 
 def _byte_level(source: Gguf, tokens: list[str], kinds: list[int]) -> str:
@@ -89,7 +97,9 @@ def _byte_level(source: Gguf, tokens: list[str], kinds: list[int]) -> str:
     try:
         bpe = models.BPE(vocab, merges, ignore_merges=pre in _IGNORE_MERGES)
     except Exception as e:  # the library raises its own base class
-        raise UserError(f"{source.path}: its tokenizer is damaged ({e}): give --tokenizer=DIR") from e
+        raise UserError(
+            f"{source.path}: its tokenizer is damaged ({e}): give --tokenizer=DIR"
+        ) from e
     made = Tokenizer(bpe)
     cuts = [pre_tokenizers.Split(Regex(r), "isolated") for r in PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,7 +119,9 @@ def _merge(text: str) -> tuple[str, str]:
 # --- sentencepiece --------------------------------------------------------------------------------
 
 
-def sentencepiece_model(tokens: list[str], scores: list[float], kinds: list[int], prefix: bool) -> bytes:
+def sentencepiece_model(
+    tokens: list[str], scores: list[float], kinds: list[int], prefix: bool
+) -> bytes:
     """A sentencepiece ModelProto (sentencepiece_model.proto) of LLaMA's kind: BPE, byte fallback,
     no normalization, and (prefix) a space before the text."""
     pieces = []

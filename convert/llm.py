@@ -38,7 +38,9 @@ class LanguageModel:
         if "tokenizer_config.json" not in self.tokenizer:
             return ""
         try:
-            template = json.loads(_text(self.tokenizer["tokenizer_config.json"])).get("chat_template")
+            template = json.loads(_text(self.tokenizer["tokenizer_config.json"])).get(
+                "chat_template"
+            )
         except (ValueError, AttributeError):
             return ""
         if isinstance(template, list):  # several, each with a name
@@ -48,7 +50,9 @@ class LanguageModel:
 
 
 def _text(content: Path | bytes) -> str:
-    return (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", "replace")
+    return (content if isinstance(content, bytes) else content.read_bytes()).decode(
+        "utf-8", "replace"
+    )
 
 
 def open_llm(path: Path, delta: Path | None = None, tokenizer: Path | None = None) -> LanguageModel:
@@ -59,7 +63,9 @@ def open_llm(path: Path, delta: Path | None = None, tokenizer: Path | None = Non
         if len(found := sorted(path.glob("*.gguf"))) == 1:
             path = found[0]
         else:
-            raise UserError(f"--llm: {path} has no config.json; expected a Hugging Face model directory")
+            raise UserError(
+                f"--llm: {path} has no config.json; expected a Hugging Face model directory"
+            )
     if path.is_dir():
         return _open_hf(path, delta, tokenizer)
     if delta is not None:
@@ -110,7 +116,9 @@ def find_tokenizer(folder: Path) -> dict[str, Path | bytes]:
     found: dict[str, Path | bytes] = {
         name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()
     }
-    settings = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
+    settings = (
+        read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
+    )
     if "tokenizer_class" not in settings and (folder / "config.json").is_file():
         found["config.json"] = folder / "config.json"  # names the tokenizer's class by model_type
     return found
@@ -134,7 +142,9 @@ def _add_delta(path: Path, base: Reader, delta_path: Path) -> Reader:
             problems.append(f"{name} is {have} in the base, {more} in the delta")
     if problems:
         more_text = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError("--llm-delta does not belong to --llm: " + "; ".join(problems[:6]) + more_text)
+        raise UserError(
+            "--llm-delta does not belong to --llm: " + "; ".join(problems[:6]) + more_text
+        )
     names = {theirs[n].key: mine[n].key for n in theirs}
     return combined(f"{path} + {delta_path}", base, delta, add_delta, names)
 

@@ -101,7 +101,8 @@ def _is_known(g: Global) -> bool:
         or any(name == n or (n.endswith(".") and name.startswith(n)) for n in INERT)
         or (g.module in ("torch", "torch.storage") and g.name.endswith("Storage"))
         or (g.module == "torch" and g.name in _DTYPES)
-        or name in ("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str")
+        or name
+        in ("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str")
     )
 
 

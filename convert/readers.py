@@ -81,7 +81,9 @@ def _open_shards(folder: Path, index: Path) -> Reader:
     if bad := [n for n in names if Path(n).name != n]:
         raise UserError(f"{index} names a file outside its directory: {bad[0]}")
     if absent := [n for n in names if not (folder / n).is_file()]:
-        raise UserError(f"{folder} lacks {', '.join(absent)}, named in {index.name}: download again")
+        raise UserError(
+            f"{folder} lacks {', '.join(absent)}, named in {index.name}: download again"
+        )
     reader = _join(folder, [open_file(folder / n) for n in names])
     if absent := [k for k in weight_map if k not in reader.tensors]:
         raise UserError(
@@ -109,7 +111,9 @@ def combined(
     """Tensors of delta, each joined with base's of the same meaning (`names`: delta's -> base's)."""
 
     def make(d: Tensor, b: Tensor) -> Tensor:
-        return Tensor(d.shape, b.dtype, d.nbytes + b.nbytes, lambda: add(b.load(), d.load()), d.order)
+        return Tensor(
+            d.shape, b.dtype, d.nbytes + b.nbytes, lambda: add(b.load(), d.load()), d.order
+        )
 
     tensors = {d: make(delta.tensors[d], base.tensors[b]) for d, b in names.items()}
     return Reader(label, tensors, [*base.files, *delta.files])

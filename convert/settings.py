@@ -33,8 +33,9 @@ class Variant:
     max_text_length: int
 
 
+_VICUNA = "###Human: {} ###Assistant: "
 _TABLE = {
-    "minigpt4-vicuna": Variant(True, False, 1, 1, "###Human: {} ###Assistant: ", "vicuna0", "###", 160),
+    "minigpt4-vicuna": Variant(True, False, 1, 1, _VICUNA, "vicuna0", "###", 160),
     "minigpt4-llama2": Variant(False, False, 4, 1, "[INST] {} [/INST] ", "llama2", "</s>", 160),
     "minigpt-v2": Variant(False, True, 4, 2, "[INST] {} [/INST]", "minigptv2", "</s>", 1024),
 }
@@ -47,23 +48,33 @@ def variant_named(name: str) -> Variant:
     return _TABLE[name]
 
 
+_LLAMA3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
 # A language model's own chat format, told by a word of its Jinja template:
 # (word, chat_template, prompt_template, end_symbol)
 _CHAT_FORMATS = (
-    ("<|im_start|>", "chatml", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
     (
-        "<|start_header_id|>", "llama3",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|im_start|>",
+        "chatml",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    (
+        "<|start_header_id|>",
+        "llama3",
+        _LLAMA3_ROLE.format("user") + "{}<|eot_id|>" + _LLAMA3_ROLE.format("assistant"),
         "<|eot_id|>",
     ),
     ("[INST]", "mistral", "[INST] {} [/INST]", "</s>"),
-)  # fmt: skip
+)
 
 
 def chat_format(template: str) -> dict[str, str]:
-    """Config fields for a language model with this Jinja chat template; {} when it is not known."""
+    """Config fields for a language model with this Jinja chat template; {} when it is not known.
+
+    Llama 2's (it has <<SYS>>) is not here: the variants' own formats were made for it.
+    """
     for word, chat, prompt, end in _CHAT_FORMATS:
-        if word in template:
+        if word in template and "<<SYS>>" not in template:
             return {"chat_template": chat, "prompt_template": prompt, "end_symbol": end}
     return {}
 
@@ -100,9 +111,10 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {item}: expected key=value")
         name = _ALIASES.get(key, key)
         if name not in known:
-            near = difflib.get_close_matches(key, [*known, *_ALIASES], n=3, cutoff=0.5)
-            near += [k for k in known if k.endswith("." + key.rpartition(".")[2]) and k not in near]
-            hint = f"did you mean {', '.join(near[:3])}?" if near else "see python -m convert build --help"
+            near = [k for k in known if k.endswith("." + key.rpartition(".")[2])]
+            near += difflib.get_close_matches(key, [*known, *_ALIASES], n=3, cutoff=0.5)
+            near = list(dict.fromkeys(near))[:3]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
             raise UserError(f"--set {key}: unknown key; {hint}")
         values[name] = _parse(key, text, known[name])
     return values
@@ -116,16 +128,18 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
+        if kind in (int, float):
+            value = kind(text)
+            if value < 0 or (value == 0 and "_id" not in key and "dropout" not in key):
+                raise ValueError
+            return value
     except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        expected = {bool: "true or false", int: "a whole number > 0", float: "a number > 0"}[kind]
         raise UserError(f"--set {key}={text}: expected {expected}") from None
     if typing.get_origin(kind) is tuple:
         return tuple(t for t in text.split(",") if t)
-    return text.replace("\\n", "\n").replace("\\t", "\t")  # what a shell passes on as two characters
+    # a shell passes a line break on as two characters
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def apply_settings(config: dict[str, Any], values: dict[str, Any]) -> list[str]:

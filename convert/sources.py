@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.llm import LanguageModel
-from convert.readers import Reader, open_file, read_json
+from convert.readers import Reader, open_file
 from convert.tables import BLIP2, EVA, FINE_TUNED, LLM, OWN, Match, Table, match
+from convert.tensors import Tensor
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.weights import model_chain, read_config
 
 _WHAT = {
     EVA.name: "an EVA-ViT file, which goes to --vision",
@@ -43,31 +45,73 @@ class Source:
         }
 
 
+@dataclass
+class Sources:
+    """What was opened. `vision` and `qformer` may be one file."""
+
+    vision: Source
+    qformer: Source | None
+    llm: Source
+    checkpoint: Source | None
+
+    def all(self) -> list[Source]:
+        """Each once."""
+        distinct: list[Source] = []
+        for s in (self.vision, self.qformer, self.llm, self.checkpoint):
+            if s is not None and all(s is not d for d in distinct):
+                distinct.append(s)
+        return distinct
+
+
+def lora_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Shapes of the LoRA weights a source holds."""
+    return {name: shape for name, shape in source.shapes().items() if ".lora_" in name}
+
+
 def open_source(option: str, path: Path, accepted: tuple[Table, ...]) -> Source:
     """Open a checkpoint and recognise it by its keys. UserError when it is something else."""
-    sizes = {}
-    if path.is_dir():  # a model directory of this project
-        config = read_json(path / "model.json").get("config", {})
-        sizes = {k: config[k] for k in ("vision", "qformer") if isinstance(config.get(k), dict)}
-        reader = _open_own_directory(path)
+    if path.is_dir():
+        reader, sizes = _open_model_directory(option, path)
     else:
         reader = open_file(path)
-        if "config" in reader.metadata:
-            sizes = json.loads(reader.metadata["config"])
+        sizes = _sizes_in(reader)
     counts = {t.name: len(match(t, reader.tensors)[0]) for t in (OWN, EVA, BLIP2, LLM, FINE_TUNED)}
     best = max(counts, key=lambda name: counts[name])
     table = next((t for t in accepted if t.name == best), None)
     if table is None or counts[best] == 0:
-        what = _WHAT[best] if counts[best] else f"unknown (its first keys: {', '.join(list(reader.tensors)[:3])})"
-        raise UserError(f"{option}: {path} is {what}; expected {' or '.join(t.name for t in accepted)}")
+        what = _WHAT[best]
+        if counts[best] == 0:
+            what = f"unknown (its first keys: {', '.join(list(reader.tensors)[:3])})"
+        expected = " or ".join(t.name for t in accepted)
+        raise UserError(f"{option}: {path} is {what}; expected {expected}")
     found, unknown = match(table, reader.tensors)
     return Source(option, reader, table, found, unknown, sizes)
 
 
-def _open_own_directory(folder: Path) -> Reader:
-    parts = [open_file(p) for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("llm")]
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    return Reader(str(folder), tensors, [f for part in parts for f in part.files])
+def _sizes_in(reader: Reader) -> dict[str, Any]:
+    """{"vision": VisionConfig fields, "qformer": ...} that our .safetensors files carry along."""
+    try:
+        sizes = json.loads(reader.metadata.get("config", "{}"))
+        return {part: dict(sizes[part]) for part in ("vision", "qformer") if sizes.get(part)}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{reader.label}: its metadata is damaged ({e})") from e
+
+
+def _open_model_directory(option: str, folder: Path) -> tuple[Reader, dict[str, Any]]:
+    """The vision and trained parts of a model directory, and of the ones it is based on."""
+    if not (folder / "model.json").is_file():
+        raise UserError(f"{option}: {folder} is a directory without model.json; expected a file")
+    config = read_config(folder).to_dict()
+    tensors: dict[str, Tensor] = {}
+    files = []
+    for part in model_chain(folder):
+        for path in sorted(part.glob("*.safetensors")):
+            if not path.name.startswith("llm"):
+                opened = open_file(path)
+                tensors = opened.tensors | tensors  # the first in the chain counts
+                files += opened.files
+    sizes = {part: config[part] for part in ("vision", "qformer") if config[part]}
+    return Reader(str(folder), tensors, files), sizes
 
 
 def llm_source(model: LanguageModel) -> Source:

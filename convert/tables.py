@@ -1,13 +1,13 @@
 """Which key of a checkpoint becomes which parameter: one table a format, strict both ways.
 
-A key matches exactly one rule, or is on the table's ignore list, or is reported. A `{}` in a pattern
-stands for a layer number.
+A key matches exactly one rule, or is on the table's ignore list, or is reported.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -37,9 +37,7 @@ FLATTEN = Transform(
 )
 POSITIONS = Transform(
     lambda have, want: have[-1] == want[-1],
-    lambda x, want: (
-        x.reshape(want) if x.shape[-2:] == want else resample_positions(x, want[0])
-    ),
+    lambda x, want: x.reshape(want) if x.shape[-2:] == want else resample_positions(x, want[0]),
 )
 
 
@@ -55,11 +53,31 @@ def unpermute(heads: int) -> Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys that match `pattern` become `target` (a regex replacement)."""
+    """Keys like `key` become parameters like `target`; {} stands for a number, {*} for anything."""
 
-    pattern: re.Pattern[str]
+    key: str
     target: str
     transform: Transform = KEEP
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(_expression(self.key))
+
+    def under(self, prefix: str) -> "Rule":
+        """The same rule for keys that begin with `prefix`."""
+        return Rule(prefix + self.key, self.target, self.transform)
+
+
+def _expression(template: str) -> str:
+    return re.escape(template).replace(r"\{\*\}", "(.+)").replace(r"\{\}", r"(\d+)")
+
+
+def translate(source: str, target: str, name: str) -> str | None:
+    """`name`, if it looks like the template `source`, as the template `target` has it."""
+    if not (m := re.fullmatch(_expression(source), name)):
+        return None
+    parts = iter(m.groups())
+    return re.sub(r"\{\*?\}", lambda _: next(parts), target)
 
 
 @dataclass
@@ -87,35 +105,36 @@ def match(table: Table, keys: Iterable[str]) -> tuple[dict[str, Match], list[str
     found: dict[str, Match] = {}
     unknown = []
     for key in keys:
-        for rule in table.rules:
-            if m := rule.pattern.fullmatch(key):
-                target = m.expand(rule.target)
-                if target in found:
-                    raise UserError(f"{table.name}: {found[target].key} and {key} are the same parameter")
-                found[target] = Match(key, rule.transform)
-                break
-        else:
+        rule = next((r for r in table.rules if r.pattern.fullmatch(key)), None)
+        if rule is None:
             if not any(p.fullmatch(key) for p in table.ignored):
                 unknown.append(key)
+            continue
+        target = translate(rule.key, rule.target, key) or rule.target
+        if target in found:
+            other = found[target].key
+            raise UserError(f"{table.name}: {other} and {key} are the same parameter")
+        found[target] = Match(key, rule.transform)
     return found, unknown
 
 
-def _rules(pairs: Iterable[tuple], source: str = "", target: str = "") -> list[Rule]:
-    made = []
-    for key, name, *transform in pairs:
-        pattern = re.escape(source) + re.escape(key).replace(r"\{\}", r"(\d+)")
-        made.append(Rule(re.compile(pattern), target + name.replace("{}", r"\1"), *transform))
-    return made
+def original_key(table: Table, name: str) -> str | None:
+    """The key a table has for one of this project's parameters."""
+    for rule in table.rules:
+        if key := translate(rule.target, rule.key, name):
+            return key
+    return None
 
 
-def _layers(source: str, target: str, pairs: Iterable[tuple[str, str]]) -> list[Rule]:
-    """Rules for modules in a layer: weight and bias of each `module -> module`."""
-    out = []
-    for key, name in pairs:
-        weight = "scale" if name.rpartition(".")[2].startswith(("norm", "q_norm", "k_norm")) else "weight"
-        out.append((f"{source}{key}.weight", f"{target}{name}.{weight}"))
-        out.append((f"{source}{key}.bias", f"{target}{name}.bias"))
-    return _rules(out)
+def _layers(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
+    """Rules for weight and bias of each `their module -> our module`; a norm's weight is its scale."""
+    rules = []
+    for theirs, ours in modules:
+        is_norm = ours.rpartition(".")[2].startswith(("norm", "q_norm", "k_norm"))
+        weight = "scale" if is_norm else "weight"
+        rules.append(Rule(f"{source}{theirs}.weight", f"{target}{ours}.{weight}"))
+        rules.append(Rule(f"{source}{theirs}.bias", f"{target}{ours}.bias"))
+    return rules
 
 
 def _ignore(*patterns: str) -> list[re.Pattern[str]]:
@@ -124,46 +143,58 @@ def _ignore(*patterns: str) -> list[re.Pattern[str]]:
 
 # --- EVA-ViT-g (the original's eva_vit.py) ------------------------------------------------------
 
-_VIT = _rules(
-    [
-        ("cls_token", "vit.cls", RESHAPE),
-        ("pos_embed", "vit.pos", POSITIONS),
-        ("patch_embed.proj.weight", "vit.patch.weight", FLATTEN),
-        ("patch_embed.proj.bias", "vit.patch.bias"),
-        ("blocks.{}.attn.q_bias", "vit.blocks.{}.attn.q_bias"),
-        ("blocks.{}.attn.v_bias", "vit.blocks.{}.attn.v_bias"),
-        ("blocks.{}.attn.qkv.weight", "vit.blocks.{}.attn.qkv.weight"),
-    ]
-) + _layers(
-    "blocks.{}.", "vit.blocks.{}.",
-    [("norm1", "norm1"), ("norm2", "norm2"), ("attn.proj", "attn.out"), ("mlp.fc1", "mlp.up"), ("mlp.fc2", "mlp.down")],
-)  # fmt: skip
+_VIT = [
+    Rule("cls_token", "vit.cls", RESHAPE),
+    Rule("pos_embed", "vit.pos", POSITIONS),
+    Rule("patch_embed.proj.weight", "vit.patch.weight", FLATTEN),
+    Rule("patch_embed.proj.bias", "vit.patch.bias"),
+    Rule("blocks.{}.attn.q_bias", "vit.blocks.{}.attn.q_bias"),
+    Rule("blocks.{}.attn.v_bias", "vit.blocks.{}.attn.v_bias"),
+    Rule("blocks.{}.attn.qkv.weight", "vit.blocks.{}.attn.qkv.weight"),
+    *_layers(
+        "blocks.{}.",
+        "vit.blocks.{}.",
+        [
+            ("norm1", "norm1"),
+            ("norm2", "norm2"),
+            ("attn.proj", "attn.out"),
+            ("mlp.fc1", "mlp.up"),
+            ("mlp.fc2", "mlp.down"),
+        ],
+    ),
+]
 
 EVA = Table("EVA-ViT", _VIT, _ignore(r"(head|norm|fc_norm|lm_head)\.(weight|bias)", "mask_token"))
 
 # --- BLIP-2 (Q-Former and ln_vision) ------------------------------------------------------------
 
-_LN_VISION = _rules([("ln_vision.weight", "ln_vision.scale"), ("ln_vision.bias", "ln_vision.bias")])
-_QFORMER = _rules([("query_tokens", "qformer.query", RESHAPE)]) + _layers(
-    "Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]
-) + _layers(
-    "Qformer.bert.encoder.layer.{}.", "qformer.blocks.{}.",
-    [
-        (f"{theirs}.{key}", f"{ours}.{name}")
-        for theirs, ours in (("attention", "attn"), ("crossattention", "cross"))
-        for key, name in (
-            ("self.query", "q"), ("self.key", "k"), ("self.value", "v"),
-            ("output.dense", "out"), ("output.LayerNorm", "norm"),
-        )
-    ]
-    + [
-        ("intermediate_query.dense", "mlp.up"),
-        ("output_query.dense", "mlp.down"),
-        ("output_query.LayerNorm", "mlp.norm"),
-    ],
-)  # fmt: skip
+_LN_VISION = _layers("", "", [("ln_vision", "ln_vision")])
+_ATTENTION = [
+    ("self.query", "q"),
+    ("self.key", "k"),
+    ("self.value", "v"),
+    ("output.dense", "out"),
+    ("output.LayerNorm", "norm"),
+]
+_QFORMER = [
+    Rule("query_tokens", "qformer.query", RESHAPE),
+    *_layers("Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]),
+    *_layers("Qformer.bert.encoder.layer.{}.attention.", "qformer.blocks.{}.attn.", _ATTENTION),
+    *_layers(
+        "Qformer.bert.encoder.layer.{}.crossattention.", "qformer.blocks.{}.cross.", _ATTENTION
+    ),
+    *_layers(
+        "Qformer.bert.encoder.layer.{}.",
+        "qformer.blocks.{}.mlp.",
+        [
+            ("intermediate_query.dense", "up"),
+            ("output_query.dense", "down"),
+            ("output_query.LayerNorm", "norm"),
+        ],
+    ),
+]
 _QFORMER_TEXT = (  # the Q-Former's text branch, which MiniGPT-4 removes
-    r"Qformer\.bert\.embeddings\.(position_ids|word_embeddings\.weight|position_embeddings\.weight)",
+    r"Qformer\.bert\.embeddings\.(position_ids|(word|position)_embeddings\.weight)",
     r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*",
     r"Qformer\.cls\..*",
 )
@@ -171,85 +202,104 @@ _QFORMER_TEXT = (  # the Q-Former's text branch, which MiniGPT-4 removes
 BLIP2 = Table(
     "BLIP-2",
     _QFORMER + _LN_VISION,
-    _ignore(*_QFORMER_TEXT, r"(t5|opt)_proj\.(weight|bias)", r"(vision|text)_proj\..*", r"itm_head\..*", "temp"),
-)  # fmt: skip
+    _ignore(
+        *_QFORMER_TEXT,
+        r"(t5|opt|vision|text)_proj\.(weight|bias)",
+        r"itm_head\.(weight|bias)",
+        "temp",
+    ),
+)
 
 # --- language models in the Hugging Face layout (LLaMA, Vicuna, Mistral, Qwen, SmolLM2) ----------
 
-
-def _optional_model(rules: list[Rule]) -> list[Rule]:
-    return [Rule(re.compile(r"(?:model\.)?" + r.pattern.pattern), r.target, r.transform) for r in rules]
-
-
 _LLM_LAYER = [
-    ("input_layernorm", "norm1"), ("post_attention_layernorm", "norm2"),
-    ("self_attn.q_proj", "attn.q"), ("self_attn.k_proj", "attn.k"), ("self_attn.v_proj", "attn.v"),
-    ("self_attn.o_proj", "attn.o"), ("self_attn.q_norm", "attn.q_norm"), ("self_attn.k_norm", "attn.k_norm"),
-    ("mlp.gate_proj", "mlp.gate"), ("mlp.up_proj", "mlp.up"), ("mlp.down_proj", "mlp.down"),
-]  # fmt: skip
+    ("input_layernorm", "norm1"),
+    ("post_attention_layernorm", "norm2"),
+    ("self_attn.q_proj", "attn.q"),
+    ("self_attn.k_proj", "attn.k"),
+    ("self_attn.v_proj", "attn.v"),
+    ("self_attn.o_proj", "attn.o"),
+    ("self_attn.q_norm", "attn.q_norm"),
+    ("self_attn.k_norm", "attn.k_norm"),
+    ("mlp.gate_proj", "mlp.gate"),
+    ("mlp.up_proj", "mlp.up"),
+    ("mlp.down_proj", "mlp.down"),
+]
+_LLM_BODY = [
+    Rule("embed_tokens.weight", "llm.embed"),
+    Rule("norm.weight", "llm.norm.scale"),
+    *_layers("layers.{}.", "llm.blocks.{}.", _LLM_LAYER),
+]
 _ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
 
 LLM = Table(
     "language model",
-    _optional_model(
-        _rules([("embed_tokens.weight", "llm.embed"), ("norm.weight", "llm.norm.scale")])
-        + _layers("layers.{}.", "llm.blocks.{}.", _LLM_LAYER)
-    )
-    + _rules([("lm_head.weight", "llm.head.weight")]),
+    [
+        *(r.under("model.") for r in _LLM_BODY),
+        *_LLM_BODY,
+        Rule("lm_head.weight", "llm.head.weight"),
+    ],
     _ignore(_ROTARY),
 )
 
+_GGUF_LAYER = [
+    ("attn_norm", "norm1"),
+    ("ffn_norm", "norm2"),
+    ("attn_q", "attn.q"),
+    ("attn_k", "attn.k"),
+    ("attn_v", "attn.v"),
+    ("attn_output", "attn.o"),
+    ("attn_q_norm", "attn.q_norm"),
+    ("attn_k_norm", "attn.k_norm"),
+    ("ffn_gate", "mlp.gate"),
+    ("ffn_up", "mlp.up"),
+    ("ffn_down", "mlp.down"),
+]
+
 
 def gguf_table(heads: int, kv_heads: int, permuted: bool) -> Table:
-    """llama.cpp's names. permuted: query and key rows are reordered (its "llama" architecture only)."""
-    layer = [
-        ("attn_norm", "norm1"), ("ffn_norm", "norm2"), ("attn_q", "attn.q"), ("attn_k", "attn.k"),
-        ("attn_v", "attn.v"), ("attn_output", "attn.o"), ("attn_q_norm", "attn.q_norm"),
-        ("attn_k_norm", "attn.k_norm"), ("ffn_gate", "mlp.gate"), ("ffn_up", "mlp.up"), ("ffn_down", "mlp.down"),
-    ]  # fmt: skip
-    rules = _rules(
-        [
-            ("token_embd.weight", "llm.embed"),
-            ("output_norm.weight", "llm.norm.scale"),
-            ("output.weight", "llm.head.weight"),
-        ]
-    ) + _layers("blk.{}.", "llm.blocks.{}.", layer)
+    """llama.cpp's names. permuted: query and key rows are reordered ("llama" architecture only)."""
+    rules = [
+        Rule("token_embd.weight", "llm.embed"),
+        Rule("output_norm.weight", "llm.norm.scale"),
+        Rule("output.weight", "llm.head.weight"),
+        *_layers("blk.{}.", "llm.blocks.{}.", _GGUF_LAYER),
+    ]
     if permuted:
-        by_name = {r"attn_q\.": unpermute(heads), r"attn_k\.": unpermute(kv_heads)}
-        for part, transform in by_name.items():
-            rules = [Rule(r.pattern, r.target, transform) if part in r.pattern.pattern else r for r in rules]
+        turned = {".attn_q.": unpermute(heads), ".attn_k.": unpermute(kv_heads)}
+        rules = [
+            Rule(r.key, r.target, next((t for part, t in turned.items() if part in r.key), KEEP))
+            for r in rules
+        ]
     return Table("GGUF", rules, _ignore(r"rope_freqs\.weight"))
 
 
 # --- fine-tuned MiniGPT-4 checkpoints: what was not frozen --------------------------------------
 
+_PEFT = "llama_model.base_model.model.model.layers.{}.self_attn."
 _LORA = [
-    Rule(
-        re.compile(
-            r"llama_model\.base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkvo])_proj"
-            rf"\.lora_{source}\.(?:default\.)?weight"  # peft 0.2, and 0.3 on
-        ),
-        rf"llm.blocks.\1.attn.\2.lora_{target}",
-    )
-    for source, target in (("A", "a"), ("B", "b"))
+    Rule(f"{_PEFT}{n}_proj.lora_{theirs}.{middle}weight", f"llm.blocks.{{}}.attn.{n}.lora_{ours}")
+    for middle in ("", "default.")  # peft 0.2, and 0.3 on
+    for n in "qkvo"
+    for theirs, ours in (("A", "a"), ("B", "b"))
 ]
 
 FINE_TUNED = Table(
     "fine-tuned checkpoint",
-    _layers("", "", [("llama_proj", "projection")])
-    + _LORA
-    + _QFORMER
-    + _LN_VISION
-    + [Rule(re.compile(r"visual_encoder\." + r.pattern.pattern), r.target, r.transform) for r in _VIT],
+    [
+        *_layers("", "", [("llama_proj", "projection")]),
+        *_LORA,
+        *_QFORMER,
+        *_LN_VISION,
+        *(r.under("visual_encoder.") for r in _VIT),
+    ],
     _ignore(r"llama_model\." + _ROTARY, *_QFORMER_TEXT),
 )
 
 # --- this project's own files -------------------------------------------------------------------
 
+_OWN = ("vit.{*}", "ln_vision.{*}", "qformer.{*}", "projection.{*}", "llm.blocks.{}.attn.{*}")
 OWN = Table(
     "this project's weights",
-    [
-        Rule(re.compile(r"vit\.pos"), "vit.pos", POSITIONS),
-        Rule(re.compile(r"((vit|qformer|ln_vision|projection)\..*)"), r"\1"),
-    ],
+    [Rule("vit.pos", "vit.pos", POSITIONS), *(Rule(name, name) for name in _OWN)],
 )

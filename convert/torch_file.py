@@ -71,7 +71,9 @@ def _tensor(file: HashedFile, name: str, ref: TensorRef, locate: Locate, swap: b
         shift = int(storage.view[1]) * stored.itemsize
     if shift + (ref.offset + span(ref.shape, ref.stride)) * dtype.itemsize > length:
         raise UserError(f"{where}: the tensor reaches past its storage of {length} bytes")
-    return strided(file, start + shift + ref.offset * dtype.itemsize, dtype, ref.shape, ref.stride, swap)
+    return strided(
+        file, start + shift + ref.offset * dtype.itemsize, dtype, ref.shape, ref.stride, swap
+    )
 
 
 # --- zip -------------------------------------------------------------------------------------
@@ -83,7 +85,9 @@ def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
         entries = {e.filename: e for e in archive.infolist()}
         found = [n for n in entries if n == "data.pkl" or n.endswith("/data.pkl")]
         if len(found) != 1:
-            raise UserError(f"{file.path} is a zip file without data.pkl, not a checkpoint of torch.save")
+            raise UserError(
+                f"{file.path} is a zip file without data.pkl, not a checkpoint of torch.save"
+            )
         prefix = found[0][: -len("data.pkl")]
         index = archive.read(found[0])
         order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"

@@ -1,0 +1,153 @@
+"""python -m convert export: the trained part of a model, as the original's .pth.
+
+The file is what torch.save writes for {"model": {key: tensor}}: a zip of a pickle, written here
+opcode by opcode, and the numbers. torch.load reads it, also with weights_only=True.
+"""
+
+import errno
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from convert.readers import open_file
+from convert.tables import FINE_TUNED, original_key
+from convert.tensors import contiguous
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config
+
+Load = Callable[[], np.ndarray]
+
+
+def export(model_dir: Path, out: Path) -> list[str]:
+    """Write projection, LoRA and whatever else training changed; returns the keys.
+
+    UserError when `model_dir` is no model or `out` cannot be written; then nothing is left behind.
+    """
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
+    config = read_config(model_dir)
+    tensors = Tensors(model_dir)
+    trained: dict[str, Load] = {}
+    for name in sorted(_trained_names(model_dir, tensors)):
+        key = original_key(FINE_TUNED, name)
+        if key is None:
+            raise UserError(
+                f"{model_dir}: {name} was trained, but the original's format has no key for it"
+            )
+        trained[key] = lambda name=name: _original_shape(name, tensors[name], config)
+    write_torch(out, trained)
+    print(f"wrote {out}: {len(trained)} tensors, {out.stat().st_size / 1e6:.1f} MB")
+    return list(trained)
+
+
+def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
+    names = {n for n in tensors if part_of(n) in ("projection", "lora")}
+    *changed, _base = model_chain(model_dir)
+    for folder in changed:  # a directory that training wrote holds what was trained
+        for path in folder.glob("*.safetensors"):
+            names |= open_file(path).tensors.keys()
+    return names
+
+
+def _original_shape(name: str, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The original keeps the patch embedding as a convolution and some leading axes of length 1."""
+    if name == "vit.patch.weight":
+        patch = config.vision.patch_size
+        return x.reshape(-1, 3, patch, patch)
+    if name == "vit.cls":
+        return x[None, None]
+    return x[None] if name in ("vit.pos", "qformer.query") else x
+
+
+# --- torch's file format --------------------------------------------------------------------------
+
+_STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
+_ALIGNMENT = 64
+
+
+def write_torch(out: Path, tensors: Mapping[str, Load]) -> None:
+    """{"model": {key: tensor}} to a .pth, whole or not at all; each tensor is made when its turn comes."""
+    tmp = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=out.absolute().parent, prefix=f".{out.name}.", delete=False
+        ) as f:
+            tmp = Path(f.name)
+            _write_zip(f, out.stem, tensors)
+        tmp.chmod(0o644)
+        os.replace(tmp, out)
+    except OSError as e:
+        cause = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        raise UserError(f"cannot write {out}: {cause}; nothing was written") from e
+    finally:
+        if tmp is not None:
+            tmp.unlink(missing_ok=True)
+
+
+def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:
+    entries = []
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def put(name: str, data: bytes) -> None:
+            entry = zipfile.ZipInfo(
+                f"{stem}/{name}"
+            )  # dated 1980, so that equal weights give equal files
+            start = file.tell() + 30 + len(entry.filename.encode()) + 4
+            padding = -start % _ALIGNMENT
+            entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+            archive.writestr(entry, data)
+
+        for i, (key, load) in enumerate(tensors.items()):
+            array = np.ascontiguousarray(load())
+            if array.dtype.name not in _STORAGES:
+                raise UserError(f"{key}: cannot export element type {array.dtype.name}")
+            put(f"data/{i}", array.tobytes())
+            entries.append((key, array.dtype.name, array.shape))
+        put("data.pkl", _pickle(entries))
+        put("byteorder", b"little")
+        put("version", b"3\n")
+
+
+def _pickle(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Protocol 2: {"model": {key: _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())}}."""
+    out = [b"\x80\x02}", _text("model"), b"}"]
+    for i, (key, dtype, shape) in enumerate(entries):
+        count = int(np.prod(shape))
+        storage = [
+            b"(",
+            _text("storage"),
+            _global("torch", _STORAGES[dtype]),
+            _text(str(i)),
+            _text("cpu"),
+        ]
+        out += [_text(key), _global("torch._utils", "_rebuild_tensor_v2"), b"("]
+        out += [*storage, _int(count), b"tQ"]  # TUPLE, BINPERSID
+        out += [_int(0), _ints(shape), _ints(contiguous(shape)), b"\x89"]  # NEWFALSE: requires_grad
+        out += [_global("collections", "OrderedDict"), b")R", b"tRs"]  # TUPLE, REDUCE, SETITEM
+    return b"".join([*out, b"s."])  # SETITEM, STOP
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _int(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _ints(values: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(_int, values)) + b"t"
