@@ -126,11 +126,14 @@ def original_key(table: Table, name: str) -> str | None:
     return None
 
 
+_NORMS = ("norm", "q_norm", "k_norm", "ln_vision")
+
+
 def _layers(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
     """Rules for weight and bias of each `their module -> our module`; a norm's weight is its scale."""
     rules = []
     for theirs, ours in modules:
-        is_norm = ours.rpartition(".")[2].startswith(("norm", "q_norm", "k_norm"))
+        is_norm = ours.rpartition(".")[2].startswith(_NORMS)
         weight = "scale" if is_norm else "weight"
         rules.append(Rule(f"{source}{theirs}.weight", f"{target}{ours}.{weight}"))
         rules.append(Rule(f"{source}{theirs}.bias", f"{target}{ours}.bias"))
