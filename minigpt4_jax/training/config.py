@@ -27,7 +27,11 @@ class DataConfig:
     val_path: tuple[str, ...] = ()  # held-out data for the validation loss and the samples
     prompts: tuple[str, ...] = ()  # one is drawn a batch for rows without a question; (): bare image
     clean_captions: bool = False  # the original's stage 1: lower case, no punctuation, 50 words
+    crop: bool = False  # random resized crop, as version 1 was trained first; moves what boxes name
     workers: int = 0  # processes that decode images; 0: threads of this one
+    threads: int = 2  # in each of them
+    pad_tokens: int = 32  # rows are padded to multiples of these, so that few programs are compiled
+    pad_answers: int = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class TrainConfig:
 # What may differ when a run is continued: none of these changes what is computed.
 _FREE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
-    "save_every", "keep", "data.workers", "data.val_path",
+    "save_every", "keep", "data.workers", "data.threads", "data.val_path",
 }  # fmt: skip
 
 
@@ -100,6 +104,9 @@ def check(c: TrainConfig) -> TrainConfig:
         value = getattr(c, f.name)
         _require(c, f.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
     _require(c, "data.workers", c.data.workers >= 0, "0 or more", c.data.workers)
+    for name in ("threads", "pad_tokens", "pad_answers"):
+        value = getattr(c.data, name)
+        _require(c, f"data.{name}", value > 0, "a number above 0", value)
     _require(c, "dtype", c.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
     _require(c, "schedule", c.schedule in SCHEDULES, " or ".join(SCHEDULES))
     _require(c, "beta1", 0 <= c.beta1 < 1, "0 <= beta1 < 1")

@@ -1,0 +1,54 @@
+"""Train a model's projection: `python -m minigpt4_jax.train --config=stage2 --workdir=DIR ...`."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from minigpt4_jax import errors
+from minigpt4_jax.training import config as configs
+
+if TYPE_CHECKING:
+    from minigpt4_jax.training.loop import Result
+
+USAGE = """\
+usage: python -m minigpt4_jax.train --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE]...
+
+  --config      {known}, or the path of a .py file with get_config()
+  --workdir     where checkpoints, logs and the trained model go; a run begun there is continued
+  --config.KEY  changes a value, for instance --config.batch_size=4 --config.data.path=my.jsonl
+
+A model directory (--config.model) comes from `python -m convert build`. The keys:
+"""
+
+
+def train(config: Any, workdir: Any, **options: Any) -> "Result":
+    """Run a training as described in `minigpt4_jax.training.loop.train`."""
+    from minigpt4_jax.training import loop  # imports JAX
+
+    return loop.train(config, workdir, **options)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or {"-h", "--help", "-help"} & set(args):
+        print(USAGE.format(known=", ".join(configs.known_configs())) + _keys())
+        return 0 if args else 2
+    config, workdir = configs.parse(args)
+    train(config, workdir)
+    return 0
+
+
+def _keys() -> str:
+    values = configs.to_dict(configs.TrainConfig())
+    lines = []
+    for key in configs.known_keys():
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        lines.append(f"  {key} = {value!r}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,314 @@
+"""The loop: batches in, steps, and at their periods log lines, validation, samples and checkpoints.
+
+The device runs one step ahead of the host: a step is dispatched before the loss of the one before
+is read, so that reading batches and writing logs cost nothing.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigpt4_jax import optim, weights
+from minigpt4_jax.compilation import enable_compilation_cache
+from minigpt4_jax.data.batches import Padding
+from minigpt4_jax.data.loader import Loader, make_loader
+from minigpt4_jax.data.sources import read_sources
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.tokenizer import load_tokenizer
+from minigpt4_jax.training import run
+from minigpt4_jax.training.checkpoints import Checkpoints
+from minigpt4_jax.training.config import TrainConfig, from_mapping
+from minigpt4_jax.training.logs import RunLog, duration, import_tensorboard, read_metrics
+from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
+from minigpt4_jax.training.validation import Validation
+
+TERMINATED = 143  # exit code after SIGTERM: 128 + 15, as a shell reports it
+INTERRUPTED = 130  # after Ctrl-C
+
+
+class Result(NamedTuple):
+    """What `train` leaves."""
+
+    model: Path  # model directory with the trained parts
+    metrics: dict[str, float]  # of the last step, and the last val_loss where there is one
+    steps: int
+
+
+class Stopped(SystemExit):
+    """The run was told to stop and has saved its state; the exit code says by what."""
+
+
+def train(
+    config: TrainConfig | Any,
+    workdir: str | Path,
+    *,
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+) -> Result:
+    """Train as `config` (TrainConfig, ConfigDict or nested dict) says, keeping everything in `workdir`;
+    continue there if it was begun before.
+
+    on_metrics: called with every record of metrics.jsonl. UserError: anything wrong with what was
+    given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM (143)
+    or Ctrl-C (130), once the state is saved.
+    """
+    c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
+    with _signals() as stop:
+        loop = _Loop(c, Path(workdir), stop, on_metrics)
+        try:
+            return loop.run()
+        finally:
+            loop.close()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list while the body runs, in the main thread."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        caught.append(number)
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class _Loop:
+    """One run from start to end. `step` counts updates that were dispatched."""
+
+    def __init__(
+        self, c: TrainConfig, workdir: Path, stop: list[int], on_metrics: Callable | None
+    ):
+        enable_compilation_cache()
+        import_tensorboard()
+        self.c, self.workdir, self.stop, self.on_metrics = c, workdir, stop, on_metrics
+        self.checkpoints: Checkpoints | None = None
+        self.log: RunLog | None = None
+        self.loader: Loader | None = None
+        self.model_config = run.model_config(c)
+        self.tokenizer = load_tokenizer(
+            weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
+        )
+        self.loader = self._make_loader()
+        run.open_workdir(workdir, c)
+        self.checkpoints = Checkpoints(workdir / run.CHECKPOINTS, c.keep)
+        self._build()
+        self._restore()
+        self.validation = None
+        if c.data.val_path:
+            self.validation = Validation(c, self.model_config, self.tokenizer, self.split)
+
+    def _make_loader(self) -> Loader:
+        c, d = self.c, self.c.data
+        return make_loader(
+            read_sources(d.path, clean_captions=d.clean_captions), self.model_config, self.tokenizer,
+            batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, crop=d.crop,
+            padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
+        )  # fmt: skip
+
+    def _build(self) -> None:
+        """Weights onto the device, the optimizer and the programs."""
+        c = self.c
+        parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+        model, _ = weights.load_model(c.model, c.dtype, masters=parts)
+        self.split = split_model(model, parts, jnp.dtype(weights.DTYPES[c.dtype]))
+        self.trainable = self.split.trainable
+        self.split = self.split._replace(trainable={})  # donated by the first step
+        tx = optim.adamw(
+            self.split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay,
+            clip=c.clip,
+        )  # fmt: skip
+        self.opt_state = tx.init(self.trainable)
+        self.rate = optim.make_schedule(
+            c.schedule, init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
+            warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
+            decay_rate=c.decay_rate,
+        )  # fmt: skip
+        q = self.model_config.qformer
+        dropout = not c.freeze_qformer and q is not None and q.dropout > 0
+        self.update = make_step(
+            self.split, tx, accumulate=c.accumulate, remat=c.remat,
+            dropout_seed=c.seed if dropout else None,
+        )  # fmt: skip
+
+    def _restore(self) -> None:
+        assert self.checkpoints is not None and self.loader is not None
+        found = self.checkpoints.restore(self.trainable, self.opt_state)
+        self.step = 0
+        if found is not None:
+            self.step = found.step
+            self.trainable = jax.tree.map(jnp.asarray, found.trainable)
+            self.opt_state = jax.tree.map(jnp.asarray, found.opt_state)
+            self.loader.restore(found.extra["loader"])
+        self.log = RunLog(self.workdir, self.step, self.c.steps)
+        self.pending: list[tuple[int, Metrics]] = []
+        self.clock, self.clock_step = time.perf_counter(), self.step
+        self.last: dict[str, float] = {}
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        self._introduce()
+        while self.step < self.c.steps:
+            if self.stop:
+                self._stop()
+            self._dispatch()
+            if self._is_time():
+                self._at_period()
+            else:
+                self._drain(leave=1)
+        return self._finish()
+
+    def _introduce(self) -> None:
+        c, (trained, total) = self.c, self._counts()
+        begin = f"continuing at step {self.step}" if self.step else "starting"
+        self.log.line(
+            f"{begin}: {c.model}, {trained:,} of {total:,} parameters trained, {c.dtype}; "
+            f"batch {c.batch_size}, {c.steps} steps; device {jax.devices()[0].device_kind}; "
+            f"log in {self.workdir}"
+        )
+
+    def _counts(self) -> tuple[int, int]:
+        trained = sum(a.size for a in self.trainable.values())
+        return trained, trained + sum(a.size for a in self.split.frozen)
+
+    def _dispatch(self) -> None:
+        batch = next(self.loader)
+        rate = np.float32(self.rate(self.step))
+        self.trainable, self.opt_state, metrics = self.update(
+            self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
+        )
+        self.step += 1
+        self.pending.append((self.step, metrics))
+
+    def _is_time(self) -> bool:
+        """Whether something is due after this step that needs its result."""
+        c = self.c
+        return self.step == c.steps or any(map(self._due, (c.save_every, c.eval_every, c.sample_every)))
+
+    def _due(self, period: int) -> bool:
+        return period > 0 and self.step % period == 0
+
+    def _at_period(self) -> None:
+        c = self.c
+        self._drain()
+        begun, last = time.perf_counter(), self.step == c.steps
+        if self.validation is not None and c.eval_every and (last or self._due(c.eval_every)):
+            loss = self.validation.loss(self.trainable)
+            self._record({"step": self.step, "val_loss": loss})
+            self.log.line(f"step {self.step}/{c.steps}  val_loss {loss:.4f}")
+        if self.validation is not None and c.sample_every and (last or self._due(c.sample_every)):
+            for sample in self.validation.captions(self.trainable):
+                self.log.sample({"step": self.step, **sample})
+        if last or self._due(c.save_every):
+            self._save()
+        self.clock += time.perf_counter() - begun  # the rate is of training alone
+
+    def _drain(self, leave: int = 0) -> None:
+        """Read the results of dispatched steps, all but the last `leave`."""
+        while len(self.pending) > leave:
+            step, metrics = self.pending.pop(0)
+            loss, norm, tokens = (float(m) for m in metrics)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._not_finite(step, loss, norm)
+            self._report(step, loss, norm, tokens)
+
+    def _report(self, step: int, loss: float, norm: float, tokens: float) -> None:
+        c, rate = self.c, self.rate(step - 1)
+        record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
+        self.log.advance(step, loss)
+        if step % c.log_every == 0 or step == c.steps:
+            now = time.perf_counter()
+            each = (now - self.clock) / max(step - self.clock_step, 1)
+            self.clock, self.clock_step = now, step
+            record["examples_per_second"] = speed = c.batch_size / each
+            self.log.line(
+                f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}  {speed:.3g} examples/s  "
+                f"{duration((c.steps - step) * each)} left"
+            )
+        self._record(record)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.log.metrics(record)
+        self.last |= {k: v for k, v in record.items() if k != "step"}
+        if self.on_metrics is not None:
+            self.on_metrics(record)
+
+    def _not_finite(self, step: int, loss: float, norm: float) -> None:
+        self.checkpoints.wait()
+        self.log.flush()
+        good = self.checkpoints.latest
+        kept = "no checkpoint was written yet" if good is None else (
+            f"the last good checkpoint, of step {good}, is kept in {self.workdir / run.CHECKPOINTS}"
+        )  # fmt: skip
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        raise UserError(
+            f"step {step}: {what} is not finite; {kept}. Lower init_lr, set clip, or look at the data, "
+            "in another --workdir"
+        )
+
+    def _save(self) -> None:
+        self.log.flush()
+        self.checkpoints.save(
+            self.step, self.trainable, self.opt_state, {"loader": self.loader.state()}
+        )
+
+    def _stop(self) -> None:
+        """Save where the run stands and leave."""
+        self._drain()
+        if self.step and self.checkpoints.latest != self.step:
+            self._save()
+        self.checkpoints.wait()
+        number = self.stop[0]
+        self.log.line(
+            f"stopped by {signal.Signals(number).name} after step {self.step}; "
+            "the state is saved: start the same command again to continue"
+        )
+        sys.stdout.flush()
+        raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def _finish(self) -> Result:
+        self.checkpoints.wait()
+        self.log.flush()
+        records = read_metrics(self.workdir)
+        last: dict[str, float] = {}
+        for record in records:
+            last |= {k: v for k, v in record.items() if k != "step"}
+        model = run.write_trained(
+            self.workdir, self.c, self.model_config, self.trainable,
+            {"steps": self.step, "loss": last.get("loss"), "seed": self.c.seed},
+        )  # fmt: skip
+        self._plot(records)
+        self.log.line(f"done: {self.step} steps, loss {last.get('loss', math.nan):.4f}; model in {model}")
+        return Result(model, last, self.step)
+
+    def _plot(self, records: list[dict[str, Any]]) -> None:
+        from minigpt4_jax.plots import loss_plot
+
+        if any("loss" in r for r in records):
+            loss_plot(records, self.workdir / "loss.png")
+
+    def close(self) -> None:
+        for thing in (self.log, self.loader, self.checkpoints):
+            if thing is not None:
+                thing.close()

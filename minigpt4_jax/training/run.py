@@ -1,0 +1,114 @@
+"""A run's directory: begun, continued, or refused; and the model that is written into it at the end."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt4_jax import weights
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.training.config import TrainConfig, differences, to_dict
+from minigpt4_jax.training.logs import cannot_write
+from minigpt4_jax.training.step import Trainable
+
+CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+_HASHED_BYTES = 1 << 20  # of each file of the model: tells models apart in milliseconds
+
+
+def open_workdir(workdir: Path, c: TrainConfig) -> None:
+    """Create the run's directory with its config.json, or check that it holds this same run.
+
+    UserError: it is not writable, or was begun with another configuration or another model.
+    """
+    now = {"config": to_dict(c), "model": fingerprint(c.model)}
+    path = workdir / CONFIG
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_same(workdir, json.loads(path.read_text()), now)
+        elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
+            raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
+        new = path.with_suffix(".tmp")
+        new.write_text(json.dumps(now, indent=1) + "\n")
+        os.replace(new, path)
+    except OSError as e:
+        raise cannot_write(workdir, e) from e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
+
+
+def _check_same(workdir: Path, old: Any, now: dict[str, Any]) -> None:
+    if not isinstance(old, dict) or not {"config", "model"} <= old.keys():
+        raise UserError(f"{workdir / CONFIG} is not a training run's: choose another --workdir")
+    if changed := differences(old["config"], now["config"]):
+        raise UserError(
+            f"{workdir} was begun with another configuration ({'; '.join(changed)}): "
+            "repeat that one to continue it, or choose another --workdir"
+        )
+    if old["model"] != now["model"]:
+        raise UserError(
+            f"{workdir} was begun with other weights than {now['config']['model']} holds now: "
+            "choose another --workdir"
+        )
+
+
+def fingerprint(model_dir: str) -> str:
+    """A short name for a model directory's content: configuration, and the head of every file."""
+    digest = hashlib.sha256()
+    for folder in weights.model_chain(model_dir):
+        document = weights.read_document(folder)
+        digest.update(json.dumps(document["config"], sort_keys=True).encode())
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(file.read(_HASHED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def model_config(c: TrainConfig) -> ModelConfig:
+    """The model's configuration with the run's changes. UserError when it is not the model that the
+    run's configuration is for."""
+    config = weights.read_config(c.model)
+    if c.variant and config.variant != c.variant:
+        raise UserError(
+            f"{c.model} is a {config.variant} model and this configuration is for {c.variant}: "
+            "choose another (for instance --config=stage2:llama2), or set --config.variant="
+        )
+    if c.llm_width and config.llm.width != c.llm_width:
+        raise UserError(
+            f"{c.model} has a language model of width {config.llm.width} and this configuration is "
+            f"for {c.llm_width}: leave out the :argument, or set --config.llm_width=0"
+        )
+    changes = {
+        name: getattr(c, name)
+        for name in ("prompt_template", "end_symbol", "max_text_length")
+        if getattr(c, name)
+    }
+    return dataclasses.replace(config, **changes).check()
+
+
+def write_trained(
+    workdir: Path, c: TrainConfig, config: ModelConfig, trainable: Trainable, result: dict[str, Any]
+) -> Path:
+    """Write the trained parts as the model directory WORKDIR/model, on the base they were trained on."""
+    training = {"training": {"base": c.model, **result}}
+    return weights.write_model(
+        workdir / MODEL, config, _tensors(trainable), base=c.model, sources=training, overwrite=True
+    )
+
+
+def _tensors(trainable: Trainable) -> Any:
+    """(name, array) with one entry a layer, as a model directory has them."""
+    for name, array in trainable.items():
+        path, value = tuple(name.split(".")), np.asarray(array)
+        if path[:2] in weights.STACKED:
+            rest = ".".join(path[2:])
+            for i, layer in enumerate(value):
+                yield f"{path[0]}.{path[1]}.{i}.{rest}", layer
+        else:
+            yield name, value

@@ -1,0 +1,71 @@
+"""Looking at a run from outside: the loss on held-out rows, and captions of a few held-out images."""
+
+from typing import TYPE_CHECKING
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.batches import Padding
+from minigpt4_jax.data.loader import make_loader
+from minigpt4_jax.data.sources import Example, read_sources
+from minigpt4_jax.prompts import IMAGE_TAG, fill_template, with_images
+from minigpt4_jax.tokenizer import Tokenizer
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.step import Split, Trainable, make_evaluation
+
+if TYPE_CHECKING:
+    from minigpt4_jax.api import Model
+
+
+class Validation:
+    """The held-out rows of a run."""
+
+    def __init__(self, c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, split: Split):
+        self._c, self._config, self._tokenizer, self._split = c, config, tokenizer, split
+        self._examples = read_sources(c.data.val_path, clean_captions=c.data.clean_captions)
+        self._evaluate = make_evaluation(split)
+        self._model: Model | None = None
+
+    def loss(self, trainable: Trainable) -> float:
+        """Mean negative log-likelihood of a labelled token over the first `eval_examples` rows."""
+        c = self._c
+        loader = make_loader(
+            self._examples[: c.eval_examples], self._config, self._tokenizer,
+            batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed, prompts=c.data.prompts,
+            shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
+            padding=Padding(c.data.pad_tokens, c.data.pad_answers),
+        )  # fmt: skip
+        sums = [self._evaluate(trainable, self._split.frozen, batch) for batch in loader]
+        loader.close()
+        total, count = (sum(float(s[i]) for s in sums) for i in range(2))
+        return total / max(count, 1)
+
+    def captions(self, trainable: Trainable) -> list[dict[str, str]]:
+        """What the model says now, greedily, to the first images: [{"image", "prompt", "text"}]."""
+        c = self._c
+        shown = [e for e in self._examples if len(e.images) == 1][: c.sample_images]
+        if not shown:
+            return []
+        prompts = [self._prompt(e) for e in shown]
+        texts = self._generator(trainable).generate(
+            [e.images[0] for e in shown], prompts, max_new_tokens=c.sample_tokens, temperature=0.0
+        )
+        return [
+            {"image": e.images[0], "prompt": p, "text": t}
+            for e, p, t in zip(shown, prompts, texts, strict=True)
+        ]
+
+    def _prompt(self, example: Example) -> str:
+        drawn = self._c.data.prompts
+        if not example.questions and not drawn:
+            return IMAGE_TAG  # stage 1: the caption follows the bare image
+        question = example.questions[0] if example.questions else drawn[0]
+        return fill_template(self._config.prompt_template, with_images(question, 1))
+
+    def _generator(self, trainable: Trainable) -> "Model":
+        module = self._split.join(trainable, self._split.frozen)
+        if self._model is None:
+            from minigpt4_jax.api import Model
+
+            self._model = Model(module, self._config, self._tokenizer)
+        else:
+            self._model.set_module(module)
+        return self._model

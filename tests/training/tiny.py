@@ -1,0 +1,50 @@
+"""A model of a few thousand parameters and a few coloured images, on disk as users have them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from minigpt4_jax import weights
+from minigpt4_jax.config import LlmConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.models.minigpt import MiniGpt
+
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "llama_tokenizer"
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "black": (5, 5, 5)}
+
+
+def config(*, qformer: bool = True, **changes) -> ModelConfig:
+    vision = VisionConfig(image_size=28, patch_size=14, width=16, depth=2, heads=2, mlp=24)
+    q = QFormerConfig(
+        queries=3, hidden=16, layers=2, heads=2, ffn=24, vision_width=16, dropout=0.1
+    )
+    llm = LlmConfig(vocab=785, width=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn=32)
+    variant = "minigpt4-vicuna" if qformer else "minigpt4-llama2"
+    return ModelConfig(
+        variant=variant, vision=vision, qformer=q if qformer else None, llm=llm, **changes
+    ).check()
+
+
+def write_model(out: Path, seed: int = 0, **changes) -> Path:
+    """A model directory with random weights and the small tokenizer."""
+    c = config(**changes)
+    model = MiniGpt(c, nnx.Rngs(seed))
+    files = {p.name: p for p in TOKENIZER.iterdir()}
+    return weights.write_model(out, c, weights.tensors_of(nnx.state(model)), tokenizer=files)
+
+
+def write_data(folder: Path, rows: int = 12, seed: int = 0) -> Path:
+    """rows.jsonl of {"image", "caption"} with plain images beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(rows):
+        name = list(COLORS)[i % len(COLORS)]
+        pixels = np.clip(rng.normal(COLORS[name], 12, (32, 40, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "caption": f"a {name} square number {i}"}))
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
