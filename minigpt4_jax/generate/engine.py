@@ -1,12 +1,12 @@
 """The generation engine: prefill by length bucket, then one compiled loop over all rows of a batch.
 
 Every row has its own length, limit, stop rules, options and random stream, all of them arrays in
-`State`, so requests of any kind share a program. Shapes are rounded up to buckets, so that few programs
-are compiled; the cache is donated, so that decoding does not copy it.
+`State`, so requests of any kind share a program. Shapes are rounded up to buckets, so that few
+programs are compiled; the cache is donated, so that decoding does not copy it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from minigpt4_jax.models.llm import KVCache
 from minigpt4_jax.models.minigpt import MiniGpt
 
 BATCH_SIZE = 32  # rows decoded together
+GREEDY = Options()
 STEPS = 1 << 30  # more than any limit: the loop runs until every row is done
 
 
@@ -30,9 +31,9 @@ class Request:
     tokens: Sequence[int]  # prompt ids, IMAGE in the visual slots
     visual: Any = None  # [I * P, D] float32, the visual tokens of those slots; None without images
     max_new_tokens: int = 20
-    options: Options = Options()
+    options: Options = GREEDY
     seed: int = 0
-    stops: Sequence[Sequence[int]] = field(default=())  # id sequences that end the answer
+    stops: Sequence[Sequence[int]] = ()  # id sequences that end the answer
 
 
 class Rows(NamedTuple):
@@ -48,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """A batch between two steps. Rows are slots: any row can be replaced by a newly prefilled one."""
+    """A batch between two steps. Rows are slots: any can be replaced by a newly prefilled one."""
 
     cache: KVCache
     token: jax.Array  # [B] int32: last token chosen, not yet in the cache
@@ -76,7 +77,7 @@ def power_of_two(n: int) -> int:
 
 
 class Engine:
-    """Compiled programs of one model. The parameters can be replaced by others of the same shapes."""
+    """Compiled programs of one model, whose parameters others of the same shapes can replace."""
 
     def __init__(self, model: MiniGpt):
         self.config = model.config
@@ -114,7 +115,9 @@ class Engine:
         longest = int((rows.lengths + rows.limit).max())
         plan = plan_of([r.options for r in requests], self.vocab)
         room = bucket(int(rows.limit.max()), 16)
-        return self._start(self._leaves, rows, max(bucket(longest), rows.tokens.shape[1]), room, plan)
+        return self._start(
+            self._leaves, rows, max(bucket(longest), rows.tokens.shape[1]), room, plan
+        )
 
     def decode(self, state: State, plan: Plan, steps: int = STEPS) -> State:
         """Up to `steps` more tokens for every row that is not done. `state` is given up."""
@@ -130,7 +133,7 @@ class Engine:
             row[: len(r.tokens)] = r.tokens
         seeds = jnp.asarray([r.seed % (1 << 32) for r in padded], jnp.uint32)
         return Rows(
-            tokens, lengths, _stack_visual(padded, self.config.llm.width),
+            tokens, lengths, stack_visual([r.visual for r in padded], self.config.llm.width),
             np.array([r.max_new_tokens for r in padded], np.int32),
             _stack_stops([r.stops for r in padded]),
             jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds),
@@ -219,13 +222,13 @@ def _stack_stops(stops: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     return table
 
 
-def _stack_visual(requests: Sequence[Request], width: int) -> Any:
-    """Visual tokens of all rows [B, I * P, D], rows with fewer images padded with zeros."""
-    slots = max(0 if r.visual is None else r.visual.shape[0] for r in requests)
-    table = np.zeros((len(requests), slots, width), np.float32)
-    for row, r in zip(table, requests, strict=True):
-        if r.visual is not None:
-            row[: r.visual.shape[0]] = r.visual
+def stack_visual(visual: Sequence[Any], width: int) -> np.ndarray:
+    """Visual tokens [I * P, D] of rows, or None -> [B, I * P, D] float32, the shorter padded."""
+    slots = max((0 if v is None else len(v) for v in visual), default=0)
+    table = np.zeros((len(visual), slots, width), np.float32)
+    for row, v in zip(table, visual, strict=True):
+        if v is not None:
+            row[: len(v)] = v
     return table
 
 

@@ -1,8 +1,8 @@
 """Scores of the next token -> one token a row: penalties, filters, greedy or random choice.
 
 The order is that of `transformers`: repetition penalty, minimum length, temperature, top-k, top-p.
-Every value is an array over rows, so rows of different wishes share one compiled program; `Plan` says
-which stages a batch needs at all.
+Every value is an array over rows, so rows of different wishes share one compiled program; `Plan`
+says which stages a batch needs at all.
 """
 
 from typing import NamedTuple
@@ -63,7 +63,9 @@ def plan_of(options: list[Options], vocab: int) -> Plan:
 def stack_options(options: list[Options]) -> Options:
     """Options of single rows -> arrays [B]."""
     kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32)  # type: ignore[arg-type]
-    return Options(*(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True)))
+    return Options(
+        *(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True))
+    )
 
 
 def penalize(logits: jax.Array, generated: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -104,10 +106,10 @@ def keep_likely(
 
 
 def draw(scores: jax.Array, ids: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
-    """One token a row with probability softmax(scores): scores and ids [B, C], sorted -> [B] int32.
+    """One token a row with probability softmax(scores): scores, ids [B, C], sorted -> [B] int32.
 
-    keys [B]: a row's random stream; step [B]: which draw of the stream. A row uses one uniform number
-    a step, so neither the rows around it nor C change what it draws.
+    keys [B]: a row's random stream; step [B]: which draw of the stream. A row uses one uniform
+    number a step, so neither the rows around it nor C change what it draws.
     """
     uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))(keys, step)
     cumulative = jnp.cumsum(jax.nn.softmax(scores, axis=-1), axis=-1)

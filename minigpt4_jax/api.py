@@ -1,0 +1,365 @@
+"""The Python interface: load a model directory, encode images, score answers, generate text."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from minigpt4_jax import prompts as texts
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.generate.engine import (
+    BATCH_SIZE,
+    Engine,
+    Request,
+    bucket,
+    power_of_two,
+    stack_visual,
+)
+from minigpt4_jax.generate.sampling import Options
+from minigpt4_jax.images import ImageSource, load_pixels
+from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.weights import load_model, parameter_shapes, read_config, tokenizer_dir
+
+ENCODE_BATCH = 8  # images through the vision encoder at a time
+SCORE_BATCH = 8  # rows through the language model at a time
+
+Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
+
+
+def load(model_dir: str | Path, dtype: str | None = None) -> "Model":
+    """Read a model directory (made by `python -m convert build` or by training).
+
+    dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
+    whose memory has room for the model in float32. UserError: not a model directory, damaged.
+    """
+    if dtype is None:
+        dtype = _default_dtype(read_config(model_dir))
+    module, config = load_model(model_dir, dtype, stacked=False)
+    return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
+
+
+class Model:
+    """A model with its tokenizer.
+
+    Images are paths, PIL images or uint8 arrays [H, W, 3]. `images` beside prompts is a list with an
+    entry for each prompt: an image, a list of them (several images in that prompt) or None (text
+    only); images=None means text only throughout.
+    """
+
+    def __init__(self, module: MiniGpt, config: ModelConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self._engine = Engine(module)
+        self._graphdef = nnx.graphdef(module)
+        self._state = nnx.state(module)
+        self._encode = jax.jit(lambda state, pixels: self._merge(state).encode(pixels[:, None]))
+        self._nll = jax.jit(self._nll_program)
+
+    def set_module(self, module: MiniGpt) -> None:
+        """Use other parameters of the same shapes and layout; nothing is compiled again."""
+        self._engine.set_parameters(module)
+        self._state = nnx.state(module)
+
+    # --- the three calls --------------------------------------------------------------------
+
+    def encode_images(self, images: Iterable[ImageSource] | ImageSource) -> np.ndarray:
+        """Projected visual tokens, float32 [B, P, D], of B images. UserError names a bad image."""
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]
+        flat = list(images)
+        return self._encode_all(flat, [f"image {i}" for i in range(len(flat))])
+
+    def score(
+        self,
+        images: Images | None,
+        prompts: Sequence[str | None],
+        answers: Sequence[str],
+        *,
+        template: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How likely answers are: nll [B] float32 and tokens [B] int32.
+
+        nll is the summed negative log-likelihood of an answer's tokens, its end symbol included,
+        and tokens their number, in rows built as for training: one BOS; a prompt of None is the
+        image alone; an answer beyond config.max_text_length is cut. UserError: lengths that differ,
+        `<ImageHere>` and images that do not agree, empty prompt, unreadable image.
+        """
+        rows, nll = self._score_rows(images, prompts, answers, template)
+        return nll, np.array([len(row.answers) for row in rows], np.int32)
+
+    def generate(
+        self,
+        images: Images | None,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        seed: int | Sequence[int] = 0,
+        template: bool = False,
+        extra_bos: bool = True,
+        context: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[str]:
+        """The answers to prompts, in order.
+
+        prompts: whole templated strings with `<ImageHere>`, to which a BOS is added; or, with
+        template=True, plain questions, put into the template the model was trained with.
+        temperature: 0 is greedy. top_k and top_p: 0 and 1 keep every token. repetition_penalty: on
+        generated tokens. An answer ends at the model's end symbol, at EOS or after max_new_tokens.
+        seed: a row's text depends on its own prompt and seed alone, so rows with equal prompts
+        answer alike under one seed; give a list for one seed a row.
+        extra_bos: released Llama-2 and MiniGPT-v2 weights were used with a BOS in addition to the
+        `<s>` that their prompts begin with; False leaves one. context: cut prompts on the left so
+        that prompt and answer fit (the original's chat: 2000); by default a long one is an error.
+        UserError: an option out of its range, `<ImageHere>` and images that do not agree, empty or
+        too long prompt, unreadable image.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens}: expected at least 1")
+        options = Options(temperature, top_k, top_p, repetition_penalty, min_new_tokens).check()
+        filled, groups = self._inputs(images, prompts, template, "generate", extra_bos)
+        seeds = [seed] * len(filled) if isinstance(seed, int) else [int(s) for s in seed]
+        if len(seeds) != len(filled):
+            raise UserError(
+                f"{len(seeds)} seeds for {len(filled)} prompts; expected as many or one"
+            )
+        fit = partial(
+            self._fitting_prompt, extra_bos=extra_bos, new=max_new_tokens, context=context
+        )
+        fitted = []
+        for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
+            with _naming(f"prompt {i}"):
+                fitted.append(fit(prompt or "", len(group)))
+        stops = texts.stop_sequences(self.tokenizer, self.config.end_symbol)
+        requests = [
+            Request(tokens, v if v is None else v[lost:], max_new_tokens, options, s, stops)
+            for (tokens, lost), v, s in zip(fitted, self._visual(groups), seeds, strict=True)
+        ]
+        return [self._text(ids) for ids in self._engine.generate(requests, batch_size)]
+
+    # --- candidate ranking ------------------------------------------------------------------
+
+    def candidate_loss(
+        self, images: Images | None, prompts: Sequence[str | None], answers: Sequence[str]
+    ) -> np.ndarray:
+        """The original's loss with reduction="none": [B] summed nll / (padded length - 1)."""
+        rows, nll = self._score_rows(images, prompts, answers, False)
+        # the original pads the prompts and the answers of a batch each to their longest
+        longest = max((len(row.tokens) - len(row.answers) for row in rows), default=2)
+        return nll / (longest + max((len(row.answers) for row in rows), default=0) - 1)
+
+    def multi_select(
+        self,
+        images: Images | None,
+        prompts: Sequence[str | None],
+        candidates: Sequence[Sequence[str]],
+        counts: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Rank candidate answers, the likeliest first, as the original does: [B] lists of indices.
+
+        candidates[k] holds the k-th candidate of every row; counts: how many of them a row has.
+        """
+        losses = np.stack([self.candidate_loss(images, prompts, some) for some in candidates], 1)
+        if counts is not None:
+            losses[np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]] = 9999
+        return np.argsort(losses, axis=1, kind="stable").tolist()
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def _inputs(
+        self,
+        images: Images | None,
+        prompts: Sequence[str | None],
+        template: bool,
+        call: str,
+        extra_bos: bool = False,
+    ) -> tuple[list[str | None], list[list[ImageSource]]]:
+        """Prompts with the template filled in, and the images of each as a list."""
+        filled: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
+        groups = _image_groups(images, len(filled))
+        for i, prompt in enumerate(filled):
+            if not isinstance(prompt, str) and not (prompt is None and call == "score"):
+                raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
+            if prompt is not None and not prompt.strip():
+                raise UserError(f"prompt {i} is empty; expected text")
+            if template and prompt is not None:
+                filled[i] = self._from_template(prompt, len(groups[i]), extra_bos)
+        return filled, groups
+
+    def _from_template(self, question: str, images: int, extra_bos: bool) -> str:
+        question = texts.with_images(question, images)
+        prompt = texts.fill_template(self.config.prompt_template, question)
+        spelled = texts.chat_template(self.config).user.startswith("<s>")
+        return "<s>" + prompt if spelled and extra_bos else prompt
+
+    def _fitting_prompt(
+        self, prompt: str, images: int, *, extra_bos: bool, new: int, context: int | None
+    ) -> tuple[list[int], int]:
+        """Prompt ids that leave room for `new` more, and how many visual tokens were cut off."""
+        tokens = texts.prompt_tokens(
+            self.tokenizer, self.config, prompt, images=images, extra_bos=extra_bos
+        )
+        longest = self.config.llm.max_length
+        if context is not None:
+            return texts.cut_left(tokens, new, min(context, longest))
+        if len(tokens) + new > longest:
+            raise UserError(
+                f"{len(tokens)} tokens and max_new_tokens {new} exceed the language model's "
+                f"context of {longest}; shorten the prompt or lower max_new_tokens"
+            )
+        return tokens, 0
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids)
+        if self.config.end_symbol.strip():
+            text = text.split(self.config.end_symbol)[0]
+        return texts.clean_answer(text)
+
+    # --- arrays -----------------------------------------------------------------------------
+
+    def _merge(self, state: Any) -> MiniGpt:
+        return nnx.merge(self._graphdef, state)
+
+    def _encode_all(self, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray:
+        config = self.config
+        found = np.empty((len(images), config.visual_tokens, config.llm.width), np.float32)
+        size = config.vision.image_size
+        for some in _chunks(range(len(images)), ENCODE_BATCH):
+            pixels = np.zeros((power_of_two(len(some)), size, size, 3), np.float32)
+            for row, i in zip(pixels, some, strict=False):
+                with _naming(names[i]):
+                    row[:] = load_pixels(images[i], size)
+            found[some[0] : some[-1] + 1] = self._encode(self._state, pixels)[: len(some)]
+        return found
+
+    def _visual(self, groups: list[list[ImageSource]]) -> list[np.ndarray | None]:
+        """The visual tokens [I * P, D] of every row; an image that occurs again is encoded once."""
+        place: dict[Any, int] = {}
+        images: list[ImageSource] = []
+        names: list[str] = []
+        for i, group in enumerate(groups):
+            for j, image in enumerate(group):
+                if _identity(image) not in place:
+                    place[_identity(image)] = len(images)
+                    images.append(image)
+                    names.append(f"image {i}" if len(group) == 1 else f"image {j} of prompt {i}")
+        encoded = self._encode_all(images, names)
+        rows = [[encoded[place[_identity(image)]] for image in group] for group in groups]
+        return [np.concatenate(parts) if parts else None for parts in rows]
+
+    def _score_rows(
+        self,
+        images: Images | None,
+        prompts: Sequence[str | None],
+        answers: Sequence[str],
+        template: bool,
+    ) -> tuple[list[texts.Row], np.ndarray]:
+        filled, groups = self._inputs(images, prompts, template, "score")
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        if len(answers) != len(filled):
+            raise UserError(f"{len(answers)} answers for {len(filled)} prompts; expected as many")
+        rows = []
+        for i, (prompt, answer, group) in enumerate(zip(filled, answers, groups, strict=True)):
+            with _naming(f"prompt {i}"):
+                row = texts.build_row(
+                    self.tokenizer, self.config, prompt, answer, images=len(group)
+                )
+                self._check_fits(len(row.tokens))
+            rows.append(row)
+        visual = self._visual(groups)
+        nll = np.zeros(len(rows), np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+        for some in _chunks(order, SCORE_BATCH):
+            batch = _score_batch([rows[i] for i in some])
+            slots = [visual[i] for i in some] + [None] * (len(batch.lengths) - len(some))
+            placed = stack_visual(slots, self.config.llm.width)
+            nll[list(some)] = self._nll(self._state, batch, placed)[: len(some)]
+        return rows, nll
+
+    def _check_fits(self, tokens: int) -> None:
+        if tokens > self.config.llm.max_length:
+            raise UserError(
+                f"a row of {tokens} tokens exceeds the language model's context of "
+                f"{self.config.llm.max_length}; shorten the prompt"
+            )
+
+    def _nll_program(self, state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
+        model = self._merge(state)
+        embeds = model.merge(jnp.asarray(batch.tokens), visual)
+        hidden = model.llm(embeds, jnp.asarray(batch.lengths))
+        return model.answer_nll(hidden, batch).sum(1)
+
+
+def _score_batch(rows: list[texts.Row]) -> Batch:
+    """Rows padded to a bucket; without pixels, as the images are encoded already."""
+    b = power_of_two(len(rows))
+    lengths = np.ones(b, np.int32)
+    tokens = np.zeros((b, bucket(max(len(row.tokens) for row in rows))), np.int32)
+    answers = np.full((b, bucket(max(len(row.answers) for row in rows), 16)), -1, np.int32)
+    for i, row in enumerate(rows):
+        lengths[i] = len(row.tokens)
+        tokens[i, : len(row.tokens)] = row.tokens
+        answers[i, : len(row.answers)] = row.answers
+    return Batch(np.zeros((b, 0)), tokens, lengths, answers)
+
+
+def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
+    """The images of each of `count` prompts."""
+    if images is None:
+        return [[] for _ in range(count)]
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 0) == 3:
+        images = [images]  # type: ignore[list-item]
+    entries = list(images)
+    if len(entries) != count:
+        raise UserError(
+            f"{len(entries)} images for {count} prompts; expected an entry for each prompt: "
+            "an image, a list of images, or None for text only"
+        )
+    groups: list[list[ImageSource]] = []
+    for entry in entries:
+        if entry is None:
+            groups.append([])
+        else:
+            groups.append(list(entry) if isinstance(entry, (list, tuple)) else [entry])
+    return groups
+
+
+def _identity(image: ImageSource) -> Any:
+    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in a UserError which of many inputs it is about."""
+    try:
+        yield
+    except UserError as e:
+        kind = name.split()[0]
+        raise UserError(f"{name}: {str(e).removeprefix(kind).lstrip(' :')}") from e
+
+
+def _default_dtype(config: ModelConfig) -> str:
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    size = 4 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "float32" if size < memory / 2 else "bfloat16"
