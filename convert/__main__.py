@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         help="eva_vit_g.pth, or this project's .safetensors or model directory",
     )
     b.add_argument("--qformer", type=Path, help="blip2_pretrained_flant5xxl.pth, or as --vision")
-    b.add_argument("--checkpoint", type=Path, help="fine-tuned MiniGPT-4 or MiniGPT-v2; without it the "
+    b.add_argument("--checkpoint", type=Path, help="fine-tuned MiniGPT-4 or -v2; without it the "
                    "projection is new, to be trained")  # fmt: skip
     b.add_argument("--llm-delta", type=Path, help="Vicuna delta, added to the LLaMA in --llm")
     b.add_argument(
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
                    help="override an architecture value; may be repeated")  # fmt: skip
     b.add_argument("--llm-dtype", choices=("float32", "bfloat16", "float16"),
-                   help="store the language model so; default: as the source has it (quantized: float32)")  # fmt: skip
+                   help="store its matrices so; default: as they are (quantized: float32)")  # fmt: skip
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
 
     e = commands.add_parser("export", help="write the trained part as the original's .pth")
@@ -72,7 +72,7 @@ _BUILD_NOTES = """\
   image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol, lora.alpha,
   prompt_template, chat_template, llm.rope_theta, ...
 Heads are needed for encoders that are not of the released width; everything else the shapes tell.
-Without --vision the small demonstration encoder in this package is used (it knows drawn shapes only).
+Without --vision the small demonstration encoder in this package is used (it knows drawn shapes).
 Without --checkpoint the projection is new. A language model with a chat format of its own (ChatML,
 Llama 3, Mistral) is prompted in it."""
 

@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 def build(request: Request) -> Plan:
-    """Make the model directory request.out, whole or not at all. UserError when it cannot be made."""
+    """Make the model directory request.out, whole or not at all. UserError when it cannot be."""
     started = time.monotonic()
     parent = _check_output(request.out)
     plan = make_plan(request)
@@ -98,7 +98,7 @@ def _tensors(
 
 
 def _fresh(name: str, wanted: dict[str, Shape], rng: np.random.Generator) -> np.ndarray:
-    """torch.nn.Linear's initialization for the projection, peft's for LoRA, identity for ln_vision."""
+    """The projection as torch.nn.Linear begins, LoRA as peft does, ln_vision as the identity."""
     shape = wanted[name]
     if name.startswith("ln_vision."):
         return np.full(shape, name.endswith("scale"), np.float32)

@@ -79,7 +79,7 @@ def shape_problems(
     origin: Mapping[str, tuple[Source, Match]],
     fresh: Collection[str],
 ) -> list[str]:
-    """One line for each parameter without a source, key without a place, and unfit shape or type."""
+    """A line for each parameter without source, key without place, and unfit shape or type."""
     problems = [f"{n} is in no file" for n in wanted if n not in origin and n not in fresh]
     for name, (source, m) in origin.items():
         tensor = source.reader.tensors[m.key]

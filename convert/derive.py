@@ -9,7 +9,7 @@ from minigpt4_jax.errors import UserError
 
 Shape = tuple[int, ...]
 
-# Heads cannot be told from shapes: known at the released width only. So is the number of blocks used.
+# Not told by shapes, known at the released widths only: heads, and how many blocks are used.
 _VISION_HEADS = {1408: 16}
 _VISION_DEPTH = {1408: 39}
 _QFORMER_HEADS = {768: 12}

@@ -10,6 +10,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -41,7 +42,7 @@ def export(model_dir: Path, out: Path) -> list[str]:
             raise UserError(
                 f"{model_dir}: {name} was trained, but the original's format has no key for it"
             )
-        trained[key] = lambda name=name: _original_shape(name, tensors[name], config)
+        trained[key] = partial(_original_shape, name, tensors, config)
     write_torch(out, trained)
     print(f"wrote {out}: {len(trained)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     return list(trained)
@@ -56,8 +57,9 @@ def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
     return names
 
 
-def _original_shape(name: str, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _original_shape(name: str, tensors: Tensors, config: ModelConfig) -> np.ndarray:
     """The original keeps the patch embedding as a convolution and some leading axes of length 1."""
+    x = tensors[name]
     if name == "vit.patch.weight":
         patch = config.vision.patch_size
         return x.reshape(-1, 3, patch, patch)
@@ -73,7 +75,7 @@ _ALIGNMENT = 64
 
 
 def write_torch(out: Path, tensors: Mapping[str, Load]) -> None:
-    """{"model": {key: tensor}} to a .pth, whole or not at all; each tensor is made when its turn comes."""
+    """{"model": {key: tensor}} to a .pth, whole or not at all; one tensor in memory at a time."""
     tmp = None
     try:
         with tempfile.NamedTemporaryFile(
@@ -116,7 +118,7 @@ def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:
 
 
 def _pickle(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """Protocol 2: {"model": {key: _rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())}}."""
+    """Protocol 2 of {"model": {key: _rebuild_tensor_v2(storage, 0, shape, stride, ...)}}."""
     out = [b"\x80\x02}", _text("model"), b"}"]
     for i, (key, dtype, shape) in enumerate(entries):
         count = int(np.prod(shape))

@@ -1,4 +1,4 @@
-"""Opening files that may be damaged: what a file really is, and reading it once while hashing it."""
+"""Files that may be damaged: what one really is, and reading it once while hashing it."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,8 +14,9 @@ CHUNK = 1 << 24
 class HashedFile:
     """A file read in pieces; its SHA-256 comes from the same pass over the disk.
 
-    Pieces read in ascending order are hashed from the buffer the caller gets, so a 13 GB file is read
-    once. Plain reads, not mmap: a file cut short is an error, not a SIGBUS, and pages do not pile up.
+    Pieces read in ascending order are hashed from the buffer the caller gets, so a 13 GB file is
+    read once. Plain reads, not mmap: a file cut short is an error, not a SIGBUS, and its pages do
+    not count as this process's memory.
     """
 
     def __init__(self, path: Path):
@@ -43,7 +44,7 @@ class HashedFile:
         buffer = np.empty(count, np.uint8)
         self._fill(offset, buffer)
         if offset <= self._hashed < offset + count:
-            self._hash.update(memoryview(buffer)[self._hashed - offset :])
+            self._hash.update(buffer[self._hashed - offset :].data)
             self._hashed = offset + count
         return buffer
 
@@ -56,13 +57,13 @@ class HashedFile:
         while self._hashed < end:
             buffer = np.empty(min(CHUNK, end - self._hashed), np.uint8)
             self._fill(self._hashed, buffer)
-            self._hash.update(buffer)
+            self._hash.update(buffer.data)
             self._hashed += buffer.size
 
     def _fill(self, offset: int, buffer: np.ndarray) -> None:
         try:
             self._file.seek(offset)
-            got = self._file.readinto(memoryview(buffer))  # type: ignore[arg-type]
+            got = self._file.readinto(buffer.data)
         except OSError as e:
             raise UserError(f"cannot read {self.path}: {e.strerror}") from e
         if got != buffer.size:

@@ -1,4 +1,4 @@
-"""Language models in GGUF: tensors dequantized one at a time, and metadata as a Hugging Face config."""
+"""GGUF language models: tensors dequantized one at a time, metadata as a Hugging Face config."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,8 @@ from convert.readers import Reader
 from convert.tensors import DTYPES, Tensor
 from minigpt4_jax.errors import UserError
 
-# llama.cpp's architecture -> model_type. Only "llama" (LLaMA, Vicuna, Mistral, SmolLM) has its query
-# and key rows permuted for interleaved rotary embedding; the Qwen ones turn halves, as here.
+# llama.cpp's architecture -> model_type. Only "llama" (LLaMA, Vicuna, Mistral, SmolLM) has its
+# query and key rows permuted for interleaved rotary embedding; the Qwen ones turn halves, as here.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PERMUTED = ("llama",)
 
@@ -112,7 +112,8 @@ class Gguf:
         rotated = self.field(f"{arch}.rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:
             raise UserError(
-                f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: not supported"
+                f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: "
+                "not supported"
             )
         kind = self.field(f"{arch}.rope.scaling.type", "none")
         if kind != "none":

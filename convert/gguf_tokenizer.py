@@ -1,6 +1,6 @@
 """The tokenizer inside a GGUF file, written as the files that tokenizer libraries read.
 
-Byte-level BPE ("gpt2") becomes tokenizer.json; LLaMA's sentencepiece ("llama") becomes tokenizer.model.
+Byte-level BPE ("gpt2") becomes tokenizer.json, LLaMA's sentencepiece ("llama") tokenizer.model.
 """
 
 import json
@@ -66,14 +66,15 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # llama.cpp's tokenizer.ggml.pre -> expressions that cut a text one after another before BPE.
-PRE_TOKENIZERS = (
-    dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), [r"\p{N}", _GPT2])
-    | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe"), [_LLAMA3])
-    | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), [_QWEN2])
-    | dict.fromkeys(("gpt-2", "mpt", "olmo"), [_GPT2])
-    | {"tekken": [_TEKKEN]}
-    | {"default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]}
-)
+PRE_TOKENIZERS = {
+    **{n: [r"\p{N}", _GPT2] for n in ("smollm", "starcoder", "refact", "command-r", "codeshell")},
+    **{n: [_LLAMA3] for n in ("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe")},
+    **{n: [_QWEN2] for n in ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez")},
+    **{n: [_GPT2] for n in ("gpt-2", "mpt", "olmo")},
+    "tekken": [_TEKKEN],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+}
+# Here a whole word in the vocabulary wins over its merges.
 _IGNORE_MERGES = (
     "llama-bpe",
     "llama3",
@@ -89,7 +90,7 @@ def _byte_level(source: Gguf, tokens: list[str], kinds: list[int]) -> str:
     pre = source.field("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"{source.path}: pre-tokenizer {pre!r} is not known (known: {', '.join(PRE_TOKENIZERS)}): "
+            f"{source.path}: pre-tokenizer {pre!r} is not among {', '.join(PRE_TOKENIZERS)}: "
             "give --tokenizer=DIR with the model's tokenizer.json"
         )
     merges = [_merge(m) for m in source.field("tokenizer.ggml.merges") or []]

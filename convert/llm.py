@@ -1,4 +1,4 @@
-"""Opening a language model: a Hugging Face directory or a GGUF file, a Vicuna delta, the tokenizer."""
+"""A language model from a Hugging Face directory or GGUF file, with Vicuna delta and tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -128,7 +128,7 @@ def find_tokenizer(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _add_delta(path: Path, base: Reader, delta_path: Path) -> Reader:
-    """base + delta, tensor by tensor. Vicuna v0 has one token more than LLaMA: zeros in the base."""
+    """base + delta, tensor by tensor. Vicuna v0 has a token more than LLaMA: zeros in the base."""
     delta = open_directory(delta_path)
     (mine, odd), (theirs, odd_delta) = match(LLM, base.tensors), match(LLM, delta.tensors)
     problems = [f"{path} has an unknown key {k}" for k in odd]

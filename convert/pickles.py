@@ -68,7 +68,7 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
 
 
 ALLOWED: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda pairs=(): {k: v for k, v in pairs},
+    "collections.OrderedDict": lambda pairs=(): dict(pairs),
     "collections.defaultdict": lambda *_: {},
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -260,7 +260,7 @@ class _Machine:
         if not _is_known(found):
             raise UserError(
                 f"{self.where} asks to run {found}, which has no place among weights; "
-                "nothing was run. Get the file from a source you trust, or save its state_dict() only"
+                "nothing was run. Use a file from a source you trust, or save its state_dict() only"
             )
         self.stack.append(found)
 

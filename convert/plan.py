@@ -1,4 +1,4 @@
-"""What `build` will do, decided before anything is written: sources opened, measured and matched."""
+"""What `build` will do, decided before anything is written: sources opened and matched."""
 
 import shutil
 import tempfile
@@ -196,7 +196,8 @@ def _drop_unused(
     for name, i in blocks.items():
         if i >= depth:
             del origin[name]
-    if config.llm.tie and origin.pop("llm.head.weight", None):
+    if config.llm.tie and "llm.head.weight" in origin:
+        del origin["llm.head.weight"]
         notes.append("lm_head.weight is not used: the language model ties it to the embedding")
 
 
@@ -206,7 +207,7 @@ def _fill(
     s: Sources,
     notes: list[str],
 ) -> list[str]:
-    """Parameters made new: projection and LoRA without --checkpoint, ln_vision without a Q-Former."""
+    """Parameters made new: projection and LoRA without --checkpoint, ln_vision of a plain ViT."""
     parts = {"projection", "lora"} if s.checkpoint is None else set()
     fresh = [n for n in wanted if n not in origin and part_of(n) in parts]
     if fresh:

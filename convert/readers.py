@@ -41,7 +41,7 @@ class Reader:
 
 
 def open_file(path: Path) -> Reader:
-    """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or something else."""
+    """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or another thing."""
     kind = sniff(path)
     if kind == "gguf":
         raise UserError(f"{path} is a GGUF file, which holds a language model: give it as --llm")
@@ -87,7 +87,8 @@ def _open_shards(folder: Path, index: Path) -> Reader:
     reader = _join(folder, [open_file(folder / n) for n in names])
     if absent := [k for k in weight_map if k not in reader.tensors]:
         raise UserError(
-            f"{folder}: {absent[0]} is in {index.name} but not in {weight_map[absent[0]]}: download again"
+            f"{folder}: {absent[0]} is in {index.name} but not in {weight_map[absent[0]]}: "
+            "download again"
         )
     return reader
 
@@ -108,7 +109,7 @@ def combined(
     add: Callable[[np.ndarray, np.ndarray], np.ndarray],
     names: Mapping[str, str],
 ) -> Reader:
-    """Tensors of delta, each joined with base's of the same meaning (`names`: delta's -> base's)."""
+    """Tensors of delta, each joined with its counterpart in base (`names`: delta's -> base's)."""
 
     def make(d: Tensor, b: Tensor) -> Tensor:
         return Tensor(

@@ -33,7 +33,8 @@ def open_tensors(file: HashedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{file.path} is damaged: its header cannot be read ({e})") from e
     if file.size != end:
         raise UserError(
-            f"{file.path} is truncated: {file.size} bytes, its header promises {end}; download it again"
+            f"{file.path} is truncated: {file.size} bytes, its header promises {end}; "
+            "download it again"
             if file.size < end
             else f"{file.path} is damaged: {file.size} bytes, its header promises {end}"
         )

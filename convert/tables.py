@@ -26,7 +26,7 @@ class Transform:
 
 
 KEEP = Transform(lambda have, want: have == want, lambda x, want: x)
-# A convolution kernel [D, 3, p, p] becomes a matrix [D, 3*p*p]; leading axes of length 1 are dropped.
+# Leading axes of length 1 are dropped; a convolution kernel [D, 3, p, p] becomes [D, 3*p*p].
 RESHAPE = Transform(
     lambda have, want: math.prod(have) == math.prod(want) and have[-1:] == want[-1:],
     lambda x, want: x.reshape(want),
@@ -42,7 +42,7 @@ POSITIONS = Transform(
 
 
 def unpermute(heads: int) -> Transform:
-    """Undo llama.cpp's reordering of query and key rows: pairs (2i, 2i+1) back to halves (i, i+h/2)."""
+    """Undo llama.cpp's order of query and key rows: pairs (2i, 2i+1) back to halves (i, i+h/2)."""
 
     def apply(x: np.ndarray, want: Shape) -> np.ndarray:
         half = x.shape[0] // heads // 2
@@ -130,7 +130,7 @@ _NORMS = ("norm", "q_norm", "k_norm", "ln_vision")
 
 
 def _layers(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
-    """Rules for weight and bias of each `their module -> our module`; a norm's weight is its scale."""
+    """Rules for weight and bias of each (their module, ours); a norm's weight is its scale."""
     rules = []
     for theirs, ours in modules:
         is_norm = ours.rpartition(".")[2].startswith(_NORMS)

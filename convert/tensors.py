@@ -13,7 +13,7 @@ from minigpt4_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape and dtype as `load` will give them; nbytes to read; order: ascending along the files."""
+    """shape and dtype as `load` gives them; nbytes to read; order: ascending along the files."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -1,7 +1,7 @@
-"""Tensors of a .pth or .bin file, in both of torch's formats, without torch and without running pickles.
+"""Tensors of a .pth or .bin file in both of torch's formats; neither torch nor pickle code is run.
 
-Since 1.6 torch.save writes a zip: data.pkl describes the object, data/<key> hold the numbers. Before,
-it wrote pickles one after another, then the storages.
+Since 1.6 torch.save writes a zip: data.pkl describes the object, data/<key> hold the numbers.
+Before, it wrote pickles one after another, then the storages.
 """
 
 import io

@@ -1,0 +1,132 @@
+"""python -m convert inspect: what a model directory holds and where it came from."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from convert.readers import open_file
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.weights import model_chain, part_of, read_config, read_document
+
+_PARTS = ("vit", "qformer", "projection", "lora", "llm")
+# part -> the option of `build` whose file it came from, the first that was recorded
+_ORIGINS = {
+    "vit": ("vision",),
+    "qformer": ("qformer",),
+    "projection": ("checkpoint",),
+    "lora": ("checkpoint",),
+    "llm": ("llm",),
+}
+
+
+def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
+    """Print what describe() finds, as a table or JSON. UserError when it is no model directory."""
+    found = describe(model_dir)
+    print(json.dumps(found, indent=1) if as_json else _table(found))
+    return found
+
+
+def describe(model_dir: Path) -> dict[str, Any]:
+    """Variant, sizes, parameters, types and bytes of each part, tokens, template, origins."""
+    config = read_config(model_dir)
+    chain = model_chain(model_dir)
+    sources: dict[str, Any] = {}
+    for folder in reversed(chain):
+        sources |= read_document(folder).get("sources") or {}
+    parts = _parts(chain)
+    for name, part in parts.items():
+        origin = next((sources[o] for o in _ORIGINS[name] if o in sources), None)
+        if len(part["directories"]) and part["directories"] != [str(chain[-1])]:
+            origin = {"file": part["directories"][0], "note": "trained here"}
+        part["source"] = origin
+    return {
+        "model": str(model_dir),
+        "base": [str(folder) for folder in chain[1:]],
+        "variant": config.variant,
+        "visual_tokens": config.visual_tokens,
+        "parameters": sum(p["parameters"] for p in parts.values()),
+        "bytes": sum(p["bytes"] for p in parts.values()),
+        "parts": parts,
+        "config": config.to_dict(),
+        "sources": sources,
+    }
+
+
+def _parts(chain: list[Path]) -> dict[str, dict[str, Any]]:
+    """Part -> counts, each parameter taken from the first directory in the chain that has it."""
+    parts: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for folder in chain:
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, tensor in open_file(path).tensors.items():
+                if name in seen:
+                    continue
+                seen.add(name)
+                empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
+                part = parts.setdefault(part_of(name), empty)
+                part["parameters"] += math.prod(tensor.shape)
+                part["bytes"] += tensor.nbytes
+                facts = (("dtypes", tensor.dtype.name), ("files", path.name))
+                for key, value in (*facts, ("directories", str(folder))):
+                    if value not in part[key]:
+                        part[key].append(value)
+    return {name: parts[name] for name in _PARTS if name in parts}
+
+
+def _table(found: dict[str, Any]) -> str:
+    config = ModelConfig.from_dict(found["config"])
+    lines = [f"{found['model']}: {found['variant']}"]
+    lines += [f"  trained part of {folder}" for folder in found["base"]]
+    lines += ["", f"{'part':12}{'parameters':>16}{'bytes':>12}  {'types':20}from"]
+    rows = [(name, p, _origin(p["source"])) for name, p in found["parts"].items()]
+    total = {"parameters": found["parameters"], "bytes": found["bytes"], "dtypes": []}
+    for name, p, origin in [*rows, ("total", total, "")]:
+        size, types = f"{p['bytes'] / 1e6:,.1f} MB", ", ".join(p["dtypes"])
+        lines.append(f"{name:12}{p['parameters']:>16,}{size:>12}  {types:20}{origin}".rstrip())
+    lines += ["", *_configuration(config), "", "sources"]
+    for option, source in found["sources"].items():
+        lines += _source_lines(option, source)
+    return "\n".join(lines)
+
+
+def _configuration(c: ModelConfig) -> list[str]:
+    v, q, m, t = c.vision, c.qformer, c.llm, c.tokenizer
+    rows = {
+        "vision": f"{v.image_size} px, patch {v.patch_size}, {v.depth} blocks, width {v.width}, "
+        f"{v.heads} heads, MLP {v.mlp}",
+        "qformer": "none"
+        if q is None
+        else f"{q.queries} queries, {q.layers} layers, width {q.hidden}, {q.heads} heads, "
+        f"FFN {q.ffn}",
+        "visual tokens": f"{c.visual_tokens} an image"
+        + (f" ({c.merge_patches} patches joined)" if c.merge_patches > 1 else ""),
+        "projection": f"{c.projection_in} -> {m.width}",
+        "llm": f"{m.model_type}, {m.layers} layers, width {m.width}, {m.heads} heads "
+        f"({m.kv_heads} key/value), FFN {m.ffn}, vocabulary {m.vocab}"
+        + (", tied embedding" if m.tie else ""),
+        "lora": "none"
+        if c.lora is None
+        else f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, on {', '.join(c.lora.targets)}",
+        "tokenizer": f"{t.kind}, bos {t.bos_id}, eos {t.eos_id}, pad {t.pad_id}",
+        "prompt template": repr(c.prompt_template),
+        "chat template": c.chat_template,
+        "end symbol": repr(c.end_symbol),
+        "max text length": str(c.max_text_length),
+        "max context": str(c.max_context),
+    }
+    return [f"{name:16}{value}" for name, value in rows.items()]
+
+
+def _origin(source: dict[str, Any] | None) -> str:
+    if source is None:
+        return "not recorded"
+    if not source.get("file"):
+        return source.get("note") or ", ".join(f"{k} {v}" for k, v in source.items())
+    return source["file"] + (f" ({source['note']})" if "note" in source else "")
+
+
+def _source_lines(option: str, source: dict[str, Any]) -> list[str]:
+    digest = f"  sha256 {source['sha256']}" if "sha256" in source else ""
+    lines = [f"  {option:11}{_origin(source)}{digest}"]
+    return lines + [f"    {digest}  {name}" for name, digest in source.get("files", {}).items()]
