@@ -52,8 +52,8 @@ def load(model_dir: str | Path, dtype: str | None = None) -> "Model":
 class Model:
     """A model with its tokenizer.
 
-    Images are paths, PIL images or uint8 arrays [H, W, 3]. `images` beside prompts is a list with an
-    entry for each prompt: an image, a list of them (several images in that prompt) or None (text
+    Images are paths, PIL images or uint8 arrays [H, W, 3]. `images` beside prompts is a list with
+    an entry for each prompt: an image, a list of them (several images in that prompt) or None (text
     only); images=None means text only throughout.
     """
 

@@ -19,6 +19,7 @@ from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack
 from minigpt4_jax.models.llm import KVCache
 from minigpt4_jax.models.minigpt import MiniGpt
 
+Array = Any  # of JAX inside the programs, of NumPy where they are called
 BATCH_SIZE = 32  # rows decoded together
 GREEDY = Options()
 STEPS = 1 << 30  # more than any limit: the loop runs until every row is done
@@ -39,12 +40,12 @@ class Request:
 class Rows(NamedTuple):
     """What a batch asks for, one entry a row; B is rounded up with rows that want nothing."""
 
-    tokens: np.ndarray  # [B, T] int32
-    lengths: np.ndarray  # [B] int32
-    visual: Any  # [B, I * P, D] float32
-    limit: np.ndarray  # [B] int32: tokens to generate at most
-    stops: np.ndarray  # [B, R, W] int32, each sequence at the right end, -1 before it
-    keys: Any  # [B] random streams
+    tokens: Array  # [B, T] int32
+    lengths: Array  # [B] int32
+    visual: Array  # [B, I * P, D] float32
+    limit: Array  # [B] int32: tokens to generate at most
+    stops: Array  # [B, R, W] int32, each sequence at the right end, -1 before it
+    keys: Array  # [B] random streams
     options: Options  # arrays [B]
 
 
@@ -52,14 +53,14 @@ class State(NamedTuple):
     """A batch between two steps. Rows are slots: any can be replaced by a newly prefilled one."""
 
     cache: KVCache
-    token: jax.Array  # [B] int32: last token chosen, not yet in the cache
-    position: jax.Array  # [B] int32: its position in the row
-    ids: jax.Array  # [B, N] int32: generated so far, -1 after them
-    count: jax.Array  # [B] int32: how many
-    done: jax.Array  # [B] bool
-    limit: jax.Array  # [B] int32
-    stops: jax.Array  # [B, R, W] int32
-    keys: jax.Array  # [B]
+    token: Array  # [B] int32: last token chosen, not yet in the cache
+    position: Array  # [B] int32: its position in the row
+    ids: Array  # [B, N] int32: generated so far, -1 after them
+    made: Array  # [B] int32: how many
+    done: Array  # [B] bool
+    limit: Array  # [B] int32
+    stops: Array  # [B, R, W] int32
+    keys: Array  # [B]
     options: Options
 
 
@@ -100,7 +101,7 @@ class Engine:
             some = order[at : at + batch_size]
             rows = [requests[i] for i in some]
             state = self.decode(self.prefill(rows), plan_of([r.options for r in rows], self.vocab))
-            ids, counts = np.asarray(state.ids), np.asarray(state.count)
+            ids, counts = np.asarray(state.ids), np.asarray(state.made)
             for row, i in enumerate(some):
                 found[i] = ids[row, : counts[row]].tolist()
         return found
@@ -158,7 +159,7 @@ class Engine:
             token=jnp.zeros(b, jnp.int32),
             position=rows.lengths - 1,
             ids=jnp.full((b, room), -1, jnp.int32),
-            count=jnp.zeros(b, jnp.int32),
+            made=jnp.zeros(b, jnp.int32),
             done=rows.limit <= 0,
             limit=rows.limit,
             stops=rows.stops,
@@ -186,20 +187,20 @@ class Engine:
 
 def _advance(s: State, logits: jax.Array, plan: Plan) -> State:
     """Choose the next token of the rows that are not done, from logits [B, V] float32."""
-    token = choose(logits, s.ids, s.count, _single_ids(s.stops), s.keys, s.options, plan)
+    token = choose(logits, s.ids, s.made, _single_ids(s.stops), s.keys, s.options, plan)
     token = jnp.where(s.done, s.token, token)
     live = ~s.done
-    at = jnp.where(live, s.count, s.ids.shape[1])  # a finished row writes nowhere
+    at = jnp.where(live, s.made, s.ids.shape[1])  # a finished row writes nowhere
     ids = s.ids.at[jnp.arange(s.ids.shape[0]), at].set(token, mode="drop")
-    count = s.count + live
-    done = s.done | (count >= s.limit) | _ended(ids, count, s.stops)
-    return s._replace(token=token, position=s.position + live, ids=ids, count=count, done=done)
+    made = s.made + live
+    done = s.done | (made >= s.limit) | _ended(ids, made, s.stops)
+    return s._replace(token=token, position=s.position + live, ids=ids, made=made, done=done)
 
 
-def _ended(ids: jax.Array, count: jax.Array, stops: jax.Array) -> jax.Array:
+def _ended(ids: jax.Array, made: jax.Array, stops: jax.Array) -> jax.Array:
     """Whether a row's last tokens are one of its stop sequences: [B] bool."""
     width = stops.shape[2]
-    at = count[:, None] - width + jnp.arange(width)  # [B, W]
+    at = made[:, None] - width + jnp.arange(width)  # [B, W]
     tail = jnp.take_along_axis(ids, jnp.maximum(at, 0), axis=1)
     tail = jnp.where(at >= 0, tail, -2)  # nothing generated there
     equal = (stops == tail[:, None]) | (stops == -1)

@@ -5,7 +5,7 @@ Every value is an array over rows, so rows of different wishes share one compile
 says which stages a batch needs at all.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ from minigpt4_jax.errors import UserError
 class Options(NamedTuple):
     """How the tokens of each row are chosen: arrays [B], or plain numbers for one row."""
 
-    temperature: jax.Array | float = 0.0  # 0 is greedy
-    top_k: jax.Array | int = 0  # 0 keeps every token
-    top_p: jax.Array | float = 1.0  # 1 keeps every token
-    repetition_penalty: jax.Array | float = 1.0  # on generated tokens alone, not on the prompt's
-    min_new_tokens: jax.Array | int = 0  # no stop token before this many
+    temperature: Any = 0.0  # 0 is greedy
+    top_k: Any = 0  # 0 keeps every token
+    top_p: Any = 1.0  # 1 keeps every token
+    repetition_penalty: Any = 1.0  # on generated tokens alone, not on the prompt's
+    min_new_tokens: Any = 0  # no stop token before this many
 
     def check(self) -> "Options":
         """Return self (plain numbers). UserError names the value that is out of its range."""
@@ -62,7 +62,7 @@ def plan_of(options: list[Options], vocab: int) -> Plan:
 
 def stack_options(options: list[Options]) -> Options:
     """Options of single rows -> arrays [B]."""
-    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32)  # type: ignore[arg-type]
+    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32)
     return Options(
         *(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True))
     )
@@ -121,7 +121,7 @@ def draw(scores: jax.Array, ids: jax.Array, keys: jax.Array, step: jax.Array) ->
 def choose(
     logits: jax.Array,
     generated: jax.Array,
-    count: jax.Array,
+    made: jax.Array,
     stop_ids: jax.Array,
     keys: jax.Array,
     options: Options,
@@ -129,15 +129,15 @@ def choose(
 ) -> jax.Array:
     """The next token of each row [B] int32.
 
-    logits [B, V] float32; generated [B, N], -1 where there is none yet; count [B] tokens generated;
+    logits [B, V] float32; generated [B, N], -1 where there is none yet; made [B] how many there;
     stop_ids [B, E], -1 is none; keys [B] random streams; options: arrays [B].
     """
     if plan.penalty:
         logits = penalize(logits, generated, options.repetition_penalty)
     if plan.minimum:
-        logits = forbid(logits, stop_ids, count < options.min_new_tokens)
+        logits = forbid(logits, stop_ids, made < options.min_new_tokens)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if not plan.random:
         return best
-    drawn = draw(*keep_likely(logits, options, plan.candidates), keys, count)
+    drawn = draw(*keep_likely(logits, options, plan.candidates), keys, made)
     return jnp.where(options.temperature > 0, drawn, best)
