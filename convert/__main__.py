@@ -51,8 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
                    help="override an architecture value; may be repeated")  # fmt: skip
-    b.add_argument("--llm-dtype", choices=("float32", "bfloat16", "float16"),
-                   help="store its matrices so; default: as they are (quantized: float32)")  # fmt: skip
+    b.add_argument(
+        "--llm-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="store the language model's matrices so; default: as they are (quantized: float32)",
+    )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
 
     e = commands.add_parser("export", help="write the trained part as the original's .pth")
@@ -77,8 +80,8 @@ Without --checkpoint the projection is new. A language model with a chat format 
 Llama 3, Mistral) is prompted in it."""
 
 
-def _main() -> None:
-    args = _parser().parse_args()
+def _main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # so that half-written output is removed
@@ -95,12 +98,14 @@ def _main() -> None:
     else:
         from convert.inspect import inspect
 
+        if hasattr(signal, "SIGPIPE"):  # piped into head
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         inspect(args.model, as_json=args.json)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point: one line for a mistake, exit code 2."""
-    run(_main)
+    run(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ A = -0.75
 def resample_positions(pos: np.ndarray, tokens: int) -> np.ndarray:
     """[1 + n*n, D] or [1, 1 + n*n, D] -> float32 [tokens = 1 + m*m, D]; the CLS row is kept."""
     pos = pos.reshape(pos.shape[-2:]).astype(np.float32)
-    n, m = grid_side(pos.shape[0]), grid_side(tokens)
+    n, m = grid_side(len(pos)), grid_side(tokens)
     weights = _cubic_matrix(n, m)  # [m, n]
     grid = pos[1:].reshape(n, n, -1)
     grid = np.einsum("yi,xj,ijd->yxd", weights, weights, grid, optimize=True)

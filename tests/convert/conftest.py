@@ -1,0 +1,41 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def files(tmp_path):
+    from convert_sources import make_files
+
+    return make_files(tmp_path)
+
+
+@pytest.fixture
+def command(capsys):
+    """command(*arguments) -> (exit code, stdout, stderr) of `python -m convert`."""
+    from convert.__main__ import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """refused(*arguments) -> the one line that `python -m convert` ends with."""
+
+    def run(*arguments):
+        code, _, err = command(*arguments)
+        lines = err.strip().splitlines()
+        assert code == 2, err
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        return lines[0]
+
+    return run

@@ -1,0 +1,281 @@
+"""convert build: what it makes of small checkpoints, and of the reference's when they are here."""
+
+import errno
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from convert_sources import (
+    REFERENCE,
+    VOCAB,
+    lora_state,
+    llm_config,
+    llm_state,
+    projection_state,
+    save_hf,
+    save_pth,
+    save_sharded,
+    vit_state,
+)
+from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
+from safetensors.numpy import save_file
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
+
+
+@pytest.mark.smoke
+def test_vicuna_takes_every_tensor_to_its_place(files, command):
+    code, out, err = command(*files.arguments("minigpt4-vicuna"))
+    assert code == 0, err
+    model = files.folder / "model_a"
+    config, t = read_config(model), Tensors(model)
+    assert set(t) == set(parameter_shapes(config))
+    assert (config.vision.depth, config.vision.image_size, config.vision.heads) == (2, 6, 2)
+    assert (config.qformer.queries, config.qformer.cross_every, config.qformer.ffn) == (3, 2, 20)
+    assert config.llm.vocab == VOCAB and config.tokenizer.kind == "sentencepiece"
+    assert config.end_symbol == "###" and config.prompt_template == "###Human: {} ###Assistant: "
+    assert same(t["vit.patch.weight"], files.vit["patch_embed.proj.weight"].reshape(16, 12))
+    assert same(t["vit.cls"], files.vit["cls_token"][0, 0])
+    assert same(t["vit.pos"], files.vit["pos_embed"][0])
+    assert same(t["vit.blocks.1.mlp.up.bias"], files.vit["blocks.1.mlp.fc1.bias"])
+    assert same(t["ln_vision.scale"], files.blip2["ln_vision.weight"])
+    assert same(t["qformer.query"], files.blip2["query_tokens"][0])
+    layer = "Qformer.bert.encoder.layer.0."
+    assert same(t["qformer.blocks.0.cross.k.weight"], files.blip2[layer + "crossattention.self.key.weight"])
+    assert same(t["qformer.blocks.1.mlp.norm.scale"],
+                files.blip2["Qformer.bert.encoder.layer.1.output_query.LayerNorm.weight"])  # fmt: skip
+    assert same(t["llm.blocks.1.attn.k.weight"], files.llm["model.layers.1.self_attn.k_proj.weight"])
+    assert same(t["llm.head.weight"], files.llm["lm_head.weight"])
+    assert same(t["projection.weight"], projection_state(12)["llama_proj.weight"])
+    assert "block 2" in out and "is not used" in out
+    digest = hashlib.sha256((files.folder / "eva.pth").read_bytes()).hexdigest()
+    assert read_document(model)["sources"]["vision"]["sha256"] == digest
+
+
+def test_llama2_has_an_identity_ln_vision_and_joins_patches(files, command):
+    grid = vit_state(grid=4)
+    save_pth(files.folder / "eva4.pth", grid)
+    code, _, err = command(*files.arguments("minigpt4-llama2", vision=files.folder / "eva4.pth"))
+    assert code == 0, err
+    config, t = read_config(files.folder / "model_b"), Tensors(files.folder / "model_b")
+    assert config.qformer is None and config.visual_tokens == 4 and config.projection_in == 64
+    assert np.all(t["ln_vision.scale"] == 1) and np.all(t["ln_vision.bias"] == 0)
+
+
+@pytest.mark.parametrize("middle", ["", "default."])
+def test_v2_doubles_the_image_and_keeps_lora_in_both_spellings(files, command, middle):
+    lora = lora_state(files.llm_config, middle=middle)
+    checkpoint = save_pth(files.folder / "c2.pth", projection_state(64) | lora)
+    code, _, err = command(
+        *files.arguments("minigpt-v2", checkpoint=checkpoint), "--set", "lora.alpha=8"
+    )
+    assert code == 0, err
+    config, t = read_config(files.folder / "model_c"), Tensors(files.folder / "model_c")
+    assert config.vision.image_size == 12 and t["vit.pos"].dtype == np.float32
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (2, 8.0, ("q", "v"))
+    key = f"llama_model.base_model.model.model.layers.1.self_attn.v_proj.lora_B.{middle}weight"
+    assert same(t["llm.blocks.1.attn.v.lora_b"], lora[key])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_give_the_same_model(files, command, suffix):
+    assert command(*files.arguments("minigpt4-vicuna"))[0] == 0
+    save_sharded(files.folder / "llm", files.llm, suffix)
+    other = files.folder / "other"
+    code, _, err = command(*files.arguments("minigpt4-vicuna", out=other))
+    assert code == 0, err
+    ours, theirs = Tensors(files.folder / "model_a"), Tensors(other)
+    assert all(same(ours[n], theirs[n]) for n in ours)
+    source = read_document(other)["sources"]["llm"]
+    assert len(source["files"]) == 2
+    for name, digest in source["files"].items():
+        assert hashlib.sha256((files.folder / "llm" / name).read_bytes()).hexdigest() == digest
+
+
+def test_settings_change_the_configuration(files, command):
+    sets = {
+        "image_size": 8, "vision.depth": 1, "max_text_length": 20, "max_context": 99, "end_symbol": "\\n",
+        "prompt_template": "Q {} A", "chat_template": "llama2", "llm.rope_theta": 500.0,
+    }  # fmt: skip
+    code, _, err = command(
+        *files.arguments("minigpt4-vicuna"), *(f"--set={k}={v}" for k, v in sets.items())
+    )
+    assert code == 0, err
+    config = read_config(files.folder / "model_a")
+    assert (config.vision.image_size, config.vision.depth, config.max_context) == (8, 1, 99)
+    assert (config.end_symbol, config.prompt_template) == ("\n", "Q {} A")
+    assert (config.max_text_length, config.llm.rope_theta) == (20, 500.0)
+    assert Tensors(files.folder / "model_a")["vit.pos"].shape == (17, 16)
+
+
+def test_a_new_projection_is_seeded_and_bounded(files, command):
+    for out, seed in (("x", 1), ("y", 1), ("z", 2)):
+        code, text, err = command(
+            *files.arguments("minigpt4-vicuna", checkpoint=None, out=files.folder / out, seed=seed)
+        )
+        assert code == 0 and "projection is new" in text, err
+    x, y, z = (Tensors(files.folder / n)["projection.weight"] for n in "xyz")
+    assert same(x, y) and not same(x, z)
+    assert np.abs(x).max() <= 12**-0.5 and x.std() > 0.1
+
+
+def test_v2_without_checkpoint_starts_with_lora_that_changes_nothing(files, command):
+    code, _, err = command(
+        *files.arguments("minigpt-v2", checkpoint=None), "--set", "lora.rank=2"
+    )
+    assert code == 0, err
+    t = Tensors(files.folder / "model_c")
+    assert not t["llm.blocks.0.attn.q.lora_b"].any() and t["llm.blocks.0.attn.q.lora_a"].any()
+
+
+def test_own_files_and_model_directories_serve_as_vision(files, command):
+    assert command(*files.arguments("minigpt4-vicuna"))[0] == 0
+    model = files.folder / "model_a"
+    t = Tensors(model)
+    vision = {n: t[n] for n in t if n.split(".")[0] in ("vit", "qformer", "ln_vision")}
+    config = read_config(model).to_dict()
+    sizes = json.dumps({k: config[k] for k in ("vision", "qformer")})
+    save_file(vision, files.folder / "own.safetensors", metadata={"config": sizes})
+    for source in (files.folder / "own.safetensors", model):
+        out = files.folder / f"from_{source.name}"
+        code, _, err = command(
+            "build", f"--vision={source}", f"--llm={files.folder / 'llm'}", f"--out={out}",
+            f"--checkpoint={files.folder / 'a.pth'}",
+        )  # fmt: skip
+        assert code == 0, err
+        assert read_config(out) == read_config(model)
+        again = Tensors(out)
+        assert all(same(t[n], again[n]) for n in t)
+
+
+def test_a_checkpoint_with_unfrozen_vision_replaces_the_original(files, command):
+    changed = {"ln_vision.weight": np.full(16, 3, np.float32), "query_tokens": np.ones((1, 3, 12), np.float32)}
+    changed["visual_encoder.blocks.0.norm1.bias"] = np.full(16, 5, np.float32)
+    save_pth(files.folder / "a.pth", projection_state(12) | changed)
+    code, out, err = command(*files.arguments("minigpt4-vicuna"))
+    assert code == 0 and "3 vision parameters" in out, err
+    t = Tensors(files.folder / "model_a")
+    assert np.all(t["ln_vision.scale"] == 3) and np.all(t["qformer.query"] == 1)
+    assert np.all(t["vit.blocks.0.norm1.bias"] == 5)
+
+
+def test_vicuna_delta_with_one_token_more(files, command, tmp_path):
+    more = llm_config(vocab_size=VOCAB + 1)
+    delta = llm_state(more, seed=9)
+    for key in list(delta):
+        if "rotary" in key:
+            del delta[key]  # buffers may be in one of the two only
+    save_hf(tmp_path / "delta", more, delta)
+    code, _, err = command(*files.arguments("minigpt4-vicuna", llm_delta=tmp_path / "delta"))
+    assert code == 0, err
+    t = Tensors(files.folder / "model_a")
+    assert read_config(files.folder / "model_a").llm.vocab == VOCAB + 1
+    base, more_rows = files.llm["lm_head.weight"], delta["lm_head.weight"]
+    assert same(t["llm.head.weight"][:-1], base + more_rows[:-1])  # float16, rounded once
+    assert same(t["llm.head.weight"][-1], more_rows[-1])
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert same(t["llm.blocks.0.mlp.up.weight"], files.llm[key] + delta[key])
+
+
+def test_llm_dtype_changes_matrices_only(files, command):
+    assert command(*files.arguments("minigpt4-vicuna", llm_dtype="bfloat16"))[0] == 0
+    t = Tensors(files.folder / "model_a")
+    assert t["llm.embed"].dtype.name == "bfloat16" and t["llm.norm.scale"].dtype == np.float16
+    assert t["vit.cls"].dtype == np.float16
+
+
+def test_a_tied_head_in_the_file_is_not_used(files, command, tmp_path):
+    config = files.llm_config | {"tie_word_embeddings": True}
+    save_hf(tmp_path / "tied", config, files.llm)
+    code, out, err = command(*files.arguments("minigpt4-vicuna", llm=tmp_path / "tied"))
+    assert code == 0 and "ties it" in out, err
+    assert "llm.head.weight" not in Tensors(files.folder / "model_a")
+
+
+# --- output whole or not at all -------------------------------------------------------------------
+
+
+def leftovers(folder, before):
+    return sorted(set(folder.iterdir()) - set(before))
+
+
+def test_a_full_disk_leaves_nothing(files, refused, monkeypatch):
+    from minigpt4_jax import weights
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = list(files.folder.iterdir())
+    monkeypatch.setattr(weights, "save_file", full)
+    assert "the disk is full" in refused(*files.arguments("minigpt4-vicuna"))
+    assert not leftovers(files.folder, before)
+
+
+def test_too_small_a_disk_is_seen_before_anything_is_read(files, refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert "the disk is full" in refused(*files.arguments("minigpt4-vicuna"))
+
+
+def test_an_error_in_the_middle_leaves_nothing(files, refused):
+    """A file that is cut after it was opened: the error comes while tensors are being written."""
+    path = files.folder / "llm" / "model.safetensors"
+    before = list(files.folder.iterdir())
+    from convert import build as module
+
+    original = module.make_plan
+
+    def cut(request):
+        plan = original(request)
+        path.write_bytes(path.read_bytes()[:-200])
+        return plan
+
+    module.make_plan = cut
+    try:
+        assert "truncated" in refused(*files.arguments("minigpt4-vicuna"))
+    finally:
+        module.make_plan = original
+    assert not leftovers(files.folder, before)
+
+
+def test_output_that_exists_or_cannot_be_written_is_refused(files, refused, monkeypatch):
+    taken = files.folder / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("keep")
+    assert "not empty" in refused(*files.arguments("minigpt4-vicuna", out=taken))
+    assert (taken / "mine.txt").read_text() == "keep"
+    assert "cannot write" in refused(*files.arguments("minigpt4-vicuna", out="/proc/nowhere/model"))
+
+
+# --- the reference checkpoints --------------------------------------------------------------------
+
+CASES = {
+    "a": ("minigpt4-vicuna", "a_minigpt4_vicuna", ["--set=image_size=56", "--set=qformer.heads=4"]),
+    "b": ("minigpt4-llama2", "b_minigpt4_llama2", ["--set=image_size=56"]),
+    "c": ("minigpt-v2", "c_minigptv2", ["--set=image_size=112"]),
+}
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="needs ../shared/reference")
+@pytest.mark.parametrize("case", CASES)
+def test_reference_checkpoints_give_the_originals_visual_tokens(case, command, tmp_path):
+    import jax.numpy as jnp
+    from minigpt4_jax.weights import load_model
+
+    variant, checkpoint, settings = CASES[case]
+    at = REFERENCE / "checkpoints"
+    code, _, err = command(
+        "build", f"--variant={variant}", f"--vision={at / 'eva_vit_g.pth'}",
+        *([f"--qformer={at / 'blip2_pretrained_flant5xxl.pth'}"] if case == "a" else []),
+        f"--llm={at / 'llama'}", f"--checkpoint={at / checkpoint}.pth", f"--out={tmp_path / 'm'}",
+        "--set=vision.heads=4", *settings,
+    )  # fmt: skip
+    assert code == 0, err
+    model, _ = load_model(tmp_path / "m", "float32")
+    pixels = np.load(REFERENCE / "dumps" / f"{case}_pixels.npz")["pixel_values"]
+    got = model.encode(jnp.asarray(np.moveaxis(pixels, 1, -1)[:, None]))
+    want = np.load(REFERENCE / "dumps" / f"{case}_vision.npz")["inputs_llama"]
+    np.testing.assert_allclose(np.asarray(got).reshape(want.shape), want, atol=2e-5)
