@@ -1,7 +1,6 @@
 """Images: open and check, resize, normalize, as the vision encoder was trained to see them."""
 
 import io
-import warnings
 from os import PathLike
 from pathlib import Path
 
@@ -50,15 +49,13 @@ def open_image(source: ImageSource) -> Image.Image:
         raise UserError(f"{name}: cannot be read ({_one_line(e)})") from None
     if not data:
         raise UserError(f"{name}: the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # oddities of a file that decodes nevertheless
-        try:
-            opened = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as e:
-            raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
-        except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
-            raise UserError(f"{name}: {_not_an_image(data, e)}") from None
-        return _decode(opened, name)
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as e:
+        raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
+    except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
+        raise UserError(f"{name}: {_not_an_image(data, e)}") from None
+    return _decode(opened, name)
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -169,7 +169,7 @@ def test_huge_image_names_its_pixels(tmp_path):
     data = bytearray(encoded(Image.new("RGB", (1, 1))))
     header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 30000, 8, 2, 0, 0, 0)
     data[12:33] = header + struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(UserError, match="1200000000 pixels"):
+    with pytest.raises(UserError, match=r"1200000000 pixels.*resize it first"):
         images.open_image(write(tmp_path / "a.png", bytes(data)))
 
 
@@ -216,6 +216,7 @@ HEADERS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([b"", *HEADERS]), st.integers(0, 60), st.binary(max_size=200))
 def test_random_bytes_raise_user_errors_only(tmp_path_factory, header, kept, rest):

@@ -125,6 +125,33 @@ def test_stage_1_row_is_bos_visual_tokens_caption():
     assert row.answers == list(range(9, len(row.tokens)))
 
 
+class Letters:
+    """A tokenizer of another family: one id a letter, BOS is `^`, which templates spell."""
+
+    kind, bos_id, eos_id, pad_id, bos, vocab_size = "hf", ord("^"), 0, 0, "^", 128
+
+    def encode(self, text, bos=False):
+        return [ord(c) for c in ("^" if bos and text[:1] != "^" else "") + text]
+
+
+def test_other_families_have_one_bos():
+    config = dataclasses.replace(CONFIGS["a"], prompt_template="{}:", end_symbol="$")
+    for prompt in ("^ab", "ab"):
+        row = prompts.build_row(Letters(), config, prompt, "c", images=0)
+        assert row.tokens == Letters().encode("^abc$")
+        assert row.answers == [3, 4]
+        assert prompts.prompt_tokens(Letters(), config, prompt, images=0) == row.tokens[:3]
+    row = prompts.build_conversation_row(Letters(), config, ["a", "^b"], ["c", "d"], images=0)
+    assert row.tokens == Letters().encode("^a:c$^b:d$")
+    assert row.answers == [3, 4, 8, 9]
+    without = Letters()
+    without.bos_id, without.bos = None, ""
+    row = prompts.build_row(without, config, None, "c", images=1)
+    assert row.tokens == [IMAGE] * 8 + Letters().encode("c$")
+    row = prompts.build_conversation_row(without, config, ["a", "b"], ["c", "d"], images=0)
+    assert row.tokens == Letters().encode("a:c$b:d$")
+
+
 def test_several_images():
     config = CONFIGS["a"]
     text = f"###Human: {prompts.IMAGE_SLOT}{prompts.IMAGE_SLOT} which? ###Assistant: "

@@ -151,13 +151,13 @@ def bpe_directory(tmp_path_factory):
 def test_hf_tokenizer(bpe_directory):
     tokenizer = load_tokenizer(bpe_directory)
     assert (tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ("hf", 0, 1, 1)
-    ids = tokenizer.encode(" a red  circle\n")
-    assert tokenizer.decode(ids) == " a red  circle\n"
+    ids = tokenizer.encode(" a red  circle .\n")
+    assert tokenizer.decode(ids) == " a red  circle .\n"
     assert tokenizer.encode("") == []
     assert tokenizer.encode("a red", bos=True) == [0, *tokenizer.encode("a red")]
     chat = "<|im_start|>user"
     assert tokenizer.encode(chat, bos=True) == tokenizer.encode(chat)  # it begins with BOS already
-    assert tokenizer.decode([0, *ids, 1, 10**6]) == " a red  circle\n"
+    assert tokenizer.decode([0, *ids, 1, 10**6]) == " a red  circle .\n"
     assert tokenizer.decode([0, 1], skip_special=False) == "<|im_start|><|im_end|>"
 
 
