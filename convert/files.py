@@ -71,7 +71,7 @@ class HashedFile:
 
 
 def sniff(path: Path) -> str:
-    """What a file is by its first bytes: "zip", "legacy", "pickle", "gguf" or "safetensors".
+    """What a file is by its first bytes: "zip", "pickle", "gguf" or "safetensors".
 
     UserError, naming the likely cause, when it is missing, empty, a web page, a git-lfs pointer,
     or nothing known.
@@ -91,11 +91,8 @@ def sniff(path: Path) -> str:
     raise UserError(f"{path} {_what_else(head)}")
 
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
 _KINDS: list[tuple[str, Callable[[bytes], bool]]] = [
     ("zip", lambda h: h[:4] == b"PK\x03\x04"),
-    ("legacy", lambda h: h.startswith(LEGACY_MAGIC)),
     ("gguf", lambda h: h[:4] == b"GGUF"),
     ("safetensors", lambda h: len(h) > 8 and h[8:9] == b"{" and h[7] == 0),
     ("pickle", lambda h: h[:1] == b"\x80" and h[1:2] in b"\x01\x02\x03\x04\x05"),

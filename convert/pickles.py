@@ -94,12 +94,16 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def _is_storage(name: str) -> bool:
+    return name.endswith("Storage") and name.isidentifier()
+
+
 def _is_known(g: Global) -> bool:
     name = str(g)
     return (
         name in ALLOWED
         or any(name == n or (n.endswith(".") and name.startswith(n)) for n in INERT)
-        or (g.module in ("torch", "torch.storage") and g.name.endswith("Storage"))
+        or (g.module in ("torch", "torch.storage") and _is_storage(g.name))
         or (g.module == "torch" and g.name in _DTYPES)
         or name
         in ("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.files import LEGACY_MAGIC, HashedFile
+from convert.files import HashedFile
 from convert.pickles import StorageRef, TensorRef, read_pickle
 from convert.tensors import Tensor, dtype_named, span, strided
 from minigpt4_jax.errors import UserError
@@ -30,13 +30,7 @@ Locate = Callable[[StorageRef], tuple[int, int]]
 
 def open_tensors(file: HashedFile, kind: str) -> dict[str, Tensor]:
     """Name -> tensor of the state dict in a file. `kind` as files.sniff says."""
-    if kind == "zip":
-        content, locate, swap = _open_zip(file)
-    elif kind == "legacy":
-        content, locate, swap = _open_legacy(file)
-    else:
-        read_pickle(io.BytesIO(file.peek(0, file.size)), str(file.path))  # names what it would run
-        raise UserError(f"{file.path} is a plain pickle, not a checkpoint made by torch.save")
+    content, locate, swap = _open_zip(file) if kind == "zip" else _open_legacy(file)
     state = _state_dict(content, str(file.path))
     return {name: _tensor(file, name, ref, locate, swap) for name, ref in state.items()}
 
@@ -66,10 +60,13 @@ def _tensor(file: HashedFile, name: str, ref: TensorRef, locate: Locate, swap: b
     wanted = _ALIASES.get(ref.dtype or "", ref.dtype)
     dtype = dtype_named(wanted, where) if wanted else stored
     start, length = locate(storage)
+    count = span(ref.shape, ref.stride)
+    if count == 0:
+        return strided(file, start, dtype, ref.shape, ref.stride)
     shift = 0
     if storage.view is not None:
         shift = int(storage.view[1]) * stored.itemsize
-    if shift + (ref.offset + span(ref.shape, ref.stride)) * dtype.itemsize > length:
+    if shift + (ref.offset + count) * dtype.itemsize > length:
         raise UserError(f"{where}: the tensor reaches past its storage of {length} bytes")
     return strided(
         file, start + shift + ref.offset * dtype.itemsize, dtype, ref.shape, ref.stride, swap
@@ -115,10 +112,14 @@ def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
 # --- the format before torch 1.6 --------------------------------------------------------------
 
 
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
 def _open_legacy(file: HashedFile) -> tuple[Any, Locate, bool]:
     where = str(file.path)
     with open(file.path, "rb") as stream:
-        stream.seek(len(LEGACY_MAGIC))
+        if read_pickle(stream, where) != _LEGACY_MAGIC:
+            raise UserError(f"{where} is a plain pickle, not a checkpoint made by torch.save")
         read_pickle(stream, where)  # protocol version
         system = read_pickle(stream, where)
         content = read_pickle(stream, where)

@@ -21,7 +21,7 @@ def random_state(shapes: dict[str, tuple[int, ...]], dtype=np.float32, seed: int
     return {k: rng.normal(0, 0.2, s).astype(dtype) for k, s in shapes.items()}
 
 
-def vit_state(width=16, blocks=3, patch=2, grid=3, mlp=24, dtype=np.float16) -> State:
+def vit_state(width=16, blocks=3, patch=2, grid=4, mlp=24, dtype=np.float16) -> State:
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid * grid, width),

@@ -17,7 +17,6 @@ from convert_sources import (
     save_hf,
     save_pth,
     save_sharded,
-    vit_state,
 )
 from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
 from safetensors.numpy import save_file
@@ -34,7 +33,7 @@ def test_vicuna_takes_every_tensor_to_its_place(files, command):
     model = files.folder / "model_a"
     config, t = read_config(model), Tensors(model)
     assert set(t) == set(parameter_shapes(config))
-    assert (config.vision.depth, config.vision.image_size, config.vision.heads) == (2, 6, 2)
+    assert (config.vision.depth, config.vision.image_size, config.vision.heads) == (2, 8, 2)
     assert (config.qformer.queries, config.qformer.cross_every, config.qformer.ffn) == (3, 2, 20)
     assert config.llm.vocab == VOCAB and config.tokenizer.kind == "sentencepiece"
     assert config.end_symbol == "###" and config.prompt_template == "###Human: {} ###Assistant: "
@@ -57,9 +56,7 @@ def test_vicuna_takes_every_tensor_to_its_place(files, command):
 
 
 def test_llama2_has_an_identity_ln_vision_and_joins_patches(files, command):
-    grid = vit_state(grid=4)
-    save_pth(files.folder / "eva4.pth", grid)
-    code, _, err = command(*files.arguments("minigpt4-llama2", vision=files.folder / "eva4.pth"))
+    code, _, err = command(*files.arguments("minigpt4-llama2"))
     assert code == 0, err
     config, t = read_config(files.folder / "model_b"), Tensors(files.folder / "model_b")
     assert config.qformer is None and config.visual_tokens == 4 and config.projection_in == 64
@@ -75,7 +72,7 @@ def test_v2_doubles_the_image_and_keeps_lora_in_both_spellings(files, command, m
     )
     assert code == 0, err
     config, t = read_config(files.folder / "model_c"), Tensors(files.folder / "model_c")
-    assert config.vision.image_size == 12 and t["vit.pos"].dtype == np.float32
+    assert config.vision.image_size == 16 and t["vit.pos"].dtype == np.float32
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (2, 8.0, ("q", "v"))
     key = f"llama_model.base_model.model.model.layers.1.self_attn.v_proj.lora_B.{middle}weight"
     assert same(t["llm.blocks.1.attn.v.lora_b"], lora[key])
@@ -98,7 +95,7 @@ def test_shards_give_the_same_model(files, command, suffix):
 
 def test_settings_change_the_configuration(files, command):
     sets = {
-        "image_size": 8, "vision.depth": 1, "max_text_length": 20, "max_context": 99, "end_symbol": "\\n",
+        "image_size": 6, "vision.depth": 1, "max_text_length": 20, "max_context": 99, "end_symbol": "\\n",
         "prompt_template": "Q {} A", "chat_template": "llama2", "llm.rope_theta": 500.0,
     }  # fmt: skip
     code, _, err = command(
@@ -106,10 +103,10 @@ def test_settings_change_the_configuration(files, command):
     )
     assert code == 0, err
     config = read_config(files.folder / "model_a")
-    assert (config.vision.image_size, config.vision.depth, config.max_context) == (8, 1, 99)
+    assert (config.vision.image_size, config.vision.depth, config.max_context) == (6, 1, 99)
     assert (config.end_symbol, config.prompt_template) == ("\n", "Q {} A")
     assert (config.max_text_length, config.llm.rope_theta) == (20, 500.0)
-    assert Tensors(files.folder / "model_a")["vit.pos"].shape == (17, 16)
+    assert Tensors(files.folder / "model_a")["vit.pos"].shape == (10, 16)
 
 
 def test_a_new_projection_is_seeded_and_bounded(files, command):
