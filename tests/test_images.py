@@ -14,6 +14,8 @@ from PIL import Image
 from minigpt4_jax import images
 from minigpt4_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 FIXTURES = Path(__file__).parent / "fixtures"
 DUMPS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "dumps"
 

@@ -14,6 +14,8 @@ from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.smoke
+
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 CASES = json.loads((FIXTURES / "rows.json").read_text(encoding="utf-8"))

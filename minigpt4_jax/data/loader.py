@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -98,7 +99,8 @@ class Loader:
             "contents": _digest(maker),
         }
         self._step = 0
-        self._iterator: Any = None
+        self._running: list[grain.DatasetIterator] = []  # the one being read, or none
+        weakref.finalize(self, _end, self._running)  # also when Python exits
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -106,9 +108,9 @@ class Loader:
     def __next__(self) -> Batch:
         if self._step == self.steps:
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = iter(self._from(self._step))
-        batch = Batch(*next(self._iterator))
+        if not self._running:
+            self._running.append(iter(self._from(self._step)))
+        batch = Batch(*next(self._running[0]))
         self._step += 1
         return batch
 
@@ -130,9 +132,7 @@ class Loader:
 
     def close(self) -> None:
         """End threads and worker processes; iterating again starts them anew."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        _end(self._running)
 
     def _from(self, step: int) -> grain.IterDataset:
         """Batches from number `step` on. Batches are made at random access from their number, so a
@@ -148,6 +148,11 @@ class Loader:
                 grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             )
         return ahead
+
+
+def _end(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def _check(

@@ -12,6 +12,9 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import IMAGE_SLOT
 
 
+pytestmark = pytest.mark.smoke
+
+
 def picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4)).save(path)
