@@ -107,7 +107,7 @@ def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:
             archive.writestr(entry, data)
 
         for i, (key, load) in enumerate(tensors.items()):
-            array = np.ascontiguousarray(load())
+            array = np.asarray(load(), order="C")
             if array.dtype.name not in _STORAGES:
                 raise UserError(f"{key}: cannot export element type {array.dtype.name}")
             put(f"data/{i}", array.tobytes())

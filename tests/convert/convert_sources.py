@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from convert.export import write_torch
 from safetensors.numpy import save_file
+
+from convert.export import write_torch
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "llama_tokenizer"
 VOCAB = 785
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
+CHECKPOINTS = {"minigpt4-vicuna": "a", "minigpt4-llama2": "b", "minigpt-v2": "c"}
 State = dict[str, np.ndarray]
 
 
@@ -98,7 +100,8 @@ def llm_state(config: dict, dtype=np.float16, seed: int = 3) -> State:
             f"{b}self_attn.v_proj.weight": (kv, d), f"{b}self_attn.o_proj.weight": (d, q),
             f"{b}mlp.gate_proj.weight": (f, d), f"{b}mlp.up_proj.weight": (f, d),
             f"{b}mlp.down_proj.weight": (d, f), f"{b}input_layernorm.weight": (d,),
-            f"{b}post_attention_layernorm.weight": (d,), f"{b}self_attn.rotary_emb.inv_freq": (h // 2,),
+            f"{b}post_attention_layernorm.weight": (d,),
+            f"{b}self_attn.rotary_emb.inv_freq": (h // 2,),
         }  # fmt: skip
     return random_state(shapes, dtype, seed)
 
@@ -165,7 +168,7 @@ class Files:
 
     def arguments(self, variant: str, out: Path | None = None, **changes) -> list[str]:
         """`convert build` arguments; a change replaces one, None leaves it out."""
-        letter = {"minigpt4-vicuna": "a", "minigpt4-llama2": "b", "minigpt-v2": "c"}[variant]
+        letter = CHECKPOINTS[variant]
         options = {
             "variant": variant,
             "vision": self.folder / "eva.pth",

@@ -10,16 +10,17 @@ import pytest
 from convert_sources import (
     REFERENCE,
     VOCAB,
-    lora_state,
     llm_config,
     llm_state,
+    lora_state,
     projection_state,
     save_hf,
     save_pth,
     save_sharded,
 )
-from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
 from safetensors.numpy import save_file
+
+from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
 
 
 def same(a, b):
@@ -44,10 +45,14 @@ def test_vicuna_takes_every_tensor_to_its_place(files, command):
     assert same(t["ln_vision.scale"], files.blip2["ln_vision.weight"])
     assert same(t["qformer.query"], files.blip2["query_tokens"][0])
     layer = "Qformer.bert.encoder.layer.0."
-    assert same(t["qformer.blocks.0.cross.k.weight"], files.blip2[layer + "crossattention.self.key.weight"])
-    assert same(t["qformer.blocks.1.mlp.norm.scale"],
-                files.blip2["Qformer.bert.encoder.layer.1.output_query.LayerNorm.weight"])  # fmt: skip
-    assert same(t["llm.blocks.1.attn.k.weight"], files.llm["model.layers.1.self_attn.k_proj.weight"])
+    assert same(
+        t["qformer.blocks.0.cross.k.weight"], files.blip2[layer + "crossattention.self.key.weight"]
+    )
+    norm = "Qformer.bert.encoder.layer.1.output_query.LayerNorm.weight"
+    assert same(t["qformer.blocks.1.mlp.norm.scale"], files.blip2[norm])
+    assert same(
+        t["llm.blocks.1.attn.k.weight"], files.llm["model.layers.1.self_attn.k_proj.weight"]
+    )
     assert same(t["llm.head.weight"], files.llm["lm_head.weight"])
     assert same(t["projection.weight"], projection_state(12)["llama_proj.weight"])
     assert "block 2" in out and "is not used" in out
@@ -95,8 +100,8 @@ def test_shards_give_the_same_model(files, command, suffix):
 
 def test_settings_change_the_configuration(files, command):
     sets = {
-        "image_size": 6, "vision.depth": 1, "max_text_length": 20, "max_context": 99, "end_symbol": "\\n",
-        "prompt_template": "Q {} A", "chat_template": "llama2", "llm.rope_theta": 500.0,
+        "image_size": 6, "vision.depth": 1, "max_text_length": 20, "max_context": 99,
+        "end_symbol": "\\n", "prompt_template": "Q {} A", "chat_template": "llama2", "llm.rope_theta": 500.0,
     }  # fmt: skip
     code, _, err = command(
         *files.arguments("minigpt4-vicuna"), *(f"--set={k}={v}" for k, v in sets.items())
@@ -121,9 +126,7 @@ def test_a_new_projection_is_seeded_and_bounded(files, command):
 
 
 def test_v2_without_checkpoint_starts_with_lora_that_changes_nothing(files, command):
-    code, _, err = command(
-        *files.arguments("minigpt-v2", checkpoint=None), "--set", "lora.rank=2"
-    )
+    code, _, err = command(*files.arguments("minigpt-v2", checkpoint=None), "--set", "lora.rank=2")
     assert code == 0, err
     t = Tensors(files.folder / "model_c")
     assert not t["llm.blocks.0.attn.q.lora_b"].any() and t["llm.blocks.0.attn.q.lora_a"].any()
@@ -150,7 +153,10 @@ def test_own_files_and_model_directories_serve_as_vision(files, command):
 
 
 def test_a_checkpoint_with_unfrozen_vision_replaces_the_original(files, command):
-    changed = {"ln_vision.weight": np.full(16, 3, np.float32), "query_tokens": np.ones((1, 3, 12), np.float32)}
+    changed = {
+        "ln_vision.weight": np.full(16, 3, np.float32),
+        "query_tokens": np.ones((1, 3, 12), np.float32),
+    }
     changed["visual_encoder.blocks.0.norm1.bias"] = np.full(16, 5, np.float32)
     save_pth(files.folder / "a.pth", projection_state(12) | changed)
     code, out, err = command(*files.arguments("minigpt4-vicuna"))
@@ -260,6 +266,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_reference_checkpoints_give_the_originals_visual_tokens(case, command, tmp_path):
     import jax.numpy as jnp
+
     from minigpt4_jax.weights import load_model
 
     variant, checkpoint, settings = CASES[case]

@@ -54,7 +54,9 @@ def test_files_that_are_not_weights(files, refused, option, message):
         assert "bad.pth" in line and message in line
 
 
-@pytest.mark.parametrize("option", ["vision", "qformer", "checkpoint", "llm", "tokenizer", "llm-delta"])
+@pytest.mark.parametrize(
+    "option", ["vision", "qformer", "checkpoint", "llm", "tokenizer", "llm-delta"]
+)
 def test_missing_files(files, refused, option):
     line = refused(*files.arguments("minigpt4-vicuna"), f"--{option}=/no/such/file")
     assert "/no/such/file" in line
@@ -138,7 +140,9 @@ def test_vocabulary_against_tokenizer(files, refused, tmp_path):
         assert words in line and str(vocab) in line
     state = llm_state(llm_config(vocab_size=800))
     save_hf(tmp_path / "mixed", llm_config(), state)
-    assert "embedding has 800" in refused(*files.arguments("minigpt4-vicuna", llm=tmp_path / "mixed"))
+    assert "embedding has 800" in refused(
+        *files.arguments("minigpt4-vicuna", llm=tmp_path / "mixed")
+    )
 
 
 def test_missing_or_broken_tokenizer(files, refused, tmp_path):
@@ -209,7 +213,9 @@ def test_all_problems_come_at_once(files, refused):
     odd = {k: v for k, v in files.vit.items() if "norm2" not in k} | {"x.y": np.ones(2, np.float32)}
     path = save_pth(files.folder / "odd.pth", odd)
     line = refused(*files.arguments("minigpt4-vicuna", vision=path))
-    assert "x.y" in line and "vit.blocks.0.norm2.scale" in line and "vit.blocks.1.norm2.bias" in line
+    assert (
+        "x.y" in line and "vit.blocks.0.norm2.scale" in line and "vit.blocks.1.norm2.bias" in line
+    )
 
 
 def test_heads_are_asked_for_where_shapes_do_not_tell(files, refused):

@@ -1,9 +1,10 @@
-"""Position embeddings for another image size, against torch's bicubic and the original's own result."""
+"""Position embeddings for another image size, against torch's bicubic and the original's."""
 
 import numpy as np
 import pytest
-from convert.resample import grid_side, resample_positions
 from convert_sources import REFERENCE
+
+from convert.resample import grid_side, resample_positions
 
 
 @pytest.mark.smoke

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from convert.tables import BLIP2, EVA, FINE_TUNED, LLM, gguf_table, match, original_key, unpermute
 from convert_sources import blip2_state, llm_config, llm_state, lora_state, vit_state
 from hypothesis import given
 from hypothesis import strategies as st
+
+from convert.tables import BLIP2, EVA, FINE_TUNED, LLM, gguf_table, match, original_key, unpermute
 from minigpt4_jax.errors import UserError
 
 TABLES = {
@@ -60,7 +61,9 @@ def test_bare_and_prefixed_language_model_keys():
 
 def permute_as_llama_cpp(w: np.ndarray, heads: int) -> np.ndarray:
     """conversion script of llama.cpp: halves -> pairs."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    return (
+        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    )
 
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 6), rest=st.sampled_from([(), (1,), (7,)]))
@@ -71,7 +74,12 @@ def test_unpermute_undoes_llama_cpp(heads, half, rest):
 
 
 def test_only_query_and_key_are_permuted():
-    keys = ["blk.0.attn_q.weight", "blk.0.attn_k.bias", "blk.0.attn_v.weight", "blk.0.attn_q_norm.weight"]
+    keys = [
+        "blk.0.attn_q.weight",
+        "blk.0.attn_k.bias",
+        "blk.0.attn_v.weight",
+        "blk.0.attn_q_norm.weight",
+    ]
     found, unknown = match(gguf_table(2, 1, True), keys)
     assert not unknown
     x = np.arange(8)
