@@ -101,7 +101,8 @@ def test_shards_give_the_same_model(files, command, suffix):
 def test_settings_change_the_configuration(files, command):
     sets = {
         "image_size": 6, "vision.depth": 1, "max_text_length": 20, "max_context": 99,
-        "end_symbol": "\\n", "prompt_template": "Q {} A", "chat_template": "llama2", "llm.rope_theta": 500.0,
+        "end_symbol": "\\n", "prompt_template": "Q {} A", "chat_template": "llama2",
+        "llm.rope_theta": 500.0,
     }  # fmt: skip
     code, _, err = command(
         *files.arguments("minigpt4-vicuna"), *(f"--set={k}={v}" for k, v in sets.items())

@@ -20,13 +20,14 @@ gguf = pytest.importorskip("gguf")
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
 def pieces():
-    """(tokens, scores, kinds) of the small sentencepiece model, as llama.cpp's script lists them."""
+    """(tokens, scores, kinds) of the small sentencepiece model, as llama.cpp lists them."""
     import sentencepiece
 
     m = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER / "tokenizer.model"))
