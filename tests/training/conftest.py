@@ -1,0 +1,16 @@
+"""Programs that several tests compile alike are compiled once, and found again by the next run."""
+
+import os
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(request, tmp_path_factory):
+    if not jax.config.jax_compilation_cache_dir:
+        cache = request.config.cache
+        folder = cache.mkdir("xla") if cache else tmp_path_factory.mktemp("xla")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # subprocesses

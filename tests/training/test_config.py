@@ -1,0 +1,205 @@
+"""Configurations: the shipped ones, the command line, and what is refused."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.training import config as configs
+from minigpt4_jax.training.config import DataConfig, TrainConfig
+
+BASE = ["--workdir=w", "--config.model=m", "--config.data.path=d.jsonl"]
+
+
+def parse(*args, config="stage2"):
+    return configs.parse([f"--config={config}", *BASE, *args])[0]
+
+
+# --- the recipe (SPEC 10) ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arg", ["", ":vicuna7b", ":vicuna13b", ":llama2"])
+def test_stage1_is_the_recipe(arg):
+    c = parse(config="stage1" + arg)
+    assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (1e-4, 8e-5, 1e-6, 5000)
+    assert (c.steps, c.batch_size, c.weight_decay, c.clip) == (20_000, 256, 0.05, 0.0)
+    assert (c.beta1, c.beta2, c.eps, c.schedule) == (0.9, 0.999, 1e-8, "cosine")
+    assert (c.end_symbol, c.max_text_length, c.data.prompts) == ("\n", 32, ())
+    assert c.data.clean_captions and c.freeze_vit and c.freeze_qformer
+
+
+@pytest.mark.parametrize("arg", ["", ":vicuna7b", ":vicuna13b", ":llama2"])
+def test_stage2_is_the_recipe(arg):
+    from minigpt4_jax.prompts import STAGE2_PROMPTS
+
+    c = parse(config="stage2" + arg)
+    assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (3e-5, 1e-5, 1e-6, 200)
+    assert (c.steps, c.batch_size, c.weight_decay) == (1000, 12, 0.05)
+    assert c.end_symbol == ("</s>" if arg == ":llama2" else "###")
+    assert (c.max_text_length, c.data.prompts) == (160, STAGE2_PROMPTS)
+    assert c.variant == ("minigpt4-llama2" if arg == ":llama2" else "minigpt4-vicuna")
+    assert c.llm_width == (5120 if arg == ":vicuna13b" else 0)
+
+
+def test_finetune_keeps_what_the_model_was_trained_with():
+    c = parse(config="finetune")
+    assert (c.end_symbol, c.max_text_length, c.prompt_template, c.variant) == ("", 0, "", "")
+
+
+def test_every_shipped_config_names_only_fields_that_exist():
+    for name in configs.known_configs():
+        configs._build(TrainConfig, configs.read_config_file(name), name)
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def test_overrides_are_typed_as_the_field():
+    c = parse(
+        "--config.steps=7", "--config.init_lr=1", "--config.remat", "--noconfig.freeze_vit",
+        "--config.dtype=float32", "--config.data.workers", "3",
+    )  # fmt: skip
+    assert (c.steps, c.init_lr, c.remat, c.freeze_vit) == (7, 1.0, True, False)
+    assert isinstance(c.init_lr, float) and c.data.workers == 3
+
+
+def test_several_paths_by_commas_or_by_repetition():
+    assert parse().data.path == ("d.jsonl",)
+    assert parse("--config.data.path=/a b/c.json").data.path == ("d.jsonl", "/a b/c.json")
+    assert parse("--config.data.val_path=x y,z").data.val_path == ("x y", "z")
+    assert parse("--config.data.prompts=one, two").data.prompts == ("one, two",)
+
+
+def test_a_path_to_a_config_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg='x'):\n"
+        "    return ConfigDict({'steps': 3, 'end_symbol': arg, 'data': {'path': ['a']}})\n"
+    )
+    c = parse(config=f"{mine}:!")
+    assert (c.steps, c.end_symbol) == (3, "!")
+    assert c.batch_size == TrainConfig().batch_size  # what it does not name has the default
+    assert parse("--config.keep=2", config=str(mine)).keep == 2
+
+
+def test_shipped_configs_are_not_taken_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "stage2.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    assert parse().steps == 1000
+
+
+def bad(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return {'steps': 1 / 0}\n")
+    other = tmp_path / "other.py"
+    other.write_text("def get_config():\n    return {'stepps': 1}\n")
+    return broken, other
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.batch_size=0"], "config.batch_size is 0: expected a number above 0"),
+        (["--config.steps=-5"], "config.steps is -5"),
+        (["--config.batch_size=x"], "config.batch_size is 'x': expected int"),
+        (["--config.batch_size=1.5"], "expected int"),
+        (["--config.init_lr=high"], "config.init_lr is 'high': expected float"),
+        (["--config.init_lr=nan"], "config.init_lr is nan"),
+        (["--config.min_lr=inf"], "config.min_lr is inf"),
+        (["--config.remat=maybe"], "config.remat is 'maybe': expected bool"),
+        (["--config.batchsize=4"], "did you mean config.batch_size"),
+        (["--config.path=x"], "did you mean config.data.path"),
+        (["--config.data.pth=x"], "did you mean config.data.path"),
+        (["--config.lr=1"], "_lr?"),
+        (["--config.data=x"], "config.data is not a configuration key"),
+        (["--config.accumulate=5"], "a multiple of accumulate"),
+        (["--config.dtype=fp16"], "bfloat16 or float32"),
+        (["--config.schedule=linear"], "cosine or step"),
+        (["--config.schedule=step", "--config.steps_per_epoch=0"], "steps_per_epoch"),
+        (["--config.prompt_template=hello"], "one {} in it"),
+        (["--config.beta1=1"], "0 <= beta1 < 1"),
+        (["--config.model="], "--config.model=DIR"),
+        (["--config.data.threads=0"], "config.data.threads is 0"),
+        (["--config.data.workers=-1"], "config.data.workers is -1"),
+        (["stage2"], "unexpected argument 'stage2'"),
+        (["--batch_size=3"], "batch_size"),
+        (["--config.steps"], "config.steps"),
+    ],
+)  # fmt: skip
+def test_refused(args, message):
+    with pytest.raises(UserError) as e:
+        parse(*args)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("stage3", "did you mean stage2? known are finetune"),
+        ("zzz", "known are finetune"),
+        ("none/such.py", "there is no such file"),
+        ("stage2:vicuna", "known are vicuna7b, vicuna13b, llama2"),
+        ("{broken}", "line 2: ZeroDivisionError"),
+        ("{other}", "did you mean config.steps"),
+    ],
+)
+def test_refused_config(config, message, tmp_path):
+    broken, other = bad(tmp_path)
+    with pytest.raises(UserError) as e:
+        parse(config=config.format(broken=broken, other=other))
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_flags():
+    with pytest.raises(UserError, match="--config is missing: one of finetune"):
+        configs.parse(BASE)
+    with pytest.raises(UserError, match="--workdir is missing"):
+        configs.parse(["--config=stage2"])
+    with pytest.raises(UserError, match="data.path"):
+        configs.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
+
+
+# --- values ------------------------------------------------------------------------------------
+
+NUMBERS = st.floats(1e-8, 1.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    steps=st.integers(1, 10**9), rate=NUMBERS, remat=st.booleans(),
+    paths=st.lists(st.text("abc /._-'\"(", min_size=1).filter(str.strip), min_size=1, max_size=3),
+)  # fmt: skip
+def test_what_is_given_is_what_comes_out(steps, rate, remat, paths):
+    expected = ("d.jsonl", *paths)
+    args = [f"--config.steps={steps}", f"--config.init_lr={rate!r}", f"--config.remat={remat}"]
+    # a text that opens with a bracket is read as Python, like ml_collections does
+    args += [f"--config.data.path={p if p[0] != '(' else repr((p,))}" for p in paths]
+    c = parse(*args)
+    assert (c.steps, c.init_lr, c.remat, c.data.path) == (steps, rate, remat, expected)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 10**6), prompts=st.lists(st.text(min_size=1), max_size=3))
+def test_to_dict_and_back(steps, prompts):
+    c = TrainConfig(
+        model="m", steps=steps, data=DataConfig(path=("d",), prompts=tuple(prompts))
+    )
+    assert configs.from_mapping(configs.to_dict(c)) == c
+
+
+def test_differences_leave_out_what_does_not_change_the_result():
+    c = TrainConfig(model="m", data=DataConfig(path=("d",)))
+    other = dataclasses.replace(
+        c, log_every=3, save_every=7, keep=9, data=dataclasses.replace(c.data, workers=4)
+    )
+    as_dict = configs.to_dict
+    assert configs.differences(as_dict(c), as_dict(other)) == []
+    changed = dataclasses.replace(c, seed=3, data=dataclasses.replace(c.data, path=("e",)))
+    found = configs.differences(as_dict(c), as_dict(changed))
+    assert found == ["data.path: ['d'] -> ['e']", "seed: 42 -> 3"]
