@@ -200,7 +200,7 @@ def test_random_crop_is_drawn_from_the_generator():
     assert (first != second).any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
 def test_crop_box_properties(width, height, seed):
     x0, y0, x1, y1 = images._crop_box(width, height, np.random.default_rng(seed))
@@ -219,7 +219,7 @@ HEADERS = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from([b"", *HEADERS]), st.integers(0, 60), st.binary(max_size=200))
 def test_random_bytes_raise_user_errors_only(tmp_path_factory, header, kept, rest):
     path = tmp_path_factory.getbasetemp() / "random.img"

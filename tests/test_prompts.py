@@ -258,7 +258,7 @@ def test_clean_answer(text, shown):
 texts = st.text(alphabet="abc {}#<s>/.\n$", max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=4), texts, st.sampled_from("abc"), st.integers(1, 50))
 def test_row_properties(segments, answer, variant, limit):
     """P slots an image; the answer is the contiguous end of the row, within its limit."""

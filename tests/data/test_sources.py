@@ -11,7 +11,6 @@ from minigpt4_jax.data.sources import Example, blip_caption, read_sources
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import IMAGE_SLOT
 
-
 pytestmark = pytest.mark.smoke
 
 
@@ -207,7 +206,7 @@ keys = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(keys, values, max_size=4), st.sampled_from(["json", "jsonl"]), st.booleans())
 def test_odd_rows_raise_user_errors_only(tmp_path_factory, row, ending, listed):
     path = tmp_path_factory.getbasetemp() / f"odd.{ending}"
