@@ -80,11 +80,9 @@ Without --checkpoint the projection is new. A language model with a chat format 
 Llama 3, Mistral) is prompted in it."""
 
 
-def _main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; `argv` is what follows `python -m convert`. UserError for a mistake."""
     args = _parser().parse_args(argv)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that half-written output is removed
     if args.command == "build":
         from convert.build import build
         from convert.plan import Request
@@ -98,15 +96,12 @@ def _main(argv: list[str] | None = None) -> None:
     else:
         from convert.inspect import inspect
 
-        if hasattr(signal, "SIGPIPE"):  # piped into head
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         inspect(args.model, as_json=args.json)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point: one line for a mistake, exit code 2."""
-    run(lambda: _main(argv))
-
-
 if __name__ == "__main__":
-    main()
+    # SIGTERM as an exception, so that half-written output is removed; quiet when piped into head.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    run(main)

@@ -17,10 +17,11 @@ def files(tmp_path):
 def command(capsys):
     """command(*arguments) -> (exit code, stdout, stderr) of `python -m convert`."""
     from convert.__main__ import main
+    from minigpt4_jax import errors
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
+            errors.run(lambda: main([str(a) for a in arguments]))
         captured = capsys.readouterr()
         return stop.value.code, captured.out, captured.err
 
