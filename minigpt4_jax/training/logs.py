@@ -1,10 +1,12 @@
 """What a run leaves to look at: lines, metrics.jsonl, samples.jsonl, TensorBoard, a progress bar."""
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,7 @@ def import_tensorboard() -> None:
     which takes seconds."""
 
     def load() -> None:
-        import tensorboardX  # noqa: F401
+        import tensorboardX  # type: ignore[import-untyped]  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
 
@@ -28,7 +30,8 @@ class RunLog:
     interrupted run is taken out first, and will be recorded again."""
 
     def __init__(self, workdir: Path, step: int, steps: int):
-        self._workdir, self._step, self._writer = workdir, step, None
+        self._workdir, self._step = workdir, step
+        self._writer: Any = None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, SAMPLES):
             self._guard(lambda name=name: self._open(name, step))
@@ -59,16 +62,15 @@ class RunLog:
     def metrics(self, record: dict[str, Any]) -> None:
         """Append {"step": ..., name: number} to metrics.jsonl and TensorBoard."""
         self._append(METRICS, record)
-        for name, value in record.items():
-            if name != "step":
-                self._tensorboard().add_scalar(name, value, record["step"])
+        values = [{"tag": k, "simple_value": v} for k, v in record.items() if k != "step"]
+        self._event(record["step"], values)
 
     def sample(self, record: dict[str, Any]) -> None:
         """Append {"step", "image", "text"} to samples.jsonl and TensorBoard, and print it."""
         self._append(SAMPLES, record)
         name = Path(record["image"]).name
-        self._tensorboard().add_text(f"samples/{name}", record["text"], record["step"])
-        self.line(f"  {name}: {record['text']}")
+        self._event_text(record["step"], f"samples/{name}", record["text"])
+        self.line(f"  {name}: {' '.join(record['text'].split())}")
 
     def flush(self) -> None:
         """Bring everything to disk: a checkpoint is only as good as the log up to it."""
@@ -78,24 +80,45 @@ class RunLog:
             self._guard(self._writer.flush)
 
     def close(self) -> None:
+        """Never raises: what matters was flushed before, and another error may be on its way."""
         if self._bar is not None:
             self._bar.close()
-        for file in self._files.values():
-            self._guard(file.close)
-        if self._writer is not None:
-            self._writer.close()
+        for file in [*self._files.values(), *filter(None, [self._writer])]:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         self._guard(lambda: self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n"))
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
+    def _event(self, step: int, values: list[Any]) -> None:
+        from tensorboardX.proto import summary_pb2
 
-            folder = str(self._workdir / TENSORBOARD)
-            # TensorBoard drops what an interrupted run had written behind the checkpoint.
-            self._writer = SummaryWriter(folder, purge_step=self._step + 1 if self._step else None)
-        return self._writer
+        made = [v if not isinstance(v, dict) else summary_pb2.Summary.Value(**v) for v in values]
+        event = {"step": step, "summary": summary_pb2.Summary(value=made)}
+        self._guard(lambda: self._tensorboard()(event))
+
+    def _event_text(self, step: int, tag: str, text: str) -> None:
+        from tensorboardX.summary import text as text_summary
+
+        self._event(step, list(text_summary(tag, text).value))
+
+    def _tensorboard(self) -> Any:
+        """Writes one event. Not tensorboardX's SummaryWriter: its thread dies on a full disk, and then
+        its queue blocks for ever."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        def write(fields: dict[str, Any]) -> None:
+            self._writer.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+        if self._writer is None:
+            folder = self._workdir / TENSORBOARD
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+            if self._step:  # what an interrupted run had written behind the checkpoint is void
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                write({"step": self._step + 1, "session_log": start})
+        return write
 
     def _guard(self, write: Any) -> None:
         try:

@@ -28,9 +28,9 @@ from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig, from_mapping
-from minigpt4_jax.training.logs import RunLog, duration, import_tensorboard, read_metrics
+from minigpt4_jax.training.logs import METRICS, RunLog, duration, import_tensorboard, read_metrics
 from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
-from minigpt4_jax.training.validation import Validation
+from minigpt4_jax.training.validation import Validation, read_validation
 
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15, as a shell reports it
 INTERRUPTED = 130  # after Ctrl-C
@@ -102,19 +102,25 @@ class _Loop:
         self.c, self.workdir, self.stop, self.on_metrics = c, workdir, stop, on_metrics
         self.checkpoints: Checkpoints | None = None
         self.log: RunLog | None = None
-        self.loader: Loader | None = None
         self.model_config = run.model_config(c)
         self.tokenizer = load_tokenizer(
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
+        # Everything the user gave is looked at before anything is written, and before the weights.
         self.loader = self._make_loader()
+        held_out = read_validation(c)
         run.open_workdir(workdir, c)
+        self.done = run.is_done(workdir, c)
+        if self.done:
+            return
         self.checkpoints = Checkpoints(workdir / run.CHECKPOINTS, c.keep)
         self._build()
         self._restore()
         self.validation = None
-        if c.data.val_path:
-            self.validation = Validation(c, self.model_config, self.tokenizer, self.split)
+        if held_out:
+            self.validation = Validation(
+                c, self.model_config, self.tokenizer, self.split, held_out
+            )
 
     def _make_loader(self) -> Loader:
         c, d = self.c, self.c.data
@@ -161,11 +167,13 @@ class _Loop:
         self.log = RunLog(self.workdir, self.step, self.c.steps)
         self.pending: list[tuple[int, Metrics]] = []
         self.clock, self.clock_step = time.perf_counter(), self.step
-        self.last: dict[str, float] = {}
 
     # --- running --------------------------------------------------------------------------------
 
     def run(self) -> Result:
+        if self.done:
+            print(f"{self.workdir} is done: its model is in {self.workdir / run.MODEL}", flush=True)
+            return self._result()
         self._introduce()
         while self.step < self.c.steps:
             if self.stop:
@@ -248,7 +256,6 @@ class _Loop:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.log.metrics(record)
-        self.last |= {k: v for k, v in record.items() if k != "step"}
         if self.on_metrics is not None:
             self.on_metrics(record)
 
@@ -290,23 +297,23 @@ class _Loop:
     def _finish(self) -> Result:
         self.checkpoints.wait()
         self.log.flush()
-        records = read_metrics(self.workdir)
-        last: dict[str, float] = {}
-        for record in records:
-            last |= {k: v for k, v in record.items() if k != "step"}
-        model = run.write_trained(
+        done = self._result()
+        loss = done.metrics["loss"]
+        run.write_trained(
             self.workdir, self.c, self.model_config, self.trainable,
-            {"steps": self.step, "loss": last.get("loss"), "seed": self.c.seed},
+            {"steps": self.step, "loss": loss, "seed": self.c.seed},
         )  # fmt: skip
-        self._plot(records)
-        self.log.line(f"done: {self.step} steps, loss {last.get('loss', math.nan):.4f}; model in {model}")
-        return Result(model, last, self.step)
+        from minigpt4_jax.plots import loss_plot  # matplotlib
 
-    def _plot(self, records: list[dict[str, Any]]) -> None:
-        from minigpt4_jax.plots import loss_plot
+        loss_plot(self.workdir / METRICS, self.workdir / "loss.png")
+        self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
+        return done
 
-        if any("loss" in r for r in records):
-            loss_plot(records, self.workdir / "loss.png")
+    def _result(self) -> Result:
+        last: dict[str, float] = {}
+        for record in read_metrics(self.workdir):
+            last |= record
+        return Result(self.workdir / run.MODEL, last, self.c.steps)
 
     def close(self) -> None:
         for thing in (self.log, self.loader, self.checkpoints):

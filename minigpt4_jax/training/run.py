@@ -42,6 +42,14 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
 
 
+def is_done(workdir: Path, c: TrainConfig) -> bool:
+    """Whether the run in this directory has written its model."""
+    if not (workdir / MODEL / "model.json").is_file():
+        return False
+    written = weights.read_document(workdir / MODEL)["sources"].get("training", {})
+    return written.get("steps") == c.steps
+
+
 def _check_same(workdir: Path, old: Any, now: dict[str, Any]) -> None:
     if not isinstance(old, dict) or not {"config", "model"} <= old.keys():
         raise UserError(f"{workdir / CONFIG} is not a training run's: choose another --workdir")

@@ -1,5 +1,6 @@
 """Looking at a run from outside: the loss on held-out rows, and captions of a few held-out images."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minigpt4_jax.config import ModelConfig
@@ -15,12 +16,26 @@ if TYPE_CHECKING:
     from minigpt4_jax.api import Model
 
 
+def read_validation(c: TrainConfig) -> list[Example]:
+    """The held-out rows of a run's configuration; none where it names no data."""
+    if not c.data.val_path:
+        return []
+    return read_sources(c.data.val_path, clean_captions=c.data.clean_captions)
+
+
 class Validation:
     """The held-out rows of a run."""
 
-    def __init__(self, c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, split: Split):
+    def __init__(
+        self,
+        c: TrainConfig,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        split: Split,
+        examples: Sequence[Example],
+    ):
         self._c, self._config, self._tokenizer, self._split = c, config, tokenizer, split
-        self._examples = read_sources(c.data.val_path, clean_captions=c.data.clean_captions)
+        self._examples = examples
         self._evaluate = make_evaluation(split)
         self._model: Model | None = None
 
