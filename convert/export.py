@@ -24,6 +24,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config
 
 Load = Callable[[], np.ndarray]
+Shape = tuple[int, ...]
 
 
 def export(model_dir: Path, out: Path) -> list[str]:
@@ -42,7 +43,8 @@ def export(model_dir: Path, out: Path) -> list[str]:
             raise UserError(
                 f"{model_dir}: {name} was trained, but the original's format has no key for it"
             )
-        trained[key] = partial(_original_shape, name, tensors, config)
+        shape = original_shape(name, tensors.shape(name), config)
+        trained[key] = partial(_load, tensors, name, shape)
     write_torch(out, trained)
     print(f"wrote {out}: {len(trained)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     return list(trained)
@@ -57,15 +59,16 @@ def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
     return names
 
 
-def _original_shape(name: str, tensors: Tensors, config: ModelConfig) -> np.ndarray:
+def _load(tensors: Tensors, name: str, shape: Shape) -> np.ndarray:
+    return tensors[name].reshape(shape)
+
+
+def original_shape(name: str, shape: Shape, config: ModelConfig) -> Shape:
     """The original keeps the patch embedding as a convolution and some leading axes of length 1."""
-    x = tensors[name]
     if name == "vit.patch.weight":
-        patch = config.vision.patch_size
-        return x.reshape(-1, 3, patch, patch)
-    if name == "vit.cls":
-        return x[None, None]
-    return x[None] if name in ("vit.pos", "qformer.query") else x
+        return (shape[0], 3, config.vision.patch_size, config.vision.patch_size)
+    leading = {"vit.cls": (1, 1), "vit.pos": (1,), "qformer.query": (1,)}
+    return (*leading.get(name, ()), *shape)
 
 
 # --- torch's file format --------------------------------------------------------------------------

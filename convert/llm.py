@@ -124,6 +124,21 @@ def find_tokenizer(folder: Path) -> dict[str, Path | bytes]:
     return found
 
 
+def drop_added_tokens(language: LanguageModel, vocab: int) -> list[str]:
+    """Leave out of added_tokens.json what the model has no row for (some LLaMA files name such a
+    pad token); returns those tokens."""
+    content = language.tokenizer.get("added_tokens.json")
+    if not isinstance(content, Path):
+        return []
+    added = read_json(content)
+    dropped = [token for token, i in added.items() if isinstance(i, int) and i >= vocab]
+    if dropped:
+        kept = {token: i for token, i in added.items() if token not in dropped}
+        files = {**language.tokenizer, "added_tokens.json": json.dumps(kept).encode()}
+        language.tokenizer = files
+    return dropped
+
+
 # --- Vicuna deltas --------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.checks import check_language, check_trained, shape_problems
 from convert.derive import lora_config, qformer_config, vision_config
-from convert.llm import LanguageModel, open_llm
+from convert.llm import LanguageModel, drop_added_tokens, open_llm
 from convert.settings import Variant, apply_settings, chat_format, parse_settings, variant_named
 from convert.sources import Source, Sources, llm_source, lora_shapes, open_source, packaged_encoder
 from convert.tables import BLIP2, EVA, FINE_TUNED, OWN, Match
@@ -62,6 +62,12 @@ def make_plan(request: Request) -> Plan:
     for name in apply_settings(values, given):
         notes.append(f"--set {name} is not used: this {request.variant} has no such part")
     config = ModelConfig.from_dict(values).check()
+    if tokenizer.kind == "sentencepiece" and pieces > config.llm.vocab:
+        if dropped := drop_added_tokens(language, config.llm.vocab):
+            notes.append(
+                f"added tokens {', '.join(dropped)} left out: the model has no row for them"
+            )
+        _, pieces = _read_tokenizer(language)
     check_language(config, sources, pieces)
     check_trained(config, sources)
     origin = _collect(config, sources, notes)

@@ -200,6 +200,18 @@ def test_a_tied_head_in_the_file_is_not_used(files, command, tmp_path):
     assert "llm.head.weight" not in Tensors(files.folder / "model_a")
 
 
+@pytest.mark.parametrize("vocab, kept", [(VOCAB, {}), (VOCAB + 1, {"<pad>": VOCAB})])
+def test_an_added_token_without_a_row_is_left_out(files, command, tmp_path, vocab, kept):
+    config = llm_config(vocab_size=vocab)
+    folder = save_hf(tmp_path / "llm2", config, llm_state(config))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": VOCAB}))
+    code, out, err = command(*files.arguments("minigpt4-vicuna", llm=folder))
+    assert code == 0, err
+    assert ("<pad> left out" in out) == (not kept)
+    copied = files.folder / "model_a" / "tokenizer" / "added_tokens.json"
+    assert json.loads(copied.read_text()) == kept
+
+
 # --- output whole or not at all -------------------------------------------------------------------
 
 
