@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         help="store the language model's matrices so; default: as they are (quantized: float32)",
     )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
+    b.add_argument("--projection-scale", type=float, default=1.0, metavar="FACTOR",
+                   help="on a new projection's first values, which are torch.nn.Linear's: below 1 "
+                   "visual tokens begin nearer the size of word embeddings")  # fmt: skip
 
     e = commands.add_parser("export", help="write the trained part as the original's .pth")
     e.add_argument(

@@ -36,7 +36,7 @@ def build(request: Request) -> Plan:
             f"the model needs {size / 1e9:.1f} GB"
         )
     record: dict[str, Any] = {}
-    tensors = _tensors(plan, types, request.seed, record)
+    tensors = _tensors(plan, types, request, record)
     files = plan.language.tokenizer
     write_model(request.out, plan.config, tensors, tokenizer=files, sources=record)
     for note in plan.notes:
@@ -76,14 +76,15 @@ def _stored_type(plan: Plan, name: str, llm_dtype: str | None) -> np.dtype:
 
 
 def _tensors(
-    plan: Plan, types: dict[str, np.dtype], seed: int, record: dict[str, Any]
+    plan: Plan, types: dict[str, np.dtype], request: Request, record: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter, in the order of the files; in the end `record` says where they came from."""
     from tqdm import tqdm
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(request.seed)
     for name in sorted(plan.fresh):
-        yield name, _fresh(name, plan.wanted, rng)
+        scale = request.projection_scale if part_of(name) == "projection" else 1.0
+        yield name, np.float32(scale) * _fresh(name, plan.wanted, rng)
     todo = [
         (name, source, m, source.reader.tensors[m.key]) for name, (source, m) in plan.origin.items()
     ]

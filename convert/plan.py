@@ -31,6 +31,7 @@ class Request:
     tokenizer: Path | None = None
     settings: list[str] = field(default_factory=list)
     seed: int = 0
+    projection_scale: float = 1.0
     llm_dtype: str | None = None
 
 

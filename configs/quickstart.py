@@ -1,0 +1,56 @@
+"""`make quickstart`: the two stages in small. SmolLM2-135M stays frozen, and so does the demonstration's
+vision side; the projection (128 -> 576) alone is trained, on generated scenes of coloured shapes.
+
+The argument selects the stage: `quickstart:stage1` (short captions, the bare image in front) and
+`quickstart:stage2` (detailed descriptions in the language model's chat format).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "stage1") -> ConfigDict:
+    if arg not in ("stage1", "stage2"):
+        raise ValueError(f"unknown argument {arg!r}; known are stage1, stage2")
+    stage2 = arg == "stage2"
+    c = ConfigDict()
+
+    c.model = ""  # model directory
+    c.data = ConfigDict()
+    c.data.path = ()
+    c.data.val_path = ()
+    c.data.prompts = (
+        (
+            "<Img><ImageHere></Img> Describe this image in detail.",
+            "<Img><ImageHere></Img> Take a look at this image and describe what you notice.",
+            "<Img><ImageHere></Img> Please provide a detailed description of the picture.",
+            "<Img><ImageHere></Img> Could you describe the contents of this image for me?",
+        )
+        if stage2
+        else ()
+    )
+    c.data.pad_tokens = 16  # rows are short; one of 2 to 4 lengths
+    c.data.pad_answers = 16
+
+    c.end_symbol = "<|im_end|>" if stage2 else "\n"
+    c.max_text_length = 96 if stage2 else 40
+    c.dtype = "float32"  # the fastest on a CPU without bfloat16 units
+
+    c.steps = 160 if stage2 else 260
+    c.batch_size = 8
+    c.seed = 42
+
+    # A thousand times fewer examples than the papers' stage 1, so a rate a hundred times theirs.
+    c.init_lr = 1e-3 if stage2 else 3e-3
+    c.min_lr = 1e-5
+    c.warmup_lr = 1e-5
+    c.warmup_steps = 10
+    c.weight_decay = 0.0
+    c.beta2 = 0.98
+    c.clip = 1.0
+
+    c.log_every = 20
+    c.eval_every = 0
+    c.sample_every = 0
+    c.save_every = 100
+    c.keep = 1
+    return c
