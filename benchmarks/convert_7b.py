@@ -153,9 +153,7 @@ def main() -> int:
         print(f"sources written in {written - start:.0f} s")
         peak = convert(made)
         seconds = time.perf_counter() - written
-        print(
-            f"convert build: {seconds:.0f} s, peak resident memory {peak:.2f} GiB (limit {LIMIT_GIB})"
-        )
+        print(f"convert build: {seconds:.0f} s, peak memory {peak:.2f} GiB (limit {LIMIT_GIB})")
         return 0 if peak < LIMIT_GIB else 1
     finally:
         if not args.keep:

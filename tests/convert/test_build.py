@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -254,6 +257,34 @@ def test_an_error_in_the_middle_leaves_nothing(files, refused):
         assert "truncated" in refused(*files.arguments("minigpt4-vicuna"))
     finally:
         module.make_plan = original
+    assert not leftovers(files.folder, before)
+
+
+SLOW = """
+import runpy, sys, time
+import convert.build as module
+tensors = module._tensors
+def slow(*arguments):
+    for item in tensors(*arguments):
+        print("writing", flush=True)
+        time.sleep(30)
+        yield item
+module._tensors = slow
+runpy.run_module("convert", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_in_the_middle_leaves_nothing(files, how, code):
+    before = list(files.folder.iterdir())
+    command = [sys.executable, "-c", SLOW, *files.arguments("minigpt4-vicuna")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert leftovers(files.folder, before)  # half a model, in a directory of another name
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert b"Traceback" not in err
     assert not leftovers(files.folder, before)
 
 
