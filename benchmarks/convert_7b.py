@@ -48,9 +48,9 @@ class Numbers:
         self._rng = rng
 
     def __call__(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        start = int(self._rng.integers(self._pool.size))
         count = math.prod(shape)
-        return np.resize(np.roll(self._pool, -start)[:count], count).reshape(shape).astype(dtype)
+        start = int(self._rng.integers(max(self._pool.size - count, 0) + 1))
+        return np.resize(self._pool[start : start + count], count).reshape(shape).astype(dtype)
 
 
 def originals(model: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:

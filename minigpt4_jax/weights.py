@@ -6,6 +6,7 @@ rest is read. Names are dotted parameter paths, one tensor a layer: `llm.blocks.
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -53,6 +54,7 @@ def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
     return nnx.eval_shape(make)
 
 
+@functools.cache
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor a whole model directory holds."""
     shapes: dict[str, tuple[int, ...]] = {}
