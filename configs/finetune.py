@@ -3,8 +3,8 @@
     python -m minigpt4_jax.train --config=finetune --workdir=DIR --config.model=MODEL \
         --config.data.path=my.jsonl
 
-Rows are {"image": path, "caption": text} or {"image": path, "conversations": [...]}; paths are relative to
-the file. Prompt template, end symbol and text length are the model's own.
+Rows are {"image": path, "caption": text} or {"image": path, "conversations": [...]}; paths are
+relative to the file. Prompt template, end symbol and text length are the model's own.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """Stage 1 of MiniGPT-4: the projection learns to put images into the language model's words, on
 millions of web captions, with nothing but the image in front of the caption.
 
-    python -m minigpt4_jax.train --config=stage1 --workdir=DIR --config.model=MODEL --config.data.path=...
+    python -m minigpt4_jax.train --config=stage1 --workdir=DIR --config.model=MODEL \
+        --config.data.path=FILE
 
 The argument selects the language model: `stage1` Vicuna 7B, `stage1:vicuna13b`, `stage1:llama2`.
 """

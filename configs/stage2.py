@@ -1,7 +1,8 @@
 """Stage 2 of MiniGPT-4: the same projection learns to answer, on 3,439 detailed descriptions in the
 chat format (cc_sbu_align). 7 minutes on one A100 in the paper.
 
-    python -m minigpt4_jax.train --config=stage2 --workdir=DIR --config.model=MODEL --config.data.path=DIR
+    python -m minigpt4_jax.train --config=stage2 --workdir=DIR --config.model=MODEL \
+        --config.data.path=DIR
 
 The argument selects the language model: `stage2` Vicuna 7B, `stage2:vicuna13b`, `stage2:llama2`.
 """
@@ -21,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.llm_width = 5120 if arg == "vicuna13b" else 0  # 0: any
 
     c.data = ConfigDict()
-    c.data.path = ()  # a directory with filter_cap.json and image/, .json or .jsonl; several may be given
+    c.data.path = ()  # a directory with filter_cap.json and image/, .json or .jsonl; or several
     c.data.val_path = ()
     c.data.prompts = (  # the original's prompts/alignment.txt: one is drawn for each batch
         "<Img><ImageHere></Img> Describe this image in detail.",

@@ -17,7 +17,8 @@ def enable_compilation_cache() -> Path | None:
     import jax
 
     wanted = os.environ.get(VARIABLE, "default")
-    if wanted.lower() in ("", "0", "off") or jax.config.jax_compilation_cache_dir:
+    set_up = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if wanted.lower() in ("", "0", "off") or set_up:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     root = Path(home) / "minigpt4_jax" if wanted == "default" else Path(wanted)

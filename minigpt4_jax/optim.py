@@ -25,8 +25,8 @@ def cosine_schedule(
     steps: int,
     steps_per_epoch: int = 0,
 ) -> Schedule:
-    """Linear warmup, then a cosine over all `steps` that the warmup does not shift, so that the rate
-    drops where the warmup ends (LinearWarmupCosineLRScheduler).
+    """Linear warmup, then a cosine over all `steps` that the warmup does not shift, so that the
+    rate drops where the warmup ends (LinearWarmupCosineLRScheduler).
 
     steps_per_epoch: where an epoch is shorter than the warmup, the original starts the ramp anew at
     each epoch until the warmup is over; 0 is one long epoch.
@@ -101,8 +101,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW without its learning rate: its updates are to be scaled by -rate (`apply_updates`).
 
-    decays: parameter name -> whether weight decay applies to it. clip: the largest global norm of the
-    gradient, 0 for none (as in the original). Parameters, gradients and state are flat dictionaries.
+    decays: parameter name -> whether weight decay applies to it. clip: the largest global norm of
+    the gradient, 0 for none (as in the original). Parameters and gradients are flat dictionaries.
     """
     parts = [optax.clip_by_global_norm(clip)] if clip > 0 else []
     parts += [

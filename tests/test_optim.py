@@ -1,5 +1,6 @@
 """The schedules against the original's dumps, and AdamW against PyTorch's."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from minigpt4_jax.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-STAGE1 = dict(init_lr=1e-4, min_lr=8e-5, warmup_lr=1e-6, warmup_steps=5000, steps=20_000)
-STAGE2 = dict(init_lr=3e-5, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=200, steps=1000)
+STAGE1 = {
+    "init_lr": 1e-4, "min_lr": 8e-5, "warmup_lr": 1e-6, "warmup_steps": 5000, "steps": 20_000
+}  # fmt: skip
+STAGE2 = {"init_lr": 3e-5, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_steps": 200, "steps": 1000}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,12 @@ def test_cosine_equals_the_original_also_where_the_warmup_is_longer_than_an_epoc
 
 def test_step_schedule_equals_the_original():
     rate = optim.step_schedule(
-        init_lr=1e-4, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=30, decay_rate=0.5, steps_per_epoch=50
+        init_lr=1e-4,
+        min_lr=1e-6,
+        warmup_lr=1e-6,
+        warmup_steps=30,
+        decay_rate=0.5,
+        steps_per_epoch=50,
     )
     np.testing.assert_allclose([rate(t) for t in range(200)], dump("lr_step.npz"), rtol=1e-12)
 
@@ -84,7 +92,7 @@ def test_cosine_stays_between_its_bounds(steps, warmup, rates):
     slack = 1 + 1e-9
     assert all(warmup_lr / slack <= v <= init_lr * slack for v in values)
     after = [rate(t) for t in range(min(warmup, steps), steps, max(1, steps // 50))]
-    assert all(a >= b / slack for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b / slack for a, b in itertools.pairwise(after))
     assert math.isclose(rate(steps) if steps >= warmup else min_lr, min_lr, rel_tol=1e-9)
 
 
@@ -96,7 +104,10 @@ def test_adamw_equals_torch(clip):
     params = {k: v.astype(np.float32) for k, v in params.items()}
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
     other = torch.optim.AdamW(
-        [{"params": [theirs["w"]], "weight_decay": 0.05}, {"params": [theirs["b"]], "weight_decay": 0}],
+        [
+            {"params": [theirs["w"]], "weight_decay": 0.05},
+            {"params": [theirs["b"]], "weight_decay": 0.0},
+        ],
         betas=(0.9, 0.999), eps=1e-8,
     )  # fmt: skip
     tx = optim.adamw({"w": True, "b": False}, clip=clip)

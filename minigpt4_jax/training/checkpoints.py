@@ -4,6 +4,7 @@ Orbax writes in the background and renames a finished checkpoint into place, so 
 moment leaves whole ones only.
 """
 
+import contextlib
 import errno
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,10 +97,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last write and end Orbax's threads; never raises."""
-        try:
+        with contextlib.suppress(Exception):  # reported by save or wait already
             self._manager.close()
-        except Exception:  # reported by save or wait already
-            pass
 
     def _failed(self, what: str, e: Exception) -> UserError:
         causes = [e, e.__cause__, e.__context__]

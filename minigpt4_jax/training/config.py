@@ -1,7 +1,7 @@
-"""The configuration of a training run: its fields, how a config file and the command line fill them.
+"""The configuration of a training run: its fields, and how a file and the command line fill them.
 
-A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. It names
-what it changes; everything else keeps the default written here.
+A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. It
+names what it changes; everything else keeps the default written here.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from minigpt4_jax.optim import SCHEDULES
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read. A path is the stage-2 layout (filter_cap.json and image/), a .json or a .jsonl."""
+    """What is read. A path is a .json, a .jsonl, or a folder with filter_cap.json and image/."""
 
     path: tuple[str, ...] = ()
     val_path: tuple[str, ...] = ()  # held-out data for the validation loss and the samples
-    prompts: tuple[str, ...] = ()  # one is drawn a batch for rows without a question; (): bare image
+    prompts: tuple[str, ...] = ()  # one a batch, for rows without a question; (): bare image
     clean_captions: bool = False  # the original's stage 1: lower case, no punctuation, 50 words
+    shuffle: bool = True  # anew each epoch; False: rows in the order of the file, easy ones first say
     crop: bool = False  # random resized crop, as version 1 was trained first; moves what boxes name
     workers: int = 0  # processes that decode images; 0: threads of this one
     threads: int = 2  # in each of them
@@ -49,7 +50,7 @@ class TrainConfig:
     freeze_vit: bool = True
     freeze_qformer: bool = True
     dtype: str = "bfloat16"  # of frozen matrices and their products; "float32" for exactness
-    remat: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
 
     steps: int = 1000
     batch_size: int = 12
@@ -113,9 +114,8 @@ def check(c: TrainConfig) -> TrainConfig:
     _require(c, "beta2", 0 <= c.beta2 < 1, "0 <= beta2 < 1")
     _require(c, "seed", c.seed < 2**32, "less than 2**32")
     _require(c, "decay_rate", 0 < c.decay_rate <= 1, "0 < decay_rate <= 1")
-    _require(
-        c, "batch_size", c.batch_size % c.accumulate == 0, f"a multiple of accumulate ({c.accumulate})"
-    )
+    whole = c.batch_size % c.accumulate == 0
+    _require(c, "batch_size", whole, f"a multiple of accumulate ({c.accumulate})")
     template = c.prompt_template
     _require(c, "prompt_template", not template or template.count("{}") == 1, "one {} in it")
     _require(c, "model", bool(c.model), "a model directory: --config.model=DIR")
@@ -133,7 +133,7 @@ def _require(c: TrainConfig, name: str, holds: bool, expected: str, value: Any =
         raise UserError(f"config.{name} is {value!r}: expected {expected}")
 
 
-# --- values -------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------
 
 
 def to_dict(c: TrainConfig) -> dict[str, Any]:
@@ -142,8 +142,8 @@ def to_dict(c: TrainConfig) -> dict[str, Any]:
 
 
 def from_mapping(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
-    """A checked configuration from nested values; what is not given keeps its default. UserError for an
-    unknown name, with the nearest known, and for a value of the wrong type."""
+    """A checked configuration from nested values; what is not given keeps its default. UserError
+    for an unknown name, with the nearest known, and for a value of the wrong type."""
     if isinstance(values, TrainConfig):
         return check(values)
     return check(_build(TrainConfig, values, "config"))
@@ -225,7 +225,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------
 
 
 def configs_dir() -> Path:
@@ -238,7 +238,7 @@ def known_configs() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a config: a shipped name, or a path that ends in .py. UserError lists the known."""
+    """The file of a config: a shipped name, or a path ending in .py. UserError lists the known."""
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise UserError(f"--config={name}: there is no such file")
@@ -255,7 +255,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config_file(spec: str) -> dict[str, Any]:
-    """NAME, PATH.py, NAME:ARG or PATH.py:ARG -> what its get_config(ARG) returns, as plain values."""
+    """NAME, PATH.py, NAME:ARG or PATH.py:ARG -> what its get_config(ARG) returns, plain."""
     name, _, arg = spec.partition(":")
     path = find_config(name)
     module = types.ModuleType(f"config_{path.stem}")
@@ -276,7 +276,7 @@ def read_config_file(spec: str) -> dict[str, Any]:
     return plain
 
 
-# --- the command line ---------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------
 
 
 def parse(args: Sequence[str]) -> tuple[TrainConfig, str]:

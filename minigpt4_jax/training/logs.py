@@ -1,4 +1,4 @@
-"""What a run leaves to look at: lines, metrics.jsonl, samples.jsonl, TensorBoard, a progress bar."""
+"""What a run shows of itself: lines, metrics.jsonl, samples.jsonl, TensorBoard, a progress bar."""
 
 import contextlib
 import errno
@@ -20,14 +20,14 @@ def import_tensorboard() -> None:
     which takes seconds."""
 
     def load() -> None:
-        import tensorboardX  # type: ignore[import-untyped]  # noqa: F401
+        import tensorboardX  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
 
 
 class RunLog:
-    """The log of the run in `workdir`, continued behind `step`: whatever was recorded after it by an
-    interrupted run is taken out first, and will be recorded again."""
+    """The log of the run in `workdir`, continued behind `step`: what an interrupted run recorded
+    after it is taken out first, and will be recorded again."""
 
     def __init__(self, workdir: Path, step: int, steps: int):
         self._workdir, self._step = workdir, step
@@ -75,7 +75,8 @@ class RunLog:
     def flush(self) -> None:
         """Bring everything to disk: a checkpoint is only as good as the log up to it."""
         for file in self._files.values():
-            self._guard(lambda file=file: (file.flush(), os.fsync(file.fileno())))
+            self._guard(file.flush)
+            self._guard(lambda file=file: os.fsync(file.fileno()))
         if self._writer is not None:
             self._guard(self._writer.flush)
 
@@ -103,8 +104,8 @@ class RunLog:
         self._event(step, list(text_summary(tag, text).value))
 
     def _tensorboard(self) -> Any:
-        """Writes one event. Not tensorboardX's SummaryWriter: its thread dies on a full disk, and then
-        its queue blocks for ever."""
+        """Writes one event. Not tensorboardX's SummaryWriter: its thread dies on a full disk, and
+        then its queue blocks for ever."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -160,7 +161,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def duration(seconds: float) -> str:
     """3725 -> '1h02m', 65 -> '1m05s', 7 -> '7s'."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     minutes, hours = whole // 60, whole // 3600
     if hours:
         return f"{hours}h{minutes % 60:02d}m"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,20 +54,16 @@ def train(
     *,
     on_metrics: Callable[[dict[str, float]], None] | None = None,
 ) -> Result:
-    """Train as `config` (TrainConfig, ConfigDict or nested dict) says, keeping everything in `workdir`;
-    continue there if it was begun before.
+    """Train as `config` (TrainConfig, ConfigDict or nested dict) says, keeping everything in
+    `workdir`; continue there if it was begun before.
 
     on_metrics: called with every record of metrics.jsonl. UserError: anything wrong with what was
-    given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM (143)
-    or Ctrl-C (130), once the state is saved.
+    given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM
+    (143) or Ctrl-C (130), once the state is saved.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
-    with _signals() as stop:
-        loop = _Loop(c, Path(workdir), stop, on_metrics)
-        try:
-            return loop.run()
-        finally:
-            loop.close()
+    with _signals() as stop, ExitStack() as closing:
+        return _Loop(c, Path(workdir), stop, on_metrics, closing).run()
 
 
 @contextmanager
@@ -91,42 +87,52 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Speed(NamedTuple):
+    text: str
+    record: dict[str, float]
+
+
 class _Loop:
     """One run from start to end. `step` counts updates that were dispatched."""
 
     def __init__(
-        self, c: TrainConfig, workdir: Path, stop: list[int], on_metrics: Callable | None
+        self,
+        c: TrainConfig,
+        workdir: Path,
+        stop: list[int],
+        on_metrics: Callable[[dict[str, float]], None] | None,
+        closing: ExitStack,
     ):
         enable_compilation_cache()
         import_tensorboard()
-        self.c, self.workdir, self.stop, self.on_metrics = c, workdir, stop, on_metrics
-        self.checkpoints: Checkpoints | None = None
-        self.log: RunLog | None = None
+        self.c, self.workdir, self.stop = c, workdir, stop
+        self.on_metrics, self.closing = on_metrics, closing
         self.model_config = run.model_config(c)
         self.tokenizer = load_tokenizer(
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
         # Everything the user gave is looked at before anything is written, and before the weights.
         self.loader = self._make_loader()
+        self.closing.callback(self.loader.close)
         held_out = read_validation(c)
         run.open_workdir(workdir, c)
         self.done = run.is_done(workdir, c)
         if self.done:
             return
         self.checkpoints = Checkpoints(workdir / run.CHECKPOINTS, c.keep)
+        closing.callback(self.checkpoints.close)
         self._build()
         self._restore()
         self.validation = None
         if held_out:
-            self.validation = Validation(
-                c, self.model_config, self.tokenizer, self.split, held_out
-            )
+            self.validation = Validation(c, self.model_config, self.tokenizer, self.split, held_out)
 
     def _make_loader(self) -> Loader:
         c, d = self.c, self.c.data
         return make_loader(
-            read_sources(d.path, clean_captions=d.clean_captions), self.model_config, self.tokenizer,
-            batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, crop=d.crop,
+            read_sources(d.path, clean_captions=d.clean_captions),
+            self.model_config, self.tokenizer,
+            batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
             padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
         )  # fmt: skip
 
@@ -156,7 +162,6 @@ class _Loop:
         )  # fmt: skip
 
     def _restore(self) -> None:
-        assert self.checkpoints is not None and self.loader is not None
         found = self.checkpoints.restore(self.trainable, self.opt_state)
         self.step = 0
         if found is not None:
@@ -165,8 +170,9 @@ class _Loop:
             self.opt_state = jax.tree.map(jnp.asarray, found.opt_state)
             self.loader.restore(found.extra["loader"])
         self.log = RunLog(self.workdir, self.step, self.c.steps)
+        self.closing.callback(self.log.close)
         self.pending: list[tuple[int, Metrics]] = []
-        self.clock, self.clock_step = time.perf_counter(), self.step
+        self.clock: tuple[float, int] | None = None  # time and step of the last log line
 
     # --- running --------------------------------------------------------------------------------
 
@@ -210,7 +216,8 @@ class _Loop:
     def _is_time(self) -> bool:
         """Whether something is due after this step that needs its result."""
         c = self.c
-        return self.step == c.steps or any(map(self._due, (c.save_every, c.eval_every, c.sample_every)))
+        periods = (c.save_every, c.eval_every, c.sample_every)
+        return self.step == c.steps or any(map(self._due, periods))
 
     def _due(self, period: int) -> bool:
         return period > 0 and self.step % period == 0
@@ -228,7 +235,8 @@ class _Loop:
                 self.log.sample({"step": self.step, **sample})
         if last or self._due(c.save_every):
             self._save()
-        self.clock += time.perf_counter() - begun  # the rate is of training alone
+        if self.clock is not None:  # the rate is of training alone
+            self.clock = (self.clock[0] + time.perf_counter() - begun, self.clock[1])
 
     def _drain(self, leave: int = 0) -> None:
         """Read the results of dispatched steps, all but the last `leave`."""
@@ -244,15 +252,21 @@ class _Loop:
         record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
         self.log.advance(step, loss)
         if step % c.log_every == 0 or step == c.steps:
-            now = time.perf_counter()
-            each = (now - self.clock) / max(step - self.clock_step, 1)
-            self.clock, self.clock_step = now, step
-            record["examples_per_second"] = speed = c.batch_size / each
-            self.log.line(
-                f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}  {speed:.3g} examples/s  "
-                f"{duration((c.steps - step) * each)} left"
-            )
+            speed = self._speed(step)
+            self.log.line(f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}" + speed.text)
+            record |= speed.record
+        elif self.clock is None:
+            self._speed(step)
         self._record(record)
+
+    def _speed(self, step: int) -> "_Speed":
+        """Since the last log line; nothing after the first step, which compiles the program."""
+        now, last, self.clock = time.perf_counter(), self.clock, (time.perf_counter(), step)
+        if last is None:
+            return _Speed("", {})
+        each = (now - last[0]) / (step - last[1])
+        rate, left = self.c.batch_size / each, duration((self.c.steps - step) * each)
+        return _Speed(f"  {rate:.3g} examples/s  {left} left", {"examples_per_second": rate})
 
     def _record(self, record: dict[str, Any]) -> None:
         self.log.metrics(record)
@@ -268,8 +282,8 @@ class _Loop:
         )  # fmt: skip
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         raise UserError(
-            f"step {step}: {what} is not finite; {kept}. Lower init_lr, set clip, or look at the data, "
-            "in another --workdir"
+            f"step {step}: {what} is not finite; {kept}. Lower init_lr, set clip, or look at the "
+            "data, in another --workdir"
         )
 
     def _save(self) -> None:
@@ -314,8 +328,3 @@ class _Loop:
         for record in read_metrics(self.workdir):
             last |= record
         return Result(self.workdir / run.MODEL, last, self.c.steps)
-
-    def close(self) -> None:
-        for thing in (self.log, self.loader, self.checkpoints):
-            if thing is not None:
-                thing.close()

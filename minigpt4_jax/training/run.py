@@ -1,4 +1,4 @@
-"""A run's directory: begun, continued, or refused; and the model that is written into it at the end."""
+"""A run's directory: begun, continued or refused; and the model it holds at the end."""
 
 import dataclasses
 import hashlib
@@ -103,7 +103,7 @@ def model_config(c: TrainConfig) -> ModelConfig:
 def write_trained(
     workdir: Path, c: TrainConfig, config: ModelConfig, trainable: Trainable, result: dict[str, Any]
 ) -> Path:
-    """Write the trained parts as the model directory WORKDIR/model, on the base they were trained on."""
+    """Write the trained parts as the model directory WORKDIR/model, on the base they belong to."""
     training = {"training": {"base": c.model, **result}}
     return weights.write_model(
         workdir / MODEL, config, _tensors(trainable), base=c.model, sources=training, overwrite=True

@@ -52,16 +52,20 @@ def is_trained(path: tuple, parts: frozenset[str]) -> bool:
 
 
 def decays(path: tuple, shape: tuple[int, ...]) -> bool:
-    """Weight decay is for tensors of two or more dimensions. A stacked [L, D] is L vectors; the class
-    token, a vector here, is [1, 1, D] in the original."""
+    """Weight decay is for tensors of two or more dimensions. A stacked [L, D] is L vectors; the
+    class token, a vector here, is [1, 1, D] in the original."""
     dims = len(shape) - (path[:2] in STACKED)
     return dims >= 2 or path == ("vit", "cls")
 
 
 def split_model(model: MiniGpt, parts: frozenset[str], dtype: jnp.dtype) -> Split:
-    """Take a model apart. dtype: what frozen matrices have; a trained one is a float32 master that is
-    rounded to it for each step (the projection and LoRA compute in float32)."""
-    graphdef, hot, cold = nnx.split(model, lambda path, _: is_trained(path, parts), ...)
+    """Take a model apart; its trained arrays are then the step's, which donates them.
+
+    dtype: what frozen matrices have; a trained one is a float32 master that is rounded to it for
+    each step (the projection and LoRA compute in float32).
+    """
+    graphdef, *halves = nnx.split(model, lambda path, _: is_trained(path, parts), ...)
+    hot, cold = halves
     hot_flat, cold_flat = list(nnx.to_flat_state(hot)), list(nnx.to_flat_state(cold))
     names = {".".join(map(str, path)): (path, leaf) for path, leaf in hot_flat}
     trainable = {name: leaf.get_value().astype(jnp.float32) for name, (_, leaf) in names.items()}
@@ -100,7 +104,9 @@ def make_step(
     of one batch. dropout_seed: turns the Q-Former's dropout on; masks follow from it and the step.
     """
 
-    def share(trainable: Trainable, frozen: Frozen, batch: Batch, count: Any, key: Any) -> jax.Array:
+    def share(
+        trainable: Trainable, frozen: Frozen, batch: Batch, count: Any, key: Any
+    ) -> jax.Array:
         nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout_key=key)
         return nll.sum() / count  # this micro-batch's share of the mean
 
@@ -124,7 +130,9 @@ def make_step(
         trainable: Trainable, opt_state: Any, frozen: Frozen, batch: Batch, rate: Any, index: Any
     ) -> tuple[Trainable, Any, Metrics]:
         count = (batch.answers >= 0).sum()
-        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), index)
+        key = None
+        if dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(dropout_seed), index)
         loss, grads = loss_and_grad(trainable, frozen, batch, jnp.maximum(count, 1), key)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trainable = optim.apply_updates(trainable, updates, rate)

@@ -1,4 +1,4 @@
-"""Looking at a run from outside: the loss on held-out rows, and captions of a few held-out images."""
+"""Looking at a run from outside: the loss on held-out rows, captions of a few held-out images."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

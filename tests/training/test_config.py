@@ -161,7 +161,7 @@ def test_missing_flags():
         configs.parse(BASE)
     with pytest.raises(UserError, match="--workdir is missing"):
         configs.parse(["--config=stage2"])
-    with pytest.raises(UserError, match="data.path"):
+    with pytest.raises(UserError, match=r"data\.path"):
         configs.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
 
 
@@ -187,9 +187,7 @@ def test_what_is_given_is_what_comes_out(steps, rate, remat, paths):
 @settings(deadline=None)
 @given(steps=st.integers(1, 10**6), prompts=st.lists(st.text(min_size=1), max_size=3))
 def test_to_dict_and_back(steps, prompts):
-    c = TrainConfig(
-        model="m", steps=steps, data=DataConfig(path=("d",), prompts=tuple(prompts))
-    )
+    c = TrainConfig(model="m", steps=steps, data=DataConfig(path=("d",), prompts=tuple(prompts)))
     assert configs.from_mapping(configs.to_dict(c)) == c
 
 

@@ -25,13 +25,13 @@ CASES = {
     "b": ("minigpt4-llama2", "b_minigpt4_llama2.pth", "</s>"),
 }
 # The dump's rates say it: warmup over 2 of 4 steps from 1e-6 to 1e-3, then a cosine down to 1e-4.
-RATES = dict(init_lr=1e-3, min_lr=1e-4, warmup_lr=1e-6, warmup_steps=2, steps=4)
+RATES = {"init_lr": 1e-3, "min_lr": 1e-4, "warmup_lr": 1e-6, "warmup_steps": 2, "steps": 4}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """case -> converted model directory."""
-    from convert.__main__ import _main as convert_main
+    from convert.__main__ import main as convert_main
 
     made = {}
     for case, (variant, checkpoint, end) in CASES.items():
@@ -48,9 +48,7 @@ def models(tmp_path_factory):
             settings.append("qformer.heads=4")
         for setting in settings:
             args += ["--set", setting]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["convert", *args])
-            convert_main()
+        convert_main(args)
         made[case] = out
     return made
 
@@ -68,8 +66,8 @@ def dumped_batch(case, model_dir, config) -> Batch:
     return Batch(pixels, *pad_rows(rows, tokenizer.pad_id))
 
 
-# When the dump's training began, the gradient of the forward dump made just before was still in place:
-# its first step used the sum of both. The three after it are as they should be.
+# When the dump's training began, the gradient of the forward dump made just before was still in
+# place: its first step used the sum of both. The three after it are as they should be.
 LEFT_OVER = {"a": "instr", "b": "promptlist"}
 
 

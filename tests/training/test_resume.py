@@ -1,0 +1,159 @@
+"""A run that is interrupted anywhere ends with the same parameters, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from minigpt4_jax import weights
+from minigpt4_jax.training.loop import Stopped, train
+
+STEPS = 7
+# The Q-Former is trained too: its dropout is the random state that a resumed run must continue.
+FIELDS = {
+    "steps": STEPS, "batch_size": 2, "init_lr": 0.01, "warmup_steps": 2, "dtype": "float32",
+    "freeze_qformer": False, "save_every": 3, "log_every": 1, "keep": 2,
+    "prompts": ("<Img><ImageHere></Img> What?", "<Img><ImageHere></Img> Where is it?"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    tiny.write_model(folder / "model")
+    tiny.write_data(folder / "data", rows=5)
+    return folder
+
+
+def values(home) -> dict:
+    fields = {k: v for k, v in FIELDS.items() if k != "prompts"}
+    data = {"path": (str(home / "data" / "rows.jsonl"),), "prompts": FIELDS["prompts"]}
+    return {"model": str(home / "model"), "data": data, **fields}
+
+
+def outcome(workdir) -> tuple[dict[str, bytes], list[dict]]:
+    """(trained parameters, what metrics.jsonl says of every step)"""
+    tensors = {}
+    for path in sorted((workdir / "model").glob("*.safetensors")):
+        from safetensors.numpy import load_file
+
+        tensors |= {name: array.tobytes() for name, array in load_file(path).items()}
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("examples_per_second", None)
+    return tensors, records
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home):
+    train(values(home), home / "whole")
+    return outcome(home / "whole")
+
+
+def test_uninterrupted_run(home, uninterrupted):
+    tensors, records = uninterrupted
+    assert {n.split(".")[0] for n in tensors} == {"projection", "qformer"}
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    before = weights.Tensors(home / "model")
+    changed = [n for n in tensors if np.asarray(before[n]).tobytes() != tensors[n]]
+    assert len(changed) > 0.8 * len(tensors)
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize("how", ["SIGTERM", "crash"])
+def test_interrupted_at_a_step(home, uninterrupted, tmp_path, step, how):
+    def interrupt(record):
+        if record["step"] == step:
+            if how == "crash":
+                raise Crash
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if how == "SIGTERM" and step < STEPS:
+        with pytest.raises(Stopped) as stopped:
+            train(values(home), tmp_path / "w", on_metrics=interrupt)
+        assert stopped.value.code == 143
+        saved = sorted(int(p.name) for p in (tmp_path / "w" / "checkpoints").glob("0*"))
+        assert step <= saved[-1] <= step + 1  # the device is a step ahead of what is reported
+    elif how == "crash":
+        with pytest.raises(Crash):
+            train(values(home), tmp_path / "w", on_metrics=interrupt)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    seen = []
+    train(values(home), tmp_path / "w", on_metrics=lambda r: seen.append(r["step"]))
+    if how == "SIGTERM" and step < STEPS:
+        assert seen == list(range(saved[-1] + 1, STEPS + 1))
+    assert outcome(tmp_path / "w") == uninterrupted
+    assert not (tmp_path / "w" / "checkpoints" / "00000003").exists()  # keep=2: 6 and 7
+
+
+def test_interrupted_again_and_again(home, uninterrupted, tmp_path):
+    def interrupt(record):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    starts = 0
+    while starts < 20:
+        starts += 1
+        try:
+            train(values(home), tmp_path / "w", on_metrics=interrupt)
+            break
+        except Stopped:
+            continue
+    assert 3 < starts < 20
+    assert outcome(tmp_path / "w") == uninterrupted
+
+
+def test_finished_run_is_not_run_again(home, uninterrupted):
+    called = []
+    result = train(values(home), home / "whole", on_metrics=called.append)
+    assert not called
+    assert result.model == home / "whole" / "model"
+    assert result.metrics["loss"] == uninterrupted[1][-1]["loss"]
+
+
+def command(home, workdir) -> list[str]:
+    given = values(home)
+    data = given.pop("data")
+    args = [f"--config.{k}={v}" for k, v in given.items()]
+    args += [f"--config.data.path={data['path'][0]}"]
+    args += [f"--config.data.prompts={p}" for p in data["prompts"]]
+    (home / "empty.py").write_text("def get_config():\n    return {}\n")
+    head = [sys.executable, "-m", "minigpt4_jax.train", f"--config={home / 'empty.py'}"]
+    return [*head, f"--workdir={workdir}", *args]
+
+
+def run_until(args, step, number) -> tuple[int, str]:
+    """Start the command, send the signal when it reports `step`; (exit code, output)."""
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(f"step {step}/"):
+                process.send_signal(number)
+        return process.wait(), "".join(lines)
+
+
+@pytest.mark.slow
+def test_killed_processes(home, uninterrupted, tmp_path):
+    args = command(home, tmp_path / "w")
+    code, _ = run_until(args, 4, signal.SIGKILL)  # the checkpoint of step 3 may be half written
+    assert code == -signal.SIGKILL
+    code, text = run_until(args, 5, signal.SIGTERM)
+    assert code == 143, text
+    assert "stopped by SIGTERM" in text and "Traceback" not in text
+    begun = time.time()
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + f"{time.time() - begun:.0f} s"
+    assert "continuing at step" in done.stdout
+    assert outcome(tmp_path / "w") == uninterrupted
