@@ -71,7 +71,7 @@ def test_step_schedule_stops_at_the_minimum():
 
 
 def test_unknown_schedule_lists_the_known():
-    with pytest.raises(UserError, match="cosine, step"):
+    with pytest.raises(UserError, match="expected cosine or step"):
         optim.make_schedule("linear", **STAGE1)
     with pytest.raises(UserError, match="steps_per_epoch"):
         optim.make_schedule("step", **STAGE1)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.optim import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class DataConfig:
     val_path: tuple[str, ...] = ()  # held-out data for the validation loss and the samples
     prompts: tuple[str, ...] = ()  # one a batch, for rows without a question; (): bare image
     clean_captions: bool = False  # the original's stage 1: lower case, no punctuation, 50 words
-    shuffle: bool = True  # anew each epoch; False: rows in the order of the file, easy ones first say
+    shuffle: bool = True  # anew each epoch; False: in the order of the file, easy ones first say
     crop: bool = False  # random resized crop, as version 1 was trained first; moves what boxes name
     workers: int = 0  # processes that decode images; 0: threads of this one
     threads: int = 2  # in each of them
@@ -79,6 +78,9 @@ class TrainConfig:
     save_every: int = 100  # checkpoint
     keep: int = 3  # checkpoints on disk
 
+
+# Those of minigpt4_jax.optim, which is not imported here: it would bring JAX with it.
+SCHEDULES = ("cosine", "step")
 
 # What may differ when a run is continued: none of these changes what is computed.
 _FREE = {
@@ -220,7 +222,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             out |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
         return out
 
-    a, b = flat(old), flat(new)
+    defaults = flat(to_dict(TrainConfig()))  # for fields that are younger than the run
+    a, b = defaults | flat(old), defaults | flat(new)
     keys = sorted((a.keys() | b.keys()) - _FREE)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -69,31 +68,33 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
-@pytest.mark.parametrize("how", ["SIGTERM", "crash"])
-def test_interrupted_at_a_step(home, uninterrupted, tmp_path, step, how):
-    def interrupt(record):
-        if record["step"] == step:
-            if how == "crash":
-                raise Crash
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    if how == "SIGTERM" and step < STEPS:
-        with pytest.raises(Stopped) as stopped:
-            train(values(home), tmp_path / "w", on_metrics=interrupt)
-        assert stopped.value.code == 143
-        saved = sorted(int(p.name) for p in (tmp_path / "w" / "checkpoints").glob("0*"))
-        assert step <= saved[-1] <= step + 1  # the device is a step ahead of what is reported
-    elif how == "crash":
-        with pytest.raises(Crash):
-            train(values(home), tmp_path / "w", on_metrics=interrupt)
+def interrupted(home, workdir, step: int, act) -> list[int]:
+    """Start, do something at a step, start again; the steps that the second start reports."""
+    with pytest.raises((Crash, Stopped)) as stopped:
+        train(values(home), workdir, on_metrics=lambda r: act() if r["step"] == step else None)
+    assert stopped.type is Crash or stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     seen = []
-    train(values(home), tmp_path / "w", on_metrics=lambda r: seen.append(r["step"]))
-    if how == "SIGTERM" and step < STEPS:
-        assert seen == list(range(saved[-1] + 1, STEPS + 1))
+    train(values(home), workdir, on_metrics=lambda r: seen.append(r["step"]))
+    return seen
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_crash_at_a_step(home, uninterrupted, tmp_path, step):
+    def crash():
+        raise Crash
+
+    seen = interrupted(home, tmp_path / "w", step, crash)
+    assert seen[0] == (1 if step < 3 else 4)  # there is a checkpoint of step 3
     assert outcome(tmp_path / "w") == uninterrupted
-    assert not (tmp_path / "w" / "checkpoints" / "00000003").exists()  # keep=2: 6 and 7
+    kept = sorted(p.name for p in (tmp_path / "w" / "checkpoints").glob("0*"))
+    assert kept == ["00000006", "00000007"]
+
+
+def test_terminated_at_a_step(home, uninterrupted, tmp_path):
+    seen = interrupted(home, tmp_path / "w", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert seen[0] in (5, 6)  # nothing is done twice; the device was a step ahead of the report
+    assert outcome(tmp_path / "w") == uninterrupted
 
 
 def test_interrupted_again_and_again(home, uninterrupted, tmp_path):
@@ -152,8 +153,7 @@ def test_killed_processes(home, uninterrupted, tmp_path):
     code, text = run_until(args, 5, signal.SIGTERM)
     assert code == 143, text
     assert "stopped by SIGTERM" in text and "Traceback" not in text
-    begun = time.time()
     done = subprocess.run(args, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr + f"{time.time() - begun:.0f} s"
+    assert done.returncode == 0, done.stderr
     assert "continuing at step" in done.stdout
     assert outcome(tmp_path / "w") == uninterrupted
