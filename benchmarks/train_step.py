@@ -44,9 +44,11 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     from flax import nnx
 
     from minigpt4_jax import optim
+    from minigpt4_jax.host_memory import keep_freed_memory
     from minigpt4_jax.training.step import make_step, split_model, trained_parts
     from minigpt4_jax.weights import STACKED, abstract_model, parameter_dtype
 
+    keep_freed_memory()  # as training does
     kind = jnp.dtype(dtype)
 
     def fill(path: tuple, shape: tuple[int, ...]) -> jax.Array:

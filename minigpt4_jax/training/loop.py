@@ -24,6 +24,7 @@ from minigpt4_jax.data.batches import Padding
 from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.host_memory import keep_freed_memory
 from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.checkpoints import Checkpoints
@@ -103,6 +104,8 @@ class _Loop:
         on_metrics: Callable[[dict[str, float]], None] | None,
         closing: ExitStack,
     ):
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         enable_compilation_cache()
         import_tensorboard()
         self.c, self.workdir, self.stop = c, workdir, stop
