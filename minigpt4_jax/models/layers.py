@@ -22,8 +22,10 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
 def linear(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, out: Any = None
 ) -> jax.Array:
-    """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype and returned
-    in `out` (the weight's dtype by default; float32 keeps the sums as they were accumulated)."""
+    """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype.
+
+    out: dtype of the result, by default the weight's; float32 keeps the sums as accumulated.
+    """
     dtype = weight.dtype
     x = x.astype(dtype)
     if dtype == jnp.bfloat16:
@@ -35,8 +37,8 @@ def linear(
 
 
 def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
-    # XLA on CPU has bfloat16 kernels only for products that are summed and returned in float32; others it
-    # turns into float32 products, with a float32 copy of the weights (7 times slower on 11008 x 4096).
+    # XLA on CPU has bfloat16 kernels only for products that are summed and returned in float32;
+    # others become float32 products of converted weights (7 times slower on 11008 x 4096).
     kept = jnp.float32 if jax.default_backend() == "cpu" else out
     return jnp.einsum(spec, a, b, preferred_element_type=kept).astype(out)
 
@@ -45,18 +47,21 @@ def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.A
 def _product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
     """x [..., in], weight [out, in], both bfloat16. Its gradients are bfloat16 products too, which
     autodiff of a product that returns float32 would not make."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1 and jax.default_backend() == "cpu":  # a single row has no such kernel either
+    rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
+    n = rows.shape[0]
+    if n == 1 and jax.default_backend() == "cpu":  # nor has it a kernel for a single row
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
-        return _einsum_bf16("ni,oi->no", rows, weight, out)[:1].reshape(*x.shape[:-1], -1)
-    return _einsum_bf16("...i,oi->...o", x, weight, out)
+    y = _einsum_bf16("ni,oi->no", rows, weight, out)
+    return y[:n].reshape(*x.shape[:-1], -1)
 
 
-def _product_bf16_forward(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return _product_bf16(x, weight, out), (x, weight)
+def _product_bf16_forward(x: jax.Array, w: jax.Array, out: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return _product_bf16(x, w, out), (x, w)
 
 
-def _product_bf16_backward(out: jnp.dtype, kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_bf16_backward(
+    out: jnp.dtype, kept: tuple, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
     dy = dy.astype(weight.dtype)
     dx = _einsum_bf16("...o,oi->...i", dy, weight, x.dtype)
@@ -134,6 +139,36 @@ def attention(
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
+
+
+def cached_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, scale: float
+) -> jax.Array:
+    """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], seen [B, T, S] (True is
+    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed."""
+    b, t, n, h = q.shape
+    k, s = keys.shape[1:3]
+    precision = _precision(keys.dtype)
+    q = q.astype(keys.dtype).reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
+    scores = jnp.einsum(
+        "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    scores = (scores * scale).reshape(b, k, t, n // k, s)
+    scores = jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(b, k, -1, s)
+    y = jnp.einsum(
+        "bkqs,bksh->bkqh", probs, values, precision=precision, preferred_element_type=jnp.float32
+    )
+    return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of table [V, D] at index [...] -> [..., D]."""
+    # Tied together, so that XLA on CPU, which gathers bfloat16 in float32, converts the rows it
+    # takes; of a table that a loop does not change it would keep a float32 copy.
+    table, index = jax.lax.optimization_barrier((table, index))
+    return table[index]
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -10,12 +10,21 @@ import numpy as np
 from flax import nnx
 
 from minigpt4_jax.config import LlmConfig, LoraConfig, RopeScaling
-from minigpt4_jax.models.layers import Linear, RMSNorm, attention, linear, run_layers, stack_layers
+from minigpt4_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    attention,
+    cached_attention,
+    linear,
+    run_layers,
+    stack_layers,
+    take_rows,
+)
 from minigpt4_jax.models.lora import LoraLinear
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer: a stacked array [L, B, S, K, H] each, or a list of L [B, S, K, H].
+    """Keys and values of every layer: a stacked array [L, B, K, S, H] each, or L of [B, K, S, H].
 
     Slot t of a row holds position t. A row's slots past its length are never looked at, so right
     padding may leave anything there, and decoding overwrites it.
@@ -56,6 +65,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def new_cache(x: jax.Array, length: int) -> jax.Array:
+    """Keys or values [B, T, K, H] of the first T positions -> cache [B, K, S = length, H]."""
+    # XLA on CPU writes into a bfloat16 array by way of a float32 copy of all of it.
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
+    x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
+    return x.transpose(0, 2, 1, 3).astype(dtype)
+
+
+def write_cache(cache: jax.Array, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """cache [B, K, S, H] with x [B, T, K, H] at positions [B, T]."""
+    b, k, s, h = cache.shape
+    # One index a vector: XLA writes this in place, and copies the cache for other spellings.
+    at = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
+    flat = cache.reshape(b * k * s, h).at[at].set(x.astype(cache.dtype), unique_indices=True)
+    return flat.reshape(cache.shape)
+
+
 class Attention(nnx.Module):
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
@@ -93,19 +119,15 @@ class Attention(nnx.Module):
         return self.o(y.reshape(*x.shape[:2], -1)), (k, v)
 
     def decode(self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple) -> tuple[jax.Array, tuple]:
-        """x [B, T, D] at positions [B, T] against kv, each [B, S, K, H], into which theirs is written."""
+        """x [B, T, D] at positions [B, T] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
-        rows = jnp.arange(x.shape[0])[:, None]
-        keys = kv[0].at[rows, positions].set(k.astype(kv[0].dtype))
-        values = kv[1].at[rows, positions].set(v.astype(kv[1].dtype))
-        slots = jnp.arange(keys.shape[1])
+        keys, values = write_cache(kv[0], k, positions), write_cache(kv[1], v, positions)
+        slots = jnp.arange(keys.shape[2])
         seen = slots <= positions[:, :, None]  # [B, T, S]
         if c.window is not None:
             seen &= slots > positions[:, :, None] - c.window
-        y = attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), scale=c.head_dim**-0.5, mask=seen[:, None]
-        )
+        y = cached_attention(q, keys, values, seen, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -158,7 +180,7 @@ class Llm(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
-        return self.embed[...][tokens].astype(jnp.float32)
+        return take_rows(self.embed[...], tokens).astype(jnp.float32)
 
     def __call__(self, embeds: jax.Array, lengths: jax.Array, *, remat: bool = False) -> jax.Array:
         """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D]."""
@@ -168,15 +190,17 @@ class Llm(nnx.Module):
         return self.norm(x)
 
     def prefill(self, embeds: jax.Array, lengths: jax.Array, cache_length: int) -> tuple[jax.Array, KVCache]:
-        """As __call__, and the cache [.., B, S = cache_length, K, H] of these T <= S positions."""
+        """As __call__, and the cache [.., B, K, S = cache_length, H] of these T <= S positions."""
         rope = self._rope(embeds)
-        step = lambda block, x: block(x, rope, lengths)  # noqa: E731
+
+        def step(block: Block, x: jax.Array) -> tuple[jax.Array, tuple]:
+            x, kv = block(x, rope, lengths)
+            return x, tuple(new_cache(a, cache_length) for a in kv)
+
         x, kv = run_layers(self.blocks, embeds.astype(jnp.float32), step)
-        pad = cache_length - embeds.shape[1]
-        grow = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 3) + [(0, pad), (0, 0), (0, 0)])  # noqa: E731
         if isinstance(self.blocks, nnx.List):
-            return self.norm(x), KVCache([grow(k) for k, _ in kv], [grow(v) for _, v in kv])
-        return self.norm(x), KVCache(grow(kv[0]), grow(kv[1]))
+            return self.norm(x), KVCache([k for k, _ in kv], [v for _, v in kv])
+        return self.norm(x), KVCache(*kv)
 
     def decode(self, embeds: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache."""
