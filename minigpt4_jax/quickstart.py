@@ -67,7 +67,12 @@ class Quickstart:
         from convert.__main__ import main as convert
 
         self.say("converting SmolLM2-135M-Instruct and the demonstration's vision side")
-        arguments = ["build", "--variant=minigpt4-vicuna", f"--llm={language_model()}", f"--out={out}"]
+        arguments = [
+            "build",
+            "--variant=minigpt4-vicuna",
+            f"--llm={language_model()}",
+            f"--out={out}",
+        ]
         # SmolLM2's word embeddings are short (norm 2.5): visual tokens begin at that size.
         convert([*arguments, f"--seed={self.seed}", "--projection-scale=0.2"])
 
@@ -75,7 +80,9 @@ class Quickstart:
         from minigpt4_jax.data.shapes import write_dataset
 
         self.say(f"drawing {self.images} training images of coloured shapes")
-        write_dataset(out, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2)
+        write_dataset(
+            out, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2
+        )
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
         from minigpt4_jax.training.config import from_mapping, read_config_file
@@ -109,7 +116,9 @@ class Quickstart:
         sheet, plot = self.workdir / "contact_sheet.png", self.workdir / "loss.png"
         shown, texts = held_out(data / "heldout", SHOWN), final["heldout"].texts[:SHOWN]
         right = [scene_matches(scene, text) for (_, scene), text in zip(shown, texts, strict=True)]
-        contact_sheet([path for path, _ in shown], texts, right, sheet, title="Images never seen in training")
+        contact_sheet(
+            [path for path, _ in shown], texts, right, sheet, title="Images never seen in training"
+        )
         loss_plot({s: self.workdir / s / "metrics.jsonl" for s in ("stage1", "stage2")}, plot)
         self.report["seconds"] = round(time.perf_counter() - self.begin, 1)
         (self.workdir / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
@@ -117,7 +126,9 @@ class Quickstart:
         for (path, _), text in zip(shown[:3], texts, strict=False):
             print(f"\n{path}\n  {text}")
         print(f"\nLook at {sheet} and {plot}. Ask about an image of your own drawing:")
-        print(f'  python -m minigpt4_jax.chat --model={model} --image={shown[0][0]} --temperature=0 \\')
+        print(
+            f"  python -m minigpt4_jax.chat --model={model} --image={shown[0][0]} --temperature=0 \\"
+        )
         print('    --prompt="Describe this image in detail."')
 
 
@@ -147,7 +158,8 @@ def judge_split(model: Any, split_dir: Path, count: int, stage2: bool) -> Judged
     nll, tokens = model.score(images, prompts, true_texts(split_dir, images, stage2))
     return Judged(
         exact=sum(scene_matches(s, t) for (_, s), t in zip(rows, texts, strict=True)) / len(rows),
-        attributes=sum(attribute_score(s, t) for (_, s), t in zip(rows, texts, strict=True)) / len(rows),
+        attributes=sum(attribute_score(s, t) for (_, s), t in zip(rows, texts, strict=True))
+        / len(rows),
         loss=float(nll.sum() / tokens.sum()),
         texts=texts,
     )
@@ -183,7 +195,9 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path("quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=4000, help="training images")
-    parser.add_argument("--judged", type=int, default=100, help="held-out images judged of each kind")
+    parser.add_argument(
+        "--judged", type=int, default=100, help="held-out images judged of each kind"
+    )
     a = parser.parse_args()
     if a.images < 100 or not 1 <= a.judged <= 200:
         raise UserError("--images must be at least 100 and --judged between 1 and 200")
