@@ -147,16 +147,30 @@ class ModelConfig:
         v, q, m = self.vision, self.qformer, self.llm
         rules = [
             (self.variant in VARIANTS, f"variant {self.variant!r}: expected one of {VARIANTS}"),
-            (v.image_size % v.patch_size == 0,
-             f"image_size {v.image_size} is not a multiple of the patch size {v.patch_size}"),
-            (v.width % v.heads == 0, f"vision.width {v.width} is not divisible by vision.heads {v.heads}"),
-            (q is None or q.hidden % q.heads == 0,
-             f"qformer.hidden {q and q.hidden} is not divisible by qformer.heads {q and q.heads}"),
-            (q is None or q.vision_width == v.width,
-             f"the Q-Former reads width {q and q.vision_width}, the vision encoder gives {v.width}"),
-            (q is not None or v.patches % self.merge_patches == 0,
-             f"{v.patches} patches do not divide into groups of {self.merge_patches}"),
-            (m.heads % m.kv_heads == 0, f"llm.heads {m.heads} is not a multiple of kv_heads {m.kv_heads}"),
+            (
+                v.image_size % v.patch_size == 0,
+                f"image_size {v.image_size} is not a multiple of the patch size {v.patch_size}",
+            ),
+            (
+                v.width % v.heads == 0,
+                f"vision.width {v.width} is not divisible by vision.heads {v.heads}",
+            ),
+            (
+                q is None or q.hidden % q.heads == 0,
+                f"qformer.hidden {q and q.hidden} is not divisible by qformer.heads {q and q.heads}",
+            ),
+            (
+                q is None or q.vision_width == v.width,
+                f"the Q-Former reads width {q and q.vision_width}, the vision encoder gives {v.width}",
+            ),
+            (
+                q is not None or v.patches % self.merge_patches == 0,
+                f"{v.patches} patches do not divide into groups of {self.merge_patches}",
+            ),
+            (
+                m.heads % m.kv_heads == 0,
+                f"llm.heads {m.heads} is not a multiple of kv_heads {m.kv_heads}",
+            ),
             ("{}" in self.prompt_template, f"prompt_template {self.prompt_template!r} has no {{}}"),
             (self.max_text_length > 0, f"max_text_length {self.max_text_length} must be positive"),
         ]
@@ -184,7 +198,12 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**made)
 
 
-SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3")  # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
+SUPPORTED_LLMS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
 
 
 def _from_hf(c: dict[str, Any]) -> LlmConfig:
@@ -194,7 +213,13 @@ def _from_hf(c: dict[str, Any]) -> LlmConfig:
             f"language model: model_type {kind!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_LLMS)} (LLaMA 1/2/3, Vicuna, SmolLM2 are 'llama')"
         )
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
     if missing := [k for k in needed if k not in c]:
         raise UserError(f"language model config.json: missing {', '.join(missing)}")
     if (act := c.get("hidden_act", "silu")) != "silu":
@@ -249,7 +274,9 @@ def _window(kind: str, c: dict[str, Any]) -> int | None:
     types = set(c.get("layer_types") or ())
     if types == {"full_attention"}:
         return None
-    if kind in ("qwen2", "qwen3") and (len(types) > 1 or not types and c.get("max_window_layers", 0) > 0):
+    if kind in ("qwen2", "qwen3") and (
+        len(types) > 1 or (not types and c.get("max_window_layers", 0) > 0)
+    ):
         raise UserError(
             "language model: a sliding window on some layers only is not supported; "
             "set use_sliding_window to false in config.json (exact up to the window's length)"

@@ -22,4 +22,4 @@ def keep_freed_memory() -> bool:
         return False
     # One arena, because only the first can grow; no maps of their own for big blocks; no trimming.
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    return all(mallopt(name, value) == 1 for name, value in settings)

@@ -148,7 +148,9 @@ def _replace(tmp: Path, out: Path) -> None:
         tmp.rename(out)
 
 
-def _write_shards(tmp: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:
+def _write_shards(
+    tmp: Path, tensors: Iterable[tuple[str, np.ndarray]]
+) -> dict[str, tuple[int, ...]]:
     """Write tensors as they come, a file whenever a part has gathered SHARD_BYTES."""
     waiting: dict[str, dict[str, np.ndarray]] = {}
     counts: dict[str, int] = {}
@@ -156,7 +158,9 @@ def _write_shards(tmp: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[
 
     def flush(part: str) -> None:
         counts[part] = counts.get(part, 0) + 1
-        save_file(waiting.pop(part), tmp / f"{part}-{counts[part]:05d}.safetensors")
+        path = tmp / f"{part}-{counts[part]:05d}.safetensors"
+        save_file(waiting.pop(part), path)
+        path.chmod(0o644)  # safetensors leaves files for the owner alone
 
     for name, array in tensors:
         part = part_of(name)
@@ -248,7 +252,7 @@ class Tensors(Mapping[str, np.ndarray]):
                     handle = safe_open(path, framework="np")
                 except (SafetensorError, OSError) as e:
                     raise UserError(f"{path} is damaged ({e}): convert the model again") from e
-                for name in handle.keys():
+                for name in handle.keys():  # noqa: SIM118  (not a mapping)
                     self._files.setdefault(name, handle)
 
     def __getitem__(self, name: str) -> np.ndarray:

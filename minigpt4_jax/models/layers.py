@@ -75,10 +75,11 @@ class Linear(nnx.Module):
     """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in)."""
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rngs: nnx.Rngs):
-        bound = n_in**-0.5
-        uniform = lambda shape: jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)  # noqa: E731
-        self.weight = nnx.Param(uniform((n_out, n_in)))
-        self.bias = nnx.Param(uniform((n_out,))) if bias else None
+        def uniform(*shape: int) -> jax.Array:
+            return jax.random.uniform(rngs.params(), shape, minval=-(n_in**-0.5), maxval=n_in**-0.5)
+
+        self.weight = nnx.Param(uniform(n_out, n_in))
+        self.bias = nnx.Param(uniform(n_out)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
@@ -179,7 +180,11 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.R
 
 
 def run_layers(
-    layers: Any, x: jax.Array, step: Callable[[Any, jax.Array], tuple[jax.Array, Any]], *, remat: bool = False
+    layers: Any,
+    x: jax.Array,
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+    *,
+    remat: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Apply layers in order: `step(layer, x) -> (x, extra)`.
 

@@ -48,7 +48,9 @@ def rope_frequencies(c: LlmConfig) -> np.ndarray:
 def _llama3_frequencies(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
     """Llama 3.1's rule: long wavelengths are stretched, short ones kept, those between blended."""
     wavelength = 2 * math.pi / freq
-    blend = (s.original_max_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    blend = (s.original_max_length / wavelength - s.low_freq_factor) / (
+        s.high_freq_factor - s.low_freq_factor
+    )
     blend = np.clip(blend, 0.0, 1.0)  # 1 keeps the frequency, 0 divides it by the factor
     return (1 - blend) * freq / s.factor + blend * freq
 
@@ -118,7 +120,9 @@ class Attention(nnx.Module):
         )
         return self.o(y.reshape(*x.shape[:2], -1)), (k, v)
 
-    def decode(self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple) -> tuple[jax.Array, tuple]:
+    def decode(
+        self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple
+    ) -> tuple[jax.Array, tuple]:
         """x [B, T, D] at positions [B, T] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
@@ -160,7 +164,9 @@ class Block(nnx.Module):
         y, kv = self.attn(self.norm1(x), rope, lengths)
         return self._after(x, y), kv
 
-    def decode(self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple) -> tuple[jax.Array, tuple]:
+    def decode(
+        self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple
+    ) -> tuple[jax.Array, tuple]:
         y, kv = self.attn.decode(self.norm1(x), rope, positions, kv)
         return self._after(x, y), kv
 
@@ -189,7 +195,9 @@ class Llm(nnx.Module):
         x, _ = run_layers(self.blocks, embeds.astype(jnp.float32), step, remat=remat)
         return self.norm(x)
 
-    def prefill(self, embeds: jax.Array, lengths: jax.Array, cache_length: int) -> tuple[jax.Array, KVCache]:
+    def prefill(
+        self, embeds: jax.Array, lengths: jax.Array, cache_length: int
+    ) -> tuple[jax.Array, KVCache]:
         """As __call__, and the cache [.., B, K, S = cache_length, H] of these T <= S positions."""
         rope = self._rope(embeds)
 
@@ -202,7 +210,9 @@ class Llm(nnx.Module):
             return self.norm(x), KVCache([k for k, _ in kv], [v for _, v in kv])
         return self.norm(x), KVCache(*kv)
 
-    def decode(self, embeds: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode(
+        self, embeds: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
         """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache."""
         rope = rotary(self.config, positions)
         x = embeds.astype(jnp.float32)
@@ -234,7 +244,8 @@ def unstack(llm: Llm) -> Llm:
     """The same model with its layers as an nnx.List (call outside jit): decoding needs them apart."""
     graphdef, state = nnx.split(llm.blocks)
     layers = [
-        nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(llm.config.layers)
+        nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
+        for i in range(llm.config.layers)
     ]
     outer, rest = nnx.split(llm)
     copy = nnx.merge(outer, rest)
