@@ -142,10 +142,9 @@ def test_nothing_is_written_when_the_input_is_wrong(home, tmp_path):
     (tmp_path / "lost.jsonl").write_text('{"image": "no.png", "caption": "x"}\n')
     assert "no_model" in refused(dataclasses.replace(good, model=str(tmp_path / "no_model")), w)
     assert "no.jsonl" in refused(with_data(good, path=(str(tmp_path / "no.jsonl"),)), w)
-    assert "no rows" in refused(with_data(good, path=(str(empty),)), w)
+    assert "the dataset is empty" in refused(with_data(good, path=(str(empty),)), w)
     assert "no.png" in refused(with_data(good, path=(str(tmp_path / "lost.jsonl"),)), w)
     assert "no.jsonl" in refused(with_data(good, val_path=(str(tmp_path / "no.jsonl"),)), w)
-    assert "lower batch_size" in refused(dataclasses.replace(good, batch_size=9), w)
     message = refused(dataclasses.replace(good, variant="minigpt4-llama2"), w)
     assert "is a minigpt4-vicuna model" in message and "stage2:llama2" in message
     assert "width 24" in refused(dataclasses.replace(good, llm_width=5120), w)
