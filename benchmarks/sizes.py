@@ -51,7 +51,9 @@ def make_batch(config: ModelConfig, rows: int, answer: int) -> Batch:
     return Batch(pixels, tokens, lengths, answers)
 
 
-_POOL = 0.02 * np.random.default_rng(1).standard_normal(1_048_573, dtype=np.float32)  # a prime length
+_POOL = 0.02 * np.random.default_rng(1).standard_normal(
+    1_048_573, dtype=np.float32
+)  # a prime length
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:

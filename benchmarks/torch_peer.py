@@ -153,9 +153,7 @@ class Peer:
         embeds = self.llm.get_input_embeddings()(self.tokens)
         embeds = embeds.masked_scatter(self.slots[..., None], visual)
         if not answers_only:
-            return self.llm(
-                inputs_embeds=embeds, attention_mask=self.mask, labels=self.labels
-            ).loss
+            return self.llm(inputs_embeds=embeds, attention_mask=self.mask, labels=self.labels).loss
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=self.mask).last_hidden_state
         chosen = self.labels[:, 1:] >= 0
         logits = self.llm.lm_head(hidden[:, :-1][chosen]).float()

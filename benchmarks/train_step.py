@@ -11,6 +11,7 @@ meets the output matrix at every position, and with our trick of labelled positi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -83,7 +84,9 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     def memory() -> int:
         return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
-    return Side(step, lambda x: float(np.asarray(jax.block_until_ready(x)).ravel()[0]), matmul, memory)
+    return Side(
+        step, lambda x: float(np.asarray(jax.block_until_ready(x)).ravel()[0]), matmul, memory
+    )
 
 
 def make_peer(config: Any, batch: Any, dtype: str, answers_only: bool) -> Side:
@@ -138,10 +141,8 @@ def matmul_rate(side: Side, n: int) -> float:
 
 def clear_peak() -> None:
     """Forget the host memory that building the model took (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_host() -> int:
@@ -205,7 +206,9 @@ def report(workers: Workers, args: argparse.Namespace, flops: float, gpu: bool) 
     peaks = {side: workers.ask(side, ("matmul", n)) for side in SIDES[:2]}
     peak = max(peaks.values())
     print(f"  loss before training: {', '.join(f'{s} {x:.6f}' for s, x in losses.items())}")
-    print(f"  first step with compilation: {first['ours'][0]:.1f} s, PyTorch {first['PyTorch'][0]:.1f} s")
+    print(
+        f"  first step with compilation: {first['ours'][0]:.1f} s, PyTorch {first['PyTorch'][0]:.1f} s"
+    )
     print(
         f"  matrix peak [{n}, {n}]: ours {peaks['ours'] / 1e9:.0f}, PyTorch {peaks['PyTorch'] / 1e9:.0f} "
         f"GFLOP/s; a step needs {flops / 1e9:.0f} GFLOP"
@@ -215,7 +218,9 @@ def report(workers: Workers, args: argparse.Namespace, flops: float, gpu: bool) 
         for side in SIDES:
             seconds, _, _ = workers.ask(side, ("steps", args.steps))
             times[side].append(seconds / args.steps)
-    print(f"  {'':24}{'s a step':>10}{'range':>18}{'share of peak':>15}{'peak memory':>13}{'ours / it':>11}")
+    print(
+        f"  {'':24}{'s a step':>10}{'range':>18}{'share of peak':>15}{'peak memory':>13}{'ours / it':>11}"
+    )
     for side in SIDES:
         mid = statistics.median(times[side])
         ratio = statistics.median(a / b for a, b in zip(times["ours"], times[side], strict=True))
@@ -231,7 +236,9 @@ def report(workers: Workers, args: argparse.Namespace, flops: float, gpu: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--size", choices=sorted(sizes.SIZES), default="smollm2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--layers", type=int, help="fewer layers of the language model")

@@ -7,6 +7,7 @@ Every other language model brings a tokenizer.json, which `transformers.AutoToke
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,6 +169,8 @@ class HfTokenizer:
     kind = "hf"
 
     def __init__(self, directory: Path):
+        # No line about PyTorch, which tokenizers do without.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer  # seconds to import, hence here
 
         try:

@@ -226,7 +226,8 @@ class Llm(nnx.Module):
         graphdef, state = nnx.split(self.blocks)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            return nnx.merge(graphdef, layer[0]).decode(x, rope, positions, layer[1:])
+            block: Any = nnx.merge(graphdef, layer[0])
+            return block.decode(x, rope, positions, layer[1:])
 
         x, (keys, values) = jax.lax.scan(body, x, (state, cache.k, cache.v))
         return self.norm(x), KVCache(keys, values)

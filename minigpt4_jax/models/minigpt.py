@@ -64,8 +64,9 @@ class MiniGpt(nnx.Module):
         self, batch: Batch, *, remat: bool = False, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
-        visual = self.encode(batch.pixels, remat=remat, dropout_key=dropout_key)
-        hidden = self.llm(self.merge(batch.tokens, visual), batch.lengths, remat=remat)
+        pixels, tokens, lengths, _ = map(jnp.asarray, batch)
+        visual = self.encode(pixels, remat=remat, dropout_key=dropout_key)
+        hidden = self.llm(self.merge(tokens, visual), lengths, remat=remat)
         return self.answer_nll(hidden, batch)
 
     def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
