@@ -12,8 +12,9 @@ SMOLLM2 = LlmConfig(
     vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536,
     eps=1e-5, rope_theta=1e5, tie=True, max_length=8192,
 )  # fmt: skip
-SMALL_VISION = VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4, mlp=512)
-SMALL_QFORMER = QFormerConfig(queries=8, hidden=128, layers=2, heads=4, ffn=512, vision_width=128)
+# The demonstration's vision side (minigpt4_jax/training/shapes_vision.py)
+SMALL_VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4, mlp=512)
+SMALL_QFORMER = QFormerConfig(queries=13, hidden=128, layers=2, heads=4, ffn=384, vision_width=128)
 
 SIZES = {
     "smollm2": ModelConfig(vision=SMALL_VISION, qformer=SMALL_QFORMER, llm=SMOLLM2),
