@@ -6,6 +6,8 @@ moment leaves whole ones only.
 
 import contextlib
 import errno
+import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # heavy: only a run needs it
 
         self._ocp, self._folder = ocp, folder
+        logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
         try:
             self._manager = ocp.CheckpointManager(
                 folder.resolve(),
@@ -101,6 +104,8 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, what: str, e: Exception) -> UserError:
+        for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half_written, ignore_errors=True)
         causes = [e, e.__cause__, e.__context__]
         numbers = {c.errno for c in causes if isinstance(c, OSError)}
         full = numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(e)
@@ -118,6 +123,10 @@ class Checkpoints:
             int(p.name) for p in self._folder.glob("*") if p.name.isdigit() and p.is_dir()
         )
         return steps[-1] if steps else None
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _one_line(e: Exception) -> str:

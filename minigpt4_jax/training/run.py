@@ -33,13 +33,20 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
             _check_same(workdir, json.loads(path.read_text()), now)
         elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
             raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
-        new = path.with_suffix(".tmp")
-        new.write_text(json.dumps(now, indent=1) + "\n")
-        os.replace(new, path)
+        _write_whole(path, json.dumps(now, indent=1) + "\n")
     except OSError as e:
         raise cannot_write(workdir, e) from e
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
+
+
+def _write_whole(path: Path, text: str) -> None:
+    new = path.with_suffix(".tmp")
+    try:
+        new.write_text(text)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def is_done(workdir: Path, c: TrainConfig) -> bool:
