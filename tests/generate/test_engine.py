@@ -1,0 +1,223 @@
+"""The engine: stop rules, limits, batches, buckets; cached decoding against whole forward passes."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.generate.engine import Engine, Request, bucket
+from minigpt4_jax.generate.sampling import Options, plan_of
+from minigpt4_jax.models.llm import unstack
+from minigpt4_jax.models.minigpt import MiniGpt
+
+P, VOCAB = 3, 60
+
+
+@cache
+def model(window=None, stacked=False):
+    vision = VisionConfig(image_size=28, patch_size=14, width=8, depth=1, heads=2, mlp=8)
+    qformer = QFormerConfig(queries=P, hidden=8, layers=1, heads=2, ffn=8, vision_width=8)
+    llm = LlmConfig(
+        vocab=VOCAB, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=24, window=window
+    )
+    module = MiniGpt(ModelConfig(vision=vision, qformer=qformer, llm=llm), nnx.Rngs(0))
+    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # scores that differ clearly
+        leaf.set_value(leaf.get_value() * (6 if leaf.get_value().ndim > 1 else 1))
+    if not stacked:
+        module.llm = unstack(module.llm)
+    return module
+
+
+@cache
+def engine(window=None, stacked=False):
+    return Engine(model(window, stacked))
+
+
+def prompt(rng, length, images=0):
+    tokens = rng.integers(1, VOCAB, length).tolist()
+    for _ in range(images):
+        at = int(rng.integers(0, len(tokens) + 1))
+        tokens[at:at] = [IMAGE] * P
+    visual = rng.normal(0, 1, (images * P, 16)).astype(np.float32) if images else None
+    return tokens, visual
+
+
+def test_cached_decoding_equals_a_whole_forward_pass():
+    """At every step, for any lengths, images and batch, with and without a sliding window."""
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=4),
+        st.sampled_from([None, 5]),
+        st.integers(0, 1000),
+    )
+    def check(shape, window, seed):
+        rng = np.random.default_rng(seed)
+        module, runner = model(window), engine(window)
+        requests = [Request(*prompt(rng, n, i), 5) for n, i in shape]
+        rows = runner._rows(requests)
+        embeds = module.merge(jnp.asarray(rows.tokens), jnp.asarray(rows.visual))
+        hidden, cache = module.llm.prefill(embeds, jnp.asarray(rows.lengths), 64)
+        whole = module.llm(embeds, jnp.asarray(rows.lengths))
+        tail = rng.integers(1, VOCAB, (len(rows.lengths), 4)).astype(np.int32)
+        for step in range(4):
+            positions = jnp.asarray(rows.lengths + step)[:, None]
+            one = module.llm.embed_tokens(jnp.asarray(tail[:, step : step + 1]))
+            hidden, cache = module.llm.decode(one, positions, cache)
+            for i, r in enumerate(requests):
+                longer = [*r.tokens, *tail[i, : step + 1].tolist()]
+                visual = np.zeros((0, 16)) if r.visual is None else r.visual
+                embeds = module.merge(jnp.asarray([longer]), jnp.asarray(visual[None]))
+                whole = module.llm(embeds, jnp.asarray([len(longer)]))
+                np.testing.assert_allclose(hidden[i, 0], whole[0, -1], rtol=2e-4, atol=2e-4)
+
+    check()
+
+
+def test_several_positions_at_once_equal_one_after_another():
+    rng = np.random.default_rng(0)
+    module = model()
+    tokens = jnp.asarray(rng.integers(1, VOCAB, (2, 12)), jnp.int32)
+    lengths = jnp.asarray([7, 4])
+    _, cache = module.llm.prefill(module.llm.embed_tokens(tokens), lengths, 32)
+    more = module.llm.embed_tokens(jnp.asarray(rng.integers(1, VOCAB, (2, 3)), jnp.int32))
+    positions = lengths[:, None] + jnp.arange(3)
+    together, _ = module.llm.decode(more, positions, cache)
+    for t in range(3):
+        one, cache = module.llm.decode(more[:, t : t + 1], positions[:, t : t + 1], cache)
+        np.testing.assert_allclose(one[:, 0], together[:, t], rtol=1e-4, atol=1e-5)
+
+
+def greedy(count=4, **changes):
+    rng = np.random.default_rng(7)
+    lengths = [(5, 0), (33, 1), (2, 2), (17, 0)][:count]
+    return [Request(*prompt(rng, n, i), **{"max_new_tokens": 8} | changes) for n, i in lengths]
+
+
+def test_a_row_alone_and_in_a_batch_and_in_either_layout():
+    together = engine().generate(greedy())
+    assert [len(ids) for ids in together] == [8] * 4
+    assert [engine().generate([r])[0] for r in greedy()] == together
+    assert engine().generate(greedy(), batch_size=3) == together
+    assert engine(stacked=True).generate(greedy()) == together
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch():
+    options = Options(temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    sampled = greedy(options=options, seed=5)
+    together = engine().generate(sampled)
+    assert [engine().generate([r])[0] for r in sampled] == together
+    reversed_ = engine().generate(sampled[::-1])
+    assert reversed_[::-1] == together
+    mixed = [*sampled[:2], *greedy()[2:]]
+    assert engine().generate(mixed)[:2] == together[:2]
+    other = engine().generate(greedy(options=options, seed=6))
+    assert other != together
+    assert together != engine().generate(greedy())
+
+
+def test_stop_sequences_end_a_row_and_no_other():
+    free = engine().generate(greedy())
+    stops = [[free[0][2]], free[1][3:5]]  # one id; two ids, in another row
+    for i, ids in enumerate(engine().generate(greedy(stops=stops))):
+        wanted = _until(free[i], stops)
+        assert ids == wanted
+    # a sequence has to be complete, and in order
+    wrong = [[free[1][4], free[1][3]]] if free[1][3] != free[1][4] else [[0, 0]]
+    assert engine().generate(greedy(stops=wrong))[1] == _until(free[1], wrong)
+
+
+def _until(ids, stops):
+    for end in range(1, len(ids) + 1):
+        if any(ids[max(0, end - len(s)) : end] == list(s) for s in stops):
+            return ids[:end]
+    return ids
+
+
+def test_limits_and_stop_rules_by_row():
+    free = engine().generate(greedy())
+    requests = [
+        Request(r.tokens, r.visual, limit, stops=stops)
+        for r, limit, stops in zip(
+            greedy(), (1, 8, 3, 8), ([], [], [], [[free[3][1]]]), strict=True
+        )
+    ]
+    found = engine().generate(requests)
+    assert found[:3] == [free[0][:1], free[1], free[2][:3]]
+    assert found[3] == _until(free[3], [[free[3][1]]])
+
+
+def test_the_first_token_can_be_the_stop():
+    free = engine().generate(greedy())
+    assert engine().generate(greedy(stops=[[free[0][0]]]))[0] == free[0][:1]
+
+
+def test_minimum_length_puts_the_stop_off():
+    free = engine().generate(greedy(1))[0]
+    options = Options(min_new_tokens=4)
+    found = engine().generate(greedy(1, stops=[[free[0]]], options=options))[0]
+    assert free[0] not in found[:4]
+
+
+def test_decoding_in_parts_gives_the_same():
+    runner, requests = engine(), greedy()
+    plan = plan_of([r.options for r in requests], VOCAB)
+    state = runner.prefill(requests)
+    while not np.asarray(state.done).all():
+        state = runner.decode(state, plan, 3)
+    ids = np.asarray(state.ids)[:, :8].tolist()
+    assert ids == engine().generate(requests)
+
+
+def test_another_length_in_the_same_bucket_compiles_nothing():
+    runner = Engine(model())
+    runner.generate(greedy(2))
+    sizes = runner._start._cache_size(), runner._decode._cache_size()
+    rng = np.random.default_rng(1)
+    again = [Request(*prompt(rng, 9, 0), 7), Request(*prompt(rng, 35, 1), 3)]
+    runner.generate(again)
+    assert (runner._start._cache_size(), runner._decode._cache_size()) == sizes == (1, 1)
+
+
+def test_other_parameters_in_the_same_programs():
+    runner = Engine(model())
+    before = runner.generate(greedy(1))
+    other = jax.tree.map(lambda a: a + 0.1, nnx.state(model()))
+    runner.set_parameters(nnx.merge(nnx.graphdef(model()), other))
+    assert runner.generate(greedy(1)) != before
+    assert runner._decode._cache_size() == 1
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 32, 33, 64, 65, 96, 97, 129, 193, 385)] == [
+        32, 32, 64, 64, 96, 96, 128, 192, 256, 512,
+    ]  # fmt: skip
+    assert all(n <= bucket(n) <= max(32, 2 * n) for n in range(1, 3000))
+
+
+def test_nothing_to_do():
+    assert engine().generate([]) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_decoding_copies_neither_weights_nor_cache(dtype):
+    """What the compiled loop needs beside its arguments is small (XLA likes to keep converted or
+    transposed copies of what a loop does not change)."""
+    module = model()
+    graphdef, state = nnx.split(module)
+    state = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 1 else a, state)
+    runner = Engine(nnx.merge(graphdef, state))
+    weights = sum(a.nbytes for a in jax.tree.leaves(nnx.state(module.llm)))
+    for count in (1, 4):
+        requests = greedy(count, max_new_tokens=200)
+        plan = plan_of([r.options for r in requests], VOCAB)
+        state_ = runner.prefill(requests)
+        compiled = runner._decode.lower(runner._leaves, state_, 5, plan).compile()
+        kept = sum(a.nbytes for a in [*state_.cache.k, *state_.cache.v])
+        assert compiled.memory_analysis().temp_size_in_bytes < (weights + kept) / 3

@@ -1,0 +1,374 @@
+"""From `convert build` to tokens, against what the original PyTorch code computed.
+
+../shared/reference holds the original's dumps; without it the float64 oracle of this folder stands in
+for them, on a model of its own, so that a clone tests itself.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+from minigpt4_jax import api, weights
+from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.generate import engine
+from minigpt4_jax.generate.sampling import Options
+from minigpt4_jax.images import load_pixels
+from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.prompts import build_conversation_row, build_row, prompt_tokens, stop_sequences
+
+TOKENIZER = Path(__file__).parent / "fixtures" / "llama_tokenizer"
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+NEEDS_DUMPS = pytest.mark.skipif(
+    not (REFERENCE / "dumps").is_dir(), reason="../shared/reference is not here"
+)
+CASES = {
+    "a": ("minigpt4-vicuna", "a_minigpt4_vicuna.pth", 56, 20, ["qformer.heads=4"]),
+    "b": ("minigpt4-llama2", "b_minigpt4_llama2.pth", 56, 20, []),
+    "c": ("minigpt-v2", "c_minigptv2.pth", 112, 40, ["lora.alpha=16"]),
+}
+
+
+class Case:
+    """One converted reference model with its dumps."""
+
+    def __init__(self, name, folder):
+        from convert.build import build
+        from convert.plan import Request
+
+        self.name = name
+        variant, checkpoint, size, text, extra = CASES[name]
+        files = REFERENCE / "checkpoints"
+        out = folder / name
+        settings = [
+            f"image_size={size}", f"max_text_length={text}", "vision.depth=3", "vision.heads=4",
+            "end_symbol=" + ("###" if name == "a" else "</s>"), *extra,
+        ]  # fmt: skip
+        build(
+            Request(
+                variant, files / "llama", out, vision=files / "eva_vit_g.pth",
+                qformer=files / "blip2_pretrained_flant5xxl.pth" if name == "a" else None,
+                checkpoint=files / checkpoint, settings=settings,
+            )
+        )  # fmt: skip
+        self.model = api.load(out, dtype="float32")
+        self.config, self.tokenizer = self.model.config, self.model.tokenizer
+        self.tensors = weights.Tensors(out)
+        self.module, _ = weights.load_model(out)
+        self.pixels = self.arrays("pixels")
+        self.images = [self.pixels["image_uint8_0"], self.pixels["image_uint8_1"]]
+
+    def arrays(self, kind):
+        return np.load(REFERENCE / "dumps" / f"{self.name}_{kind}.npz")
+
+    def document(self, kind):
+        return json.loads((REFERENCE / "dumps" / f"{self.name}_{kind}.json").read_text())
+
+    def forwards(self):
+        """(dump, row of each sample, images) of every training forward pass."""
+        for path in sorted((REFERENCE / "dumps").glob(f"{self.name}_forward_*.npz")):
+            kind = path.stem[2:]
+            document = self.document(kind)
+            samples = document["samples"]
+            images = 1 if "image" in samples else 0
+            yield kind, np.load(path), self._rows(samples, document["extra"], images), images
+
+    def _rows(self, samples, extra, images):
+        if "conv_q" in samples:
+            conversations = zip(samples["conv_q"], samples["conv_a"], strict=True)
+            sign = samples["connect_sym"][0]
+            return [
+                build_conversation_row(
+                    self.tokenizer, self.config, q.split(sign), a.split(sign), images=images
+                )
+                for q, a in conversations
+            ]
+        answers = samples["answer"]
+        prompts = samples.get("instruction_input") or [extra["prompt"]] * len(answers)
+        if self.name == "c":
+            prompts = [self.config.prompt_template.replace("{}", p) for p in prompts]
+        return [
+            build_row(self.tokenizer, self.config, p, a, images=images)
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+
+    def batch(self, rows, images):
+        """The rows in the original's padding: to its longest prompt and its longest answer."""
+        tokens = np.zeros((len(rows), max(len(r.tokens) for r in rows)), np.int32)
+        answers = np.full((len(rows), max(len(r.answers) for r in rows)), -1, np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = row.tokens
+            answers[i, : len(row.answers)] = row.answers
+        pixels = self.pixels["pixel_values"].transpose(0, 2, 3, 1)[:, None]
+        lengths = np.array([len(r.tokens) for r in rows], np.int32)
+        return Batch(pixels if images else pixels[:, :0], tokens, lengths, answers)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp("models"))
+
+
+def relative(ours, theirs):
+    theirs = np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+
+
+@NEEDS_DUMPS
+def test_pixels_are_equal(case):
+    theirs = case.pixels["pixel_values"].transpose(0, 2, 3, 1)
+    for image, wanted in zip(case.images, theirs, strict=True):
+        np.testing.assert_array_equal(load_pixels(image, case.config.vision.image_size), wanted)
+
+
+@NEEDS_DUMPS
+def test_each_layer_of_the_vision_side(case):
+    dump, model = case.arrays("vision"), case.module
+    np.testing.assert_allclose(np.asarray(model.vit.pos[...]), dump["pos_embed"][0], atol=1e-6)
+    pixels = jnp.asarray(case.pixels["pixel_values"].transpose(0, 2, 3, 1))
+    assert relative(model.vit.embed(pixels), dump["patch_embed"]) < 1e-4
+    x = model.vit.embed(pixels)
+    x = jnp.concatenate([jnp.broadcast_to(model.vit.cls[...], (2, 1, 64)), x], 1)
+    x = x + model.vit.pos[...]
+    graphdef, state = nnx.split(model.vit.blocks)
+    for i in range(case.config.vision.depth):
+        x = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))(x)
+        assert relative(x, dump[f"block{i}"]) < 1e-4
+    assert relative(model.vit(pixels), dump["vit"]) < 1e-4
+    vision = model.ln_vision(x)
+    assert relative(vision, dump["ln_vision"]) < 1e-4
+    if model.qformer is not None:
+        y = model.qformer.norm(model.qformer.query[...])
+        y = jnp.broadcast_to(y, (2, *y.shape))
+        for i, block in enumerate(model.qformer.blocks):
+            y = block(y, vision, None)
+            assert relative(y, dump[f"qformer_layer{i}"]) < 1e-4
+    assert relative(case.model.encode_images(case.images), dump["inputs_llama"]) < 1e-4
+
+
+@NEEDS_DUMPS
+def test_training_forward(case):
+    for kind, dump, rows, images in case.forwards():
+        batch = case.batch(rows, images)
+        model = case.module
+        embeds = model.merge(jnp.asarray(batch.tokens), model.encode(jnp.asarray(batch.pixels)))
+        logits = model.llm.logits(model.llm(embeds, jnp.asarray(batch.lengths)))
+        np.testing.assert_array_equal(dump["attention_mask"].sum(1), batch.lengths, kind)
+        for i, (row, n) in enumerate(zip(rows, batch.lengths, strict=True)):
+            assert relative(embeds[i, :n], dump["inputs_embeds"][i, :n]) < 1e-4, kind
+            assert relative(logits[i, :n], dump["logits"][i, :n]) < 1e-4, kind
+            labelled = np.flatnonzero(dump["targets"][i] != -100)
+            assert labelled.tolist() == row.answers, kind
+            assert dump["targets"][i, labelled].tolist() == [row.tokens[a] for a in row.answers]
+        assert float(model.loss(batch)) == pytest.approx(float(dump["loss"]), rel=1e-5), kind
+
+
+@NEEDS_DUMPS
+def test_score_and_ranking_loss(case):
+    for kind, dump, rows, images in case.forwards():
+        if "conv" in kind:
+            continue
+        document = case.document(kind)
+        samples = document["samples"]
+        prompts = samples.get("instruction_input") or [document["extra"]["prompt"]] * 2
+        if case.name == "c":
+            prompts = [case.config.prompt_template.replace("{}", p) for p in prompts]
+        pictures = case.images if images else None
+        nll, tokens = case.model.score(pictures, prompts, samples["answer"])
+        assert tokens.tolist() == [len(row.answers) for row in rows]
+        assert nll.sum() / tokens.sum() == pytest.approx(float(dump["loss"]), rel=1e-5), kind
+        ranking = case.model.candidate_loss(pictures, prompts, samples["answer"])
+        np.testing.assert_allclose(ranking, dump["loss_none"], rtol=1e-5)
+
+
+@NEEDS_DUMPS
+def test_gradients(case):
+    def wanted(path, _):
+        return path[0] == "projection" or "lora" in path[-1]
+
+    graphdef, trainable, frozen = nnx.split(case.module, wanted, ...)
+    for kind, dump, rows, images in case.forwards():
+        batch = case.batch(rows, images)
+        grads = jax.grad(lambda t, b=batch: nnx.merge(graphdef, t, frozen).loss(b))(trainable)
+        ours = dict(weights.tensors_of(grads))
+        for name, grad in ours.items():
+            parts = name.replace("projection", "llama_proj").split(".")
+            if parts[0] == "llm":
+                which = parts[-1][-1].upper()
+                parts = [
+                    "llama_model.base_model.model.model.layers", parts[2], "self_attn",
+                    f"{parts[4]}_proj", f"lora_{which}", "weight",
+                ]  # fmt: skip
+            theirs = dump["grad/" + ".".join(parts)]
+            if np.abs(theirs).max() == 0:  # a text-only batch teaches the projection nothing
+                assert np.abs(grad).max() == 0
+            else:
+                assert relative(grad, theirs) < 1e-4, (kind, name)
+        assert len(ours) == sum(key.startswith("grad/") for key in dump), kind
+
+
+@NEEDS_DUMPS
+@pytest.mark.parametrize("stacked", [False, True])
+def test_greedy_ids(case, stacked):
+    """Every run without beams; equal also where the original counts its leading BOS (min_length)."""
+    document, dump = case.document("generate"), case.arrays("generate")
+    runner = engine.Engine(case.module) if stacked else case.model._engine
+    visual = case.model.encode_images(case.images)
+    for name, run in document["runs"].items():
+        kwargs = run["kwargs"]
+        if kwargs["num_beams"] > 1:
+            continue
+        options = Options(
+            repetition_penalty=kwargs.get("repetition_penalty", 1.0),
+            min_new_tokens=max(0, kwargs.get("min_length", 0) - 1),
+        )
+        ends = run["eos"] if isinstance(run["eos"], list) else [run["eos"]]
+        requests = [
+            engine.Request(
+                prompt_tokens(case.tokenizer, case.config, text, images=1), visual[i],
+                kwargs["max_new_tokens"], options, stops=[[e] for e in ends],
+            )
+            for i, text in enumerate(document["texts"])
+        ]  # fmt: skip
+        for found, padded in zip(runner.generate(requests), dump[f"{name}/ids"], strict=True):
+            theirs = padded[1:].tolist()  # without the leading BOS
+            assert found == theirs[: len(found)], name
+            assert not any(theirs[len(found) :]), name  # finished rows are padded with 0
+
+
+@NEEDS_DUMPS
+def test_generated_text(case):
+    document = case.document("generate")
+    texts = case.model.generate(case.images, document["texts"], max_new_tokens=10)
+    assert texts == document["runs"]["greedy"]["answers"]
+
+
+@NEEDS_DUMPS
+def test_chat_turns(case):
+    """Two turns about one image, the second after the first one's answer."""
+    from minigpt4_jax.prompts import chat_template, render_chat, with_images
+
+    dump, turns = case.arrays("chat"), []
+    visual = case.model.encode_images(case.images[:1])[0]
+    assert relative(visual, dump["img_emb"][0]) < 1e-4
+    for n, turn in enumerate(case.document("chat")):
+        question = turn["question"] if n else with_images(turn["question"], 1)
+        turns.append((question, None))
+        prompt = render_chat(chat_template(case.config), turns)
+        if case.name != "c":  # its demo overwrites the answers it keeps: a fault not to copy
+            assert prompt == turn["prompt"]
+        tokens = prompt_tokens(case.tokenizer, case.config, turn["prompt"], images=1)
+        flat = [i for segment in turn["segment_ids"] for i in segment]
+        assert [t for t in tokens if t >= 0] == flat
+        embeds = case.module.merge(jnp.asarray([tokens]), jnp.asarray(visual[None]))
+        assert relative(embeds, dump[f"turn{n}/embs"]) < 1e-4
+        theirs = dump[f"turn{n}/ids"][1:].tolist()
+        stops = stop_sequences(case.tokenizer, case.config.end_symbol)
+        request = engine.Request(tokens, visual, len(theirs), stops=stops)
+        assert case.model._engine.generate([request])[0] == theirs
+        turns[-1] = (question, turn["answer"])
+
+
+# --- without the dumps: the float64 oracle --------------------------------------------------------
+
+
+def small_model(kind):
+    """A model like the reference's, of random weights: config, module, tensors by name."""
+    vision = VisionConfig(image_size=28, patch_size=7, width=24, depth=2, heads=3, mlp=40)
+    qformer = QFormerConfig(queries=3, hidden=16, layers=3, heads=2, ffn=24, vision_width=24)
+    llm = LlmConfig(
+        vocab=785, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, tie=kind == "b",
+        max_length=128,
+    )  # fmt: skip
+    config = ModelConfig(
+        variant={"a": "minigpt4-vicuna", "b": "minigpt4-llama2", "c": "minigpt-v2"}[kind],
+        vision=vision, qformer=qformer if kind == "a" else None, llm=llm,
+        lora=LoraConfig(rank=2, alpha=6.0) if kind == "c" else None,
+        merge_patches=1 if kind == "a" else 4, max_text_length=12,
+    ).check()  # fmt: skip
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
+        for name, shape in weights.parameter_shapes(config).items()
+    }
+    return config, tensors
+
+
+@pytest.fixture(scope="module", params=["a", "b", "c"])
+def small(request, tmp_path_factory):
+    config, tensors = small_model(request.param)
+    folder = tmp_path_factory.mktemp("small") / "model"
+    tokenizer = {p.name: p for p in TOKENIZER.iterdir()}
+    weights.write_model(folder, config, tensors.items(), tokenizer=tokenizer)
+    return api.load(folder, dtype="float32"), tensors
+
+
+def pictures(count):
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8) for i in range(count)]
+
+
+def test_oracle_encodes_scores_and_generates_the_same(small):
+    model, tensors = small
+    images = pictures(3)
+    visual = model.encode_images(images)
+    assert visual.dtype == np.float32
+    wanted = [oracle.encode(tensors, model.config, load_pixels(i, 28)) for i in images]
+    assert relative(visual, np.stack(wanted)) < 1e-5
+    prompts = [
+        "###Human: <Img><ImageHere></Img> what color is it ###Assistant: ",
+        "<ImageHere> and <ImageHere> differ",
+        "no image",
+    ]
+    groups, answers = [images[0], images[1:], None], ["a red car", "yes " * 20, "dog"]
+    shown = [np.stack(wanted)[:1], np.stack(wanted)[1:], None]
+    nll, counts = model.score(groups, prompts, answers)
+    ids = model._engine.generate(
+        [
+            engine.Request(prompt_tokens(model.tokenizer, model.config, p, images=n), v, 6)
+            for p, n, v in zip(prompts, (1, 2, 0), _joined(shown), strict=True)
+        ]
+    )
+    for i, v in enumerate(_joined(shown)):
+        n = (1, 2, 0)[i]
+        row = build_row(model.tokenizer, model.config, prompts[i], answers[i], images=n)
+        assert counts[i] == len(row.answers)
+        expected = oracle.nll(tensors, model.config, row.tokens, row.answers, v)
+        assert nll[i] == pytest.approx(expected, rel=1e-5)
+        tokens = prompt_tokens(model.tokenizer, model.config, prompts[i], images=n)
+        assert ids[i] == oracle.greedy(tensors, model.config, tokens, 6, v)
+
+
+def _joined(shown):
+    return [None if v is None else v.reshape(-1, v.shape[-1]) for v in shown]
+
+
+@NEEDS_DUMPS
+def test_oracle_agrees_with_the_original(case):
+    dump = case.arrays("vision")
+    pixels = case.pixels["pixel_values"].transpose(0, 2, 3, 1)
+    visual = np.stack([oracle.encode(case.tensors, case.config, p) for p in pixels])
+    assert relative(visual, dump["inputs_llama"]) < 1e-5
+    _, forward, rows, images = next(case.forwards())
+    for i, row in enumerate(rows):
+        seen = visual[i] if images else None
+        scores = oracle.logits(case.tensors, case.config, row.tokens, seen)
+        assert relative(scores, forward["logits"][i, : len(row.tokens)]) < 1e-4
+
+
+def test_a_module_in_memory_is_a_model(small):
+    model, _ = small
+    module = MiniGpt(model.config, nnx.Rngs(0))
+    other = api.Model(module, model.config, model.tokenizer)
+    one = other.encode_images(pictures(1))
+    assert one.shape == (1, model.config.visual_tokens, 32)
+    again = MiniGpt(model.config, nnx.Rngs(1))
+    other.set_module(again)
+    assert not np.allclose(other.encode_images(pictures(1)), one)
+    assert len(other.generate(pictures(1), ["what"], template=True, max_new_tokens=3)) == 1
