@@ -303,8 +303,8 @@ class _Loop:
         self.checkpoints.wait()
         number = self.stop[0]
         self.log.line(
-            f"stopped by {signal.Signals(number).name} after step {self.step}; "
-            "the state is saved: start the same command again to continue"
+            f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved: "
+            "start the same command again to continue"
         )
         sys.stdout.flush()
         raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
@@ -316,13 +316,13 @@ class _Loop:
         self.log.flush()
         done = self._result()
         loss = done.metrics["loss"]
-        run.write_trained(
-            self.workdir, self.c, self.model_config, self.trainable,
-            {"steps": self.step, "loss": loss, "seed": self.c.seed},
-        )  # fmt: skip
         from minigpt4_jax.plots import loss_plot  # matplotlib
 
         loss_plot(self.workdir / METRICS, self.workdir / "loss.png")
+        run.write_trained(  # the last thing to be written: a run that has it is done
+            self.workdir, self.c, self.model_config, self.trainable,
+            {"steps": self.step, "loss": loss, "seed": self.c.seed},
+        )  # fmt: skip
         self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
         return done
 

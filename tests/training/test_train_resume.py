@@ -97,6 +97,7 @@ def test_terminated_at_a_step(home, uninterrupted, tmp_path):
     assert outcome(tmp_path / "w") == uninterrupted
 
 
+@pytest.mark.slow
 def test_interrupted_again_and_again(home, uninterrupted, tmp_path):
     def interrupt(record):
         os.kill(os.getpid(), signal.SIGTERM)
