@@ -62,6 +62,7 @@ def one_step(*, rate=0.01, index=0, frozen=(), **options):
     return parts.trainable, *step(params, tx.init(params), *args)
 
 
+@pytest.mark.smoke
 def test_only_the_projection_has_gradient_and_optimizer_state():
     before, after, state, metrics = one_step()
     shapes = {"projection.weight": (24, 16), "projection.bias": (24,)}
@@ -153,6 +154,7 @@ def test_parts_of_a_batch_and_remat_give_the_same_step(options):
         np.testing.assert_allclose(params[name], whole[name], atol=2e-5)
 
 
+@pytest.mark.smoke
 def test_loss_is_the_mean_over_labelled_tokens():
     metrics = one_step()[3]
     total, count = make_evaluation(split())(split().trainable, split().frozen, batch())
