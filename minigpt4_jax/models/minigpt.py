@@ -42,13 +42,16 @@ class MiniGpt(nnx.Module):
     ) -> jax.Array:
         """pixels [B, I, S, S, 3] -> visual tokens [B, I * P, D] float32, in image order."""
         b, i = pixels.shape[:2]
+        if i == 0:  # text alone
+            return jnp.zeros((b, 0, self.config.llm.width))
         x = self.vit(pixels.reshape(b * i, *pixels.shape[2:]), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
         if self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)
         else:
-            x = x[:, 1:].reshape(b * i, self.config.visual_tokens, -1)  # 4 raster patches a token
-        return self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], -1)
+            c = self.config  # consecutive raster patches make a token
+            x = x[:, 1:].reshape(b * i, c.visual_tokens, c.projection_in)
+        return self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], self.config.llm.width)
 
     def merge(self, tokens: jax.Array, visual: jax.Array) -> jax.Array:
         """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32."""

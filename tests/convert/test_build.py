@@ -261,7 +261,8 @@ def test_an_error_in_the_middle_leaves_nothing(files, refused):
 
 
 SLOW = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
 import convert.build as module
 tensors = module._tensors
 def slow(*arguments):
