@@ -205,12 +205,11 @@ def test_gradients(case):
                     "llama_model.base_model.model.model.layers", parts[2], "self_attn",
                     f"{parts[4]}_proj", f"lora_{which}", "weight",
                 ]  # fmt: skip
-            theirs = dump["grad/" + ".".join(parts)]
-            if np.abs(theirs).max() == 0:  # a text-only batch teaches the projection nothing
-                assert np.abs(grad).max() == 0
-            else:
-                assert relative(grad, theirs) < 1e-4, (kind, name)
-        assert len(ours) == sum(key.startswith("grad/") for key in dump), kind
+            key = "grad/" + ".".join(parts)
+            if images or parts[0] != "llama_proj":
+                assert relative(grad, dump[key]) < 1e-4, (kind, name)
+            else:  # text alone teaches the projection nothing
+                assert key not in dump and not grad.any()
 
 
 @NEEDS_DUMPS
@@ -255,7 +254,8 @@ def test_chat_turns(case):
     from minigpt4_jax.prompts import chat_template, render_chat, with_images
 
     dump, turns = case.arrays("chat"), []
-    visual = case.model.encode_images(case.images[:1])[0]
+    image = case.images[1 if case.name == "b" else 0]
+    visual = case.model.encode_images([image])[0]
     assert relative(visual, dump["img_emb"][0]) < 1e-4
     for n, turn in enumerate(case.document("chat")):
         question = turn["question"] if n else with_images(turn["question"], 1)
@@ -270,7 +270,8 @@ def test_chat_turns(case):
         assert relative(embeds, dump[f"turn{n}/embs"]) < 1e-4
         theirs = dump[f"turn{n}/ids"][1:].tolist()
         stops = stop_sequences(case.tokenizer, case.config.end_symbol)
-        request = engine.Request(tokens, visual, len(theirs), stops=stops)
+        options = Options(repetition_penalty=1.05)  # the chat's default
+        request = engine.Request(tokens, visual, len(theirs), options, stops=stops)
         assert case.model._engine.generate([request])[0] == theirs
         turns[-1] = (question, turn["answer"])
 

@@ -51,7 +51,9 @@ class MiniGpt(nnx.Module):
         else:
             c = self.config  # consecutive raster patches make a token
             x = x[:, 1:].reshape(b * i, c.visual_tokens, c.projection_in)
-        return self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], self.config.llm.width)
+        return (
+            self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], self.config.llm.width)
+        )
 
     def merge(self, tokens: jax.Array, visual: jax.Array) -> jax.Array:
         """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32."""

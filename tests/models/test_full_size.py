@@ -1,0 +1,84 @@
+"""One layer of each network at full size, in float32, against float64 NumPy; parameter counts."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.models import llm, qformer, vit
+from minigpt4_jax.weights import parameter_shapes
+
+
+def random_layer(make):
+    """(a layer with random weights, its tensors by name): every parameter non-trivial."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    rng, tensors, filled = np.random.default_rng(0), {}, []
+    for path, leaf in nnx.to_flat_state(state):
+        value = rng.standard_normal(leaf.shape, np.float32)
+        value *= leaf.shape[-1] ** -0.5 if len(leaf.shape) > 1 else 0.3
+        if path[-1] == "scale":
+            value += 1
+        tensors[".".join(map(str, path))] = value
+        filled.append((path, leaf.replace(jnp.asarray(value))))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled)), tensors
+
+
+def tokens(count, width, seed=1):
+    return np.random.default_rng(seed).standard_normal((1, count, width), np.float32)
+
+
+def check(ours, wanted):
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(np.asarray(ours) / scale, wanted / scale, atol=1e-5)
+
+
+def test_vit_block():
+    c, x = VisionConfig(), tokens(257, 1408)
+    block, tensors = random_layer(lambda r: vit.Block(c, r))
+    check(block(jnp.asarray(x))[0], oracle.vit_block(tensors, "", oracle.f64(x[0]), c))
+
+
+def test_qformer_layer():
+    c, x, vision = QFormerConfig(), tokens(32, 768), tokens(257, 1408, 2)
+    block, tensors = random_layer(lambda r: qformer.Block(c, 0, r))
+    x64, vision64 = oracle.f64(x[0]), oracle.f64(vision[0])
+    wanted = oracle.qformer_layer(tensors, "", x64, vision64, c, cross=True)
+    check(block(jnp.asarray(x), jnp.asarray(vision), None)[0], wanted)
+
+
+@pytest.mark.slow
+def test_llama_7b_layer():
+    c, x = LlmConfig(), tokens(12, 4096)
+    block, tensors = random_layer(lambda r: llm.Block(c, None, r))
+    rope = llm.rotary(c, jnp.arange(12)[None])
+    ours, _ = block(jnp.asarray(x), rope, jnp.asarray([12]))
+    check(ours[0], oracle.llm_block(tensors, "", oracle.f64(x[0]), c))
+
+
+def count(config, *parts):
+    shapes = parameter_shapes(config).items()
+    return sum(math.prod(s) for name, s in shapes if name.split(".")[0] in parts)
+
+
+def test_parameter_counts_of_the_papers():
+    """SPEC sections 1 to 4."""
+    vicuna = ModelConfig()
+    assert count(vicuna, "vit") == 985_894_528
+    assert count(vicuna, "qformer") == 105_137_664 + 24_576
+    assert count(vicuna, "projection") == 3_149_824
+    assert count(vicuna, "llm") == 6_738_415_616
+    wide = LlmConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)
+    assert count(ModelConfig(llm=wide), "projection") == 3_937_280
+    llama2 = ModelConfig(variant="minigpt4-llama2", qformer=None, merge_patches=4)
+    assert count(llama2, "projection") == 23_072_768
+    v2 = ModelConfig(
+        variant="minigpt-v2", qformer=None, merge_patches=4, lora=LoraConfig(),
+        vision=VisionConfig(image_size=448),
+    )  # fmt: skip
+    assert count(v2, "vit") == 986_975_872
+    lora = sum(math.prod(s) for n, s in parameter_shapes(v2).items() if ".lora_" in n)
+    assert lora == 33_554_432

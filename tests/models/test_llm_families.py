@@ -1,0 +1,130 @@
+"""Every supported family, logit by logit, against `transformers` on small random models."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from convert.tables import LLM, match  # noqa: E402
+from minigpt4_jax.config import LlmConfig  # noqa: E402
+from minigpt4_jax.errors import UserError  # noqa: E402
+from minigpt4_jax.models.llm import Llm  # noqa: E402
+
+SIZES = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5, "attention_dropout": 0.0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 500000.0,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama 2": ("Llama", {"rms_norm_eps": 1e-6, "max_position_embeddings": 64}),
+    "llama, grouped queries": ("Llama", {"num_key_value_heads": 2}),
+    "llama 3": ("Llama", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+    "llama, linear scaling": (
+        "Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, heads of another width": ("Llama", {"head_dim": 12}),
+    "vicuna": ("Llama", {"vocab_size": 32001}),
+    "smollm2": (
+        "Llama",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    ),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "mistral, no window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
+}  # fmt: skip
+
+
+def build(family):
+    """(their model, ours with its weights) of one family; every parameter random, norms too."""
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, name + "Config")(**(SIZES | changes))
+    torch.manual_seed(0)
+    theirs = getattr(transformers, name + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for path, p in theirs.named_parameters():
+            p.normal_(0, 0.3).add_(1.0 if "norm" in path else 0.0)
+    values = config.to_dict()
+    c = LlmConfig.from_hf(values)
+    tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    if c.tie:
+        tensors.pop("lm_head.weight", None)
+    found, unknown = match(LLM, tensors)  # the table that conversion uses
+    assert not unknown
+    ours = Llm(c, None, nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(ours)):
+        name = ".".join(map(str, path[1:]))
+        if path[0] == "blocks":
+            keys = [found.pop(f"llm.blocks.{i}.{name}").key for i in range(c.layers)]
+            value = np.stack([tensors[k] for k in keys])
+        else:
+            value = tensors[found.pop(".".join(["llm", *map(str, path)])).key]
+        assert value.shape == leaf.get_value().shape, path
+        leaf.set_value(jnp.asarray(value))
+    assert not found
+    return theirs, ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family):
+    theirs, ours = build(family)
+    ids = np.random.default_rng(1).integers(0, 90, (2, 40))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    tokens = jnp.asarray(ids, jnp.int32)
+    embeds, lengths = ours.embed_tokens(tokens), jnp.asarray([40, 40])
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(
+        ours.logits(ours(embeds, lengths)) / scale, wanted / scale, atol=1e-4
+    )
+
+    # the same through a cache: 25 positions at once, the others one by one
+    hidden, cache = ours.prefill(embeds[:, :25], jnp.asarray([25, 25]), 64)
+    np.testing.assert_allclose(ours.logits(hidden) / scale, wanted[:, :25] / scale, atol=1e-4)
+    step = jax.jit(ours.decode)
+    for t in range(25, 40):
+        hidden, cache = step(embeds[:, t : t + 1], jnp.full((2, 1), t), cache)
+        one = ours.logits(hidden[:, 0])
+        np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
+
+
+def test_right_padding_changes_nothing():
+    _, ours = build("mistral")
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 90, (2, 30)), jnp.int32)
+    embeds = ours.embed_tokens(ids)
+    whole = ours(embeds, jnp.asarray([30, 30]))
+    padded = ours(embeds, jnp.asarray([30, 11]))
+    np.testing.assert_allclose(padded[1, :11], whole[1, :11], atol=1e-5)
+    np.testing.assert_allclose(padded[0], whole[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi3", None])
+def test_an_unsupported_architecture_lists_the_supported(kind):
+    with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3"):
+        LlmConfig.from_hf(SIZES | {"model_type": kind})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+         "max_window_layers": 1},
+    ],
+)  # fmt: skip
+def test_what_would_be_computed_wrongly_is_refused(changes):
+    with pytest.raises(UserError):
+        LlmConfig.from_hf(SIZES | {"model_type": "llama"} | changes)
