@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.generate.engine import Engine, Request, bucket
+from minigpt4_jax.generate.engine import Engine, Request, bucket, stack_visual
 from minigpt4_jax.generate.sampling import Options, plan_of
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
@@ -49,11 +49,22 @@ def prompt(rng, length, images=0):
     return tokens, visual
 
 
+@cache
+def programs(window):
+    """Compiled (prefill, one step, whole forward pass) of a model."""
+    module = model(window)
+    return (
+        jax.jit(lambda x, lengths: module.llm.prefill(x, lengths, 128)),
+        jax.jit(module.llm.decode),
+        jax.jit(module.llm),
+    )
+
+
 @pytest.mark.smoke
 def test_cached_decoding_equals_a_whole_forward_pass():
     """At every step, for any lengths, images and batch, with and without a sliding window."""
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(
         st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=4),
         st.sampled_from([None, 5]),
@@ -61,38 +72,39 @@ def test_cached_decoding_equals_a_whole_forward_pass():
     )
     def check(shape, window, seed):
         rng = np.random.default_rng(seed)
-        module, runner = model(window), engine(window)
-        requests = [Request(*prompt(rng, n, i), 5) for n, i in shape]
-        rows = runner._rows(requests)
-        embeds = module.merge(jnp.asarray(rows.tokens), jnp.asarray(rows.visual))
-        hidden, cache = module.llm.prefill(embeds, jnp.asarray(rows.lengths), 64)
-        whole = module.llm(embeds, jnp.asarray(rows.lengths))
-        tail = rng.integers(1, VOCAB, (len(rows.lengths), 4)).astype(np.int32)
-        for step in range(4):
-            positions = jnp.asarray(rows.lengths + step)[:, None]
-            one = module.llm.embed_tokens(jnp.asarray(tail[:, step : step + 1]))
-            hidden, cache = module.llm.decode(one, positions, cache)
-            for i, r in enumerate(requests):
-                longer = [*r.tokens, *tail[i, : step + 1].tolist()]
-                visual = np.zeros((0, 16)) if r.visual is None else r.visual
-                embeds = module.merge(jnp.asarray([longer]), jnp.asarray(visual[None]))
-                whole = module.llm(embeds, jnp.asarray([len(longer)]))
-                np.testing.assert_allclose(hidden[i, 0], whole[0, -1], rtol=2e-4, atol=2e-4)
+        module, (prefill, decode, whole) = model(window), programs(window)
+        prompts = [prompt(rng, n, i) for n, i in shape] + [([1], None)] * (4 - len(shape))
+        lengths = np.array([len(tokens) for tokens, _ in prompts], np.int32)
+        tokens = np.zeros((4, 64), np.int32)
+        longer = rng.integers(1, VOCAB, (4, 64)).astype(np.int32)  # the prompts, then anything
+        for i, (row, _) in enumerate(prompts):
+            tokens[i, : len(row)] = longer[i, : len(row)] = row
+        visual = stack_visual([v for _, v in prompts] + [np.zeros((2 * P, 16))], 16)[:4]
+        expected = whole(module.merge(longer, visual), lengths + 8)
+        hidden, cache = prefill(module.merge(tokens, visual), lengths)
+        rows = np.arange(4)
+        for step in range(8):
+            last = hidden[rows, lengths - 1] if step == 0 else hidden[:, 0]
+            wanted = expected[rows, lengths + step - 1]
+            np.testing.assert_allclose(last, wanted, rtol=2e-4, atol=2e-4)
+            at = (lengths + step)[:, None]
+            embeds = module.llm.embed_tokens(np.take_along_axis(longer, at, axis=1))
+            hidden, cache = decode(embeds, at, cache)
 
     check()
 
 
 def test_several_positions_at_once_equal_one_after_another():
     rng = np.random.default_rng(0)
-    module = model()
-    tokens = jnp.asarray(rng.integers(1, VOCAB, (2, 12)), jnp.int32)
-    lengths = jnp.asarray([7, 4])
-    _, cache = module.llm.prefill(module.llm.embed_tokens(tokens), lengths, 32)
-    more = module.llm.embed_tokens(jnp.asarray(rng.integers(1, VOCAB, (2, 3)), jnp.int32))
+    module, (prefill, decode, _) = model(), programs(None)
+    embeds = jnp.asarray(rng.normal(size=(4, 64, 16)), jnp.float32)
+    lengths = jnp.asarray([7, 4, 20, 1])
+    _, cache = prefill(embeds, lengths)
+    more = jnp.asarray(rng.normal(size=(4, 3, 16)), jnp.float32)
     positions = lengths[:, None] + jnp.arange(3)
     together, _ = module.llm.decode(more, positions, cache)
     for t in range(3):
-        one, cache = module.llm.decode(more[:, t : t + 1], positions[:, t : t + 1], cache)
+        one, cache = decode(more[:, t : t + 1], positions[:, t : t + 1], cache)
         np.testing.assert_allclose(one[:, 0], together[:, t], rtol=1e-4, atol=1e-5)
 
 
