@@ -105,7 +105,7 @@ def write_model(
         raise UserError(f"{out} exists and is not empty: choose another --out or remove it first")
     with _temporary_beside(out) as tmp:
         written = _write_shards(tmp, tensors)
-        _check_shapes(written, parameter_shapes(config), partial=base is not None)
+        _check_shapes(written, parameter_shapes(config), out, partial=base is not None)
         for name, content in (tokenizer or {}).items():
             (tmp / "tokenizer").mkdir(exist_ok=True)
             if isinstance(content, bytes):
@@ -175,7 +175,11 @@ def _write_shards(
 
 
 def _check_shapes(
-    have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], *, partial: bool
+    have: Mapping[str, tuple[int, ...]],
+    want: Mapping[str, tuple[int, ...]],
+    where: Path | str,
+    *,
+    partial: bool,
 ) -> None:
     problems = [f"{n}: unknown parameter" for n in have if n not in want]
     problems += [
@@ -187,7 +191,9 @@ def _check_shapes(
         problems += [f"{n}: missing" for n in want if n not in have]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError("the parameters do not make this model: " + "; ".join(problems[:8]) + more)
+        raise UserError(
+            f"{where}: the parameters do not make this model: {'; '.join(problems[:8])}{more}"
+        )
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -296,7 +302,7 @@ def load_model(
     config = read_config(model_dir)
     tensors = Tensors(model_dir)
     shapes = {name: tensors.shape(name) for name in tensors}
-    _check_shapes(shapes, parameter_shapes(config), partial=False)
+    _check_shapes(shapes, parameter_shapes(config), model_dir, partial=False)
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
