@@ -4,22 +4,16 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from minigpt4_jax.config import VARIANTS
-from minigpt4_jax.errors import UserError, run
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+from minigpt4_jax.errors import Parser, run
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m convert", description="Convert weights to and from a model directory."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     b = commands.add_parser(
         "build", help="make a model directory from checkpoints",

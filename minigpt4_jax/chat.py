@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.compilation import enable_compilation_cache
-from minigpt4_jax.errors import UserError, run
+from minigpt4_jax.errors import Parser, UserError, run
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Model
@@ -19,7 +19,7 @@ DEFAULTS_V2 = DEFAULTS | {"temperature": 0.6, "max_new_tokens": 500}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m minigpt4_jax.chat",
         description="Ask a model about images. Sampled as the original's chat samples; "
         "--temperature=0 always gives the likeliest answer.",

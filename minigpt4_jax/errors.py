@@ -1,12 +1,21 @@
 """User-facing errors: one clear line and an exit code instead of a traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake in what the user gave: the message names the thing, its value, what was expected
     and what to do. Entry points print it as one line; library callers can catch it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is a UserError: one line without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run(main: Callable[[], int | None]) -> None:
