@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,35 +247,54 @@ def tokenizer_dir(model_dir: Path | str) -> Path:
     raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it, for instance F16
+
+
 class Tensors(Mapping[str, np.ndarray]):
     """Lazy view of a model directory's tensors (and its bases'): each is read when asked for."""
 
     def __init__(self, model_dir: Path | str):
-        self._files: dict[str, Any] = {}
+        self._stored: dict[str, _Stored] = {}
         for folder in model_chain(model_dir):
             for path in sorted(folder.glob("*.safetensors")):
-                try:
-                    handle = safe_open(path, framework="np")
-                except (SafetensorError, OSError) as e:
-                    raise UserError(f"{path} is damaged ({e}): convert the model again") from e
-                for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                    self._files.setdefault(name, handle)
+                with _opened(path) as file:
+                    for name in file.keys():  # noqa: SIM118  (not a mapping)
+                        part = file.get_slice(name)
+                        stored = _Stored(path, tuple(part.get_shape()), part.get_dtype())
+                        self._stored.setdefault(name, stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        # Opened for this tensor alone: what was read of a file that stays open stays mapped, and a
+        # model would take its size twice.
+        with _opened(self._stored[name].path) as file:
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> str:
         """The stored type as safetensors spells it, for instance F16."""
-        return self._files[name].get_slice(name).get_dtype()
+        return self._stored[name].dtype
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e}): convert the model again") from e
 
 
 def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
@@ -315,7 +334,7 @@ def load_model(
 def _read(tensors: Tensors, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
-        return jnp.asarray(tensors[names[0][0]].astype(dtype))
+        return jnp.asarray(tensors[names[0][0]].astype(dtype, copy=False))
     array = np.empty(shape, dtype)
     for i, (name, _) in enumerate(names):
         array[i] = tensors[name]
