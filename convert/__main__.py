@@ -1,6 +1,7 @@
 """python -m convert build | export | inspect: see `python -m convert build --help`."""
 
 import argparse
+import math
 import signal
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="store the language model's matrices so; default: as they are (quantized: float32)",
     )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
-    b.add_argument("--projection-scale", type=float, default=1.0, metavar="FACTOR",
+    b.add_argument("--projection-scale", type=_factor, default=1.0, metavar="FACTOR",
                    help="on a new projection's first values, which are torch.nn.Linear's: below 1 "
                    "visual tokens begin nearer the size of word embeddings")  # fmt: skip
 
@@ -65,6 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     i.add_argument("model", type=Path)
     i.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return value
 
 
 _BUILD_NOTES = """\

@@ -74,6 +74,8 @@ def make_plan(request: Request) -> Plan:
     origin = _collect(config, sources, notes)
     wanted = parameter_shapes(config)
     fresh = _fill(wanted, origin, sources, notes)
+    if request.projection_scale != 1.0 and sources.checkpoint is not None:
+        notes.append("--projection-scale is not used: the projection comes from --checkpoint")
     problems = [f"{s.where}: unknown key {key}" for s in sources.all() for key in s.unknown]
     problems += shape_problems(wanted, origin, fresh)
     if problems:

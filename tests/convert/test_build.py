@@ -21,6 +21,7 @@ from convert_sources import (
     save_pth,
     save_sharded,
 )
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
@@ -127,6 +128,51 @@ def test_a_new_projection_is_seeded_and_bounded(files, command):
     x, y, z = (Tensors(files.folder / n)["projection.weight"] for n in "xyz")
     assert same(x, y) and not same(x, z)
     assert np.abs(x).max() <= 12**-0.5 and x.std() > 0.1
+
+
+def test_a_new_projection_may_begin_smaller(files, command):
+    arguments = files.arguments("minigpt4-vicuna", checkpoint=None, out=files.folder / "x")
+    assert command(*arguments)[0] == 0
+    smaller = files.arguments("minigpt4-vicuna", checkpoint=None, out=files.folder / "y")
+    assert command(*smaller, "--projection-scale=0.25")[0] == 0
+    x, y = (Tensors(files.folder / n) for n in "xy")
+    changed = {n for n in x if not same(x[n], y[n])}
+    assert changed == {"projection.weight", "projection.bias"}
+    assert all(same(np.float32(0.25) * x[n], y[n]) for n in changed)
+
+
+def test_a_trained_projection_is_not_scaled(files, command):
+    code, out, err = command(*files.arguments("minigpt4-vicuna"), "--projection-scale=0.25")
+    assert code == 0 and "--projection-scale is not used" in out, err
+    t = Tensors(files.folder / "model_a")
+    assert same(t["projection.weight"], projection_state(12)["llama_proj.weight"])
+
+
+@pytest.mark.parametrize("factor", ["0", "-1", "nan", "inf", "small"])
+def test_a_scale_that_is_none(files, refused, factor):
+    line = refused(*files.arguments("minigpt4-vicuna"), f"--projection-scale={factor}")
+    assert "--projection-scale" in line and factor in line
+
+
+def test_without_vision_the_packaged_encoder_is_used(files, command):
+    from convert.sources import packaged_encoder
+
+    code, out, err = command(
+        "build", f"--llm={files.folder / 'llm'}", f"--out={files.folder / 'm'}"
+    )
+    assert code == 0, err
+    shipped = packaged_encoder()
+    assert f"the packaged demonstration encoder {shipped.name} is used" in out
+    with safe_open(shipped, framework="np") as file:
+        sizes = json.loads(file.metadata()["config"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config, t = read_config(files.folder / "m").to_dict(), Tensors(files.folder / "m")
+    assert {part: config[part] for part in sizes} == sizes
+    vision = {n for n in t if n.startswith(("vit.", "ln_vision.", "qformer."))}
+    assert vision == set(weights) and all(same(t[n], weights[n]) for n in vision)
+    assert t["projection.weight"].shape == (16, sizes["qformer"]["hidden"])
+    digest = hashlib.sha256(shipped.read_bytes()).hexdigest()
+    assert read_document(files.folder / "m")["sources"]["vision"]["sha256"] == digest
 
 
 def test_v2_without_checkpoint_starts_with_lora_that_changes_nothing(files, command):
