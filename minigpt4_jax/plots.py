@@ -146,13 +146,20 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
     return lines
 
 
+def _cannot_write(out: Path, e: OSError) -> UserError:
+    """The error of a file that was not finished; what there is of it goes."""
+    if out.is_file():
+        out.unlink(missing_ok=True)
+    return UserError(f"cannot write {out}: {e.strerror or e}")
+
+
 def _save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     out = Path(path)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         image.save(out, format="PNG")
     except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+        raise _cannot_write(out, e) from e
     return out
 
 
@@ -206,7 +213,7 @@ def loss_plot(
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png")
     except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+        raise _cannot_write(out, e) from e
     return out
 
 

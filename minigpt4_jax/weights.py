@@ -288,6 +288,15 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name].dtype
 
 
+def check_tensors(model_dir: Path | str, config: ModelConfig) -> Tensors:
+    """The tensors of a model directory, of which only names and shapes were read so far. UserError
+    for files that are damaged or cut, and for parameters that are missing or of a wrong shape."""
+    tensors = Tensors(model_dir)
+    shapes = {name: tensors.shape(name) for name in tensors}
+    _check_shapes(shapes, parameter_shapes(config), model_dir, partial=False)
+    return tensors
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -319,9 +328,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = read_config(model_dir)
-    tensors = Tensors(model_dir)
-    shapes = {name: tensors.shape(name) for name in tensors}
-    _check_shapes(shapes, parameter_shapes(config), model_dir, partial=False)
+    tensors = check_tensors(model_dir, config)
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):

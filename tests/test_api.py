@@ -10,7 +10,6 @@ from training import tiny
 
 import minigpt4_jax
 from minigpt4_jax import prompts as texts
-from minigpt4_jax import weights
 from minigpt4_jax.errors import UserError
 
 ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
@@ -24,16 +23,7 @@ def picture(seed):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model directory whose random weights are large enough for inputs to matter."""
-    c = tiny.config(max_text_length=12)
-    rng = np.random.default_rng(0)
-    tensors = {
-        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(c).items()
-    }
-    files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
-    out = tmp_path_factory.mktemp("api") / "model"
-    return weights.write_model(out, c, tensors.items(), tokenizer=files)
+    return tiny.write_random_model(tmp_path_factory.mktemp("api") / "model", max_text_length=12)
 
 
 @pytest.fixture(scope="module")

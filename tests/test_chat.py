@@ -9,21 +9,14 @@ import pytest
 from PIL import Image
 from training import tiny
 
-from minigpt4_jax import chat, errors, weights
+from minigpt4_jax import chat, errors
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """model/ with random weights large enough that it says something, and a.png."""
     folder = tmp_path_factory.mktemp("chat")
-    c = tiny.config()
+    tiny.write_random_model(folder / "model")
     rng = np.random.default_rng(0)
-    tensors = {
-        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(c).items()
-    }
-    files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
-    weights.write_model(folder / "model", c, tensors.items(), tokenizer=files)
     pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")
     return folder

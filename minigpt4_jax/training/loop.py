@@ -114,10 +114,11 @@ class _Loop:
         self.tokenizer = load_tokenizer(
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
-        # Everything the user gave is looked at before anything is written, and before the weights.
+        # Everything the user gave is looked at before anything is written, of the weights the heads.
         self.loader = self._make_loader()
         self.closing.callback(self.loader.close)
         held_out = read_validation(c)
+        weights.check_tensors(c.model, self.model_config)
         run.open_workdir(workdir, c)
         self.done = run.is_done(workdir, c)
         if self.done:

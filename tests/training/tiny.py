@@ -33,6 +33,17 @@ def write_model(out: Path, seed: int = 0, **changes) -> Path:
     return weights.write_model(out, c, weights.tensors_of(nnx.state(model)), tokenizer=files)
 
 
+def write_random_model(out: Path, **changes) -> Path:
+    """As write_model, with larger weights, so that inputs matter; nothing is compiled to make it."""
+    c, rng = config(**changes), np.random.default_rng(0)
+    tensors = {
+        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
+        for name, shape in weights.parameter_shapes(c).items()
+    }
+    files = {p.name: p for p in TOKENIZER.iterdir()}
+    return weights.write_model(out, c, tensors.items(), tokenizer=files)
+
+
 def write_data(folder: Path, rows: int = 12, seed: int = 0) -> Path:
     """rows.jsonl of {"image", "caption"} with plain images beside it."""
     folder.mkdir(parents=True, exist_ok=True)

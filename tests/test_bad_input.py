@@ -1,0 +1,215 @@
+"""Bad input, from the command to what it leaves: one clear line, an exit code, nothing half-written.
+
+Beside the tests of each part: checkpoints that are missing, cut, HTML, pickled code or of the wrong
+variant in tests/convert, rows of data in tests/data, configurations in tests/training, one image at a
+time in test_images.py, the Python interface and the chat in test_api.py and test_chat.py.
+"""
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from training import tiny
+
+import minigpt4_jax
+from minigpt4_jax import errors, images, plots, weights
+from minigpt4_jax import train as command
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    tiny.write_random_model(folder / "model")
+    tiny.write_data(folder / "data", rows=4)
+    return folder
+
+
+@pytest.fixture
+def train(home, tmp_path, capsys):
+    """train(*options) -> (exit code, lines on stderr) of `python -m minigpt4_jax.train`."""
+    short = [
+        "--config=finetune", f"--config.model={home / 'model'}", "--config.steps=2",
+        f"--config.data.path={home / 'data' / 'rows.jsonl'}", "--config.batch_size=2",
+        "--config.dtype=float32", "--config.save_every=1", "--config.sample_every=0",
+        f"--workdir={tmp_path / 'w'}",
+    ]  # fmt: skip
+
+    def run(*options):
+        with pytest.raises(SystemExit) as stop:
+            errors.run(lambda: command.main([*short, *map(str, options)]))
+        return stop.value.code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def refused(train, *options):
+    """The one line that the command ends with."""
+    code, lines = train(*options)
+    assert code == 2, lines
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def rows(folder, *captions):
+    """A dataset of one image with these captions."""
+    path = folder / "rows.jsonl"
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    path.write_text("".join(json.dumps({"image": "a.png", "caption": c}) + "\n" for c in captions))
+    return path
+
+
+# --- nothing is begun -------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config.batch_size=0", "config.batch_size is 0"),
+        ("--config.bach_size=4", "did you mean config.batch_size"),
+        ("--config.steps=many", "config.steps is 'many'"),
+        ("--config=stage9", "did you mean stage"),
+        ("--config.model={0}/none", "is not a model directory"),
+        ("--config.model={0}/data", "is not a model directory"),
+        ("--config.data.path={0}/none.jsonl", "there is no such file"),
+        ("--config.data.path={0}/model", "has no filter_cap.json"),
+        ("--config.variant=minigpt4-llama2", "is a minigpt4-vicuna model"),
+        ("--workdir=/proc/nowhere/w", "cannot write into /proc/nowhere/w"),
+        ("--workdir={0}/data/rows.jsonl", "cannot write into"),
+    ],
+)
+def test_a_training_that_cannot_be(home, train, tmp_path, option, message):
+    assert message in refused(train, option.format(home))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the dataset is empty"),
+        ("\n\n", "the dataset is empty"),
+        ("<!DOCTYPE html><html></html>", "line 1: is not JSON"),
+        ('{"image": "a.png", "caption": "a dog"}\n{"image": "a.png", "cap', "line 2: is not JSON"),
+        ('{"image": "a.png", "caption": ""}', 'line 1: "caption" is empty'),
+        ('{"image": "a.png", "caption": " \\n"}', 'line 1: "caption" is empty'),
+        ('{"image": "b.png", "caption": "x"}', "1 of 1 images are missing"),
+    ],
+)
+def test_data_that_is_none(train, tmp_path, text, message):
+    path = rows(tmp_path)
+    path.write_text(text)
+    assert message in refused(train, f"--config.data.path={path}")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_caption_of_punctuation(train, tmp_path):
+    clean = ["--config.data.clean_captions=True", f"--config.data.path={rows(tmp_path, '...')}"]
+    assert "empty once its punctuation is removed" in refused(train, *clean)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["llm-00001.safetensors", "projection-00001.safetensors"])
+def test_a_model_that_is_cut_begins_no_run(home, train, tmp_path, name):
+    """A run that had begun would be bound to the damaged weights."""
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    data = (model / name).read_bytes()
+    (model / name).write_bytes(data[: len(data) // 2])
+    line = refused(train, f"--config.model={model}")
+    assert name in line and "damaged" in line
+    (model / name).unlink()
+    assert "missing" in refused(train, f"--config.model={model}")
+    assert not (tmp_path / "w").exists()
+
+
+# --- what goes wrong on the way ---------------------------------------------------------------------
+
+
+def test_a_broken_image_ends_the_run_and_it_goes_on_once_repaired(train, tmp_path):
+    """Also: captions longer than the limit are cut, with a warning and no error."""
+    data, model = tmp_path / "data", tmp_path / "w" / "model"
+    path = tiny.write_data(data, rows=4)
+    whole = (data / "2.png").read_bytes()
+    (data / "2.png").write_bytes(whole[: len(whole) // 2])
+    options = [f"--config.data.path={path}", "--config.max_text_length=3"]
+    line = refused(train, *options)
+    assert "2.png" in line and not model.exists()
+    (data / "2.png").write_bytes(whole)
+    code, lines = train(*options)
+    assert code == 0, lines
+    assert weights.read_config(model).max_text_length == 3
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise FULL
+
+    workdir = tmp_path / "w"
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "save_file", full)
+        line = refused(train)
+    assert "the disk is full; nothing was written" in line and str(workdir / "model") in line
+    assert not (workdir / "model").exists() and not list(workdir.glob(".*"))
+    steps = (workdir / "metrics.jsonl").read_text()
+    code, lines = train()
+    assert code == 0, lines
+    assert (workdir / "metrics.jsonl").read_text() == steps  # no step was made again
+    assert set(weights.Tensors(workdir / "model")) >= {"projection.weight", "projection.bias"}
+
+
+class FullDisk:
+    """A file that takes a few bytes and no more."""
+
+    def __init__(self, path):
+        self.file = path.open("wb")
+
+    def __call__(self, *args, **kwargs):
+        self.file.write(b"\x89PNG")
+        self.file.close()
+        raise FULL
+
+
+def test_pictures_on_a_full_disk(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    out = tmp_path / "a.png"
+    monkeypatch.setattr(Figure, "savefig", FullDisk(out))
+    with pytest.raises(errors.UserError, match=r"a\.png: No space left"):
+        plots.loss_plot([{"step": 1, "loss": 2.0}], out)
+    assert not out.exists()
+    monkeypatch.setattr(Image.Image, "save", FullDisk(out))
+    with pytest.raises(errors.UserError, match=r"a\.png: No space left"):
+        plots.contact_sheet([np.zeros((4, 4, 3), np.uint8)], ["x"], [True], out)
+    assert not out.exists()
+
+
+# --- odd, but images all the same -------------------------------------------------------------------
+
+
+def test_odd_images_are_described(home, tmp_path):
+    """1x1, 16-bit, CMYK, transparent and very long ones go through the whole model."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    gray = (pixels[..., 0].astype(np.uint16) << 8) | 255
+    odd = {
+        "one.png": Image.new("RGB", (1, 1), (200, 30, 30)),
+        "deep.png": Image.fromarray(gray),
+        "print.jpg": Image.fromarray(pixels).convert("CMYK"),
+        "clear.png": Image.fromarray(pixels).convert("RGBA"),
+        "long.png": Image.new("L", (20_000, 1), 9),
+    }
+    paths = [tmp_path / name for name in odd]
+    for path, image in zip(paths, odd.values(), strict=True):
+        image.save(path)
+    assert Image.open(paths[1]).mode.startswith("I;16") and Image.open(paths[2]).mode == "CMYK"
+    model = minigpt4_jax.load(home / "model", "float32")
+    visual = model.encode_images(paths)
+    assert np.isfinite(visual).all()
+    plain = [np.asarray(images.open_image(path)) for path in paths]
+    np.testing.assert_array_equal(visual, model.encode_images(plain))
+    np.testing.assert_array_equal(plain[1], np.repeat(pixels[..., :1], 3, axis=2))
+    np.testing.assert_array_equal(plain[3], pixels)
