@@ -1,5 +1,6 @@
 """The Python interface: load a model directory, encode images, score answers, generate text."""
 
+import bisect
 import contextlib
 import math
 import os
@@ -17,35 +18,36 @@ from PIL import Image
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.generate.engine import (
-    BATCH_SIZE,
-    Engine,
-    Request,
-    bucket,
-    power_of_two,
-    stack_visual,
-)
-from minigpt4_jax.generate.sampling import Options
+from minigpt4_jax.generate.engine import BATCH_SIZE, Engine
+from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
+from minigpt4_jax.generate.stopping import certain_part, power_of_two
+from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import ImageSource, load_pixels
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.weights import load_model, parameter_shapes, read_config, tokenizer_dir
 
 ENCODE_BATCH = 8  # images through the vision encoder at a time
+STREAM_CHUNK = 4  # tokens between two pieces of a streamed answer
 SCORE_BATCH = 8  # rows through the language model at a time
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
 
 
-def load(model_dir: str | Path, dtype: str | None = None) -> "Model":
+def load(
+    model_dir: str | Path, dtype: str | None = None, *, quantize: str | None = None
+) -> "Model":
     """Read a model directory (made by `python -m convert build` or by training).
 
     dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
-    whose memory has room for the model in float32. UserError: not a model directory, damaged.
+    whose memory has room for the model in float32. quantize: "int8" or "int4" rounds the language
+    model's matrices to it (and the vision encoder's to int8) while they are read; a directory that
+    `convert build --quantize` made needs no such word. UserError: not a model directory, damaged,
+    or an unknown or different scheme.
     """
     if dtype is None:
         dtype = _default_dtype(read_config(model_dir))
-    module, config = load_model(model_dir, dtype, stacked=False)
+    module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize)
     return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
 
 
@@ -106,8 +108,14 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         min_new_tokens: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        num_return_sequences: int = 1,
+        stop: Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         template: bool = False,
         extra_bos: bool = True,
@@ -118,38 +126,123 @@ class Model:
 
         prompts: whole templated strings with `<ImageHere>`, to which a BOS is added; or, with
         template=True, plain questions, put into the template the model was trained with.
-        temperature: 0 is greedy. top_k and top_p: 0 and 1 keep every token. repetition_penalty: on
-        generated tokens. An answer ends at the model's end symbol, at EOS or after max_new_tokens.
+        temperature: 0 is greedy. top_k, top_p and min_p: 0, 1 and 0 keep every token.
+        repetition_penalty: on generated tokens. An answer ends at the model's end symbol, at EOS,
+        at a text in `stop` (which is cut off) or after max_new_tokens. A search knows a stop text
+        by its usual tokens only.
+        num_beams: more than 1 searches, by transformers' rules: finished answers are compared by
+        their log-probability / length ** length_penalty, early_stopping ends the search at the
+        first num_beams of them, and num_return_sequences answers of each prompt follow each other,
+        the best first. Lengths count a BOS before the answer, as the original's do; its min_length
+        counts it too, and is min_new_tokens + 1.
         seed: a row's text depends on its own prompt and seed alone, so rows with equal prompts
         answer alike under one seed; give a list for one seed a row.
         extra_bos: released Llama-2 and MiniGPT-v2 weights were used with a BOS in addition to the
         `<s>` that their prompts begin with; False leaves one. context: cut prompts on the left so
         that prompt and answer fit (the original's chat: 2000); by default a long one is an error.
-        UserError: an option out of its range, `<ImageHere>` and images that do not agree, empty or
-        too long prompt, unreadable image.
+        UserError: an option out of its range, beams beside random choice, `<ImageHere>` and images
+        that do not agree, empty or too long prompt, empty stop, unreadable image.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-        options = Options(temperature, top_k, top_p, repetition_penalty, min_new_tokens).check()
-        filled, groups = self._inputs(images, prompts, template, "generate", extra_bos)
+        details = self.generate_details(
+            images, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+            min_new_tokens=min_new_tokens, num_beams=num_beams, length_penalty=length_penalty,
+            early_stopping=early_stopping, num_return_sequences=num_return_sequences, stop=stop,
+            seed=seed, template=template, extra_bos=extra_bos, context=context,
+            batch_size=batch_size,
+        )  # fmt: skip
+        return [generation.text for found in details for generation in found]
+
+    def generate_details(
+        self,
+        images: Images | None,
+        prompts: Sequence[str],
+        *,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> list[list[Generation]]:
+        """As `generate`, with its options: for each prompt its num_return_sequences answers, with
+        their ids, log-probabilities, and why they ended."""
+        wishes = Wishes.of(options)
+        requests = self._requests(images, prompts, wishes)
+        found = self._engine.answer(requests, batch_size)
+        return [[self._generation(answer, wishes.stop) for answer in some] for some in found]
+
+    def stream(
+        self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any
+    ) -> Iterator[str]:
+        """Pieces of the answer to one prompt, as they are decoded; joined, they are its text,
+        save that a role's name in its midst, which takes back all before it, is shown as it comes.
+
+        image: one, a list of them for a prompt with several, or None. options: those of `generate`
+        except batch_size and beams, which decide on the first word at the end. A piece never
+        ends within a character, and no part of a stop text is shown. UserError as `generate`, at
+        the first piece.
+        """
+        wishes = Wishes.of(options)
+        if wishes.num_beams != 1:
+            raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
+        requests = self._requests([image], [prompt], wishes)
+        shown = ""
+        endings = self._endings(wishes.stop)
+        for _, answer, over in self._engine.run(requests, chunk=STREAM_CHUNK, progress=True):
+            text = self._cut_text(answer.ids, wishes.stop).replace("<s>", "").lstrip()
+            text = text.rstrip() if over else certain_part(text, endings)
+            if text.startswith(shown) and len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+
+    def _requests(
+        self, images: Images | None, prompts: Sequence[str], wishes: Wishes
+    ) -> list[Request]:
+        filled, groups = self._inputs(
+            images, prompts, wishes.template, "generate", wishes.extra_bos
+        )
+        seed = wishes.seed
         seeds = [seed] * len(filled) if isinstance(seed, int) else [int(s) for s in seed]
         if len(seeds) != len(filled):
             raise UserError(
                 f"{len(seeds)} seeds for {len(filled)} prompts; expected as many or one"
             )
-        fit = partial(
-            self._fitting_prompt, extra_bos=extra_bos, new=max_new_tokens, context=context
-        )
         fitted = []
         for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
             with _naming(f"prompt {i}"):
-                fitted.append(fit(prompt or "", len(group)))
-        stops = texts.stop_sequences(self.tokenizer, self.config.end_symbol)
-        requests = [
-            Request(tokens, v if v is None else v[lost:], max_new_tokens, options, s, stops)
+                fitted.append(
+                    self._fitting_prompt(
+                        prompt or "", len(group), extra_bos=wishes.extra_bos,
+                        new=wishes.max_new_tokens, context=wishes.context,
+                    )
+                )  # fmt: skip
+        stops: list[list[int]] = []
+        for text in (self.config.end_symbol, *wishes.stop):
+            found = texts.stop_sequences(self.tokenizer, text)
+            stops += [ids for ids in found if ids not in stops]
+        halt = partial(self._halt, wishes.stop) if wishes.stop else None
+        options, beams = wishes.sampling(), wishes.beams()
+        return [
+            Request(
+                tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s, stops,
+                beams, halt,
+            )
             for (tokens, lost), v, s in zip(fitted, self._visual(groups), seeds, strict=True)
-        ]
-        return [self._text(ids) for ids in self._engine.generate(requests, batch_size)]
+        ]  # fmt: skip
+
+    def _halt(self, stop: Sequence[str], ids: list[int]) -> int | None:
+        """How many ids it takes to write a text of `stop`; None while there is none."""
+
+        def written(count: int) -> bool:
+            text = self.tokenizer.decode(ids[:count])
+            return any(s in text for s in stop)
+
+        if not written(len(ids)):
+            return None
+        return bisect.bisect_left(range(len(ids)), True, key=written)
+
+    def _generation(self, answer: Answer, stop: Sequence[str]) -> Generation:
+        return Generation(
+            self._text(answer.ids, stop), answer.ids, answer.logprobs,
+            "stop" if answer.stopped else "length", answer.score,
+        )  # fmt: skip
 
     # --- candidate ranking ------------------------------------------------------------------
 
@@ -223,11 +316,18 @@ class Model:
             )
         return tokens, 0
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
+        return texts.clean_answer(self._cut_text(ids, stop))
+
+    def _cut_text(self, ids: list[int], stop: Sequence[str]) -> str:
         text = self.tokenizer.decode(ids)
-        if self.config.end_symbol.strip():
-            text = text.split(self.config.end_symbol)[0]
-        return texts.clean_answer(text)
+        for end in self._endings(stop):
+            text = text.split(end)[0]
+        return text
+
+    def _endings(self, stop: Sequence[str]) -> list[str]:
+        """The texts that an answer is cut at."""
+        return [e for e in (self.config.end_symbol, *stop, "###", "</s>") if e.strip() or e in stop]
 
     # --- arrays -----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from flax import nnx
 from minigpt4_jax import api, weights
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.generate import engine
+from minigpt4_jax.generate.beams import Beams
 from minigpt4_jax.generate.sampling import Options
 from minigpt4_jax.images import load_pixels
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
@@ -212,6 +213,26 @@ def test_gradients(case):
                 assert key not in dump and not grad.any()
 
 
+def generation(case, run, document, visual):
+    """The requests of one run, and its end ids. The original's ids begin with a BOS, which its
+    min_length counts; a hypothesis's length in beam search counts it too, here as there."""
+    kwargs = run["kwargs"]
+    options = Options(
+        repetition_penalty=kwargs.get("repetition_penalty", 1.0),
+        min_new_tokens=max(0, kwargs.get("min_length", 0) - 1),
+    )
+    beams = Beams(kwargs["num_beams"], kwargs.get("length_penalty", 1.0))
+    ends = run["eos"] if isinstance(run["eos"], list) else [run["eos"]]
+    requests = [
+        engine.Request(
+            prompt_tokens(case.tokenizer, case.config, text, images=1), visual[i],
+            kwargs["max_new_tokens"], options, stops=[[e] for e in ends], beams=beams,
+        )
+        for i, text in enumerate(document["texts"])
+    ]  # fmt: skip
+    return requests, ends
+
+
 @NEEDS_DUMPS
 @pytest.mark.parametrize("stacked", [False, True])
 def test_greedy_ids(case, stacked):
@@ -220,25 +241,40 @@ def test_greedy_ids(case, stacked):
     runner = engine.Engine(case.module) if stacked else case.model._engine
     visual = case.model.encode_images(case.images)
     for name, run in document["runs"].items():
-        kwargs = run["kwargs"]
-        if kwargs["num_beams"] > 1:
+        requests, _ = generation(case, run, document, visual)
+        if requests[0].beams.count > 1:
             continue
-        options = Options(
-            repetition_penalty=kwargs.get("repetition_penalty", 1.0),
-            min_new_tokens=max(0, kwargs.get("min_length", 0) - 1),
-        )
-        ends = run["eos"] if isinstance(run["eos"], list) else [run["eos"]]
-        requests = [
-            engine.Request(
-                prompt_tokens(case.tokenizer, case.config, text, images=1), visual[i],
-                kwargs["max_new_tokens"], options, stops=[[e] for e in ends],
-            )
-            for i, text in enumerate(document["texts"])
-        ]  # fmt: skip
         for found, padded in zip(runner.generate(requests), dump[f"{name}/ids"], strict=True):
             theirs = padded[1:].tolist()  # without the leading BOS
             assert found == theirs[: len(found)], name
             assert not any(theirs[len(found) :]), name  # finished rows are padded with 0
+
+
+@NEEDS_DUMPS
+@pytest.mark.parametrize("stacked", [False, True])
+def test_beam_ids_and_scores(case, stacked):
+    """Every run with beams, its two prompts in one batch; some end early, some at the limit."""
+    document, dump = case.document("generate"), case.arrays("generate")
+    runner = engine.Engine(case.module) if stacked else case.model._engine
+    visual = case.model.encode_images(case.images)
+    seen = 0
+    for name, run in document["runs"].items():
+        requests, ends = generation(case, run, document, visual)
+        if requests[0].beams.count == 1:
+            continue
+        found = runner.search(requests)
+        for (answer,), padded in zip(found, dump[f"{name}/ids"], strict=True):
+            theirs = padded[1:].tolist()
+            ours = answer.ids
+            if answer.stopped:  # the original writes its first end id for whichever came
+                assert ours[-1] in ends
+                ours = [*ours[:-1], ends[0]]
+            assert ours == theirs[: len(ours)], name
+            assert not any(theirs[len(ours) :]), name
+        scores = [answer.score for (answer,) in found]
+        np.testing.assert_allclose(scores, dump[f"{name}/sequences_scores"], rtol=1e-4)
+        seen += 1
+    assert seen == 6
 
 
 @NEEDS_DUMPS

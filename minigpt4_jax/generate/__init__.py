@@ -1,1 +1,2 @@
-"""Generation: choosing tokens (sampling) and the compiled prefill and decode loop (engine)."""
+"""Generation: requests and answers (requests, wishes), the prefill and decode loop (engine), beam search
+(beams), choosing tokens (sampling), and when an answer ends (stopping)."""

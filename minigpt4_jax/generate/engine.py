@@ -1,12 +1,13 @@
-"""The generation engine: prefill by length bucket, then one compiled loop over all rows of a batch.
+"""The generation engine: prefill a request, insert it into a slot of the running batch, step all slots.
 
 Every row has its own length, limit, stop rules, options and random stream, all of them arrays in
 `State`, so requests of any kind share a program. Shapes are rounded up to buckets, so that few
-programs are compiled; the cache is donated, so that decoding does not copy it.
+programs are compiled; the cache is donated, so that decoding does not copy it. The next chunk of
+steps is on its way before the host looks at what the last one made.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,26 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minigpt4_jax.generate.beams import Hypotheses, Rules, search
+from minigpt4_jax.generate.requests import (
+    Answer,
+    Request,
+    Shapes,
+    bucket,
+    shapes_of,
+    stack_visual,
+)
 from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack_options
-from minigpt4_jax.models.llm import KVCache
+from minigpt4_jax.generate.stopping import completing, power_of_two, stack_stops
 from minigpt4_jax.models.minigpt import MiniGpt
 
 Array = Any  # of JAX inside the programs, of NumPy where they are called
 BATCH_SIZE = 32  # rows decoded together
-GREEDY = Options()
+CHUNK = 16  # steps between two looks of the host, where it has something to decide
 STEPS = 1 << 30  # more than any limit: the loop runs until every row is done
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to continue."""
-
-    tokens: Sequence[int]  # prompt ids, IMAGE in the visual slots
-    visual: Any = None  # [I * P, D] float32, the visual tokens of those slots; None without images
-    max_new_tokens: int = 20
-    options: Options = GREEDY
-    seed: int = 0
-    stops: Sequence[Sequence[int]] = ()  # id sequences that end the answer
+PRNG = "threefry2x32"
 
 
 class Rows(NamedTuple):
@@ -52,29 +51,18 @@ class Rows(NamedTuple):
 class State(NamedTuple):
     """A batch between two steps. Rows are slots: any can be replaced by a newly prefilled one."""
 
-    cache: KVCache
+    cache: Any  # KVCache
     token: Array  # [B] int32: last token chosen, not yet in the cache
     position: Array  # [B] int32: its position in the row
     ids: Array  # [B, N] int32: generated so far, -1 after them
+    logprobs: Array  # [B, N] float32 of those ids, by the model itself
     made: Array  # [B] int32: how many
     done: Array  # [B] bool
+    stopped: Array  # [B] bool: done by a stop sequence
     limit: Array  # [B] int32
     stops: Array  # [B, R, W] int32
     keys: Array  # [B]
     options: Options
-
-
-def bucket(n: int, least: int = 32) -> int:
-    """The smallest of least * 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that n fits into."""
-    size = least
-    while size < n:
-        size *= 2
-    three_quarters = size * 3 // 4
-    return three_quarters if size > 2 * least and n <= three_quarters else size
-
-
-def power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 class Engine:
@@ -86,6 +74,10 @@ class Engine:
         self._leaves = jax.tree.leaves(nnx.state(model))
         self._start = jax.jit(self._start_program, static_argnums=(2, 3, 4))
         self._decode = jax.jit(self._decode_program, static_argnums=(3,), donate_argnums=(1,))
+        self._insert = jax.jit(_insert, donate_argnums=(0,))
+        self._end = jax.jit(_end, donate_argnums=(0,))
+        self._report = jax.jit(_report)
+        self._search = jax.jit(self._search_program, static_argnums=(4, 5, 6))
 
     def set_parameters(self, model: MiniGpt) -> None:
         """Use the parameters of another model of the same structure; compiled programs stay."""
@@ -95,36 +87,132 @@ class Engine:
         self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
     ) -> list[list[int]]:
         """New ids of each request, in order; a stop sequence that ended a row is its last ids."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].tokens))
-        found: list[list[int]] = [[] for _ in requests]
-        for at in range(0, len(order), batch_size):
-            some = order[at : at + batch_size]
-            rows = [requests[i] for i in some]
-            state = self.decode(self.prefill(rows), plan_of([r.options for r in rows], self.vocab))
-            ids, counts = np.asarray(state.ids), np.asarray(state.made)
-            for row, i in enumerate(some):
-                found[i] = ids[row, : counts[row]].tolist()
+        return [answers[0].ids for answers in self.answer(requests, batch_size)]
+
+    def answer(
+        self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
+    ) -> list[list[Answer]]:
+        """The answers to each request, in order: one, or `beams.returned` of beam search."""
+        found: list[list[Answer]] = [[] for _ in requests]
+        plain = [i for i, r in enumerate(requests) if r.beams.count == 1]
+        for i, answer, _ in self.run([requests[i] for i in plain], batch_size):
+            found[plain[i]] = [answer]
+        beams = [i for i, r in enumerate(requests) if r.beams.count > 1]
+        for i, answers in zip(
+            beams, self.search([requests[i] for i in beams], batch_size), strict=True
+        ):
+            found[i] = answers
         return found
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        batch_size: int = BATCH_SIZE,
+        chunk: int = CHUNK,
+        progress: bool = False,
+    ) -> Iterator[tuple[int, Answer, bool]]:
+        """(index of a request, its answer, whether that is all of it) as requests finish.
+
+        The slot of a finished row is refilled. progress: also yields what rows that go on have so
+        far, after every `chunk` of steps.
+        """
+        if not requests:
+            return
+        plan = plan_of([r.options for r in requests], self.vocab)
+        shapes = shapes_of(requests)
+        waiting = deque(sorted(range(len(requests)), key=lambda i: len(requests[i].tokens)))
+        slots = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+        state = self.prefill([requests[i] for i in slots], shapes, plan)
+        watched = progress or any(r.halt for r in requests)
+        reports: deque[tuple[list[int], Any]] = deque()
+        while any(i >= 0 for i in slots):
+            state = self.decode(state, plan, chunk if watched or waiting else STEPS)
+            reports.append((list(slots), self._report(state)))
+            if len(reports) < 2:  # the device always has a chunk to work on
+                continue
+            halted = np.zeros(state.done.shape[0], bool)
+            owners, report = reports.popleft()
+            for slot, i, answer, done in _read(owners, report):
+                if slots[slot] != i:
+                    continue  # answered or halted before this chunk began
+                halt = requests[i].halt
+                keep = halt(answer.ids) if halt else None
+                if keep is not None:
+                    answer = _cut(answer, keep)
+                    halted[slot] = not done
+                over = done or keep is not None
+                if over:
+                    slots[slot] = -1
+                if over or progress:
+                    yield i, answer, over
+            if halted.any():
+                state = self._end(state, halted)
+            for slot in [s for s, i in enumerate(slots) if i < 0]:
+                if waiting:
+                    slots[slot] = waiting.popleft()
+                    new = self.prefill([requests[slots[slot]]], shapes, plan)
+                    state = self._insert(state, new, slot)
+
+    def search(
+        self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
+    ) -> list[list[Answer]]:
+        """The best `beams.returned` answers of each request by beam search, the best first.
+
+        batch_size: beams at a time, of all the requests together.
+        """
+        # those of as many beams share a program
+        order = sorted(
+            range(len(requests)), key=lambda i: (requests[i].beams.count, len(requests[i].tokens))
+        )
+        found: list[list[Answer]] = [[] for _ in requests]
+        while order:
+            count = requests[order[0]].beams.count
+            some = [i for i in order if requests[i].beams.count == count]
+            some = some[: max(1, batch_size // count)]
+            order = order[len(some) :]
+            best = self._search_batch([requests[i] for i in some])
+            for row, i in enumerate(some):
+                found[i] = _answers(best, row)[: requests[i].beams.returned]
+        return found
+
+    def _search_batch(self, requests: Sequence[Request]) -> Hypotheses:
+        rows = self._rows(requests)
+        beams = [r.beams for r in requests]
+        padding = [beams[0]] * (len(rows.lengths) - len(beams))
+        rules = Rules(
+            rows.lengths, rows.limit, rows.stops, rows.options,
+            np.array([b.length_penalty for b in beams + padding], np.float32),
+            np.array([b.early_stopping for b in beams + padding]),
+        )  # fmt: skip
+        plan = plan_of([r.options for r in requests], self.vocab)
+        room = bucket(int(rows.limit.max()), 16)
+        found = self._search(
+            self._leaves, rows.tokens, rows.visual, rules, beams[0].count, room, plan
+        )
+        return jax.tree.map(np.asarray, found)
 
     @property
     def vocab(self) -> int:
         return self.config.llm.vocab
 
-    def prefill(self, requests: Sequence[Request]) -> State:
+    def prefill(
+        self,
+        requests: Sequence[Request],
+        shapes: Shapes | None = None,
+        plan: Plan | None = None,
+    ) -> State:
         """Read the prompts and choose each row's first token."""
-        rows = self._rows(requests)
-        longest = int((rows.lengths + rows.limit).max())
-        plan = plan_of([r.options for r in requests], self.vocab)
-        room = bucket(int(rows.limit.max()), 16)
-        return self._start(
-            self._leaves, rows, max(bucket(longest), rows.tokens.shape[1]), room, plan
-        )
+        shapes = shapes or shapes_of(requests)
+        rows = self._rows(requests, shapes)
+        plan = plan or plan_of([r.options for r in requests], self.vocab)
+        return self._start(self._leaves, rows, shapes.cache, shapes.room, plan)
 
     def decode(self, state: State, plan: Plan, steps: int = STEPS) -> State:
         """Up to `steps` more tokens for every row that is not done. `state` is given up."""
         return self._decode(self._leaves, state, steps, plan)
 
-    def _rows(self, requests: Sequence[Request]) -> Rows:
+    def _rows(self, requests: Sequence[Request], shapes: Shapes | None = None) -> Rows:
+        shapes = shapes or shapes_of(requests)
         b = power_of_two(len(requests))
         none = Request(tokens=[0], max_new_tokens=0)
         padded = [*requests, *[none] * (b - len(requests))]
@@ -136,8 +224,8 @@ class Engine:
         return Rows(
             tokens, lengths, stack_visual([r.visual for r in padded], self.config.llm.width),
             np.array([r.max_new_tokens for r in padded], np.int32),
-            _stack_stops([r.stops for r in padded]),
-            jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seeds),
+            stack_stops([r.stops for r in padded], shapes.stops, shapes.width),
+            jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
             stack_options([r.options for r in padded]),
         )  # fmt: skip
 
@@ -159,14 +247,19 @@ class Engine:
             token=jnp.zeros(b, jnp.int32),
             position=rows.lengths - 1,
             ids=jnp.full((b, room), -1, jnp.int32),
+            logprobs=jnp.zeros((b, room), jnp.float32),
             made=jnp.zeros(b, jnp.int32),
             done=rows.limit <= 0,
+            stopped=jnp.zeros(b, bool),
             limit=rows.limit,
             stops=rows.stops,
             keys=rows.keys,
             options=rows.options,
         )
         return _advance(state, model.llm.logits(last), plan)
+
+    def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
+        return search(self._model(leaves), *args)
 
     def _decode_program(
         self, leaves: list[jax.Array], state: State, steps: jax.Array, plan: Plan
@@ -185,52 +278,81 @@ class Engine:
         return jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1]
 
 
+def _answers(best: Hypotheses, row: int) -> list[Answer]:
+    """The hypotheses of one row."""
+    entries = zip(*(a[row] for a in best), strict=True)
+    return [
+        Answer(ids[:made].tolist(), logprobs[:made].tolist(), bool(ended), float(score))
+        for ids, logprobs, made, score, ended in entries
+    ]
+
+
 def _advance(s: State, logits: jax.Array, plan: Plan) -> State:
     """Choose the next token of the rows that are not done, from logits [B, V] float32."""
-    token = choose(logits, s.ids, s.made, _single_ids(s.stops), s.keys, s.options, plan)
+    ends = completing(s.ids, s.made, s.stops)
+    token = choose(logits, s.ids, s.made, ends, s.keys, s.options, plan)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+    ended = jnp.any(ends == token[:, None], axis=1)
     token = jnp.where(s.done, s.token, token)
     live = ~s.done
     at = jnp.where(live, s.made, s.ids.shape[1])  # a finished row writes nowhere
-    ids = s.ids.at[jnp.arange(s.ids.shape[0]), at].set(token, mode="drop")
+    rows = jnp.arange(s.ids.shape[0])
     made = s.made + live
-    done = s.done | (made >= s.limit) | _ended(ids, made, s.stops)
-    return s._replace(token=token, position=s.position + live, ids=ids, made=made, done=done)
+    return s._replace(
+        token=token,
+        position=s.position + live,
+        ids=s.ids.at[rows, at].set(token, mode="drop"),
+        logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
+        made=made,
+        done=s.done | (made >= s.limit) | ended,
+        stopped=s.stopped | (live & ended),
+    )
 
 
-def _ended(ids: jax.Array, made: jax.Array, stops: jax.Array) -> jax.Array:
-    """Whether a row's last tokens are one of its stop sequences: [B] bool."""
-    width = stops.shape[2]
-    at = made[:, None] - width + jnp.arange(width)  # [B, W]
-    tail = jnp.take_along_axis(ids, jnp.maximum(at, 0), axis=1)
-    tail = jnp.where(at >= 0, tail, -2)  # nothing generated there
-    equal = (stops == tail[:, None]) | (stops == -1)
-    return jnp.any(jnp.all(equal, axis=2) & (stops[:, :, -1] >= 0), axis=1)
+def _insert(state: State, new: State, slot: jax.Array) -> State:
+    """Put the row of `new`, a batch of one with the same shapes, into a slot of `state`."""
+    axis = 0 if isinstance(state.cache.k, list) else 1  # of stacked layers: [L, B, K, S, H]
+
+    def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
+
+    keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
+    cache = jax.tree.map(partial(put, axis=axis), state.cache, new.cache)
+    others = [s._replace(cache=None, keys=None) for s in (state, new)]
+    return jax.tree.map(put, *others)._replace(
+        cache=cache, keys=jax.random.wrap_key_data(keys, impl=PRNG)
+    )
 
 
-def _single_ids(stops: jax.Array) -> jax.Array:
-    """The stop sequences of one id: [B, R], -1 for the others."""
-    return jnp.where(jnp.all(stops[:, :, :-1] == -1, axis=2), stops[:, :, -1], -1)
+def _end(state: State, rows: jax.Array) -> State:
+    """No more steps for rows [B] that are True."""
+    return state._replace(done=state.done | rows)
 
 
-def _stack_stops(stops: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    count = power_of_two(max(1, *(len(row) for row in stops)))
-    width = power_of_two(max([2, *(len(ids) for row in stops for ids in row)]))
-    table = np.full((len(stops), count, width), -1, np.int32)
-    for row, sequences in zip(table, stops, strict=True):
-        for place, ids in zip(row, sequences, strict=False):
-            if ids:
-                place[width - len(ids) :] = ids
-    return table
+def _report(s: State) -> tuple[jax.Array, jax.Array]:
+    """What the host reads: [B, 3 + N] int32 (made, done, stopped, ids) and the log-probabilities.
+
+    New arrays, as the state is given up to the next chunk before they are read.
+    """
+    head = [a.astype(jnp.int32)[:, None] for a in (s.made, s.done, s.stopped)]
+    return jnp.concatenate([*head, s.ids], axis=1), jnp.copy(s.logprobs)
 
 
-def stack_visual(visual: Sequence[Any], width: int) -> np.ndarray:
-    """Visual tokens [I * P, D] of rows, or None -> [B, I * P, D] float32, the shorter padded."""
-    slots = max((0 if v is None else len(v) for v in visual), default=0)
-    table = np.zeros((len(visual), slots, width), np.float32)
-    for row, v in zip(table, visual, strict=True):
-        if v is not None:
-            row[: len(v)] = v
-    return table
+def _read(owners: list[int], report: Any) -> Iterator[tuple[int, int, Answer, bool]]:
+    """(slot, request, answer so far, done) of the slots that were in use."""
+    numbers, logprobs = (np.asarray(a) for a in report)
+    for slot, i in enumerate(owners):
+        made, done, stopped = numbers[slot, :3].tolist()
+        if i >= 0:
+            some = logprobs[slot, :made].tolist()
+            ids = numbers[slot, 3 : 3 + made].tolist()
+            yield slot, i, Answer(ids, some, bool(stopped), sum(some)), bool(done)
+
+
+def _cut(answer: Answer, keep: int) -> Answer:
+    logprobs = answer.logprobs[:keep]
+    return Answer(answer.ids[:keep], logprobs, True, sum(logprobs))
 
 
 def _structure(model: MiniGpt) -> tuple[Any, Any]:

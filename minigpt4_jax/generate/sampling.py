@@ -1,6 +1,7 @@
 """Scores of the next token -> one token a row: penalties, filters, greedy or random choice.
 
-The order is that of `transformers`: repetition penalty, minimum length, temperature, top-k, top-p.
+The order is that of `transformers`: repetition penalty, minimum length, temperature, top-k,
+top-p, min-p.
 Every value is an array over rows, so rows of different wishes share one compiled program; `Plan`
 says which stages a batch needs at all.
 """
@@ -22,6 +23,7 @@ class Options(NamedTuple):
     top_p: Any = 1.0  # 1 keeps every token
     repetition_penalty: Any = 1.0  # on generated tokens alone, not on the prompt's
     min_new_tokens: Any = 0  # no stop token before this many
+    min_p: Any = 0.0  # 0 keeps every token; else those at least min_p times as likely as the first
 
     def check(self) -> "Options":
         """Return self (plain numbers). UserError names the value that is out of its range."""
@@ -31,6 +33,7 @@ class Options(NamedTuple):
             (self.top_k >= 0, "top_k", "0 (off) or more"),
             (self.repetition_penalty > 0, "repetition_penalty", "more than 0 (1 is off)"),
             (self.min_new_tokens >= 0, "min_new_tokens", "0 or more"),
+            (0 <= self.min_p <= 1, "min_p", "0 (off) to 1"),
         ]
         for holds, name, expected in rules:  # not `x < 0`: NaN must fail too
             if not holds:
@@ -62,7 +65,7 @@ def plan_of(options: list[Options], vocab: int) -> Plan:
 
 def stack_options(options: list[Options]) -> Options:
     """Options of single rows -> arrays [B]."""
-    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32)
+    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32, np.float32)
     return Options(
         *(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True))
     )
@@ -89,7 +92,7 @@ def forbid(logits: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
 def keep_likely(
     logits: jax.Array, options: Options, candidates: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Temperature, top-k and top-p: logits [B, V] -> scores and ids [B, C], most likely first.
+    """Temperature, top-k, top-p and min-p: logits [B, V] -> scores and ids [B, C], most likely first.
 
     What a filter removed has the score -inf. C is `candidates`, or V when that is 0; no row's top_k
     may exceed it. A row of temperature 0 is left as if it were 1.
@@ -102,7 +105,10 @@ def keep_likely(
     probs = jax.nn.softmax(scores, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are more likely
     top_p = jnp.asarray(options.top_p)[:, None]
-    return jnp.where((top_p < 1) & (rank > 0) & (before >= top_p), -jnp.inf, scores), ids
+    scores = jnp.where((top_p < 1) & (rank > 0) & (before >= top_p), -jnp.inf, scores)
+    # A filter before this one changes every probability by the same factor, and so no ratio.
+    ratio = jnp.exp(scores - scores[:, :1])
+    return jnp.where(ratio < jnp.asarray(options.min_p)[:, None], -jnp.inf, scores), ids
 
 
 def draw(scores: jax.Array, ids: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
@@ -130,7 +136,7 @@ def choose(
     """The next token of each row [B] int32.
 
     logits [B, V] float32; generated [B, N], -1 where there is none yet; made [B] how many there;
-    stop_ids [B, E], -1 is none; keys [B] random streams; options: arrays [B].
+    stop_ids [B, E]: those that would end it, -1 is none; keys [B] random streams; options: arrays [B].
     """
     if plan.penalty:
         logits = penalize(logits, generated, options.repetition_penalty)

@@ -33,6 +33,27 @@ class KVCache(NamedTuple):
     k: Any
     v: Any
 
+    @property
+    def length(self) -> int:
+        """S."""
+        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
+
+
+class Place(NamedTuple):
+    """Where in a cache the T tokens of a step go, and what each of them looks at."""
+
+    slots: jax.Array  # [B, T] int32
+    seen: jax.Array  # [B, T, S] bool
+
+
+def in_order(positions: jax.Array, length: int, window: int | None) -> Place:
+    """Positions [B, T] of rows whose slot t of S = length holds position t."""
+    slots = jnp.arange(length)
+    seen = slots <= positions[:, :, None]
+    if window is not None:
+        seen &= slots > positions[:, :, None] - window
+    return Place(positions, seen)
+
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
     """Rotary frequencies [H / 2] float32 (RoFormer paper), with the model's long-context scaling."""
@@ -120,18 +141,12 @@ class Attention(nnx.Module):
         )
         return self.o(y.reshape(*x.shape[:2], -1)), (k, v)
 
-    def decode(
-        self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple
-    ) -> tuple[jax.Array, tuple]:
-        """x [B, T, D] at positions [B, T] against kv, each [B, K, S, H], where theirs is written."""
+    def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
+        """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
-        keys, values = write_cache(kv[0], k, positions), write_cache(kv[1], v, positions)
-        slots = jnp.arange(keys.shape[2])
-        seen = slots <= positions[:, :, None]  # [B, T, S]
-        if c.window is not None:
-            seen &= slots > positions[:, :, None] - c.window
-        y = cached_attention(q, keys, values, seen, scale=c.head_dim**-0.5)
+        keys, values = write_cache(kv[0], k, place.slots), write_cache(kv[1], v, place.slots)
+        y = cached_attention(q, keys, values, place.seen, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -164,10 +179,8 @@ class Block(nnx.Module):
         y, kv = self.attn(self.norm1(x), rope, lengths)
         return self._after(x, y), kv
 
-    def decode(
-        self, x: jax.Array, rope: Any, positions: jax.Array, kv: tuple
-    ) -> tuple[jax.Array, tuple]:
-        y, kv = self.attn.decode(self.norm1(x), rope, positions, kv)
+    def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
+        y, kv = self.attn.decode(self.norm1(x), rope, place, kv)
         return self._after(x, y), kv
 
 
@@ -211,15 +224,20 @@ class Llm(nnx.Module):
         return self.norm(x), KVCache(*kv)
 
     def decode(
-        self, embeds: jax.Array, positions: jax.Array, cache: KVCache
+        self, embeds: jax.Array, positions: jax.Array, cache: KVCache, place: Place | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache."""
+        """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache.
+
+        place: where in the cache, by default slot t for position t, and all before it is seen.
+        """
         rope = rotary(self.config, positions)
+        if place is None:
+            place = in_order(positions, cache.length, self.config.window)
         x = embeds.astype(jnp.float32)
         if isinstance(self.blocks, nnx.List):
             keys, values = [], []
             for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
-                x, (k, v) = block.decode(x, rope, positions, (k, v))
+                x, (k, v) = block.decode(x, rope, place, (k, v))
                 keys.append(k)
                 values.append(v)
             return self.norm(x), KVCache(keys, values)
@@ -227,7 +245,7 @@ class Llm(nnx.Module):
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             block: Any = nnx.merge(graphdef, layer[0])
-            return block.decode(x, rope, positions, layer[1:])
+            return block.decode(x, rope, place, layer[1:])
 
         x, (keys, values) = jax.lax.scan(body, x, (state, cache.k, cache.v))
         return self.norm(x), KVCache(keys, values)

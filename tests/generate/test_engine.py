@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.generate.engine import Engine, Request, bucket, stack_visual
+from minigpt4_jax.generate.engine import Engine
+from minigpt4_jax.generate.requests import Request, bucket, stack_visual
 from minigpt4_jax.generate.sampling import Options, plan_of
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
@@ -206,6 +207,48 @@ def test_other_parameters_in_the_same_programs():
     runner.set_parameters(nnx.merge(nnx.graphdef(model()), other))
     assert runner.generate(greedy(1)) != before
     assert runner._decode._cache_size() == 1
+
+
+def test_slots_of_finished_rows_are_filled_again():
+    """More requests than slots, of mixed limits: each answers as it does alone."""
+    requests = [r for n in (1, 6, 3) for r in greedy(max_new_tokens=n)]
+    free = engine().generate(greedy())
+    found = engine().generate(requests, batch_size=3)
+    assert found == [ids[:n] for n in (1, 6, 3) for ids in free]
+
+
+def test_progress_grows_to_the_answer():
+    whole = engine().generate(greedy())
+    seen = {i: [] for i in range(4)}
+    for i, answer, over in engine().run(greedy(), chunk=3, progress=True):
+        assert answer.ids[: len(seen[i])] == seen[i]
+        seen[i] = answer.ids
+        assert over == (len(answer.ids) == 8)
+    assert [seen[i] for i in range(4)] == whole
+
+
+def test_a_rule_of_the_host_ends_its_row_alone():
+    whole = engine().generate(greedy())
+    requests = greedy()
+    halt = lambda ids: 2 if len(ids) >= 2 else None  # noqa: E731
+    requests[1] = Request(requests[1].tokens, requests[1].visual, 8, halt=halt)
+    found = [answers[0] for answers in engine().answer(requests)]
+    assert [a.ids for a in found] == [whole[0], whole[1][:2], *whole[2:]]
+    assert [a.stopped for a in found] == [False, True, False, False]
+
+
+def test_log_probabilities_are_those_of_a_whole_forward_pass():
+    module, (_, _, whole) = model(), programs(None)
+    (answer,) = engine().answer(greedy(1))[0]
+    row = [*greedy(1)[0].tokens, *answer.ids]
+    tokens = np.zeros((4, 64), np.int32)
+    tokens[0, : len(row)] = row
+    hidden = whole(module.llm.embed_tokens(jnp.asarray(tokens)), jnp.full(4, len(row)))
+    scores = jax.nn.log_softmax(module.llm.logits(hidden[0]))
+    at = np.arange(len(row) - len(answer.ids), len(row))
+    expected = np.asarray(scores)[at - 1, answer.ids]
+    np.testing.assert_allclose(answer.logprobs, expected, rtol=1e-3, atol=1e-4)
+    assert answer.score == pytest.approx(sum(answer.logprobs))
 
 
 def test_buckets():

@@ -76,14 +76,30 @@ def test_a_tiny_top_p_keeps_the_likeliest():
     assert kept.sum() == 2
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_min_p_measures_against_the_likeliest(top_p):
+    """After the other filters; what they removed stays so (transformers' MinPLogitsWarper)."""
+    logits = np.random.default_rng(1).normal(0, 2, size=(3, 30)).astype(np.float32)
+    scores = filtered(logits, rows(3, temperature=0.8, top_p=top_p))
+    probs = np.exp(scores - scores.max(1, keepdims=True))
+    probs /= probs.sum(1, keepdims=True)
+    wanted = np.where(probs < 0.2 * probs.max(1, keepdims=True), -np.inf, scores)
+    ours = filtered(logits, rows(3, temperature=0.8, top_p=top_p, min_p=0.2))
+    np.testing.assert_array_equal(ours, wanted)
+    assert 3 < np.isfinite(ours).sum() < np.isfinite(scores).sum()
+    alone = np.isfinite(filtered(logits, rows(3, temperature=1.0, min_p=1.0)))
+    np.testing.assert_array_equal(alone.argmax(1), logits.argmax(1))
+    assert alone.sum() == 3
+
+
 def test_draws_follow_the_filtered_softmax():
     """Chi-square over 8,000 draws at 1 in 10,000: a wrong filter or a biased draw fails."""
     logits = np.random.default_rng(3).normal(0, 2, size=(1, 30)).astype(np.float32)
     n = 8000
     many = jnp.repeat(jnp.asarray(logits), n, 0)
-    options = rows(n, temperature=0.7, top_k=12, top_p=0.95)
+    options = rows(n, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02)
     drawn = np.asarray(draw(*keep_likely(many, options, 16), keys(n), jnp.zeros(n, jnp.int32)))
-    scores = filtered(logits, rows(1, temperature=0.7, top_k=12, top_p=0.95))[0]
+    scores = filtered(logits, rows(1, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02))[0]
     probs = np.exp(scores - scores.max())
     probs /= probs.sum()
     counts = np.bincount(drawn, minlength=30)
@@ -141,7 +157,7 @@ def test_plan_needs_no_more_than_the_rows_ask_for():
     "wrong",
     [
         {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
-        {"top_k": -1}, {"repetition_penalty": 0.0}, {"min_new_tokens": -1},
+        {"top_k": -1}, {"repetition_penalty": 0.0}, {"min_new_tokens": -1}, {"min_p": -0.1},
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(wrong):
