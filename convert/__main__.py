@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from minigpt4_jax.config import VARIANTS
+from minigpt4_jax.config import QUANTIZATIONS, VARIANTS
 from minigpt4_jax.errors import Parser, run
 
 
@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         "--llm-dtype",
         choices=("float32", "bfloat16", "float16"),
         help="store the language model's matrices so; default: as they are (quantized: float32)",
+    )
+    b.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="round the language model's matrices to this, and the vision encoder's to int8",
     )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
     b.add_argument("--projection-scale", type=_factor, default=1.0, metavar="FACTOR",

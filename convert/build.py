@@ -3,6 +3,7 @@
 Everything is checked by names and shapes first (plan.py); then tensors are read, one at a time.
 """
 
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from convert.files import HashedFile
 from convert.plan import Plan, Request, make_plan
 from convert.tensors import DTYPES
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.quant import quantized, quantized_shapes, scheme_of
 from minigpt4_jax.weights import part_of, write_model
 
 Shape = tuple[int, ...]
@@ -29,7 +31,7 @@ def build(request: Request) -> Plan:
     parent = _check_output(request.out)
     plan = make_plan(request)
     types = {name: _stored_type(plan, name, request.llm_dtype) for name in plan.wanted}
-    size = sum(math.prod(shape) * types[n].itemsize for n, shape in plan.wanted.items())
+    size = sum(_stored_size(n, s, types[n], request.quantize) for n, s in plan.wanted.items())
     if size > (free := shutil.disk_usage(parent).free):
         raise UserError(
             f"--out: the disk is full: {parent} has {free / 1e9:.1f} GB free, "
@@ -37,8 +39,12 @@ def build(request: Request) -> Plan:
         )
     record: dict[str, Any] = {}
     tensors = _tensors(plan, types, request, record)
+    config = plan.config
+    if request.quantize is not None:
+        config = dataclasses.replace(config, quantize=request.quantize)
+        tensors = quantized(tensors, request.quantize)
     files = plan.language.tokenizer
-    write_model(request.out, plan.config, tensors, tokenizer=files, sources=record)
+    write_model(request.out, config, tensors, tokenizer=files, sources=record)
     for note in plan.notes:
         print(f"note: {note}")
     count = sum(math.prod(shape) for shape in plan.wanted.values())
@@ -73,6 +79,15 @@ def _stored_type(plan: Plan, name: str, llm_dtype: str | None) -> np.dtype:
     tensor = source.reader.tensors[m.key]
     resampled = name == "vit.pos" and tensor.shape[-2:] != plan.wanted[name]
     return tensor.dtype if tensor.dtype.name in FLOATS and not resampled else DTYPES["float32"]
+
+
+def _stored_size(name: str, shape: Shape, dtype: np.dtype, scheme: str | None) -> int:
+    """Bytes of a parameter in the directory, its scale included."""
+    kind = scheme_of(name, scheme, shape[-1])
+    if kind is None:
+        return math.prod(shape) * dtype.itemsize
+    levels, scale = quantized_shapes(shape, kind)
+    return math.prod(levels) + 2 * math.prod(scale)
 
 
 def _tensors(

@@ -65,9 +65,14 @@ def _parts(chain: list[Path]) -> dict[str, dict[str, Any]]:
                 seen.add(name)
                 empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
                 part = parts.setdefault(part_of(name), empty)
-                part["parameters"] += math.prod(tensor.shape)
+                kind = tensor.dtype.name
+                if kind == "uint8":  # two parameters a byte (minigpt4_jax/quant.py)
+                    part["parameters"] += 2 * math.prod(tensor.shape)
+                    kind = "int4"
+                elif not name.endswith("_scale"):  # of a quantized weight
+                    part["parameters"] += math.prod(tensor.shape)
                 part["bytes"] += tensor.nbytes
-                facts = (("dtypes", tensor.dtype.name), ("files", path.name))
+                facts = (("dtypes", kind), ("files", path.name))
                 for key, value in (*facts, ("directories", str(folder))):
                     if value not in part[key]:
                         part[key].append(value)

@@ -1,5 +1,6 @@
 """What `build` will do, decided before anything is written: sources opened and matched."""
 
+import dataclasses
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ class Request:
     seed: int = 0
     projection_scale: float = 1.0
     llm_dtype: str | None = None
+    quantize: str | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ def make_plan(request: Request) -> Plan:
     for name in apply_settings(values, given):
         notes.append(f"--set {name} is not used: this {request.variant} has no such part")
     config = ModelConfig.from_dict(values).check()
+    dataclasses.replace(config, quantize=request.quantize).check()
     if tokenizer.kind == "sentencepiece" and pieces > config.llm.vocab:
         if dropped := drop_added_tokens(language, config.llm.vocab):
             notes.append(

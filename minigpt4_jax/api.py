@@ -34,15 +34,20 @@ SCORE_BATCH = 8  # rows through the language model at a time
 Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
 
 
-def load(model_dir: str | Path, dtype: str | None = None) -> "Model":
+def load(
+    model_dir: str | Path, dtype: str | None = None, *, quantize: str | None = None
+) -> "Model":
     """Read a model directory (made by `python -m convert build` or by training).
 
     dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
-    whose memory has room for the model in float32. UserError: not a model directory, damaged.
+    whose memory has room for the model in float32. quantize: "int8" or "int4" rounds the language
+    model's matrices to it (and the vision encoder's to int8) while they are read; a directory that
+    `convert build --quantize` made needs no such word. UserError: not a model directory, damaged,
+    or an unknown or different scheme.
     """
     if dtype is None:
         dtype = _default_dtype(read_config(model_dir))
-    module, config = load_model(model_dir, dtype, stacked=False)
+    module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize)
     return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
 
 

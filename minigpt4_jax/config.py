@@ -9,6 +9,7 @@ from minigpt4_jax.errors import UserError
 IMAGE = -1  # token id of a visual slot in a row; the model puts a projected visual token there
 
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
+QUANTIZATIONS = ("int8", "int4")  # what minigpt4_jax/quant.py can do
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class ModelConfig:
     max_text_length: int = 160
     max_context: int = 3800
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    quantize: str | None = None  # how the large matrices are held: None (floats) or as above
 
     @property
     def visual_tokens(self) -> int:
@@ -172,6 +174,10 @@ class ModelConfig:
                 f"llm.heads {m.heads} is not a multiple of kv_heads {m.kv_heads}",
             ),
             ("{}" in self.prompt_template, f"prompt_template {self.prompt_template!r} has no {{}}"),
+            (
+                self.quantize in (None, *QUANTIZATIONS),
+                f"quantize {self.quantize!r}: expected one of {', '.join(QUANTIZATIONS)}",
+            ),
             (self.max_text_length > 0, f"max_text_length {self.max_text_length} must be positive"),
         ]
         for holds, message in rules:

@@ -5,6 +5,7 @@ rest is read. Names are dotted parameter paths, one tensor a layer: `llm.blocks.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -23,10 +24,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.config import QUANTIZATIONS, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.quant import QuantizedView
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
@@ -291,7 +293,7 @@ class Tensors(Mapping[str, np.ndarray]):
 def check_tensors(model_dir: Path | str, config: ModelConfig) -> Tensors:
     """The tensors of a model directory, of which only names and shapes were read so far. UserError
     for files that are damaged or cut, and for parameters that are missing or of a wrong shape."""
-    tensors = Tensors(model_dir)
+    tensors = _in_scheme(Tensors(model_dir), config)
     shapes = {name: tensors.shape(name) for name in tensors}
     _check_shapes(shapes, parameter_shapes(config), model_dir, partial=False)
     return tensors
@@ -308,7 +310,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
     """Matrices of frozen parts take `dtype`; norms, biases, projection and LoRA are float32."""
-    matrix = path[-1] == "weight" or path == ("llm", "embed")
+    # the scale of a quantized matrix says what it computes in
+    name = str(path[-1]).removesuffix("_scale")
+    matrix = name == "weight" or (*path[:-1], name) == ("llm", "embed")
     return dtype if matrix and path[0] != "projection" else jnp.dtype(jnp.float32)
 
 
@@ -318,24 +322,53 @@ def load_model(
     *,
     stacked: bool = True,
     masters: Collection[str] = (),
+    quantize: str | None = None,
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays, tensor by tensor.
 
     dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
     (training), else as a list (generation). masters: parts that stay float32 because they are
-    trained. UserError for a damaged or incomplete directory.
+    trained. quantize: "int8" or "int4", for a directory that is not quantized already; each tensor
+    is rounded as it is read. UserError for a damaged or incomplete directory, for another scheme
+    than the directory is in, and for masters that are quantized.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    config = read_config(model_dir)
+    config = _with_scheme(read_config(model_dir), quantize, model_dir)
+    if config.quantize is not None and (rounded := sorted({"vit", "llm"} & set(masters))):
+        raise UserError(
+            f"{model_dir} is in {config.quantize}, so {rounded[0]} cannot be trained: leave it "
+            "frozen, or start from a model directory that is not quantized"
+        )
     tensors = check_tensors(model_dir, config)
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         exact = part_of(".".join(map(str, path))) in masters
         kind = parameter_dtype(path, jnp.dtype(jnp.float32 if exact else DTYPES[dtype]))
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            kind = leaf.dtype
         filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
+
+
+def _with_scheme(config: ModelConfig, quantize: str | None, model_dir: Path | str) -> ModelConfig:
+    """The configuration of the model as it is to be held."""
+    if quantize is None or quantize == config.quantize:
+        return config
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"quantize {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}")
+    if config.quantize is not None:
+        raise UserError(
+            f"quantize {quantize!r}: {model_dir} is stored in {config.quantize}; leave the option "
+            "out, or convert the model again"
+        )
+    return dataclasses.replace(config, quantize=quantize)
+
+
+def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
+    """The same tensors as a model of this configuration holds them."""
+    return tensors if config.quantize is None else QuantizedView(tensors, config.quantize)
 
 
 def _read(tensors: Tensors, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

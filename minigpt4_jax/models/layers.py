@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minigpt4_jax.quant import dequantize
+
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
     # float32 means float32: GPUs and TPUs would otherwise round the factors (TF32, bfloat16).
@@ -20,12 +22,21 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, out: Any = None
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    out: Any = None,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
     """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype.
 
     out: dtype of the result, by default the weight's; float32 keeps the sums as accumulated.
+    scale: of a weight from `quant.quantize`; the product is then computed in the scale's dtype.
     """
+    if scale is not None:
+        y = _quantized_product(x, weight, scale)  # [..., out] float32
+        y = y if bias is None else y + bias.astype(y.dtype)
+        return y.astype(out or scale.dtype)
     dtype = weight.dtype
     x = x.astype(dtype)
     if dtype == jnp.bfloat16:
@@ -34,6 +45,16 @@ def linear(
         y = jnp.einsum("...i,oi->...o", x, weight, precision=_precision(dtype))
     y = y if bias is None else y + bias.astype(y.dtype)
     return y if out is None else y.astype(out)
+
+
+def _quantized_product(x: jax.Array, levels: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., in] and what `quant.quantize` gave of a weight [out, in] -> [..., out] float32."""
+    # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
+    # and keep them all as floats.
+    x, levels = jax.lax.optimization_barrier((x, levels))
+    if levels.dtype == jnp.int8:  # a channel's scale can wait until its sum is there
+        return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
+    return linear(x, dequantize(levels, scale, scale.dtype), out=jnp.float32)
 
 
 def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
@@ -72,17 +93,25 @@ _product_bf16.defvjp(_product_bf16_forward, _product_bf16_backward)
 
 
 class Linear(nnx.Module):
-    """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in)."""
+    """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in).
+
+    Quantized (minigpt4_jax/quant.py), `weight` holds levels and `weight_scale` is there.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rngs: nnx.Rngs):
         def uniform(*shape: int) -> jax.Array:
             return jax.random.uniform(rngs.params(), shape, minval=-(n_in**-0.5), maxval=n_in**-0.5)
 
         self.weight = nnx.Param(uniform(n_out, n_in))
+        self.weight_scale: nnx.Param | None = nnx.data(None)
         self.bias = nnx.Param(uniform(n_out)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None, out: Any = None) -> jax.Array:
+        """x [..., in] -> [..., out]. bias: in place of this map's own; out: as in `linear`."""
+        if bias is None and self.bias is not None:
+            bias = self.bias[...]
+        scale = None if self.weight_scale is None else self.weight_scale[...]
+        return linear(x, self.weight[...], bias, out, scale)
 
 
 class LayerNorm(nnx.Module):

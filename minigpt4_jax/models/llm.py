@@ -21,6 +21,7 @@ from minigpt4_jax.models.layers import (
     take_rows,
 )
 from minigpt4_jax.models.lora import LoraLinear
+from minigpt4_jax.quant import quantize
 
 
 class KVCache(NamedTuple):
@@ -193,13 +194,17 @@ class Llm(nnx.Module):
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab, c.width)))
+        self.embed_scale: nnx.Param | None = nnx.data(None)  # [V], of a quantized embedding
         self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.eps)
         self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
-        return take_rows(self.embed[...], tokens).astype(jnp.float32)
+        rows = take_rows(self.embed[...], tokens).astype(jnp.float32)
+        if self.embed_scale is None:
+            return rows
+        return rows * self.embed_scale[...][tokens].astype(jnp.float32)[..., None]
 
     def __call__(self, embeds: jax.Array, lengths: jax.Array, *, remat: bool = False) -> jax.Array:
         """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D]."""
@@ -252,8 +257,15 @@ class Llm(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> scores [..., V] float32."""
-        weight = self.embed[...] if self.head is None else self.head.weight[...]
-        return linear(hidden, weight, out=jnp.float32)
+        if self.head is not None:
+            return self.head(hidden, out=jnp.float32)
+        scale = None if self.embed_scale is None else self.embed_scale[...]
+        return linear(hidden, self.embed[...], out=jnp.float32, scale=scale)
+
+    def quantize_embedding(self) -> None:
+        """Hold the embedding in int8, a scale for each token."""
+        levels, scale = quantize(self.embed[...], "int8", jnp)
+        self.embed, self.embed_scale = nnx.Param(levels), nnx.Param(scale)
 
     def _rope(self, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rotary(self.config, jnp.arange(embeds.shape[1])[None])

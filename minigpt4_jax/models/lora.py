@@ -1,5 +1,7 @@
 """Low-rank adapters on frozen linear maps (LoRA paper; peft's lora.Linear)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,7 @@ class LoraLinear(Linear):
         self.lora_b = nnx.Param(jnp.zeros((n_out, lora.rank)))
         self.scale = lora.alpha / lora.rank
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = super().__call__(x)
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None, out: Any = None) -> jax.Array:
+        y = super().__call__(x, bias, out)
         low = linear(linear(x, self.lora_a[...]), self.lora_b[...])  # float32
         return y + (self.scale * low).astype(y.dtype)

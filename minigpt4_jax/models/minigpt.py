@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minigpt4_jax import quant
 from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.models.layers import LayerNorm, Linear
 from minigpt4_jax.models.llm import Llm
@@ -36,6 +37,10 @@ class MiniGpt(nnx.Module):
         self.qformer = None if c.qformer is None else QFormer(c.qformer, rngs)
         self.projection = Linear(c.projection_in, c.llm.width, rngs=rngs)
         self.llm = Llm(c.llm, c.lora, rngs)
+        if c.quantize is not None:
+            linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
+            quant.quantize_modules(linears, c.quantize, nnx.Param)
+            self.llm.quantize_embedding()
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None

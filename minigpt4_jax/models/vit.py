@@ -10,7 +10,6 @@ from minigpt4_jax.models.layers import (
     Linear,
     attention,
     gelu,
-    linear,
     run_layers,
     stack_layers,
 )
@@ -30,7 +29,7 @@ class Attention(nnx.Module):
         b, t, d = x.shape
         q_bias = self.q_bias[...]
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), self.v_bias[...]])
-        qkv = linear(x, self.qkv.weight[...], bias).reshape(b, t, 3, self.heads, d // self.heads)
+        qkv = self.qkv(x, bias).reshape(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, N, H]
         return self.out(attention(q, k, v, scale=(d // self.heads) ** -0.5).reshape(b, t, d))
 

@@ -1,0 +1,172 @@
+"""Weights in 8 and 4 bits: which matrices, how they are rounded, and how a directory stores them.
+
+int8: a scale for each output channel, levels -127 to 127 (LLM.int8() paper, without its outliers).
+int4: a scale for each group of 64 (or 32) inputs of an output channel, levels -8 to 7, two of them
+a byte: byte j of a group holds input j in its low half and input j + group / 2 in its high half,
+each as level + 8. XLA on CPU takes a byte for each int4, hence bytes packed here.
+The scale of `NAME` is `NAME_scale`, stored in bfloat16; a weight is rounded against the rounded
+scale, so nothing more is lost by it. Activations are not rounded.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+Array = Any  # of NumPy or JAX
+Shape = tuple[int, ...]
+GROUPS = (64, 32)  # inputs that share a scale in int4: the first that divides their number
+PIECE = 1 << 22  # elements that are rounded at a time
+
+
+def scheme_of(name: str, scheme: str | None, n_in: int) -> str | None:
+    """How a model of `scheme` holds parameter `name` ("int8", "int4"), or None: as it is.
+
+    The language model's matrices are in `scheme`, its embedding and output matrix and those of the
+    vision encoder's blocks in int8. A matrix whose inputs do not divide into groups is in int8.
+    """
+    if scheme is None:
+        return None
+    if name in ("llm.embed", "llm.head.weight"):
+        return "int8"
+    if not name.endswith(".weight") or not name.startswith(("llm.blocks.", "vit.blocks.")):
+        return None
+    return scheme if name.startswith("llm.") and group_size(n_in) else "int8"
+
+
+def group_size(n_in: int) -> int:
+    """Inputs that share a scale in int4; 0 when there is no such division."""
+    return next((g for g in GROUPS if n_in % g == 0), 0)
+
+
+def quantized_shapes(shape: Shape, kind: str) -> tuple[Shape, Shape]:
+    """Shapes of the weight and of its scale, for a weight [..., out, in]."""
+    if kind == "int8":
+        return shape, shape[:-1]
+    n_in = shape[-1]
+    return (*shape[:-1], n_in // 2), (*shape[:-1], n_in // group_size(n_in))
+
+
+def quantize(weight: Array, kind: str, xp: Any = np) -> tuple[Array, Array]:
+    """weight [..., out, in] of floats -> (levels, scale bfloat16).
+
+    int8: int8 [..., out, in] and [..., out]; int4: uint8 [..., out, in / 2] and [..., out, groups].
+    xp: numpy or jax.numpy, whichever the weight is of.
+    """
+    weight = weight.astype(np.float32)
+    if kind == "int8":
+        largest = xp.abs(weight).max(-1)
+        scale = _nonzero(largest / 127, xp)
+        levels = xp.rint(weight / scale.astype(np.float32)[..., None])
+        return xp.clip(levels, -127, 127).astype(np.int8), scale
+    size = group_size(weight.shape[-1])
+    groups = weight.reshape(*weight.shape[:-1], -1, size)
+    # The largest of a group becomes level -8, whatever its sign: all 16 levels are in use.
+    low, high = groups.min(-1), groups.max(-1)
+    scale = _nonzero(xp.where(-low >= high, low, high) / -8, xp)
+    levels = xp.rint(groups / scale.astype(np.float32)[..., None])
+    levels = (xp.clip(levels, -8, 7) + 8).astype(np.uint8)
+    first, second = levels[..., : size // 2], levels[..., size // 2 :]
+    return (first | (second << 4)).reshape(*weight.shape[:-1], -1), scale
+
+
+def _nonzero(scale: Array, xp: Any) -> Array:
+    scale = scale.astype(ml_dtypes.bfloat16)
+    return xp.where(scale == 0, xp.ones_like(scale), scale)
+
+
+def dequantize(levels: Array, scale: Array, dtype: Any, xp: Any = jnp) -> Array:
+    """The inverse of `quantize`, up to its rounding: [..., out, in] in dtype."""
+    factor = scale.astype(np.float32)[..., None]
+    if levels.dtype == np.int8:
+        return (levels.astype(np.float32) * factor).astype(dtype)
+    groups = levels.reshape(*scale.shape, -1)
+    groups = xp.concatenate([groups & 15, groups >> 4], axis=-1).astype(np.float32) - 8
+    groups = groups * factor
+    return groups.astype(dtype).reshape(*levels.shape[:-1], -1)
+
+
+def quantize_large(weight: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """`quantize` of a host array [out, in], some rows at a time, so that little lies beside it."""
+    rows = max(1, PIECE // weight.shape[-1])
+    pieces = [quantize(weight[i : i + rows], kind) for i in range(0, len(weight), rows)]
+    levels, scales = zip(*pieces, strict=True)
+    return np.concatenate(levels), np.concatenate(scales)
+
+
+def quantized(
+    tensors: Iterable[tuple[str, np.ndarray]], scheme: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a float model as those of one in `scheme`, one at a time."""
+    for name, array in tensors:
+        kind = scheme_of(name, scheme, array.shape[-1]) if array.ndim > 1 else None
+        if kind is None:
+            yield name, array
+        else:
+            levels, scale = quantize_large(array, kind)
+            yield name, levels
+            yield f"{name}_scale", scale
+
+
+class _Readable(Protocol):
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str) -> np.ndarray: ...
+    def shape(self, name: str) -> Shape: ...
+
+
+class QuantizedView(Mapping[str, np.ndarray]):
+    """Lazy view of a directory's tensors in `scheme`: those stored as floats are rounded when read."""
+
+    def __init__(self, tensors: _Readable, scheme: str):
+        self._tensors = tensors
+        names = set(tensors)
+        self._kinds: dict[str, str] = {}  # of those that are stored as floats
+        self._names = list(names)
+        self._scales: dict[str, np.ndarray] = {}  # of tensors that were read, until asked for
+        for name in names:
+            kind = scheme_of(name, scheme, (tensors.shape(name) or (0,))[-1])
+            if kind is not None and f"{name}_scale" not in names:
+                self._kinds[name] = kind
+                self._names.append(f"{name}_scale")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._kinds:
+            return self._round(name)
+        weight = name.removesuffix("_scale")
+        if name == weight or weight not in self._kinds:
+            return self._tensors[name]
+        if name not in self._scales:
+            self._round(weight)
+        return self._scales.pop(name)
+
+    def _round(self, name: str) -> np.ndarray:
+        levels, self._scales[f"{name}_scale"] = quantize_large(
+            self._tensors[name], self._kinds[name]
+        )
+        return levels
+
+    def shape(self, name: str) -> Shape:
+        weight = name.removesuffix("_scale")
+        if weight not in self._kinds:
+            return self._tensors.shape(name)
+        return quantized_shapes(self._tensors.shape(weight), self._kinds[weight])[name != weight]
+
+
+def quantize_modules(
+    modules: Iterable[tuple[tuple, Any]], scheme: str, make: Callable[[Array], Any]
+) -> None:
+    """Round the weights of linear maps, given as (path, module); `make` wraps an array."""
+    for path, module in modules:
+        weight = module.weight[...]
+        kind = scheme_of(f"{'.'.join(map(str, path))}.weight", scheme, weight.shape[-1])
+        if kind is not None:
+            levels, scale = quantize(weight, kind, jnp)
+            module.weight, module.weight_scale = make(levels), make(scale)
