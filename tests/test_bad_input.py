@@ -34,14 +34,16 @@ def train(home, tmp_path, capsys):
     """train(*options) -> (exit code, lines on stderr) of `python -m minigpt4_jax.train`."""
     short = [
         "--config=finetune", f"--config.model={home / 'model'}", "--config.steps=2",
-        f"--config.data.path={home / 'data' / 'rows.jsonl'}", "--config.batch_size=2",
-        "--config.dtype=float32", "--config.save_every=1", "--config.sample_every=0",
+        "--config.batch_size=2", "--config.dtype=float32", "--config.save_every=1",
+        "--config.sample_every=0",
         f"--workdir={tmp_path / 'w'}",
     ]  # fmt: skip
 
     def run(*options):
+        if not any("data.path" in option for option in options):  # given twice, it names two
+            options = (*options, f"--config.data.path={home / 'data' / 'rows.jsonl'}")
         with pytest.raises(SystemExit) as stop:
-            errors.run(lambda: command.main([*short, *map(str, options)]))
+            errors.run(lambda: command.main([*short, *options]))
         return stop.value.code, capsys.readouterr().err.splitlines()
 
     return run
