@@ -1,0 +1,39 @@
+"""convert build --quantize: what it stores is what loading would have made of the floats."""
+
+import json
+
+import numpy as np
+import pytest
+from convert_sources import llm_config, llm_state, save_hf
+from flax import nnx
+
+from minigpt4_jax.weights import load_model
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_build_is_what_loading_makes(files, command, scheme):
+    plain, rounded = files.folder / "plain", files.folder / "rounded"
+    wide = llm_config(hidden_size=64, intermediate_size=96)  # groups of 64 and of 32
+    save_hf(files.folder / "wide", wide, llm_state(wide))
+    given = {"llm": files.folder / "wide", "checkpoint": None}
+    assert command(*files.arguments("minigpt-v2", out=plain, **given))[0] == 0
+    line = [*files.arguments("minigpt-v2", out=rounded, **given), f"--quantize={scheme}"]
+    code, _, err = command(*line)
+    assert code == 0, err
+    stored, config = load_model(rounded)
+    made, _ = load_model(plain, quantize=scheme)
+    assert config.quantize == scheme
+    same = dict(nnx.to_flat_state(nnx.state(made)))
+    for path, leaf in nnx.to_flat_state(nnx.state(stored)):
+        assert leaf.dtype == same[path].dtype
+        np.testing.assert_array_equal(leaf.get_value(), same[path].get_value())
+    floats, found = (json.loads(command("inspect", d, "--json")[1]) for d in (plain, rounded))
+    assert found["parameters"] == floats["parameters"]
+    assert found["bytes"] < floats["bytes"]
+    assert "int8" in found["parts"]["llm"]["dtypes"] and "int8" in found["parts"]["vit"]["dtypes"]
+    assert ("int4" in found["parts"]["llm"]["dtypes"]) == (scheme == "int4")
+
+
+def test_an_unknown_scheme_is_refused(files, refused):
+    line = refused(*files.arguments("minigpt-v2"), "--quantize=int3")
+    assert "int3" in line and "int8" in line and "int4" in line
