@@ -176,17 +176,17 @@ class Model:
 
         image: one, a list of them for a prompt with several, or None. options: those of `generate`
         except batch_size and beams, which decide on the first word at the end. A piece never
-        ends within a character, and no part of a stop text is shown. UserError as `generate`, at
-        the first piece.
+        ends within a character, and no part of a stop text is shown. UserError: as `generate`.
         """
         wishes = Wishes.of(options)
         if wishes.num_beams != 1:
             raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
-        requests = self._requests([image], [prompt], wishes)
-        shown = ""
-        endings = self._endings(wishes.stop)
+        return self._pieces(self._requests([image], [prompt], wishes), wishes.stop)
+
+    def _pieces(self, requests: list[Request], stop: Sequence[str]) -> Iterator[str]:
+        shown, endings = "", self._endings(stop)
         for _, answer, over in self._engine.run(requests, chunk=STREAM_CHUNK, progress=True):
-            text = self._cut_text(answer.ids, wishes.stop).replace("<s>", "").lstrip()
+            text = self._cut_text(answer.ids, stop).replace("<s>", "").lstrip()
             text = text.rstrip() if over else certain_part(text, endings)
             if text.startswith(shown) and len(text) > len(shown):
                 yield text[len(shown) :]
