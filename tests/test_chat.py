@@ -63,9 +63,9 @@ def test_questions_from_standard_input(home, command, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     code, out, err = command(*arguments(home, "--temperature=0"))
     assert (code, err) == (0, "")
-    first, second, third = out.splitlines()
-    assert first == third != second
-    assert command(*ask(home))[1] == first + "\n"
+    first, second = (command(*ask(home, f"--prompt={q}"))[1] for q in ("what is it", "how many?"))
+    assert first != second
+    assert out == first + second + first
 
 
 def test_two_images_and_none(home, command):
