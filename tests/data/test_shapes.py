@@ -118,7 +118,7 @@ def test_objects_stand_in_raster_order_in_cells_of_their_own():
             assert o.column * pitch + 0.9 < x1 < x2 < (o.column + 1) * pitch - 0.9
             assert o.row * pitch + 0.9 < y1 < y2 < (o.row + 1) * pitch - 0.9
             assert abs(o.angle) <= 12
-            low, high = {"small": (16, 20), "large": (29, 34)}[o.size]
+            low, high = {"small": (19, 23), "large": (30, 34)}[o.size]
             assert low <= max(x2 - x1, y2 - y1) <= high
 
 
