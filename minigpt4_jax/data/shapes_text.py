@@ -44,12 +44,11 @@ def short(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 def detailed(scene: Scene, rng: np.random.Generator) -> str:
     """Stage-2 description in one of five phrasings: the count, the background, every attribute of
-    each object. The last phrasing adds how two objects stand to each other, and is drawn only where
-    that is beyond doubt."""
+    each object, in the order of short captions. The last phrasing, one text in ten, adds how two
+    objects stand to each other where that is beyond doubt."""
     relations = true_relations(scene)
-    pick = int(rng.integers(5 if relations else 4))
-    if pick < 4:
-        return _PHRASINGS[pick](scene)
+    if not relations or rng.integers(10):
+        return _PHRASINGS[rng.integers(len(_PHRASINGS))](scene)
     a, relation, b = relations[rng.integers(len(relations))]
     return f"{_PHRASINGS[0](scene)} The {a} is {_SAID[relation]} the {b}."
 
@@ -72,10 +71,10 @@ def _there_are(scene: Scene) -> str:
     return f"There {verb} {_count(scene)} on a {scene.background} background. {things}"
 
 
-def _places_first(scene: Scene) -> str:
-    things = _join([f"{_at(o)} is a {_name(o)}" for o in scene.objects])
-    things = things[0].upper() + things[1:]
-    return f"On a {scene.background} background we see {_count(scene)}. {things}."
+def _background_last(scene: Scene) -> str:
+    things = _join([f"a {_name(o)} {_at(o)}" for o in scene.objects])
+    subject = "It is" if len(scene.objects) == 1 else "They are"
+    return f"I see {_count(scene)}: {things}. {subject} on a {scene.background} background."
 
 
 def _background_first(scene: Scene) -> str:
@@ -87,7 +86,7 @@ def _background_first(scene: Scene) -> str:
 _PHRASINGS: tuple[Callable[[Scene], str], ...] = (
     _shows,
     _there_are,
-    _places_first,
+    _background_last,
     _background_first,
 )
 

@@ -60,7 +60,7 @@ def test_wording():
     assert shapes_text.phrasings(one) == [
         "The image shows one shape on a black background: a large red circle at the top left.",
         "There is one shape on a black background. A large red circle is at the top left.",
-        "On a black background we see one shape. At the top left is a large red circle.",
+        "I see one shape: a large red circle at the top left. It is on a black background.",
         "The background is black, with one shape. The large red circle is at the top left.",
     ]
 
