@@ -2,7 +2,7 @@
 
     python -m minigpt4_jax.training.shapes_vision --out=shapes_vision.safetensors
 
-makes the weights shipped in minigpt4_jax/assets/ (about an hour on two CPU cores). They learn from
+makes the weights shipped in minigpt4_jax/assets/ (half an hour on two CPU cores). They learn from
 labels, a short cut that a real vision encoder does not have: each patch names what it shows (shape,
 color, size, and which of its pixels are the object's), and each query names one word of the scene:
 four queries an object in raster order (size, color, shape, place, the order in which captions say
@@ -181,11 +181,14 @@ def batches(images: int, batch: int, seed: int) -> Iterator[np.ndarray]:
         yield from rng.permutation(images)[: images // batch * batch].reshape(-1, batch)
 
 
-def train(out: Path, *, steps: int, batch: int, lr: float, images: int, seed: int) -> None:
-    """Train and write vit, ln_vision and qformer to `out` (float16 safetensors)."""
+def train(
+    out: Path, *, steps: int, batch: int, lr: float, images: int, seed: int, judged: int = 1000
+) -> None:
+    """Train and write vit, ln_vision and qformer to `out` (float16 safetensors). judged: images of
+    each held-out kind."""
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.parent}")
-    counts = zip(scenes.SPLITS, (images, 1000, 1000), strict=True)
+    counts = zip(scenes.SPLITS, (images, judged, judged), strict=True)
     data = {split: make_data(n, split, os.cpu_count() or 1) for split, n in counts}
 
     graphdef, state = nnx.split(ShapesVision(nnx.Rngs(seed)))
@@ -208,8 +211,8 @@ def train(out: Path, *, steps: int, batch: int, lr: float, images: int, seed: in
     )
 
     def judge(split: str) -> str:
-        rows = [np.s_[k : k + 100] for k in range(0, 1000, 100)]
-        words = np.concatenate([right(state, *take(data[split], r)) for r in rows])  # [1000, 13]
+        rows = [np.s_[k : k + 100] for k in range(0, judged, 100)]
+        words = np.concatenate([right(state, *take(data[split], r)) for r in rows])  # [judged, 13]
         kinds = [words[:, i:-1:4].mean() for i in range(4)]
         told = ", ".join(
             f"{n} {k:.1%}" for n, k in zip(("size", "color", "shape", "place"), kinds, strict=True)

@@ -88,14 +88,8 @@ def test_a_few_steps_write_an_encoder_that_converts(tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "convert")
     from convert_sources import llm_config, llm_state, save_hf
 
-    def few(count, split, workers):
-        """A handful of drawn images, again and again: drawing thousands takes half a minute."""
-        drawn = trainer.draw_many((split, 0, 8))
-        return {k: v[np.arange(count) % 8] for k, v in drawn.items()}
-
-    monkeypatch.setattr(trainer, "make_data", few)
     out = tmp_path / "vision.safetensors"
-    trainer.train(out, steps=4, batch=4, lr=1e-3, images=8, seed=0)
+    trainer.train(out, steps=4, batch=4, lr=1e-3, images=8, seed=0, judged=4)
     assert "step 4/4  loss" in capsys.readouterr().out
     written = load_file(out)
     assert {n.split(".")[0] for n in written} == {"vit", "ln_vision", "qformer"}  # no heads
