@@ -158,7 +158,7 @@ def distance(a, b):
 
 
 def test_scores_are_near_those_of_floats(folder):
-    """Measured: int8 0.010, int4 0.13; in bfloat16 0.012 and 0.13."""
+    """Relative errors, measured: int8 0.016, int4 0.24; in bfloat16 0.018 and 0.24."""
     floats = scores(folder, None)
     for dtype in ("float32", "bfloat16"):
         assert 1e-4 < distance(scores(folder, "int8", dtype), floats) < 0.03
