@@ -36,7 +36,7 @@ def get_config(arg: str = "stage1") -> ConfigDict:
     c.max_text_length = 96 if stage2 else 40
     c.dtype = "float32"  # the fastest on a CPU without bfloat16 units
 
-    c.steps = 350 if stage2 else 310
+    c.steps = 400 if stage2 else 370
     c.batch_size = 4  # many small steps: there is time for two thousand rows only
     c.seed = 42
 

@@ -9,7 +9,9 @@ four queries an object in raster order (size, color, shape, place, the order in 
 them, so that the language model can read one off after the other), one the background. A query names
 a word by one large value in that word's dimension: Adam then gives each word of a new projection a
 rate of its own, which halves the examples that stage 1 needs (random codes at right angles do worse).
-No language model takes part; the heads of the patches are thrown away.
+In a second phase a query also says, by a smaller value, which object it speaks of: without it the
+language model confuses objects that share a word. No language model takes part; the heads of the
+patches are thrown away.
 
 In some of the training images the objects have colours without a name, so that a shape is not known
 by the colours it came in.
@@ -59,13 +61,28 @@ UNNAMED_SHARE = 0.4  # of the training images: objects in colours without a name
 DENSE_WEIGHT = 3.0  # of the patch labels' losses over the queries'
 CODE_WEIGHT = 2.0  # of the distance to the code over the choice among codes
 SHARPNESS = 12.0  # of the choice: logits are this times the cosine
+NUMBER = 0.5  # size of the object's number beside the word's 1, in the second phase
 
 
 def word_codes() -> np.ndarray:
     """Codes of the words [WORDS, hidden] float32: word i is one large value in dimension i, and all
     have mean 0 and variance 1, as the Q-Former's last norm gives them."""
-    codes = np.eye(WORDS, QFORMER.hidden) - 1 / QFORMER.hidden
-    return (codes / codes.std(axis=1, keepdims=True)).astype(np.float32)
+    return standardized(np.eye(WORDS, QFORMER.hidden))
+
+
+def standardized(codes: np.ndarray) -> np.ndarray:
+    """codes [..., hidden] shifted and scaled to mean 0 and variance 1."""
+    codes = codes - codes.mean(axis=-1, keepdims=True)
+    return (codes / codes.std(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def query_codes(number: float) -> np.ndarray:
+    """Codes of the words as each query says them [13, WORDS, hidden]: a word's one and `number` in the
+    dimension of the query's object, the background being the fourth."""
+    codes = np.tile(np.eye(WORDS, QFORMER.hidden), (QFORMER.queries, 1, 1))
+    for query in range(QFORMER.queries):
+        codes[query, :, WORDS + query // len(ORDER)] = number
+    return standardized(codes)
 
 
 def grid_embedding(width: int, grid: int) -> np.ndarray:
@@ -96,16 +113,19 @@ class ShapesVision(nnx.Module):
         self.patches = nnx.List([Linear(VISION.width, n + 1, rngs=rngs) for n in CLASSES[:3]])
         self.mask = Linear(VISION.width, MASK * MASK, rngs=rngs)
 
-    def loss(self, pixels: jax.Array, labels: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """pixels [B, S, S, 3] -> the loss, and for every query whether it is right [B, 13]."""
+    def loss(
+        self, pixels: jax.Array, labels: dict[str, jax.Array], codes: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """pixels [B, S, S, 3], codes [13, WORDS, hidden] -> the loss, and for every query whether it
+        is right [B, 13]."""
         tokens = self.ln_vision(self.vit(pixels))  # [B, 1 + patches, D]
         dense = optax.sigmoid_binary_cross_entropy(self.mask(tokens[:, 1:]), labels["mask"]).mean()
         for i, head in enumerate(self.patches):
             dense += cross_entropy(head(tokens[:, 1:]), labels["patches"][..., i])
 
-        queries, words, codes = self.qformer(tokens), labels["words"], jnp.asarray(word_codes())
-        logits = SHARPNESS / QFORMER.hidden * queries @ codes.T  # [B, 13, WORDS]
-        distance = jnp.square(queries - codes[words]).mean(-1)
+        queries, words = self.qformer(tokens), labels["words"]  # [B, 13, hidden], [B, 13]
+        logits = SHARPNESS / QFORMER.hidden * jnp.einsum("bqd,qwd->bqw", queries, codes)
+        distance = jnp.square(queries - codes[jnp.arange(QFORMER.queries), words]).mean(-1)
         counts = words != IGNORED
         distance = jnp.where(counts, distance, 0).sum() / counts.sum()
         # Thirteen words a scene, five kinds: a loss of the same size as of one head a kind.
@@ -181,6 +201,9 @@ def batches(images: int, batch: int, seed: int) -> Iterator[np.ndarray]:
         yield from rng.permutation(images)[: images // batch * batch].reshape(-1, batch)
 
 
+Data = dict[str, dict[str, np.ndarray]]
+
+
 def train(
     out: Path, *, steps: int, batch: int, lr: float, images: int, seed: int, judged: int = 1000
 ) -> None:
@@ -190,8 +213,32 @@ def train(
         raise UserError(f"--out={out}: there is no directory {out.parent}")
     counts = zip(scenes.SPLITS, (images, judged, judged), strict=True)
     data = {split: make_data(n, split, os.cpu_count() or 1) for split, n in counts}
-
     graphdef, state = nnx.split(ShapesVision(nnx.Rngs(seed)))
+    state = train_phase(graphdef, state, data, 0.0, steps, batch, lr, seed)
+    state = train_phase(graphdef, state, data, NUMBER, max(1, steps // 8), batch, lr / 4, seed + 1)
+    save(state, out)
+
+
+def save(state: Any, out: Path) -> None:
+    kept = ("vit.", "ln_vision.", "qformer.")
+    sizes = {"vision": dataclasses.asdict(VISION), "qformer": dataclasses.asdict(QFORMER)}
+    tensors = {k: np.asarray(v, np.float16) for k, v in tensors_of(state) if k.startswith(kept)}
+    save_file(tensors, out, metadata={"config": json.dumps(sizes)})  # convert reads the heads there
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def train_phase(
+    graphdef: Any,
+    state: Any,
+    data: Data,
+    number: float,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> Any:
+    """The state after `steps` more steps with the codes of `number`."""
+    codes = jnp.asarray(query_codes(number))
     schedule = optax.warmup_cosine_decay_schedule(0, lr, min(300, steps // 4), steps, lr / 100)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -201,36 +248,31 @@ def train(
 
     @jax.jit
     def step(state: Any, opt_state: Any, pixels: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
-        loss = lambda s: nnx.merge(graphdef, s).loss(pixels, labels)  # noqa: E731
+        loss = lambda s: nnx.merge(graphdef, s).loss(pixels, labels, codes)  # noqa: E731
         (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state)
         updates, opt_state = tx.update(grads, opt_state, state)
         return optax.apply_updates(state, updates), opt_state, value
 
-    right = jax.jit(
-        lambda state, pixels, labels: nnx.merge(graphdef, state).loss(pixels, labels)[1]
-    )
-
-    def judge(split: str) -> str:
-        rows = [np.s_[k : k + 100] for k in range(0, judged, 100)]
-        words = np.concatenate([right(state, *take(data[split], r)) for r in rows])  # [judged, 13]
-        kinds = [words[:, i:-1:4].mean() for i in range(4)]
-        told = ", ".join(
-            f"{n} {k:.1%}" for n, k in zip(("size", "color", "shape", "place"), kinds, strict=True)
-        )
-        return f"{split} {words.all(1).mean():.1%} entirely right ({told})"
-
+    right = jax.jit(lambda state, *batch: nnx.merge(graphdef, state).loss(*batch, codes)[1])
     begin = time.perf_counter()
-    for i, rows in zip(range(1, steps + 1), batches(images, batch, seed), strict=False):
+    train_rows = batches(len(data["train"]["image"]), batch, seed)
+    for i, rows in zip(range(1, steps + 1), train_rows, strict=False):
         state, opt_state, loss = step(state, opt_state, *take(data["train"], rows))
         if i % 500 == 0 or i == steps or i == 100:
             left = (time.perf_counter() - begin) / i * (steps - i) / 60
             print(f"step {i}/{steps}  loss {float(loss):.3f}  {left:.0f} min left", flush=True)
-            print(*(f"  {judge(split)}" for split in scenes.SPLITS[1:]), sep="\n", flush=True)
-    kept = ("vit.", "ln_vision.", "qformer.")
-    sizes = {"vision": dataclasses.asdict(VISION), "qformer": dataclasses.asdict(QFORMER)}
-    tensors = {k: np.asarray(v, np.float16) for k, v in tensors_of(state) if k.startswith(kept)}
-    save_file(tensors, out, metadata={"config": json.dumps(sizes)})  # convert reads the heads there
-    print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB")
+            for split in scenes.SPLITS[1:]:
+                print(f"  {split} {judge(right, state, data[split])}", flush=True)
+    return state
+
+
+def judge(right: Any, state: Any, data: dict[str, np.ndarray]) -> str:
+    """Shares of a split's images and words that are read right."""
+    rows = [np.s_[k : k + 100] for k in range(0, len(data["image"]), 100)]
+    words = np.concatenate([right(state, *take(data, r)) for r in rows])  # [judged, 13]
+    kinds = [words[:, i:-1:4].mean() for i in range(4)]
+    told = "size {:.1%}, color {:.1%}, shape {:.1%}, place {:.1%}".format(*kinds)
+    return f"{words.all(1).mean():.1%} entirely right ({told})"
 
 
 def main() -> int:

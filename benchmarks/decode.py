@@ -1,0 +1,161 @@
+"""Generation of text, ours beside `transformers` generate on the same weights, in one run.
+
+    python benchmarks/decode.py --model=DIR [--rounds=3] [--dtype=float32] [--parts=decode,beams]
+
+DIR is a model directory whose language model is LLaMA-like (the quickstart's base/ will do). Both
+sides continue the same random prompts, and nothing ends an answer but its limit, so both do the same
+work; they take turns. `decode` is the time of 64 tokens without the first one; `mixed` is
+200 answers of 8 to 128 tokens, ours refilling finished rows, PyTorch's in left-padded batches of 32
+that run to their longest, as the original's. The floor of a decoding step is its bytes (every weight
+once, and the cache) over the measured bandwidth.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from full_size_7b import memory_bandwidth
+from torch_peer import hf_config, hf_name
+from transformers import LlamaForCausalLM
+
+from minigpt4_jax import weights
+from minigpt4_jax.compilation import enable_compilation_cache
+from minigpt4_jax.errors import Parser, run
+from minigpt4_jax.generate.beams import Beams
+from minigpt4_jax.generate.engine import Engine
+from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.models.minigpt import MiniGpt
+
+PROMPT, NEW = 64, 64  # tokens
+PARTS = ("prefill", "decode", "answers", "beams", "mixed")
+
+
+class Both:
+    """The two sides with the same language model."""
+
+    def __init__(self, folder: Path, dtype: str):
+        model, config = weights.load_model(folder, dtype, stacked=False)
+        assert isinstance(model, MiniGpt)
+        self.engine, self.config = Engine(model), config.llm
+        kind = getattr(torch, dtype)
+        self.torch = LlamaForCausalLM(hf_config(config.llm)).to(kind).eval()
+        self.torch.config.use_cache = True
+        state, tensors = self.torch.state_dict(), weights.Tensors(folder)
+        for name in (n for n in tensors if n.startswith("llm.")):
+            state[hf_name(name)].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
+        self.torch.tie_weights()
+        self.weight_bytes = sum(p.numel() for p in self.torch.parameters()) * kind.itemsize
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        rng = np.random.default_rng(len(lengths))
+        return [rng.integers(5, self.config.vocab, n).tolist() for n in lengths]
+
+    def ours(self, prompts: list[list[int]], new: list[int], beams: int = 1) -> list[list[int]]:
+        requests = [
+            Request(p, max_new_tokens=n, beams=Beams(beams))
+            for p, n in zip(prompts, new, strict=True)
+        ]
+        return [answers[0].ids for answers in self.engine.answer(requests, 32 * beams)]
+
+    @torch.no_grad()
+    def theirs(self, prompts: list[list[int]], new: int, beams: int = 1) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        found = self.torch.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, num_beams=beams, eos_token_id=-1, pad_token_id=0, use_cache=True,
+        )  # fmt: skip
+        return found[:, longest:].tolist()
+
+
+def turns(rounds: int, *sides: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of each side in each round, after one run of each that compiles."""
+    times: list[list[float]] = [[] for _ in sides]
+    for i in range(rounds + 1):
+        for side, taken in zip(sides, times, strict=True):
+            begin = time.perf_counter()
+            side()
+            if i:
+                taken.append(time.perf_counter() - begin)
+    return times
+
+
+def show(title: str, ours: list[float], theirs: list[float], tokens: int, note: str = "") -> None:
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    a, b = statistics.median(ours), statistics.median(theirs)
+    print(
+        f"{title:34}{a:9.3f}{b:9.3f}{ratio:8.2f}{tokens / a:11.1f}{tokens / b:9.1f}  {note}",
+        flush=True,
+    )
+
+
+def decoding(both: Both, rows: int, rounds: int, floor: float) -> None:
+    prompts = both.prompts([PROMPT] * rows)
+
+    def first_and_all(call: Callable[[int], Any]) -> list[Callable[[], Any]]:
+        return [lambda: call(1), lambda: call(NEW)]
+
+    ours = first_and_all(lambda n: both.ours(prompts, [n] * rows))
+    theirs = first_and_all(lambda n: both.theirs(prompts, n))
+    a1, a, b1, b = turns(rounds, *ours, *theirs)
+    show(f"first token of {PROMPT}, batch {rows}", a1, b1, rows)
+    a, b = ([y - x for x, y in zip(*p, strict=True)] for p in ((a1, a), (b1, b)))
+    cache = 2 * both.config.layers * both.config.kv_heads * both.config.head_dim * 4
+    needed = (both.weight_bytes + rows * (PROMPT + NEW / 2) * cache) / floor
+    share = needed / (statistics.median(a) / (NEW - 1))
+    show(f"decode, batch {rows}", a, b, rows * (NEW - 1), f"{share:.0%} of the bandwidth")
+
+
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    args = parser.parse_args()
+    enable_compilation_cache()
+    both, bandwidth = Both(args.model, args.dtype), memory_bandwidth()
+    print(f"weights {both.weight_bytes / 1e9:.2f} GB, memory {bandwidth / 1e9:.1f} GB/s")
+    same = both.ours(both.prompts([PROMPT]), [NEW]) == both.theirs(both.prompts([PROMPT]), NEW)
+    print(f"the same {NEW} ids on both sides: {'yes' if same else 'no'}")
+    print(f"{'':34}{'ours s':>9}{'PyTorch':>9}{'ratio':>8}{'ours tok/s':>11}{'PyTorch':>9}")
+    parts, rounds = args.parts.split(","), args.rounds
+    if "prefill" in parts:
+        prompts = both.prompts([512])
+        times = turns(rounds, lambda: both.ours(prompts, [1]), lambda: both.theirs(prompts, 1))
+        show("prefill of 512 tokens", *times, 512)
+    for rows in (1, 8, 32) if "decode" in parts else ():
+        decoding(both, rows, rounds, bandwidth)
+    if "answers" in parts:
+        prompts = both.prompts([PROMPT] * 8)
+        times = turns(
+            rounds, lambda: both.ours(prompts, [NEW] * 8), lambda: both.theirs(prompts, NEW)
+        )
+        show("whole answers, batch 8", *times, 8 * NEW)
+    if "beams" in parts:
+        prompts = both.prompts([PROMPT])
+        times = turns(
+            rounds, lambda: both.ours(prompts, [NEW], 5), lambda: both.theirs(prompts, NEW, 5)
+        )
+        show("beam search, 5 beams, one prompt", *times, NEW)
+    if "mixed" in parts:
+        rng = np.random.default_rng(0)
+        new = rng.integers(8, 129, 200).tolist()
+        prompts = both.prompts(rng.integers(16, 65, 200).tolist())
+        batches = [range(k, min(k + 32, 200)) for k in range(0, 200, 32)]
+        padded = lambda: [  # noqa: E731
+            both.theirs([prompts[i] for i in b], max(new[i] for i in b)) for b in batches
+        ]
+        times = turns(1, lambda: both.ours(prompts, new), padded)
+        show("200 answers of mixed length", *times, sum(new))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
