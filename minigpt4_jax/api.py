@@ -17,6 +17,7 @@ from PIL import Image
 
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.engine import BATCH_SIZE, Engine
 from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
@@ -183,6 +184,16 @@ class Model:
             raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
         return self._pieces(self._requests([image], [prompt], wishes), wishes.stop)
 
+    def conversation(
+        self, system: str | None = None, template: str | texts.ChatTemplate | None = None
+    ) -> Conversation:
+        """Begin a dialogue: `ask(text, images=[...])` and its answers, history kept.
+
+        system: replaces the template's system message. template: one of one's own, or a name of
+        `prompts.CHAT_TEMPLATES`; by default the model's. UserError: unknown or without `{}`.
+        """
+        return Conversation(self, system, template)
+
     def _pieces(self, requests: list[Request], stop: Sequence[str]) -> Iterator[str]:
         shown, endings = "", self._endings(stop)
         for _, answer, over in self._engine.run(requests, chunk=STREAM_CHUNK, progress=True):
@@ -193,8 +204,13 @@ class Model:
                 shown = text
 
     def _requests(
-        self, images: Images | None, prompts: Sequence[str], wishes: Wishes
+        self,
+        images: Images | None,
+        prompts: Sequence[str],
+        wishes: Wishes,
+        visual: list[np.ndarray | None] | None = None,
     ) -> list[Request]:
+        """visual: the visual tokens [I * P, D] of each prompt, where they are known already."""
         filled, groups = self._inputs(
             images, prompts, wishes.template, "generate", wishes.extra_bos
         )
@@ -219,12 +235,13 @@ class Model:
             stops += [ids for ids in found if ids not in stops]
         halt = partial(self._halt, wishes.stop) if wishes.stop else None
         options, beams = wishes.sampling(), wishes.beams()
+        visual = self._visual(groups) if visual is None else visual
         return [
             Request(
                 tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s, stops,
                 beams, halt,
             )
-            for (tokens, lost), v, s in zip(fitted, self._visual(groups), seeds, strict=True)
+            for (tokens, lost), v, s in zip(fitted, visual, seeds, strict=True)
         ]  # fmt: skip
 
     def _halt(self, stop: Sequence[str], ids: list[int]) -> int | None:

@@ -1,0 +1,234 @@
+"""A dialogue about images: history, images of any turn, and cuts on the left when it grows long."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from minigpt4_jax import prompts as texts
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.generate.wishes import Wishes
+from minigpt4_jax.images import ImageSource
+
+if TYPE_CHECKING:
+    from minigpt4_jax.api import Model
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its images, and the answer to it."""
+
+    question: str
+    images: tuple[ImageSource, ...]
+    answer: str
+
+
+class Conversation:
+    """A dialogue with a model; `Model.conversation` begins one.
+
+    turns: what was said, oldest first; all of it goes into the next prompt, as far as the context
+    reaches. An image (the same path, or the same object) is encoded once and its visual tokens are
+    kept. The text of earlier turns is read again at every question.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        system: str | None = None,
+        template: str | texts.ChatTemplate | None = None,
+    ):
+        self.model, self.system = model, system
+        self.template = _template(model, template)
+        self.turns: list[Turn] = []
+        # where the user's template ends an answer; the model's own ends at its end symbol
+        ending = self.template.assistant.split("{}", 1)[1].strip()
+        self._stop = (ending,) if template is not None and ending else ()
+        self._options: dict[str, Any] = {}
+        self._visual: dict[Any, tuple[ImageSource, np.ndarray]] = {}  # [P, D] of each image
+
+    def ask(
+        self, text: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any
+    ) -> str:
+        """The answer to the next question.
+
+        images: those that come with this question, put before it unless it places them itself with
+        `<ImageHere>`. options: as of `Model.generate`, for one answer; context is the original
+        chat's 2000, beyond which the oldest tokens are dropped with a warning. UserError: as
+        `Model.generate`; the conversation then is as it was before.
+        """
+        turn, request, wishes = self._prepare(text, images, options)
+        answers = self.model._engine.answer([request])[0]
+        answer = self.model._generation(answers[0], wishes.stop).text
+        self._keep(turn, answer, options)
+        return answer
+
+    def stream(
+        self, text: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any
+    ) -> Iterator[str]:
+        """Pieces of the answer to the next question, as `Model.stream` yields them.
+
+        If it is stopped on the way, what was shown is kept as the answer. UserError: as `ask`, and
+        for beams.
+        """
+        turn, request, wishes = self._prepare(text, images, options)
+        if wishes.num_beams != 1:
+            raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
+        return self._pieces(turn, request, wishes, options)
+
+    def retry(self, **options: Any) -> str:
+        """Another answer to the last question: as it was asked, with the next seed, save options."""
+        options = self.retry_options() | options
+        turn = self.undo()
+        try:
+            return self.ask(turn.question, turn.images, **options)
+        except BaseException:
+            self.turns.append(turn)
+            raise
+
+    def undo(self) -> Turn:
+        """Take back the last question and its answer, and return them."""
+        if not self.turns:
+            raise UserError("the conversation is empty; ask a question first")
+        return self.turns.pop()
+
+    def reset(self) -> None:
+        """Forget what was said; encoded images are kept for their next use."""
+        self.turns.clear()
+
+    def retry_options(self) -> dict[str, Any]:
+        """The options of the last question with the next seed."""
+        seed = self._options.get("seed", 0)
+        return self._options | {"seed": seed + 1 if isinstance(seed, int) else seed}
+
+    def transcript(self) -> dict[str, Any]:
+        """What was said, for JSON; an image that is not a file is named by its type."""
+        turns = [
+            {"question": t.question, "images": [_name(i) for i in t.images], "answer": t.answer}
+            for t in self.turns
+        ]
+        system = self.template.system if self.system is None else self.system
+        return {"system": system, "turns": turns}
+
+    # --- a question ---------------------------------------------------------------------------
+
+    def _prepare(
+        self, text: str, images: ImageSource | Sequence[ImageSource], options: dict[str, Any]
+    ) -> tuple[Turn, Request, Wishes]:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"the question is {text!r}; expected text")
+        chosen = {"context": texts.CHAT_CONTEXT} | options
+        chosen["stop"] = (*self._stop, *_texts(chosen.get("stop", ())))
+        wishes = Wishes.of(chosen)
+        if wishes.template or wishes.num_return_sequences != 1:
+            raise UserError("template and num_return_sequences are not options of a conversation")
+        turn = Turn(text, _images(images), "")
+        asked = [*self.turns, turn]
+        dialogue: list[tuple[str, str | None]] = [
+            (_question(t), t.answer.replace(texts.IMAGE_TAG, "")) for t in self.turns
+        ]
+        prompt = texts.render_chat(
+            self.template, [*dialogue, (_question(turn), None)],
+            system=self.system, extra_bos=wishes.extra_bos,
+        )  # fmt: skip
+        shown = [image for t in asked for image in t.images]
+        self._warn_of_cut(prompt, len(shown), wishes)
+        known = set(self._visual)
+        visual = self._encoded(shown)
+        try:
+            (request,) = self.model._requests([shown], [prompt], wishes, visual)
+        except UserError:
+            self._visual = {key: v for key, v in self._visual.items() if key in known}
+            raise
+        return turn, request, wishes
+
+    def _keep(self, turn: Turn, answer: str, options: dict[str, Any]) -> None:
+        self.turns.append(Turn(turn.question, turn.images, answer))
+        self._options = dict(options)
+
+    def _pieces(
+        self, turn: Turn, request: Request, wishes: Wishes, options: dict[str, Any]
+    ) -> Iterator[str]:
+        shown, over = "", False
+        try:
+            for piece in self.model._pieces([request], wishes.stop):
+                shown += piece
+                yield piece
+            over = True
+        finally:
+            if over or shown:
+                self._keep(turn, texts.clean_answer(shown), options)
+
+    def _warn_of_cut(self, prompt: str, images: int, wishes: Wishes) -> None:
+        tokens = texts.prompt_tokens(
+            self.model.tokenizer, self.model.config, prompt,
+            images=images, extra_bos=wishes.extra_bos,
+        )  # fmt: skip
+        if wishes.context is None:
+            return
+        context = min(wishes.context, self.model.config.llm.max_length)
+        kept, lost = texts.cut_left(tokens, wishes.max_new_tokens, context)
+        if len(kept) < len(tokens):
+            warnings.warn(
+                f"the conversation is longer than its context of {context} tokens: dropped the "
+                f"oldest {len(tokens) - len(kept)} of {len(tokens)} tokens of the prompt, "
+                f"{lost} of them of images",
+                stacklevel=4,
+            )
+
+    def _encoded(self, images: Sequence[ImageSource]) -> list[np.ndarray | None]:
+        """The visual tokens [I * P, D] of the images, of which the new ones are encoded."""
+        new = {_key(image): image for image in images if _key(image) not in self._visual}
+        names = [f"image {i}" for i in range(len(new))]
+        if new:
+            encoded = self.model._encode_all(list(new.values()), names)
+            for (key, image), visual in zip(new.items(), encoded, strict=True):
+                self._visual[key] = (image, visual)  # the image too: ids of live objects differ
+        found = [self._visual[_key(image)][1] for image in images]
+        return [np.concatenate(found) if found else None]
+
+
+def _template(model: "Model", template: str | texts.ChatTemplate | None) -> texts.ChatTemplate:
+    if template is None:
+        return texts.chat_template(model.config)
+    if isinstance(template, str):
+        known = texts.CHAT_TEMPLATES
+        if template not in known:
+            raise UserError(f"template {template!r} is not known; known are {', '.join(known)}")
+        return known[template]
+    for role in ("user", "assistant"):
+        if "{}" not in getattr(template, role):
+            raise UserError(
+                f"template: {role} is {getattr(template, role)!r}; expected {{}} where the "
+                "message goes"
+            )
+    return template
+
+
+def _images(images: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
+    single = isinstance(images, (str, os.PathLike, Image.Image))
+    if single or getattr(images, "ndim", 0) == 3:
+        return (images,)  # type: ignore[return-value]
+    return tuple(images)  # type: ignore[arg-type]
+
+
+def _question(turn: Turn) -> str:
+    return texts.with_images(turn.question, len(turn.images))
+
+
+def _texts(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        raise UserError(f"stop {stop!r}: expected a list of texts")
+    return tuple(stop)
+
+
+def _key(image: ImageSource) -> Any:
+    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
+
+
+def _name(image: ImageSource) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
