@@ -64,14 +64,9 @@ SHARPNESS = 12.0  # of the choice: logits are this times the cosine
 NUMBER = 0.5  # size of the object's number beside the word's 1, in the second phase
 
 
-def word_codes() -> np.ndarray:
-    """Codes of the words [WORDS, hidden] float32: word i is one large value in dimension i, and all
-    have mean 0 and variance 1, as the Q-Former's last norm gives them."""
-    return standardized(np.eye(WORDS, QFORMER.hidden))
-
-
 def standardized(codes: np.ndarray) -> np.ndarray:
-    """codes [..., hidden] shifted and scaled to mean 0 and variance 1."""
+    """codes [..., hidden] shifted and scaled to mean 0 and variance 1, as the Q-Former's last norm
+    gives its queries."""
     codes = codes - codes.mean(axis=-1, keepdims=True)
     return (codes / codes.std(axis=-1, keepdims=True)).astype(np.float32)
 

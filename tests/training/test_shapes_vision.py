@@ -26,14 +26,23 @@ def word(label, value):
 
 
 def test_codes_are_far_apart_and_as_the_last_norm_gives_them():
-    codes = trainer.word_codes()
+    (codes,) = np.unique(trainer.query_codes(0.0), axis=0)  # the same for all queries
     width = trainer.QFORMER.hidden
     assert codes.shape == (trainer.WORDS, width) and codes.dtype == np.float32
     cosines = codes @ codes.T / width
     np.testing.assert_allclose(cosines, np.eye(trainer.WORDS), atol=0.02)  # at right angles, nearly
     np.testing.assert_allclose(codes.mean(1), 0, atol=1e-6)
     np.testing.assert_allclose(codes.var(1), 1, atol=1e-4)
-    np.testing.assert_array_equal(codes, trainer.word_codes())
+
+
+def test_numbered_codes_tell_the_objects_apart():
+    plain, numbered = trainer.query_codes(0.0), trainer.query_codes(0.5)
+    np.testing.assert_allclose(numbered.var(-1), 1, atol=1e-4)
+    same_word = (numbered[:, None, 5] * numbered[None, :, 5]).mean(-1)  # [13, 13] cosines
+    objects = np.arange(trainer.QFORMER.queries) // len(trainer.ORDER)
+    alike = objects[:, None] == objects
+    assert (same_word[alike] > 0.99).all() and (same_word[~alike] < 0.9).all()
+    assert ((numbered * plain).mean(-1) > 0.85).all()  # the word is still the larger part
 
 
 @pytest.mark.parametrize("index", range(6))
