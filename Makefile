@@ -17,7 +17,7 @@ test: $(VENV)/.dev $(VENV)/.smollm2
 
 # A fast test of each part, without PyTorch: `make VENV=.venv312 PYTHON=python3.12 smoke`.
 smoke: $(VENV)/.package
-	$(PIP) pytest hypothesis
+	$(PIP) pytest pytest-timeout pexpect hypothesis
 	$(BIN)/python -c 'import jax, flax, sys; print(sys.version, "jax", jax.__version__, "flax", flax.__version__)'
 	$(BIN)/python -m pytest -m smoke --durations 5
 

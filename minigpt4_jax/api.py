@@ -354,14 +354,19 @@ class Model:
     def _encode_all(self, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray:
         config = self.config
         found = np.empty((len(images), config.visual_tokens, config.llm.width), np.float32)
-        size = config.vision.image_size
         for some in _chunks(range(len(images)), ENCODE_BATCH):
-            pixels = np.zeros((power_of_two(len(some)), size, size, 3), np.float32)
-            for row, i in zip(pixels, some, strict=False):
+            pixels = []
+            for i in some:
                 with _naming(names[i]):
-                    row[:] = load_pixels(images[i], size)
-            found[some[0] : some[-1] + 1] = self._encode(self._state, pixels)[: len(some)]
+                    pixels.append(load_pixels(images[i], config.vision.image_size))
+            found[some[0] : some[-1] + 1] = self._encode_pixels(pixels)
         return found
+
+    def _encode_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Up to ENCODE_BATCH images [S, S, 3] float32 -> [B, P, D] float32."""
+        padding = power_of_two(len(pixels)) - len(pixels)
+        batch = np.stack([*pixels, *[np.zeros_like(pixels[0])] * padding])
+        return np.asarray(self._encode(self._state, batch))[: len(pixels)]
 
     def _visual(self, groups: list[list[ImageSource]]) -> list[np.ndarray | None]:
         """The visual tokens [I * P, D] of every row; an image that occurs again is encoded once."""

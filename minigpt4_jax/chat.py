@@ -1,12 +1,22 @@
-"""python -m minigpt4_jax.chat --model=DIR --image=F --prompt="...": ask about an image, print the answer."""
+"""python -m minigpt4_jax.chat --model=DIR [--image=F ...]: talk with a model about images in a terminal.
+
+With --prompt it prints one answer. Without, questions are read from the terminal, or one a line from
+a pipe, and make one conversation; a line that begins with `/` is a command.
+"""
 
 import argparse
+import contextlib
+import json
+import os
+import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt4_jax.compilation import enable_compilation_cache
-from minigpt4_jax.errors import Parser, UserError, run
+from minigpt4_jax import cli
+from minigpt4_jax.errors import UserError, run
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Model
@@ -17,72 +27,255 @@ DEFAULTS: dict[str, float | int] = {
 }  # fmt: skip
 DEFAULTS_V2 = DEFAULTS | {"temperature": 0.6, "max_new_tokens": 500}
 
+HELP = """\
+/image FILE ...      images that come with the next question (quote a name with spaces)
+/retry               answer the last question again
+/undo                take the last question and its answer back
+/reset               forget what was said, and the images
+/set NAME=VALUE ...  for instance temperature=0.2; alone: what is set
+/save FILE           write the conversation as JSON
+/help                this
+/quit                or Ctrl-D; Ctrl-C stops an answer
+//text               a question that begins with /text"""
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = Parser(
-        prog="python -m minigpt4_jax.chat",
-        description="Ask a model about images. Sampled as the original's chat samples; "
+    p = cli.parser(
+        "chat",
+        "Talk with a model about images. Sampled as the original's chat samples; "
         "--temperature=0 always gives the likeliest answer.",
     )
-    p.add_argument("--model", required=True, metavar="DIR", help="model directory")
     p.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
-    )
-    p.add_argument("--prompt", metavar="TEXT", help="the question; without it, questions are read "
-                   "from standard input, one a line")  # fmt: skip
-    p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the large matrices")
-    p.add_argument("--temperature", type=float, help="0 is greedy (1.0; MiniGPT-v2: 0.6)")
-    p.add_argument("--top_p", type=float, help="(0.9)")
-    p.add_argument("--top_k", type=int, help="0 is off (50)")
-    p.add_argument("--repetition_penalty", type=float, help="1 is off (1.05)")
-    p.add_argument("--max_new_tokens", type=int, help="(300; MiniGPT-v2: 500)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--no-extra-bos", dest="extra_bos", action="store_false",
-        help="leave out the second BOS that released Llama-2 and MiniGPT-v2 weights are used with",
+        "--image", action="append", default=[], metavar="FILE",
+        help="comes with the first question; may be given several times",
     )  # fmt: skip
+    p.add_argument("--prompt", metavar="TEXT", help="print the answer to this question and end; "
+                   "without it, a conversation: /help lists its commands")  # fmt: skip
+    cli.add_choices(p, "defaults: the original's chat")
     return p.parse_args(argv)
 
 
-def answer(model: "Model", args: argparse.Namespace, question: str) -> str:
-    """The answer to one question about args.image, in the model's chat template."""
-    from minigpt4_jax.prompts import CHAT_CONTEXT, chat_template, render_chat, with_images
-
-    options = DEFAULTS_V2 if model.config.variant == "minigpt-v2" else DEFAULTS
-    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    chosen: dict[str, Any] = options | given
-    prompt = render_chat(
-        chat_template(model.config),
-        [(with_images(question, len(args.image)), None)],
-        system=args.system,
-        extra_bos=args.extra_bos,
-    )
-    return model.generate(
-        [args.image], [prompt], seed=args.seed, extra_bos=args.extra_bos,
-        context=CHAT_CONTEXT, **chosen,
-    )[0]  # fmt: skip
+def options(model: "Model", args: argparse.Namespace) -> dict[str, Any]:
+    defaults = DEFAULTS_V2 if model.config.variant == "minigpt-v2" else DEFAULTS
+    return cli.default_choices() | defaults | cli.chosen(args)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+class Session:
+    """A conversation and what the next question takes with it. Answers go to stdout, notes to stderr."""
+
+    def __init__(self, model: "Model", args: argparse.Namespace):
+        self.talk = model.conversation(args.system, args.template)
+        self.options = options(model, args)
+        self.extra_bos = args.extra_bos
+        self.images: list[str] = list(args.image)  # of the next question
+        self._saved: set[Path] = set()
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False when it ends the session. UserError: as it was before."""
+        if not line.startswith("/") or line.startswith("//"):
+            self._ask(line.removeprefix("/"))
+            return True
+        name, _, rest = line[1:].partition(" ")
+        if name in ("quit", "exit"):
+            return False
+        if name not in COMMANDS:
+            known = ", ".join(f"/{c}" for c in [*COMMANDS, "quit"])
+            raise UserError(f"/{name} is not a command; there are {known}")
+        COMMANDS[name](self, rest.strip())
+        return True
+
+    def answer(self, question: str) -> str:
+        """The answer to the next question, without showing it."""
+        with _notes():
+            return self.talk.ask(question, self.images, extra_bos=self.extra_bos, **self.options)
+
+    def _ask(self, question: str) -> None:
+        with _notes():
+            pieces = self.talk.stream(
+                question, self.images, extra_bos=self.extra_bos, **self.options
+            )
+        turns = len(self.talk.turns)
+        try:
+            self._show(pieces)
+        finally:
+            if len(self.talk.turns) > turns:  # not stopped before its first word
+                self.images = []
+
+    def _show(self, pieces: Generator[str]) -> None:
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:
+            pieces.close()  # what was shown is kept
+            print(flush=True)
+
+    def image(self, text: str) -> None:
+        from minigpt4_jax.images import open_image
+
+        names = [text] if os.path.isfile(text) else _words(text)  # a name with spaces as it is
+        files = [os.path.expanduser(name) for name in names]
+        if not files:
+            raise UserError("/image needs a file, for instance /image photo.jpg")
+        for name in files:
+            open_image(name)
+        self.images += files
+        note(f"{len(self.images)} image{'s'[: len(self.images) > 1]} with the next question")
+
+    def retry(self, _: str) -> None:
+        options = {name: v for name, v in self.options.items() if name != "seed"}  # the next one
+        with _notes():
+            pieces = self.talk.stream_retry(**options)
+        self._show(pieces)
+
+    def undo(self, _: str) -> None:
+        turn = self.talk.undo()
+        self.images = [str(image) for image in turn.images] + self.images
+        note(f"took back: {turn.question}")
+
+    def reset(self, _: str) -> None:
+        self.talk.reset()
+        self.images = []
+        note("forgot the conversation; /image adds an image")
+
+    def set(self, text: str) -> None:
+        from minigpt4_jax.generate.wishes import Wishes
+
+        new = self.options | dict(map(cli.parse_choice, _words(text)))
+        Wishes.of(new)
+        self.options = new
+        note("  ".join(f"{name}={value}" for name, value in new.items()))
+
+    def save(self, text: str) -> None:
+        names = _words(text)
+        if len(names) != 1:
+            raise UserError("/save needs one file, for instance /save talk.json")
+        path = Path(names[0]).expanduser()
+        if path.exists() and path.resolve() not in self._saved:
+            raise UserError(f"{path} is there already; choose another name")
+        document = json.dumps(self.talk.transcript(), indent=1, ensure_ascii=False) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(document, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {e.strerror}") from None
+        self._saved.add(path.resolve())
+        note(f"wrote {path}")
+
+    def help(self, _: str) -> None:
+        note(HELP)
+
+
+COMMANDS: dict[str, Callable[[Session, str], None]] = {
+    "image": Session.image, "retry": Session.retry, "undo": Session.undo, "reset": Session.reset,
+    "set": Session.set, "save": Session.save, "help": Session.help,
+}  # fmt: skip
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Show warnings, as that of a conversation which is cut, as notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        note(f"note: {warning.message}")
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(
+            f"{text}: {e}; quote a name with spaces, as in '/image \"my cat.jpg\"'"
+        ) from e
+
+
+def terminal(session: Session) -> int:
+    """Questions from a terminal, with line editing, history and completion, until Ctrl-D."""
+    with _line_editing():
+        note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        while True:
+            try:
+                line = input("> ").strip()
+                if line and not session.handle(line):
+                    return 0
+            except UserError as e:
+                note(f"error: {e}")
+            except KeyboardInterrupt:
+                note("")
+            except EOFError:
+                note("")
+                return 0
+
+
+def pipe(session: Session) -> int:
+    """One line of standard input after the other; exit code 2 when one of them went wrong."""
+    code = 0
+    for line in sys.stdin:
+        try:
+            if line.strip() and not session.handle(line.strip()):
+                break
+        except UserError as e:
+            note(f"error: {e}")
+            code = 2
+    return code
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    try:
+        import readline
+    except ImportError:  # not on Windows: lines are read without it
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    history = Path(state) / "minigpt4_jax" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_completer_delims(" \t")
+    readline.set_completer(_complete)
+    readline.parse_and_bind("tab: complete")
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
+def _complete(text: str, number: int) -> str | None:
+    """The `number`-th completion of a word: a command at the start of the line, else a file."""
+    import glob
+    import readline
+
+    if readline.get_begidx() == 0:
+        found = [f"/{name} " for name in [*COMMANDS, "quit"] if f"/{name}".startswith(text)]
+    else:
+        names = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
+        found = [name + "/" * os.path.isdir(name) for name in names]
+    return found[number] if text and number < len(found) else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; expected a question")
-    from minigpt4_jax.api import load
     from minigpt4_jax.images import open_image
 
     for path in args.image:  # before the model is read, which may take minutes
         open_image(path)
-    enable_compilation_cache()
-    model = load(args.model, args.dtype)
+    session = Session(cli.load(args), args)
     if args.prompt is not None:
-        print(answer(model, args, args.prompt))
-        return
-    if sys.stdin.isatty():
-        print("One question a line, each on its own; end with Ctrl-D.", file=sys.stderr)
-    for line in sys.stdin:
-        if line.strip():
-            print(answer(model, args, line.strip()), flush=True)
+        print(session.answer(args.prompt))
+        return 0
+    return terminal(session) if sys.stdin.isatty() else pipe(session)
 
 
 if __name__ == "__main__":

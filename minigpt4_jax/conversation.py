@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +43,10 @@ class Conversation:
         template: str | texts.ChatTemplate | None = None,
     ):
         self.model, self.system = model, system
-        self.template = _template(model, template)
+        self.template = texts.find_template(model.config, template)
         self.turns: list[Turn] = []
-        # where the user's template ends an answer; the model's own ends at its end symbol
-        ending = self.template.assistant.split("{}", 1)[1].strip()
-        self._stop = (ending,) if template is not None and ending else ()
+        # the model's own template ends an answer with its end symbol
+        self._stop = () if template is None else texts.answer_endings(self.template)
         self._options: dict[str, Any] = {}
         self._visual: dict[Any, tuple[ImageSource, np.ndarray]] = {}  # [P, D] of each image
 
@@ -69,16 +68,13 @@ class Conversation:
 
     def stream(
         self, text: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Pieces of the answer to the next question, as `Model.stream` yields them.
 
         If it is stopped on the way, what was shown is kept as the answer. UserError: as `ask`, and
         for beams.
         """
-        turn, request, wishes = self._prepare(text, images, options)
-        if wishes.num_beams != 1:
-            raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
-        return self._pieces(turn, request, wishes, options)
+        return self._stream(None, text, images, options)
 
     def retry(self, **options: Any) -> str:
         """Another answer to the last question: as it was asked, with the next seed, save options."""
@@ -86,6 +82,16 @@ class Conversation:
         turn = self.undo()
         try:
             return self.ask(turn.question, turn.images, **options)
+        except BaseException:
+            self.turns.append(turn)
+            raise
+
+    def stream_retry(self, **options: Any) -> Generator[str]:
+        """As `retry`, in pieces; stopped before the first of them, the old answer stays."""
+        options = self.retry_options() | options
+        turn = self.undo()
+        try:
+            return self._stream(turn, turn.question, turn.images, options)
         except BaseException:
             self.turns.append(turn)
             raise
@@ -150,9 +156,27 @@ class Conversation:
         self.turns.append(Turn(turn.question, turn.images, answer))
         self._options = dict(options)
 
+    def _stream(
+        self,
+        old: Turn | None,
+        text: str,
+        images: ImageSource | Sequence[ImageSource],
+        options: dict[str, Any],
+    ) -> Generator[str]:
+        """old: the turn that this one replaces, if it comes to a first piece."""
+        turn, request, wishes = self._prepare(text, images, options)
+        if wishes.num_beams != 1:
+            raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
+        return self._pieces(old, turn, request, wishes, options)
+
     def _pieces(
-        self, turn: Turn, request: Request, wishes: Wishes, options: dict[str, Any]
-    ) -> Iterator[str]:
+        self,
+        old: Turn | None,
+        turn: Turn,
+        request: Request,
+        wishes: Wishes,
+        options: dict[str, Any],
+    ) -> Generator[str]:
         shown, over = "", False
         try:
             for piece in self.model._pieces([request], wishes.stop):
@@ -162,6 +186,8 @@ class Conversation:
         finally:
             if over or shown:
                 self._keep(turn, texts.clean_answer(shown), options)
+            elif old is not None:
+                self.turns.append(old)
 
     def _warn_of_cut(self, prompt: str, images: int, wishes: Wishes) -> None:
         tokens = texts.prompt_tokens(
@@ -190,23 +216,6 @@ class Conversation:
                 self._visual[key] = (image, visual)  # the image too: ids of live objects differ
         found = [self._visual[_key(image)][1] for image in images]
         return [np.concatenate(found) if found else None]
-
-
-def _template(model: "Model", template: str | texts.ChatTemplate | None) -> texts.ChatTemplate:
-    if template is None:
-        return texts.chat_template(model.config)
-    if isinstance(template, str):
-        known = texts.CHAT_TEMPLATES
-        if template not in known:
-            raise UserError(f"template {template!r} is not known; known are {', '.join(known)}")
-        return known[template]
-    for role in ("user", "assistant"):
-        if "{}" not in getattr(template, role):
-            raise UserError(
-                f"template: {role} is {getattr(template, role)!r}; expected {{}} where the "
-                "message goes"
-            )
-    return template
 
 
 def _images(images: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:

@@ -239,6 +239,31 @@ def chat_template(config: ModelConfig) -> ChatTemplate:
     return CHAT_TEMPLATES[name]
 
 
+def find_template(config: ModelConfig, template: str | ChatTemplate | None) -> ChatTemplate:
+    """The template itself, the one of CHAT_TEMPLATES that is named, or, for None, the model's.
+    UserError: an unknown name, or one without `{}`."""
+    if template is None:
+        return chat_template(config)
+    if isinstance(template, str):
+        if template not in CHAT_TEMPLATES:
+            known = ", ".join(CHAT_TEMPLATES)
+            raise UserError(f"template {template!r} is not known; known are {known}")
+        return CHAT_TEMPLATES[template]
+    for role in ("user", "assistant"):
+        if "{}" not in getattr(template, role):
+            raise UserError(
+                f"template: {role} is {getattr(template, role)!r}; expected {{}} where the "
+                "message goes"
+            )
+    return template
+
+
+def answer_endings(template: ChatTemplate) -> tuple[str, ...]:
+    """The stop texts of a template: what it writes after an answer, if anything."""
+    ending = template.assistant.split("{}", 1)[1].strip()
+    return (ending,) if ending else ()
+
+
 def with_images(question: str, images: int) -> str:
     """Put `<Img><ImageHere></Img>` for each image before a question that does not place them."""
     if images == 0 or IMAGE_TAG in question:

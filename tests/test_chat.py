@@ -1,14 +1,19 @@
 """python -m minigpt4_jax.chat: answers on stdout, and one line on stderr for what cannot be answered."""
 
+import contextlib
 import io
+import json
+import os
 import subprocess
 import sys
 
 import numpy as np
+import pexpect
 import pytest
 from PIL import Image
 from training import tiny
 
+import minigpt4_jax
 from minigpt4_jax import chat, errors
 
 
@@ -57,15 +62,134 @@ def test_sampling_follows_the_seed(home, command):
     assert first == again != second
 
 
-def test_questions_from_standard_input(home, command, monkeypatch):
-    """Each line is a question of its own; empty lines are passed over."""
-    lines = "what is it\n\n  \nhow many?  \nwhat is it\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    code, out, err = command(*arguments(home, "--temperature=0"))
+def piped(home, command, monkeypatch, text, *more):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return command(*arguments(home, "--temperature=0", *more))
+
+
+def test_a_pipe_is_one_conversation(home, command, monkeypatch):
+    """Empty lines are passed over; the image comes with the first question."""
+    code, out, err = piped(home, command, monkeypatch, "what is it\n\n  \nhow many?  \n")
     assert (code, err) == (0, "")
-    first, second = (command(*ask(home, f"--prompt={q}"))[1] for q in ("what is it", "how many?"))
-    assert first != second
-    assert out == first + second + first
+    talk = minigpt4_jax.load(home / "model", "float32").conversation()
+    options = chat.DEFAULTS | {"temperature": 0.0, "max_new_tokens": 6}
+    first = talk.ask("what is it", [home / "a.png"], **options)
+    assert out == f"{first}\n{talk.ask('how many?', **options)}\n"
+
+
+def test_commands(home, command, monkeypatch, tmp_path):
+    """What each does, seen in the conversation that is saved."""
+    picture, saved = tmp_path / "my b.png", tmp_path / "talk.json"
+    Image.open(home / "a.png").rotate(90).save(picture)
+    lines = f"""one
+    two
+    /undo
+    three
+    /image "{picture}" {home}/a.png
+    //four
+    /save {saved}
+    /save {saved}
+    /reset
+    /image {picture}
+    five
+    /retry
+    /save {tmp_path}/last.json
+    /quit
+    never
+    """
+    code, out, err = piped(home, command, monkeypatch, lines)
+    assert code == 0, err
+    assert len(out.splitlines()) == 6, out
+    turns = json.loads(saved.read_text())["turns"]
+    a, b = str(home / "a.png"), str(picture)
+    asked = [(t["question"], t["images"]) for t in turns]
+    assert asked == [("one", [a]), ("three", []), ("/four", [b, a])]
+    assert [t["answer"] for t in turns] == [out.splitlines()[i] for i in (0, 2, 3)]
+    (last,) = json.loads((tmp_path / "last.json").read_text())["turns"]
+    assert (last["question"], last["images"]) == ("five", [b])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.json", "my b.png", "talk.json"]
+
+
+def test_set_changes_the_next_answers(home, command, monkeypatch):
+    lines = "one\n/set temperature=2 top_k=0 seed=3\n/retry\n/retry\n/set temperature=0\n/retry\n"
+    code, out, err = piped(home, command, monkeypatch, lines)
+    answers = out.splitlines()
+    assert code == 0 and answers[0] == answers[3] and len(set(answers)) == 3, out
+    assert "temperature=2.0" in err and "top_k=0" in err
+
+
+def test_what_goes_wrong_in_a_pipe_is_said_and_passed(home, command, monkeypatch, tmp_path):
+    (tmp_path / "taken.json").write_text("mine")
+    lines = [
+        "one", "/image", "/image none.png", "/image 'a", "/set temperature", "/set temperature=-1",
+        "/set top_k=1.5", "/set colour=1", "/save", f"/save {tmp_path}/taken.json",
+        f"/save {tmp_path}/no/where.json", "/dance", "two <ImageHere>", "/undo", "/undo", "/retry",
+        "one",
+    ]  # fmt: skip
+    code, out, err = piped(home, command, monkeypatch, "\n".join(lines))
+    assert code == 2
+    first, last = out.splitlines()
+    assert first == last  # the image came back to the question with /undo
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 14 and "Traceback" not in err, err
+    assert (tmp_path / "taken.json").read_text() == "mine"
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(home, monkeypatch, capsys):
+    session = chat.Session(
+        minigpt4_jax.load(home / "model", "float32"),
+        chat.parse(arguments(home, "--temperature=0")),
+    )
+    pieces = session.talk.model._pieces
+
+    def stopped(*args):
+        yield next(pieces(*args))
+        raise KeyboardInterrupt
+
+    def lines():
+        with monkeypatch.context() as patch:
+            patch.setattr(session.talk.model, "_pieces", stopped)
+            yield "one"
+        assert len(session.talk.turns) == 1
+        yield "two"
+        yield KeyboardInterrupt()
+        raise EOFError
+
+    typed = lines()
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat, "_line_editing", contextlib.nullcontext)
+    assert chat.terminal(session) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [t.answer for t in session.talk.turns] == [line.strip() for line in out]
+    assert len(out) == 2 and len(out[0]) < len(out[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_in_a_terminal(home, tmp_path):
+    """Line editing, history in a file, Ctrl-D."""
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    command = ["-m", "minigpt4_jax.chat", *arguments(home, "--temperature=0")]
+    with pexpect.spawn(sys.executable, command, env=environment, timeout=120) as child:
+        for typed in ("whar\x7ft is it\r", "/set top_k=7\r"):
+            child.expect_exact("> ")
+            child.send(typed)
+        child.expect_exact("top_k=7  ")
+        child.expect_exact("> ")
+        child.send("\x04")
+        child.expect(pexpect.EOF)
+        assert b"error" not in child.before
+    assert child.exitstatus == 0
+    history = (tmp_path / "minigpt4_jax" / "chat_history").read_text().splitlines()
+    assert [line for line in history if not line.startswith("_HiStOrY")] == [
+        "what is it", "/set top_k=7",
+    ]  # fmt: skip
 
 
 def test_two_images_and_none(home, command):
@@ -97,6 +221,8 @@ def test_two_images_and_none(home, command):
         (["--max_new_tokens=5000"], "max_new_tokens 5000"),
         (["--dtype=int3"], "int3"),
         (["--temprature=1"], "--temprature"),
+        (["--template=moon"], "template 'moon' is not known"),
+        (["--quantize=int2"], "int2"),
     ],
 )
 def test_refused_in_one_line(home, command, changed, message):

@@ -312,6 +312,17 @@ def test_chat_turns(case):
         turns[-1] = (question, turn["answer"])
 
 
+@NEEDS_DUMPS
+def test_conversation(case):
+    """The dialogue that users hold gives the dumps' answers."""
+    talk, dump = case.model.conversation(), case.arrays("chat")
+    images = [case.images[1 if case.name == "b" else 0]]
+    for n, turn in enumerate(case.document("chat")):
+        limit = len(dump[f"turn{n}/ids"]) - 1
+        options = {"repetition_penalty": 1.05, "max_new_tokens": limit}
+        assert talk.ask(turn["question"], [] if n else images, **options) == turn["answer"]
+
+
 # --- without the dumps: the float64 oracle --------------------------------------------------------
 
 

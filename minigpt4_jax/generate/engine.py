@@ -7,8 +7,9 @@ steps is on its way before the host looks at what the last one made.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -106,27 +107,33 @@ class Engine:
 
     def run(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         batch_size: int = BATCH_SIZE,
         chunk: int = CHUNK,
         progress: bool = False,
+        like: Sequence[Request] | None = None,
     ) -> Iterator[tuple[int, Answer, bool]]:
         """(index of a request, its answer, whether that is all of it) as requests finish.
 
         The slot of a finished row is refilled. progress: also yields what rows that go on have so
-        far, after every `chunk` of steps.
+        far, after every `chunk` of steps. like: with it, requests may be any iterable, each of them
+        taken when a slot is free, and no larger and of no other options than one of `like`.
         """
-        if not requests:
+        if like is None:
+            like = requests = list(requests)
+        waiting = enumerate(requests)
+        running = dict(islice(waiting, batch_size))
+        if not running:
             return
-        plan = plan_of([r.options for r in requests], self.vocab)
-        shapes = shapes_of(requests)
-        waiting = deque(sorted(range(len(requests)), key=lambda i: len(requests[i].tokens)))
-        slots = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-        state = self.prefill([requests[i] for i in slots], shapes, plan)
-        watched = progress or any(r.halt for r in requests)
+        plan = plan_of([r.options for r in like], self.vocab)
+        shapes = shapes_of(like)
+        slots = list(running)
+        state = self.prefill(list(running.values()), shapes, plan)
+        watched = progress or any(r.halt for r in like)
         reports: deque[tuple[list[int], Any]] = deque()
-        while any(i >= 0 for i in slots):
-            state = self.decode(state, plan, chunk if watched or waiting else STEPS)
+        following = next(waiting, None)  # known early: to see whether there is one
+        while running:
+            state = self.decode(state, plan, chunk if watched or following else STEPS)
             reports.append((list(slots), self._report(state)))
             if len(reports) < 2:  # the device always has a chunk to work on
                 continue
@@ -135,7 +142,7 @@ class Engine:
             for slot, i, answer, done in _read(owners, report):
                 if slots[slot] != i:
                     continue  # answered or halted before this chunk began
-                halt = requests[i].halt
+                halt = running[i].halt
                 keep = halt(answer.ids) if halt else None
                 if keep is not None:
                     answer = _cut(answer, keep)
@@ -143,15 +150,17 @@ class Engine:
                 over = done or keep is not None
                 if over:
                     slots[slot] = -1
+                    del running[i]
                 if over or progress:
                     yield i, answer, over
             if halted.any():
                 state = self._end(state, halted)
             for slot in [s for s, i in enumerate(slots) if i < 0]:
-                if waiting:
-                    slots[slot] = waiting.popleft()
-                    new = self.prefill([requests[slots[slot]]], shapes, plan)
-                    state = self._insert(state, new, slot)
+                if following:
+                    slots[slot], request = following
+                    running[slots[slot]] = request
+                    state = self._insert(state, self.prefill([request], shapes, plan), slot)
+                    following = next(waiting, None)
 
     def search(
         self, requests: Sequence[Request], batch_size: int = BATCH_SIZE

@@ -210,7 +210,7 @@ def train(
     data = {split: make_data(n, split, os.cpu_count() or 1) for split, n in counts}
     graphdef, state = nnx.split(ShapesVision(nnx.Rngs(seed)))
     state = train_phase(graphdef, state, data, 0.0, steps, batch, lr, seed)
-    state = train_phase(graphdef, state, data, NUMBER, max(1, steps // 8), batch, lr / 4, seed + 1)
+    state = train_phase(graphdef, state, data, NUMBER, max(1, steps // 4), batch, lr / 2, seed + 1)
     save(state, out)
 
 
