@@ -1,5 +1,6 @@
 """Batches in a fixed random order, from Grain, resumed exactly where they stopped."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from absl import flags
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batches import PADDING, BatchMaker, Padding
+from minigpt4_jax.data.reader import Reader, init_worker
 from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
@@ -39,6 +41,7 @@ def make_loader(
     padding: Padding = PADDING,
     workers: int = 0,
     threads: int = 2,
+    timeout: float = 0.0,
     shard: tuple[int, int] = (0, 1),
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources).
@@ -48,7 +51,8 @@ def make_loader(
     batch and asked where an example has no question. None of them: bare visual tokens (stage 1).
     epochs: None goes on for ever. keep_remainder: the last batch of the last epoch is filled up
     with rows that have no labels, instead of being left out. crop: version 1's random resized crop.
-    workers: processes that make batches (0: this one); threads: in each of them.
+    workers: processes that make batches (0: this one); threads: in each of them. timeout: seconds
+    without a batch until these count as hung (0: never); see data.reader for what happens then.
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, shuffle,
     crop and padding alone. UserError: a value out of range, no data, not even one batch.
     """
@@ -67,8 +71,9 @@ def make_loader(
             "lower batch_size"
         )
     return Loader(
-        batches, maker, endless=epochs is None, shuffle=shuffle, readers=(workers, threads)
-    )
+        batches, maker, endless=epochs is None, shuffle=shuffle, readers=(workers, threads),
+        timeout=timeout,
+    )  # fmt: skip
 
 
 class Loader:
@@ -86,11 +91,11 @@ class Loader:
         endless: bool,
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
+        timeout: float,
     ):
         self.steps = None if endless else len(batches)
         self.batches_per_epoch = len(maker.examples) // maker.batch_size
         self._batches = batches.map_with_index(maker)
-        self._workers, self._threads = readers
         self._identity = {
             "seed": maker.seed,
             "batch_size": maker.batch_size,
@@ -99,8 +104,10 @@ class Loader:
             "contents": _digest(maker),
         }
         self._step = 0
-        self._running: list[grain.DatasetIterator] = []  # the one being read, or none
-        weakref.finalize(self, _end, self._running)  # also when Python exits
+        self._reader = Reader(
+            functools.partial(_from, self._batches, readers), workers=readers[0], timeout=timeout
+        )
+        weakref.finalize(self, self._reader.close)  # also when Python exits
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -108,11 +115,13 @@ class Loader:
     def __next__(self) -> Batch:
         if self._step == self.steps:
             raise StopIteration
-        if not self._running:
-            self._running.append(iter(self._from(self._step)))
-        batch = Batch(*next(self._running[0]))
+        batch = Batch(*self._reader.read(self._step))
         self._step += 1
         return batch
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next batch is there; waits for it so long."""
+        return self._step == self.steps or self._reader.ready(self._step, seconds)
 
     def state(self) -> dict[str, Any]:
         """The position, as a dict of JSON values to save beside the model's checkpoint."""
@@ -132,27 +141,23 @@ class Loader:
 
     def close(self) -> None:
         """End threads and worker processes; iterating again starts them anew."""
-        _end(self._running)
+        self._reader.close()
 
-    def _from(self, step: int) -> grain.IterDataset:
-        """Batches from number `step` on. Batches are made at random access from their number, so a
-        start anywhere costs nothing, and the workers' own states need not be saved."""
-        options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=2 * self._threads
+
+def _from(batches: grain.MapDataset, readers: tuple[int, int], step: int) -> grain.IterDataset:
+    """Batches from number `step` on. Batches are made at random access from their number, so a
+    start anywhere costs nothing, and the workers' own states need not be saved."""
+    workers, threads = readers
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    ahead = batches.slice(slice(step, None)).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own; a library caller has parsed none
+            flags.FLAGS.mark_as_parsed()
+        ahead = ahead.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=init_worker,
         )
-        ahead = self._batches.slice(slice(step, None)).to_iter_dataset(options)
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads its own; a library caller has parsed none
-                flags.FLAGS.mark_as_parsed()
-            ahead = ahead.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            )
-        return ahead
-
-
-def _end(running: list[grain.DatasetIterator]) -> None:
-    while running:
-        running.pop().close()
+    return ahead
 
 
 def _check(

@@ -30,6 +30,7 @@ class DataConfig:
     crop: bool = False  # random resized crop, as version 1 was trained first; moves what boxes name
     workers: int = 0  # processes that decode images; 0: threads of this one
     threads: int = 2  # in each of them
+    timeout: float = 600.0  # seconds without a batch until they count as hung; 0: wait for ever
     pad_tokens: int = 32  # rows are padded to multiples of these, so that few programs are compiled
     pad_answers: int = 16
 
@@ -85,7 +86,7 @@ SCHEDULES = ("cosine", "step")
 # What may differ when a run is continued: none of these changes what is computed.
 _FREE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
-    "save_every", "keep", "data.workers", "data.threads", "data.val_path",
+    "save_every", "keep", "data.workers", "data.threads", "data.timeout", "data.val_path",
 }  # fmt: skip
 
 
@@ -106,7 +107,9 @@ def check(c: TrainConfig) -> TrainConfig:
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         _require(c, f.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
-    _require(c, "data.workers", c.data.workers >= 0, "0 or more", c.data.workers)
+    for name in ("workers", "timeout"):
+        value = getattr(c.data, name)
+        _require(c, f"data.{name}", 0 <= value < math.inf, "0 or more", value)
     for name in ("threads", "pad_tokens", "pad_answers"):
         value = getattr(c.data, name)
         _require(c, f"data.{name}", value > 0, "a number above 0", value)

@@ -25,6 +25,7 @@ from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
+from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.checkpoints import Checkpoints
@@ -138,6 +139,7 @@ class _Loop:
             self.model_config, self.tokenizer,
             batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
             padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
+            timeout=d.timeout,
         )  # fmt: skip
 
     def _build(self) -> None:
@@ -186,8 +188,6 @@ class _Loop:
             return self._result()
         self._introduce()
         while self.step < self.c.steps:
-            if self.stop:
-                self._stop()
             self._dispatch()
             if self._is_time():
                 self._at_period()
@@ -208,8 +208,19 @@ class _Loop:
         trained = sum(a.size for a in self.trainable.values())
         return trained, trained + sum(a.size for a in self.split.frozen)
 
+    def _next_batch(self) -> Batch:
+        """Waits for it, unless the run is told to stop meanwhile."""
+        while not self.loader.ready(seconds=1.0) and not self.stop:
+            pass
+        if self.stop:
+            self._stop()
+        try:
+            return next(self.loader)
+        except UserError as e:
+            raise UserError(f"{e}; {self._keep()}") from e
+
     def _dispatch(self) -> None:
-        batch = next(self.loader)
+        batch = self._next_batch()
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
@@ -296,16 +307,20 @@ class _Loop:
             self.step, self.trainable, self.opt_state, {"loader": self.loader.state()}
         )
 
-    def _stop(self) -> None:
-        """Save where the run stands and leave."""
+    def _keep(self) -> str:
+        """Save where the run stands, unless that is saved, and say so."""
         self._drain()
         if self.step and self.checkpoints.latest != self.step:
             self._save()
         self.checkpoints.wait()
-        number = self.stop[0]
+        return f"step {self.step} is saved" if self.step else "no step was done yet"
+
+    def _stop(self) -> None:
+        """Save where the run stands and leave."""
+        kept, number = self._keep(), self.stop[0]
         self.log.line(
-            f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved: "
-            "start the same command again to continue"
+            f"stopped by {signal.Signals(number).name}; {kept}: start the same command again to "
+            "continue"
         )
         sys.stdout.flush()
         raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
