@@ -10,13 +10,13 @@ A row has an image (a path beside the file, several in a list, or none) and one 
 "question" with "answer", or "conversations" [{"from": "human" | "gpt", "value": text}] as LLaVA's.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minigpt4_jax.data.rows import expect_object, keys, kind, parse, read_text, text_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import IMAGE_SLOT, IMAGE_TAG, with_images
 
@@ -79,39 +79,34 @@ def _read(path: Path, clean: bool) -> list[Example]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, row) for every row of the file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"data {path}: cannot be read as UTF-8 text ({e})") from None
+    text = read_text(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         rows = _json_lines(path, text)
     else:
         rows = _json_file(path, text)
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row is {_kind(row)}; expected an object")
-        yield where, row
+        yield where, expect_object(row, where)
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"data {path}, line {number}"
-            yield where, _parse(where, line)
+            yield where, parse(where, line)
 
 
 def _json_file(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    value = _parse(f"data {path}", text)
+    value = parse(f"data {path}", text)
     stage2 = isinstance(value, dict)
     if stage2:
         if "annotations" not in value:
             raise UserError(
-                f"data {path}: the object has {_keys(value)}; "
+                f"data {path}: the object has {keys(value)}; "
                 'expected "annotations", or a list of rows instead of the object'
             )
         value = value["annotations"]
     if not isinstance(value, list):
-        raise UserError(f"data {path}: holds {_kind(value)}; expected a list of rows")
+        raise UserError(f"data {path}: holds {kind(value)}; expected a list of rows")
     for number, row in enumerate(value, 1):
         where = f"data {path}, row {number}"
         if stage2 and isinstance(row, dict):
@@ -124,19 +119,9 @@ def _stage2_row(row: dict[str, Any], where: str, folder: Path) -> dict[str, Any]
         return row
     number = row.get("image_id")
     if not isinstance(number, (str, int)) or isinstance(number, bool) or number == "":
-        raise UserError(f'{where}: has {_keys(row)}; expected "image_id" and "caption"')
+        raise UserError(f'{where}: has {keys(row)}; expected "image_id" and "caption"')
     found = next((e for e in (".jpg", ".png") if (folder / f"{number}{e}").is_file()), ".jpg")
     return {**row, "image": os.path.join("image", f"{number}{found}")}
-
-
-def _parse(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        place = "" if ", line " in where else f" at line {e.lineno}"
-        raise UserError(f"{where}: is not JSON{place} ({e.msg}, column {e.colno})") from None
-    except RecursionError:
-        raise UserError(f"{where}: is nested too deeply to be a row") from None
 
 
 # --- one row ---------------------------------------------------------------------------------
@@ -160,7 +145,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
         return Example(images, (), (caption,))
     else:
         raise UserError(
-            f'{where}: has {_keys(row)}; expected "caption", "question" and "answer", '
+            f'{where}: has {keys(row)}; expected "caption", "question" and "answer", '
             'or "conversations"'
         )
     first = _place_images(questions[0], len(images), where)
@@ -179,11 +164,7 @@ def _images(row: dict[str, Any], where: str, folder: Path) -> tuple[str, ...]:
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        raise UserError(f'{where}: has {_keys(row)}; "{key}" is missing')
-    value = row[key]
-    if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}" is {_kind(value)}; expected a string')
+    value = text_of(row, key, where)
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
     return value
@@ -193,7 +174,7 @@ def _conversation(turns: Any, where: str) -> tuple[tuple[str, ...], tuple[str, .
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise UserError(
             f'{where}: "conversations" needs a list of question, answer, question, answer, ...; '
-            f"it is {_kind(turns)}" + (f" of {len(turns)}" if isinstance(turns, list) else "")
+            f"it is {kind(turns)}" + (f" of {len(turns)}" if isinstance(turns, list) else "")
         )
     texts = []
     for n, turn in enumerate(turns):
@@ -225,12 +206,3 @@ def _check_images_exist(path: Path, examples: list[Example]) -> None:
     if missing := [image for image in named if not os.path.isfile(image)]:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"data {path}: {len(missing)} of {len(named)} images are missing: {some}")
-
-
-def _keys(row: dict[str, Any]) -> str:
-    return "the keys " + ", ".join(map(repr, list(row)[:8])) if row else "no keys"
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", dict: "an object", str: "a string", type(None): "null"}
-    return names.get(type(value), f"{type(value).__name__} {value!r:.40}")

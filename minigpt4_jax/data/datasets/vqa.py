@@ -1,0 +1,116 @@
+"""Questions with short answers: coco_vqa, ok_vqa, aok_vqa, gqa, ocrvqa."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt4_jax.data.datasets.dataset import Row, Unused, asked, pick
+from minigpt4_jax.data.rows import (
+    first_mark,
+    identity_of,
+    number_of,
+    read_list,
+    read_object,
+    text_of,
+    texts_of,
+)
+from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.prompts import fill_template
+
+# The original's *_vqa_datasets.py, gqa_datasets.py, ocrvqa_dataset.py
+VQA_PROMPTS = (
+    "[vqa] {}",
+    "[vqa] Based on the image, respond to this question with a short answer: {}",
+)
+OCRVQA_TRAIN = 1  # "split" of a book
+
+
+def _read_answered(files: Sequence[Path], answers: str) -> Iterator[Row | Unused]:
+    for file in files:
+        for where, row in read_list(file, "annotations"):
+            question, said = text_of(row, "question", where), texts_of(row, answers, where)
+            yield _row(_coco_image(row, where), question, said)
+
+
+# vqa_train.json, vqa_val.json and okvqa_train.json of LAVIS:
+# [{"question", "answer": [ten people's], "image": "train2014/COCO_train2014_...jpg"}]
+read_vqa = partial(_read_answered, answers="answer")
+# aokvqa_v1p0_train.json of LAVIS, the same with "direct_answers" (github.com/allenai/aokvqa)
+read_aok_vqa = partial(_read_answered, answers="direct_answers")
+
+
+def _coco_image(row: dict[str, Any], where: str) -> str:
+    """The file's name; the authors' own A-OKVQA file has the picture's number alone."""
+    if "image" in row or "image_id" not in row:
+        return text_of(row, "image", where).split("/")[-1]
+    return coco_train_image(identity_of(row, "image_id", where))
+
+
+def coco_train_image(image_id: str | int) -> str:
+    """The file name of a picture of COCO's train2014."""
+    return f"COCO_train2014_{image_id:0>12}.jpg"
+
+
+def read_gqa(files: Sequence[Path]) -> Iterator[Row | Unused]:
+    """train_balanced_questions.json, as LAVIS has it: [{"question", "answer", "image": "1.jpg"}], or
+    the authors' own of the same name: {id: {"question", "answer", "imageId": "1"}}
+    (cs.stanford.edu/people/dorarad/gqa/download.html)."""
+    for file in files:
+        for where, row in _gqa_rows(file):
+            if "imageId" in row:
+                image = f"{identity_of(row, 'imageId', where)}.jpg"
+            else:
+                image = text_of(row, "image", where)
+            yield _row(image, text_of(row, "question", where), [text_of(row, "answer", where)])
+
+
+def _gqa_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if first_mark(file) == "{":
+        return ((where, row) for where, _, row in read_object(file))
+    return read_list(file)
+
+
+def read_ocrvqa(files: Sequence[Path]) -> Iterator[Row | Unused]:
+    """dataset.json: {id: {"imageURL", "questions", "answers", "split": 1, 2 or 3}}, the picture is
+    {id} with the ending of the URL (ocr-vqa.github.io, OCRVQADataset)."""
+    for file in files:
+        for where, name, book in read_object(file):
+            questions, answers = (
+                texts_of(book, "questions", where),
+                texts_of(book, "answers", where),
+            )
+            if len(questions) != len(answers):
+                raise UserError(
+                    f'{where}: {len(questions)} "questions" and {len(answers)} "answers"; '
+                    "expected as many"
+                )
+            if number_of(book, "split", where) != OCRVQA_TRAIN:
+                yield from [Unused("of another split", fault=False)] * len(questions)
+                continue
+            image = name + os.path.splitext(text_of(book, "imageURL", where))[1]
+            for question, answer in zip(questions, answers, strict=True):
+                yield _row(image, question, [answer])
+
+
+def _row(image: str, question: str, answers: Sequence[str]) -> Row | Unused:
+    """Texts are cleaned as the original's blip_caption does; an answer stands in the list as often as
+    it was given."""
+    question = blip_caption(question)
+    answers = [answer for answer in map(blip_caption, answers) if answer]
+    if not question or not answers:
+        return Unused("without a question or an answer")
+    return Row(image, (question, answers))
+
+
+def make_answered(
+    images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
+) -> Example:
+    """One of the answers, by how often it was given."""
+    question, answers = fields
+    asks = fill_template(pick(VQA_PROMPTS, rng), question)
+    return Example(images, (asked(images, asks),), (pick(answers, rng),))
