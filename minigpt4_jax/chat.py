@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax import cli
 from minigpt4_jax.errors import UserError, run
+from minigpt4_jax.tasks import BARE_TASKS, TASKS
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Model
@@ -34,6 +35,7 @@ HELP = """\
 /reset               forget what was said, and the images
 /set NAME=VALUE ...  for instance temperature=0.2; alone: what is set
 /save FILE           write the conversation as JSON
+/boxes FILE          draw the boxes of the last answer into the last image, for instance boxes.png
 /help                this
 /quit                or Ctrl-D; Ctrl-C stops an answer
 //text               a question that begins with /text"""
@@ -51,8 +53,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument("--prompt", metavar="TEXT", help="print the answer to this question and end; "
                    "without it, a conversation: /help lists its commands")  # fmt: skip
+    p.add_argument("--task", choices=TASKS, help="ask as MiniGPT-v2 knows this task; --prompt is the "
+                   "phrase, the question, or for identify the box x1,y1,x2,y2 in pixels")  # fmt: skip
+    p.add_argument("--save-image", type=Path, metavar="FILE",
+                   help="with --prompt: draw the boxes of the answer into the image")  # fmt: skip
     cli.add_choices(p, "defaults: the original's chat")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.task in BARE_TASKS and args.prompt is None:
+        args.prompt = ""
+    return args
 
 
 def options(model: "Model", args: argparse.Namespace) -> dict[str, Any]:
@@ -163,13 +172,33 @@ class Session:
         self._saved.add(path.resolve())
         note(f"wrote {path}")
 
+    def boxes(self, text: str) -> None:
+        names = _words(text)
+        if len(names) != 1:
+            raise UserError("/boxes needs one file, for instance /boxes boxes.png")
+        path = Path(names[0]).expanduser()
+        if path.exists() and path.resolve() not in self._saved:
+            raise UserError(f"{path} is there already; choose another name")
+        self.save_image(path)
+        self._saved.add(path.resolve())
+
+    def save_image(self, path: Path) -> None:
+        """Draw the boxes of the last answer into the last image there was."""
+        from minigpt4_jax import drawing
+
+        images = [image for turn in self.talk.turns for image in turn.images]
+        if not images:
+            raise UserError("there is no image with an answer yet; ask about one first")
+        drawing.save(drawing.draw_boxes(images[-1], self.talk.turns[-1].answer), path)
+        note(f"wrote {path}")
+
     def help(self, _: str) -> None:
         note(HELP)
 
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "image": Session.image, "retry": Session.retry, "undo": Session.undo, "reset": Session.reset,
-    "set": Session.set, "save": Session.save, "help": Session.help,
+    "set": Session.set, "save": Session.save, "boxes": Session.boxes, "help": Session.help,
 }  # fmt: skip
 
 
@@ -263,19 +292,45 @@ def _complete(text: str, number: int) -> str | None:
     return found[number] if text and number < len(found) else None
 
 
+def _question(args: argparse.Namespace) -> str:
+    """What --prompt and --task ask; all they say is checked before the model is read."""
+    from minigpt4_jax.images import open_image
+    from minigpt4_jax.tasks import question
+
+    if args.task is None:
+        if not args.prompt.strip():
+            raise UserError("--prompt is empty; expected a question")
+        return args.prompt
+    if not args.image:
+        raise UserError(f"--task={args.task} asks about an image: --image=FILE is missing")
+    return question(args.task, args.prompt, open_image(args.image[-1]).size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.prompt is not None and not args.prompt.strip():
-        raise UserError("--prompt is empty; expected a question")
     from minigpt4_jax.images import open_image
 
     for path in args.image:  # before the model is read, which may take minutes
         open_image(path)
+    question = None if args.prompt is None else _question(args)
+    if question is None and (args.task or args.save_image):
+        option, instead = (
+            ("--task", "type [refer] ...") if args.task else ("--save-image", "/boxes")
+        )
+        raise UserError(f"{option} needs --prompt=TEXT; in a conversation {instead}")
+    if args.save_image:
+        from minigpt4_jax.drawing import check_file
+
+        if not args.image:
+            raise UserError("--save-image draws into an image: --image=FILE is missing")
+        check_file(args.save_image)
     session = Session(cli.load(args), args)
-    if args.prompt is not None:
-        print(session.answer(args.prompt))
-        return 0
-    return terminal(session) if sys.stdin.isatty() else pipe(session)
+    if question is None:
+        return terminal(session) if sys.stdin.isatty() else pipe(session)
+    print(session.answer(question))
+    if args.save_image:
+        session.save_image(args.save_image)
+    return 0
 
 
 if __name__ == "__main__":

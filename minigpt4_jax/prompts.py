@@ -12,7 +12,24 @@ from typing import NamedTuple
 
 from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.tasks import (  # of MiniGPT-v2: known by this module too
+    caption,
+    detection,
+    grounding,
+    identify,
+    identify_mask,
+    refer,
+    vqa,
+)
 from minigpt4_jax.tokenizer import Tokenizer
+
+__all__ = [
+    "CHAT_CONTEXT", "CHAT_TEMPLATES", "IMAGE_SLOT", "IMAGE_TAG", "STAGE2_PROMPTS", "ChatTemplate",
+    "Row", "answer_endings", "build_conversation_row", "build_row", "caption", "chat_template",
+    "clean_answer", "cut_left", "detection", "fill_template", "find_template", "grounding",
+    "identify", "identify_mask", "prompt_tokens", "refer", "render_chat", "stop_sequences", "vqa",
+    "with_images",
+]  # fmt: skip
 
 IMAGE_TAG = "<ImageHere>"
 IMAGE_SLOT = f"<Img>{IMAGE_TAG}</Img>"

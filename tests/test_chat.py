@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pexpect
@@ -14,7 +15,11 @@ from PIL import Image
 from training import tiny
 
 import minigpt4_jax
-from minigpt4_jax import chat, errors
+from minigpt4_jax import api, chat, errors
+from minigpt4_jax.conversation import Conversation
+from minigpt4_jax.drawing import draw_boxes
+from minigpt4_jax.generate import engine
+from minigpt4_jax.tasks import caption
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +258,98 @@ def test_as_a_program(home):
     )
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == "error: image /no/such.png: there is no such file\n"
+
+
+# --- boxes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers_with(monkeypatch):
+    """answers_with(text): every answer is this text; returns the questions that were asked."""
+
+    def replace(text):
+        asked = []
+
+        def piece(self, requests, stop):
+            yield text
+
+        def answer(self, requests, *rest):
+            return [[None]]
+
+        prepare = Conversation._prepare
+        monkeypatch.setattr(
+            Conversation, "_prepare", lambda s, t, *rest: asked.append(t) or prepare(s, t, *rest)
+        )
+        monkeypatch.setattr(api.Model, "_pieces", piece)
+        monkeypatch.setattr(api.Model, "_generation", lambda *_: SimpleNamespace(text=text))
+        monkeypatch.setattr(engine.Engine, "answer", answer)
+        return asked
+
+    return replace
+
+
+BOXES = "<p>a cup</p> {<10><20><50><60>}"
+
+
+def test_the_boxes_of_an_answer_are_saved(home, command, answers_with, tmp_path):
+    asked = answers_with(BOXES)
+    out = tmp_path / "boxes.png"
+    code, text, err = command(
+        *arguments(home, "--task=refer", "--prompt=the cup", f"--save-image={out}")
+    )
+    assert (code, text, err) == (0, f"{BOXES}\n", f"wrote {out}\n")
+    assert asked == ["[refer] give me the location of the cup"]
+    drawn = draw_boxes(home / "a.png", BOXES)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn))
+
+
+def test_a_task_by_name_needs_no_prompt_where_it_takes_none(home, command, answers_with):
+    asked = answers_with("a cup")
+    assert command(*arguments(home, "--task=caption"))[:2] == (0, "a cup\n")
+    assert command(*arguments(home, "--task=identify", "--prompt=4,6,20,30"))[0] == 0
+    # the image is 40 x 30 pixels
+    assert asked == [caption(), "[identify] what is this {<10><20><50><100>}"]
+
+
+def test_an_answer_without_boxes_is_shown_and_saves_nothing(home, command, answers_with, tmp_path):
+    answers_with("A cup.")
+    out = tmp_path / "boxes.png"
+    code, text, err = command(*ask(home, f"--save-image={out}"))
+    assert (code, text) == (2, "A cup.\n") and not out.exists()
+    assert err == "error: the answer has no boxes to draw: 'A cup.'\n"
+
+
+def test_boxes_are_saved_in_a_conversation(home, command, monkeypatch, answers_with, tmp_path):
+    answers_with(BOXES)
+    out, other = tmp_path / "b.png", tmp_path / "other.png"
+    other.write_text("mine")
+    lines = f"/boxes {out}\n[refer] a cup\n/boxes {out}\nand now?\n/boxes {out}\n/boxes {other}\n/boxes\n"
+    code, _, err = piped(home, command, monkeypatch, lines)
+    assert code == 2 and Image.open(out).size == (500, 375) and other.read_text() == "mine"
+    assert err.splitlines() == [
+        "error: there is no image with an answer yet; ask about one first",
+        f"wrote {out}",
+        f"wrote {out}",  # its own file may be written again
+        f"error: {other} is there already; choose another name",
+        "error: /boxes needs one file, for instance /boxes boxes.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task=find", "--prompt=x"], "--task"),
+        (["--task=refer"], "--task needs --prompt"),
+        (["--task=caption", "--prompt=x"], "takes no text"),
+        (["--task=identify", "--prompt=1,2,3,99"], "not within the image of 40 x 30"),
+        (["--save-image=a.png"], "--save-image needs --prompt"),
+        (["--save-image=a.txt", "--prompt=x"], "a.txt: expected the name of a picture"),
+        (["--save-image=no/a.png", "--prompt=x"], "no directory no"),
+    ],
+)
+def test_wrong_options_for_boxes_are_refused_before_the_model_is_read(
+    home, command, monkeypatch, options, words
+):
+    monkeypatch.setattr(chat.cli, "load", None)
+    code, out, err = command(*arguments(home, *options))
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
