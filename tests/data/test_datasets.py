@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Disk, EachInTurn, choices, first_draw
 
-from minigpt4_jax.data.datasets import open_dataset
+from minigpt4_jax.data.datasets import DATASETS, open_dataset
 from minigpt4_jax.data.datasets.vqa import VQA_PROMPTS, make_answered
 from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
@@ -323,3 +323,13 @@ def test_what_is_not_there_is_named(disk, coco):
         disk.open("ok_vqa", ".", "nowhere")
     with pytest.raises(UserError, match="no annotations are named"):
         open_dataset("ok_vqa", ())
+
+
+def test_every_dataset_of_the_published_mixture_is_known():
+    assert {*DATASETS} == {
+        "cc_sbu_align", "coco_caption", "textcaps_caption", "coco_vqa", "ok_vqa", "aok_vqa", "gqa",
+        "ocrvqa", "refcoco", "refcocop", "refcocog", "invrefcoco", "invrefcocop", "invrefcocog",
+        "refvg", "flickr_grounded_caption", "flickr_CaptionToPhrase", "flickr_ObjectToPhrase",
+        "llava_detail", "llava_reason", "llava_conversation", "multitask_conversation",
+        "unnatural_instruction",
+    }  # fmt: skip

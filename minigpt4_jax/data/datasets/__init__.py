@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from minigpt4_jax.data.datasets import captions, dialogues, grounded, vqa
+from minigpt4_jax.data.datasets import captions, dialogues, grounded, referring, vqa
 from minigpt4_jax.data.datasets.dataset import Dataset, Layout
 from minigpt4_jax.errors import UserError
 
@@ -18,6 +18,12 @@ AnyPath = str | os.PathLike[str]
 _vqa = partial(Layout, make=vqa.make_answered)
 _detection = partial(Layout, make=grounded.make_detected)
 _dialogue = partial(Layout, make=dialogues.make_dialogue)
+_refer = partial(Layout, read=referring.read_refcoco, make=referring.make_refer)
+_identify = partial(Layout, read=referring.read_refcoco, make=referring.make_identify)
+
+_REFCOCO = ("refcoco/instances.json", "refcoco/refs(unc).p")
+_REFCOCOP = ("refcoco+/instances.json", "refcoco+/refs(unc).p")
+_REFCOCOG = ("refcocog/instances.json", "refcocog/refs(umd).p")
 
 DATASETS: dict[str, Layout] = {
     "cc_sbu_align": Layout(
@@ -35,6 +41,16 @@ DATASETS: dict[str, Layout] = {
     "aok_vqa": _vqa(("aokvqa_v1p0_train.json",), vqa.read_aok_vqa),
     "gqa": _vqa(("train_balanced_questions.json",), vqa.read_gqa, images="images"),
     "ocrvqa": _vqa(("dataset.json",), vqa.read_ocrvqa, images="images"),
+    "refcoco": _refer(_REFCOCO),
+    "refcocop": _refer(_REFCOCOP),
+    "refcocog": _refer(_REFCOCOG),
+    "invrefcoco": _identify(_REFCOCO),
+    "invrefcocop": _identify(_REFCOCOP),
+    "invrefcocog": _identify(_REFCOCOG),
+    "refvg": Layout(
+        ("region_descriptions.json", "image_data.json"),
+        referring.read_refvg, referring.make_refer, images="",
+    ),
     "flickr_grounded_caption": Layout(
         ("groundedcaption.json",), grounded.read_grounded_caption, grounded.make_grounded,
         images="images",
