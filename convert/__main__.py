@@ -1,4 +1,4 @@
-"""python -m convert build | export | inspect: see `python -m convert build --help`."""
+"""python -m convert build | export | merge | unmerge | inspect: see `python -m convert build --help`."""
 
 import argparse
 import math
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from minigpt4_jax.config import QUANTIZATIONS, VARIANTS
 from minigpt4_jax.errors import Parser, run
+
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="override an architecture value; may be repeated")  # fmt: skip
     b.add_argument(
         "--llm-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=_FLOATS,
         help="store the language model's matrices so; default: as they are (quantized: float32)",
     )
     b.add_argument(
@@ -66,6 +68,20 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="model directory, or one that training wrote"
     )
     e.add_argument("--out", type=Path, required=True, help="file to write")
+
+    m = commands.add_parser(
+        "merge", help="add LoRA to the weights it is on: a model without LoRA that says the same"
+    )
+    m.add_argument("--model", type=Path, required=True, help="model directory with LoRA")
+    u = commands.add_parser("unmerge", help="take merged LoRA out of the weights again")
+    u.add_argument("--model", type=Path, required=True, help="directory that merge wrote")
+    u.add_argument("--lora", type=Path, required=True, help="the one it was made of")
+    for command in (m, u):
+        command.add_argument("--out", type=Path, required=True, help="model directory to make")
+        command.add_argument(
+            "--dtype", choices=_FLOATS, default="float32", help="store changed matrices so "
+            "(default: %(default)s; a 16-bit type may lose a small adapter)"
+        )  # fmt: skip
 
     i = commands.add_parser("inspect", help="say what a model directory holds")
     i.add_argument("model", type=Path)
@@ -85,8 +101,10 @@ def _factor(text: str) -> float:
 
 _BUILD_NOTES = """\
 --set keys (the rest of the configuration works too, a wrong key names the nearest):
-  image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol, lora.alpha,
+  image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol,
   prompt_template, chat_template, llm.rope_theta, ...
+  lora.rank, lora.alpha, lora.dropout, lora.targets=q,v (of q k v o gate up down): one of them gives a
+  model adapters that its variant has not; alpha is not told by a checkpoint's shapes.
 Heads are needed for encoders that are not of the released width; everything else the shapes tell.
 Without --vision the small demonstration encoder in this package is used (it knows drawn shapes).
 Without --checkpoint the projection is new. A language model with a chat format of its own (ChatML,
@@ -106,6 +124,14 @@ def main(argv: list[str] | None = None) -> None:
         from convert.export import export
 
         export(args.model, args.out)
+    elif args.command == "merge":
+        from convert.merge import merge
+
+        merge(args.model, args.out, args.dtype)
+    elif args.command == "unmerge":
+        from convert.merge import unmerge
+
+        unmerge(args.model, args.lora, args.out, args.dtype)
     else:
         from convert.inspect import inspect
 

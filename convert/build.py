@@ -18,6 +18,7 @@ from convert.checks import FLOATS
 from convert.files import HashedFile
 from convert.plan import Plan, Request, make_plan
 from convert.tensors import DTYPES
+from minigpt4_jax.adapters import first_values
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.quant import quantized, quantized_shapes, scheme_of
 from minigpt4_jax.weights import part_of, write_model
@@ -116,10 +117,10 @@ def _tensors(
 def _fresh(name: str, wanted: dict[str, Shape], rng: np.random.Generator) -> np.ndarray:
     """The projection as torch.nn.Linear begins, LoRA as peft does, ln_vision as the identity."""
     shape = wanted[name]
+    if part_of(name) == "lora":
+        return first_values(name, shape, rng)
     if name.startswith("ln_vision."):
         return np.full(shape, name.endswith("scale"), np.float32)
-    if name.endswith("lora_b"):
-        return np.zeros(shape, np.float32)
     n_in = wanted["projection.weight" if name == "projection.bias" else name][-1]
     return rng.uniform(-(n_in**-0.5), n_in**-0.5, shape).astype(np.float32)
 
@@ -131,6 +132,8 @@ def _record(plan: Plan) -> dict[str, Any]:
         record["qformer"] = record["vision"]
     if plan.sources.checkpoint is None:
         record["checkpoint"] = {"file": None, "note": "new projection, not trained"}
+    if any(part_of(name) == "lora" for name in plan.fresh):
+        record["lora"] = {"file": None, "note": "new, not trained"}
     files = {
         n: HashedFile(c).sha256() for n, c in plan.language.tokenizer.items() if isinstance(c, Path)
     }

@@ -39,10 +39,11 @@ def check_trained(config: ModelConfig, s: Sources) -> None:
     lora = lora_shapes(s.checkpoint)
     if lora and config.lora is None:
         raise UserError(
-            f"{where} holds {len(lora)} LoRA weights, which {config.variant} would lose: "
-            "it is a minigpt-v2 checkpoint, give --variant=minigpt-v2"
+            f"{where} holds {len(lora)} LoRA weights (the first is {min(lora)}), which "
+            f"{config.variant} would lose: for a minigpt-v2 checkpoint give --variant=minigpt-v2, "
+            "for one with LoRA of its own --set lora.alpha=N, as it was trained with"
         )
-    if config.lora is not None and not lora:
+    if config.variant == "minigpt-v2" and config.lora is not None and not lora:
         raise UserError(
             f"{where} holds no LoRA weights, which {config.variant} needs: it is a MiniGPT-4 "
             "checkpoint, give --variant=minigpt4-llama2 or minigpt4-vicuna"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.resample import grid_side
+from minigpt4_jax.config import LORA_TARGETS
 from minigpt4_jax.errors import UserError
 
 Shape = tuple[int, ...]
@@ -116,6 +117,6 @@ def lora_config(shapes: Mapping[str, Shape], where: str) -> dict[str, Any]:
     ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_a")}
     if len(ranks) != 1:
         raise UserError(f"{where}: LoRA ranks {sorted(ranks)}; expected one for all layers")
-    found = (re.search(r"attn\.(\w)\.lora_a", name) for name in shapes)
+    found = (re.search(r"\.(\w+)\.lora_a", name) for name in shapes)
     targets = {m[1] for m in found if m}
-    return {"rank": ranks.pop(), "targets": tuple(t for t in "qkvo" if t in targets)}
+    return {"rank": ranks.pop(), "targets": tuple(t for t in LORA_TARGETS if t in targets)}

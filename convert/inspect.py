@@ -15,7 +15,7 @@ _ORIGINS = {
     "vit": ("vision",),
     "qformer": ("qformer",),
     "projection": ("checkpoint",),
-    "lora": ("checkpoint",),
+    "lora": ("lora", "checkpoint"),
     "llm": ("llm",),
 }
 
@@ -112,7 +112,8 @@ def _configuration(c: ModelConfig) -> list[str]:
         + (", tied embedding" if m.tie else ""),
         "lora": "none"
         if c.lora is None
-        else f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, on {', '.join(c.lora.targets)}",
+        else f"rank {c.lora.rank}, alpha {c.lora.alpha:g}, on {', '.join(c.lora.targets)}, "
+        f"dropout {c.lora.dropout:g}",
         "tokenizer": f"{t.kind}, bos {t.bos_id}, eos {t.eos_id}, pad {t.pad_id}",
         "prompt template": repr(c.prompt_template),
         "chat template": c.chat_template,

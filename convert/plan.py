@@ -153,8 +153,9 @@ def _derive(
             s.qformer.shapes("qformer."), s.qformer.where, given
         )
     lora = None
-    if variant.lora:
-        lora = asdict(LoraConfig())
+    own = s.checkpoint.sizes.get("lora") if s.checkpoint is not None else None
+    if variant.lora or own or any(key.startswith("lora.") for key in given):
+        lora = asdict(LoraConfig()) | (own or {})
         if s.checkpoint is not None and (shapes := lora_shapes(s.checkpoint)):
             lora |= lora_config(shapes, s.checkpoint.where)
     values: dict[str, Any] = {
@@ -220,10 +221,15 @@ def _fill(
     notes: list[str],
 ) -> list[str]:
     """Parameters made new: projection and LoRA without --checkpoint, ln_vision of a plain ViT."""
+    missing = [n for n in wanted if n not in origin]
     parts = {"projection", "lora"} if s.checkpoint is None else set()
-    fresh = [n for n in wanted if n not in origin and part_of(n) in parts]
-    if fresh:
+    if s.checkpoint is not None and not lora_shapes(s.checkpoint):
+        parts = {"lora"}  # asked for by --set
+    fresh = [n for n in missing if part_of(n) in parts]
+    if s.checkpoint is None:
         notes.append("no --checkpoint: the projection is new and means nothing until it is trained")
+    if any(part_of(n) == "lora" for n in fresh):
+        notes.append("LoRA is new: it changes nothing until it is trained")
     if s.qformer is None:  # the original never loads ln_vision without one: gamma 1, beta 0
         fresh += [n for n in wanted if n not in origin and n.startswith("ln_vision.")]
     return fresh

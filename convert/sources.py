@@ -110,7 +110,7 @@ def _open_model_directory(option: str, folder: Path) -> tuple[Reader, dict[str, 
                 opened = open_file(path)
                 tensors = opened.tensors | tensors  # the first in the chain counts
                 files += opened.files
-    sizes = {part: config[part] for part in ("vision", "qformer") if config[part]}
+    sizes = {part: config[part] for part in ("vision", "qformer", "lora") if config[part]}
     return Reader(str(folder), tensors, files), sizes
 
 

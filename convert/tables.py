@@ -279,12 +279,13 @@ def gguf_table(heads: int, kv_heads: int, permuted: bool) -> Table:
 
 # --- fine-tuned MiniGPT-4 checkpoints: what was not frozen --------------------------------------
 
-_PEFT = "llama_model.base_model.model.model.layers.{}.self_attn."
+_PEFT = "llama_model.base_model.model.model.layers.{}."
+_ADAPTED = [(theirs, ours) for theirs, ours in _LLM_LAYER if theirs.endswith("_proj")]
 _LORA = [
-    Rule(f"{_PEFT}{n}_proj.lora_{theirs}.{middle}weight", f"llm.blocks.{{}}.attn.{n}.lora_{ours}")
+    Rule(f"{_PEFT}{theirs}.lora_{ab}.{middle}weight", f"llm.blocks.{{}}.{ours}.lora_{ab.lower()}")
     for middle in ("", "default.")  # peft 0.2, and 0.3 on
-    for n in "qkvo"
-    for theirs, ours in (("A", "a"), ("B", "b"))
+    for theirs, ours in _ADAPTED
+    for ab in "AB"
 ]
 
 FINE_TUNED = Table(
@@ -301,8 +302,9 @@ FINE_TUNED = Table(
 
 # --- this project's own files -------------------------------------------------------------------
 
-_OWN = ("vit.{*}", "ln_vision.{*}", "qformer.{*}", "projection.{*}", "llm.blocks.{}.attn.{*}")
+_OWN = ("vit.{*}", "ln_vision.{*}", "qformer.{*}", "projection.{*}")
+_OWN_LORA = tuple(f"llm.blocks.{{}}.{{*}}.lora_{ab}" for ab in "ab")
 OWN = Table(
     "this project's weights",
-    [Rule("vit.pos", "vit.pos", POSITIONS), *(Rule(name, name) for name in _OWN)],
+    [Rule("vit.pos", "vit.pos", POSITIONS), *(Rule(name, name) for name in _OWN + _OWN_LORA)],
 )

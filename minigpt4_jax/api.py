@@ -24,6 +24,7 @@ from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
 from minigpt4_jax.generate.stopping import certain_part, power_of_two
 from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import ImageSource, load_pixels
+from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.weights import load_model, parameter_shapes, read_config, tokenizer_dir
@@ -36,19 +37,28 @@ Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
 
 
 def load(
-    model_dir: str | Path, dtype: str | None = None, *, quantize: str | None = None
+    model_dir: str | Path,
+    dtype: str | None = None,
+    *,
+    quantize: str | None = None,
+    merge_lora: bool = False,
 ) -> "Model":
     """Read a model directory (made by `python -m convert build` or by training).
 
     dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
     whose memory has room for the model in float32. quantize: "int8" or "int4" rounds the language
     model's matrices to it (and the vision encoder's to int8) while they are read; a directory that
-    `convert build --quantize` made needs no such word. UserError: not a model directory, damaged,
-    or an unknown or different scheme.
+    `convert build --quantize` made needs no such word. merge_lora: add LoRA to the weights it is
+    on, which then cost what they do without; exact up to rounding in dtype, where bfloat16 may lose
+    a small adapter. UserError: not a model directory, damaged, an unknown or different scheme, or
+    LoRA to be merged into quantized weights.
     """
     if dtype is None:
         dtype = _default_dtype(read_config(model_dir))
     module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize)
+    if merge_lora:
+        for layer in adapters(module):
+            layer.merge()
     return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
 
 

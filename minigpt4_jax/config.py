@@ -10,6 +10,7 @@ IMAGE = -1  # token id of a visual slot in a row; the model puts a projected vis
 
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
 QUANTIZATIONS = ("int8", "int4")  # what minigpt4_jax/quant.py can do
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # what adapters can be on
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,28 @@ class LlmConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA paper): y = W x + alpha / rank * B A x on the named projections."""
+    """Low-rank adapters (LoRA paper): y = W x + alpha / rank * B A x on the named projections of
+    every layer of the language model."""
 
     rank: int = 64
     alpha: float = 16.0
-    dropout: float = 0.05
+    dropout: float = 0.05  # on the adapters' input, in training
     targets: tuple[str, ...] = ("q", "v")
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """(whether it holds, what is wrong) for each value."""
+        known, unknown = ", ".join(LORA_TARGETS), [t for t in self.targets if t not in LORA_TARGETS]
+        return [
+            (self.rank > 0, f"lora.rank {self.rank} must be positive"),
+            (self.alpha > 0, f"lora.alpha {self.alpha} must be positive"),
+            (0 <= self.dropout < 1, f"lora.dropout {self.dropout}: expected 0 <= dropout < 1"),
+            (bool(self.targets), f"lora.targets is empty: name some of {known}"),
+            (not unknown, f"lora.targets {', '.join(unknown)} unknown: expected some of {known}"),
+            (
+                len(set(self.targets)) == len(self.targets),
+                f"lora.targets {self.targets}: one twice",
+            ),
+        ]
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,7 @@ class ModelConfig:
                 f"quantize {self.quantize!r}: expected one of {', '.join(QUANTIZATIONS)}",
             ),
             (self.max_text_length > 0, f"max_text_length {self.max_text_length} must be positive"),
+            *([] if self.lora is None else self.lora.rules()),
         ]
         for holds, message in rules:
             if not holds:

@@ -24,7 +24,8 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minigpt4_jax.config import QUANTIZATIONS, ModelConfig
+from minigpt4_jax.adapters import WithNewLora
+from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
@@ -290,13 +291,28 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name].dtype
 
 
-def check_tensors(model_dir: Path | str, config: ModelConfig) -> Tensors:
-    """The tensors of a model directory, of which only names and shapes were read so far. UserError
-    for files that are damaged or cut, and for parameters that are missing or of a wrong shape."""
+def check_tensors(model_dir: Path | str, config: ModelConfig, seed: int = 0) -> Any:
+    """The tensors of a model directory, of which only names and shapes were read so far. Where
+    `config` has LoRA and the directory's has none, new adapters that depend on the seed are among
+    them. UserError for files that are damaged or cut, and for parameters that are missing or of a
+    wrong shape."""
     tensors = _in_scheme(Tensors(model_dir), config)
+    wanted = parameter_shapes(config)
+    if config.lora is not None and read_config(model_dir).lora is None:
+        adapters = {name: s for name, s in wanted.items() if part_of(name) == "lora"}
+        tensors = WithNewLora(tensors, adapters, seed)
     shapes = {name: tensors.shape(name) for name in tensors}
-    _check_shapes(shapes, parameter_shapes(config), model_dir, partial=False)
+    _check_shapes(shapes, wanted, model_dir, partial=False)
     return tensors
+
+
+def check_masters(model_dir: Path | str, config: ModelConfig, masters: Collection[str]) -> None:
+    """UserError when a part that is to be trained is quantized."""
+    if config.quantize is not None and (rounded := sorted({"vit", "llm"} & set(masters))):
+        raise UserError(
+            f"{model_dir} is in {config.quantize}, so {rounded[0]} cannot be trained: leave it "
+            "frozen, or start from a model directory that is not quantized"
+        )
 
 
 @contextlib.contextmanager
@@ -323,24 +339,24 @@ def load_model(
     stacked: bool = True,
     masters: Collection[str] = (),
     quantize: str | None = None,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays, tensor by tensor.
 
     dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
     (training), else as a list (generation). masters: parts that stay float32 because they are
     trained. quantize: "int8" or "int4", for a directory that is not quantized already; each tensor
-    is rounded as it is read. UserError for a damaged or incomplete directory, for another scheme
-    than the directory is in, and for masters that are quantized.
+    is rounded as it is read. lora: in place of the directory's own, which it must fit; a directory
+    without LoRA gets new adapters, which depend on the seed. UserError for a damaged or incomplete
+    directory, for another scheme than the directory is in, and for masters that are quantized.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = _with_scheme(read_config(model_dir), quantize, model_dir)
-    if config.quantize is not None and (rounded := sorted({"vit", "llm"} & set(masters))):
-        raise UserError(
-            f"{model_dir} is in {config.quantize}, so {rounded[0]} cannot be trained: leave it "
-            "frozen, or start from a model directory that is not quantized"
-        )
-    tensors = check_tensors(model_dir, config)
+    config = dataclasses.replace(config, lora=lora or config.lora)
+    check_masters(model_dir, config, masters)
+    tensors = check_tensors(model_dir, config, seed)
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
@@ -371,7 +387,7 @@ def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
     return tensors if config.quantize is None else QuantizedView(tensors, config.quantize)
 
 
-def _read(tensors: Tensors, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _read(tensors: Any, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
         return jnp.asarray(tensors[names[0][0]].astype(dtype, copy=False))

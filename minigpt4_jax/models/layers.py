@@ -224,12 +224,12 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.R
 
 def run_layers(
     layers: Any,
-    x: jax.Array,
-    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+    x: Any,
+    step: Callable[[Any, Any], tuple[Any, Any]],
     *,
     remat: bool = False,
-) -> tuple[jax.Array, Any]:
-    """Apply layers in order: `step(layer, x) -> (x, extra)`.
+) -> tuple[Any, Any]:
+    """Apply layers in order: `step(layer, x) -> (x, extra)`; x is an array or a tuple of them.
 
     Stacked layers (from `stack_layers`) run as one `lax.scan`, extras come back stacked [L, ...];
     an nnx.List runs unrolled, extras come back as a list. For the backward pass a stacked layer keeps
@@ -245,7 +245,7 @@ def run_layers(
         return x, extras
     graphdef, state = nnx.split(layers)
 
-    def scanned(x: jax.Array, layer_state: Any) -> tuple[jax.Array, Any]:
+    def scanned(x: Any, layer_state: Any) -> tuple[Any, Any]:
         return step(nnx.merge(graphdef, layer_state), x)
 
     keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable

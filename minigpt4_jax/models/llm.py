@@ -2,6 +2,7 @@
 (LLaMA paper; families differ in LlmConfig only)."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from minigpt4_jax.models.layers import (
     stack_layers,
     take_rows,
 )
-from minigpt4_jax.models.lora import LoraLinear
+from minigpt4_jax.models.lora import apply, make_linear
 from minigpt4_jax.quant import quantize
 
 
@@ -111,36 +112,34 @@ class Attention(nnx.Module):
         self.config = c
         q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
 
-        def make(name: str, n_in: int, n_out: int, bias: bool) -> Linear:
-            if lora is not None and name in lora.targets:
-                return LoraLinear(n_in, n_out, bias=bias, lora=lora, rngs=rngs)
-            return Linear(n_in, n_out, bias=bias, rngs=rngs)
-
-        self.q = make("q", c.width, q_width, c.qkv_bias)
-        self.k = make("k", c.width, kv_width, c.qkv_bias)
-        self.v = make("v", c.width, kv_width, c.qkv_bias)
-        self.o = make("o", q_width, c.width, c.o_bias)
+        make = partial(make_linear, lora=lora, rngs=rngs)
+        self.q = make("q", c.width, q_width, bias=c.qkv_bias)
+        self.k = make("k", c.width, kv_width, bias=c.qkv_bias)
+        self.v = make("v", c.width, kv_width, bias=c.qkv_bias)
+        self.o = make("o", q_width, c.width, bias=c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
 
-    def heads(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def heads(self, x: jax.Array, rope: Any, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], rotated."""
         c, (b, t, _) = self.config, x.shape
-        q = self.q(x).reshape(b, t, c.heads, c.head_dim)
-        k = self.k(x).reshape(b, t, c.kv_heads, c.head_dim)
-        v = self.v(x).reshape(b, t, c.kv_heads, c.head_dim)
+        q = apply(self.q, x, key, 0).reshape(b, t, c.heads, c.head_dim)
+        k = apply(self.k, x, key, 1).reshape(b, t, c.kv_heads, c.head_dim)
+        v = apply(self.v, x, key, 2).reshape(b, t, c.kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
         return rotate(q, *rope), rotate(k, *rope), v
 
-    def __call__(self, x: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, tuple]:
+    def __call__(
+        self, x: jax.Array, rope: Any, lengths: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple]:
         """Causal attention within right-padded rows. Returns [B, T, D] and the (k, v) for a cache."""
         c = self.config
-        q, k, v = self.heads(x, rope)
+        q, k, v = self.heads(x, rope, key)
         y = attention(
             q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, window=c.window
         )
-        return self.o(y.reshape(*x.shape[:2], -1)), (k, v)
+        return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), (k, v)
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
         """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
@@ -154,13 +153,15 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
-    def __init__(self, c: LlmConfig, rngs: nnx.Rngs):
-        self.gate = Linear(c.width, c.ffn, bias=c.mlp_bias, rngs=rngs)
-        self.up = Linear(c.width, c.ffn, bias=c.mlp_bias, rngs=rngs)
-        self.down = Linear(c.ffn, c.width, bias=c.mlp_bias, rngs=rngs)
+    def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        make = partial(make_linear, bias=c.mlp_bias, lora=lora, rngs=rngs)
+        self.gate = make("gate", c.width, c.ffn)
+        self.up = make("up", c.width, c.ffn)
+        self.down = make("down", c.ffn, c.width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:  # [B, T, D]
+        wide = jax.nn.silu(apply(self.gate, x, key, 4)) * apply(self.up, x, key, 5)
+        return apply(self.down, wide, key, 6)
 
 
 class Block(nnx.Module):
@@ -170,15 +171,18 @@ class Block(nnx.Module):
         self.norm1 = RMSNorm(c.width, c.eps)
         self.attn = Attention(c, lora, rngs)
         self.norm2 = RMSNorm(c.width, c.eps)
-        self.mlp = Mlp(c, rngs)
+        self.mlp = Mlp(c, lora, rngs)
 
-    def _after(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    def _after(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
         x = x + y.astype(jnp.float32)
-        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+        return x + self.mlp(self.norm2(x), key).astype(jnp.float32)
 
-    def __call__(self, x: jax.Array, rope: Any, lengths: jax.Array) -> tuple[jax.Array, tuple]:
-        y, kv = self.attn(self.norm1(x), rope, lengths)
-        return self._after(x, y), kv
+    def __call__(
+        self, x: jax.Array, rope: Any, lengths: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple]:
+        """key: of the dropout of this block's adapters; None: off."""
+        y, kv = self.attn(self.norm1(x), rope, lengths, key)
+        return self._after(x, y, key), kv
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
         y, kv = self.attn.decode(self.norm1(x), rope, place, kv)
@@ -206,11 +210,27 @@ class Llm(nnx.Module):
             return rows
         return rows * self.embed_scale[...][tokens].astype(jnp.float32)[..., None]
 
-    def __call__(self, embeds: jax.Array, lengths: jax.Array, *, remat: bool = False) -> jax.Array:
-        """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D]."""
+    def __call__(
+        self,
+        embeds: jax.Array,
+        lengths: jax.Array,
+        *,
+        remat: bool = False,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D].
+
+        dropout_key: turns the adapters' dropout on; each layer's follows from it and its number.
+        """
         rope = self._rope(embeds)
-        step = lambda block, x: (block(x, rope, lengths)[0], None)  # noqa: E731
-        x, _ = run_layers(self.blocks, embeds.astype(jnp.float32), step, remat=remat)
+
+        def step(block: Block, at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            x, n = at
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, n)
+            return (block(x, rope, lengths, key)[0], n + 1), None
+
+        first = (embeds.astype(jnp.float32), jnp.int32(0))
+        (x, _), _ = run_layers(self.blocks, first, step, remat=remat)
         return self.norm(x)
 
     def prefill(

@@ -1,4 +1,4 @@
-"""Low-rank adapters on frozen linear maps (LoRA paper; peft's lora.Linear)."""
+"""Low-rank adapters on linear maps (LoRA paper; peft's lora.Linear)."""
 
 from typing import Any
 
@@ -7,11 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.config import LoraConfig
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.layers import Linear, linear
 
 
 class LoraLinear(Linear):
-    """y = W x + b + alpha / rank * B (A x). A [r, in] is Kaiming-uniform, B [out, r] starts at zero."""
+    """y = W x + b + alpha / rank * B (A x). A [r, in] is Kaiming-uniform, B [out, r] starts at zero.
+
+    W may be quantized. A and B are float32 masters that compute in W's dtype. After `merge` the
+    adapter is a part of W, which then costs what a plain linear map does.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig, rngs: nnx.Rngs):
         super().__init__(n_in, n_out, bias=bias, rngs=rngs)
@@ -20,8 +25,72 @@ class LoraLinear(Linear):
         self.lora_a = nnx.Param(a)
         self.lora_b = nnx.Param(jnp.zeros((n_out, lora.rank)))
         self.scale = lora.alpha / lora.rank
+        self.dropout = lora.dropout
+        self.merged = False
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None, out: Any = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        out: Any = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [..., in] -> [..., out]. key: drops a share of the adapter's input, in training."""
         y = super().__call__(x, bias, out)
-        low = linear(linear(x, self.lora_a[...]), self.lora_b[...])  # float32
+        if self.merged:
+            return y
+        weight = self.weight if self.weight_scale is None else self.weight_scale
+        dtype = weight[...].dtype
+        if key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0)
+        low = linear(x, self.lora_a[...].astype(dtype))
+        low = linear(low, self.lora_b[...].astype(dtype), out=jnp.float32)
         return y + (self.scale * low).astype(y.dtype)
+
+    def merge(self) -> None:
+        """Add the adapter to the weights, in float32. UserError for quantized weights."""
+        self._add(1.0)
+
+    def unmerge(self) -> None:
+        """The inverse of `merge`, up to the rounding of the weights' dtype."""
+        self._add(-1.0)
+
+    def _add(self, sign: float) -> None:
+        if self.merged == (sign > 0):
+            return
+        if self.weight_scale is not None:
+            raise UserError(
+                "LoRA cannot be merged into quantized weights: merge into the model they were "
+                "made of, and quantize that"
+            )
+        a, b, weight = (
+            self.lora_a[...],
+            self.lora_b[...],
+            self.weight[...],
+        )  # L layers in front, or none
+        delta = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
+        merged = weight.astype(jnp.float32) + sign * self.scale * delta
+        self.weight.set_value(merged.astype(weight.dtype))
+        self.merged = sign > 0
+
+
+def make_linear(
+    name: str, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs
+) -> Linear:
+    """A linear map of the language model, with an adapter where `lora` names it."""
+    if lora is not None and name in lora.targets:
+        return LoraLinear(n_in, n_out, bias=bias, lora=lora, rngs=rngs)
+    return Linear(n_in, n_out, bias=bias, rngs=rngs)
+
+
+def apply(layer: Linear, x: jax.Array, key: jax.Array | None, n: int) -> jax.Array:
+    """layer(x); the dropout of its adapter, if it has one, follows from the block's key and n."""
+    if key is not None and isinstance(layer, LoraLinear):
+        return layer(x, key=jax.random.fold_in(key, n))
+    return layer(x)
+
+
+def adapters(model: nnx.Module) -> list[LoraLinear]:
+    """The adapted maps of a model; stacked layers are one of them."""
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, LoraLinear)]

@@ -27,6 +27,16 @@ class Batch(NamedTuple):
     answers: jax.Array | np.ndarray  # [B, A] int32; positions of the labelled tokens, -1 is padding
 
 
+class Dropout(NamedTuple):
+    """The keys of what has dropout in this pass; None: off, as in evaluation."""
+
+    qformer: jax.Array | None = None  # only when it is trained
+    lora: jax.Array | None = None
+
+
+NO_DROPOUT = Dropout()
+
+
 class MiniGpt(nnx.Module):
     """The whole model. Parameter paths begin with the part: vit, ln_vision, qformer, projection, llm."""
 
@@ -71,12 +81,13 @@ class MiniGpt(nnx.Module):
         return jnp.where(slot[:, :, None], placed, embeds)
 
     def token_nll(
-        self, batch: Batch, *, remat: bool = False, dropout_key: jax.Array | None = None
+        self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
         """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
         pixels, tokens, lengths, _ = map(jnp.asarray, batch)
-        visual = self.encode(pixels, remat=remat, dropout_key=dropout_key)
-        hidden = self.llm(self.merge(tokens, visual), lengths, remat=remat)
+        visual = self.encode(pixels, remat=remat, dropout_key=dropout.qformer)
+        embeds = self.merge(tokens, visual)
+        hidden = self.llm(embeds, lengths, remat=remat, dropout_key=dropout.lora)
         return self.answer_nll(hidden, batch)
 
     def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -90,8 +101,8 @@ class MiniGpt(nnx.Module):
         return jnp.where(batch.answers >= 0, nll, 0.0)
 
     def loss(
-        self, batch: Batch, *, remat: bool = False, dropout_key: jax.Array | None = None
+        self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
         """Mean negative log-likelihood over the labelled tokens of the batch, as the original's."""
-        nll = self.token_nll(batch, remat=remat, dropout_key=dropout_key)
+        nll = self.token_nll(batch, remat=remat, dropout=dropout)
         return nll.sum() / jnp.maximum((batch.answers >= 0).sum(), 1)

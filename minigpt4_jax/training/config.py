@@ -36,6 +36,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LoraChoice:
+    """Adapters on the language model. A value that is left as it is here is the model's own; a
+    model without adapters gets new ones when the rank is given."""
+
+    rank: int = 0
+    alpha: float = 0.0  # of new ones: 16
+    targets: tuple[str, ...] = ()  # of new ones: q, v; some of q, k, v, o, gate, up, down
+    dropout: float = -1.0  # on their input, in training; of new ones: 0.05
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on, besides its data's content and its model's weights."""
 
@@ -43,6 +54,7 @@ class TrainConfig:
     variant: str = ""  # refuse a model of another variant; "": any
     llm_width: int = 0  # refuse a language model of another width; 0: any
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraChoice = field(default_factory=LoraChoice)
     prompt_template: str = ""  # around a row's question, {} in its place; "": the model's own
     end_symbol: str = ""  # closes every answer; "": the model's own
     max_text_length: int = 0  # tokens an answer may have; 0: the model's own
@@ -113,6 +125,9 @@ def check(c: TrainConfig) -> TrainConfig:
     for name in ("threads", "pad_tokens", "pad_answers"):
         value = getattr(c.data, name)
         _require(c, f"data.{name}", value > 0, "a number above 0", value)
+    _require(c, "lora.rank", c.lora.rank >= 0, "0 or more", c.lora.rank)
+    _require(c, "lora.alpha", c.lora.alpha >= 0, "0 or more", c.lora.alpha)
+    _require(c, "lora.dropout", c.lora.dropout < 1, "less than 1", c.lora.dropout)
     _require(c, "dtype", c.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
     _require(c, "schedule", c.schedule in SCHEDULES, " or ".join(SCHEDULES))
     _require(c, "beta1", 0 <= c.beta1 < 1, "0 <= beta1 < 1")

@@ -115,10 +115,12 @@ class _Loop:
         self.tokenizer = load_tokenizer(
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
+        self.parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
         # Everything the user gave is looked at before anything is written, of the weights the heads.
         self.loader = self._make_loader()
         self.closing.callback(self.loader.close)
         held_out = read_validation(c)
+        weights.check_masters(c.model, self.model_config, self.parts)
         weights.check_tensors(c.model, self.model_config)
         run.open_workdir(workdir, c)
         self.done = run.is_done(workdir, c)
@@ -145,9 +147,10 @@ class _Loop:
     def _build(self) -> None:
         """Weights onto the device, the optimizer and the programs."""
         c = self.c
-        parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
-        model, _ = weights.load_model(c.model, c.dtype, masters=parts)
-        self.split = split_model(model, parts, jnp.dtype(weights.DTYPES[c.dtype]))
+        model, _ = weights.load_model(
+            c.model, c.dtype, masters=self.parts, lora=self.model_config.lora, seed=c.seed
+        )
+        self.split = split_model(model, self.parts, jnp.dtype(weights.DTYPES[c.dtype]))
         self.trainable = self.split.trainable
         self.split = self.split._replace(trainable={})  # donated by the first step
         tx = optim.adamw(
@@ -160,12 +163,17 @@ class _Loop:
             warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
             decay_rate=c.decay_rate,
         )  # fmt: skip
-        q = self.model_config.qformer
-        dropout = not c.freeze_qformer and q is not None and q.dropout > 0
+        dropout_in = self._dropout_in()
         self.update = make_step(
             self.split, tx, accumulate=c.accumulate, remat=c.remat,
-            dropout_seed=c.seed if dropout else None,
+            dropout_seed=c.seed if dropout_in else None, dropout_in=dropout_in,
         )  # fmt: skip
+
+    def _dropout_in(self) -> set[str]:
+        """The trained parts that have dropout."""
+        q, lora = self.model_config.qformer, self.model_config.lora
+        rates = {"qformer": q.dropout if q else 0.0, "lora": lora.dropout if lora else 0.0}
+        return {part for part, rate in rates.items() if rate > 0 and part in self.parts}
 
     def _restore(self) -> None:
         found = self.checkpoints.restore(self.trainable, self.opt_state)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax import weights
-from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.config import TrainConfig, differences, to_dict
 from minigpt4_jax.training.logs import cannot_write
@@ -104,7 +104,31 @@ def model_config(c: TrainConfig) -> ModelConfig:
         for name in ("prompt_template", "end_symbol", "max_text_length")
         if getattr(c, name)
     }
-    return dataclasses.replace(config, **changes).check()
+    return dataclasses.replace(config, lora=_lora(c, config.lora), **changes).check()
+
+
+def _lora(c: TrainConfig, have: LoraConfig | None) -> LoraConfig | None:
+    """The adapters of the run: the model's, or new ones. UserError when the choice is another."""
+    wish = c.lora
+    given: dict[str, Any] = {"rank": wish.rank, "alpha": wish.alpha, "targets": wish.targets}
+    given = {name: value for name, value in given.items() if value}
+    dropout: dict[str, Any] = {"dropout": wish.dropout} if wish.dropout >= 0 else {}
+    if have is None:
+        if wish.rank == 0 and (given or dropout):
+            name = next(iter(given | dropout))
+            raise UserError(
+                f"config.lora.{name} is given, but {c.model} has no LoRA: give config.lora.rank "
+                "too, and it gets new adapters"
+            )
+        return LoraConfig(**given, **dropout) if wish.rank else None
+    for name, value in given.items():
+        own = getattr(have, name)
+        if (sorted(value) != sorted(own)) if name == "targets" else value != own:
+            raise UserError(
+                f"config.lora.{name} is {value!r}, and the adapters of {c.model} have {own!r}: "
+                "leave it out, or begin with a model without LoRA"
+            )
+    return dataclasses.replace(have, **dropout)
 
 
 def write_trained(

@@ -5,7 +5,7 @@ array, and so are its gradient and the optimizer's state; the rest is a tuple th
 Flat containers keep the cost of a call at a tenth of a millisecond.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from minigpt4_jax import optim
-from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
 from minigpt4_jax.weights import STACKED, parameter_dtype, part_of
 
 Trainable = dict[str, jax.Array]
@@ -96,18 +96,24 @@ def make_step(
     accumulate: int = 1,
     remat: bool = False,
     dropout_seed: int | None = None,
+    dropout_in: Collection[str] = Dropout._fields,
 ) -> Step:
     """Compile-on-first-use step(trainable, opt_state, frozen, batch, rate, step).
 
     -> (trainable, opt_state, Metrics); trainable and opt_state are donated. accumulate: the batch
     runs as that many micro-batches, with the gradient of the mean over all its labelled tokens, as
-    of one batch. dropout_seed: turns the Q-Former's dropout on; masks follow from it and the step.
+    of one batch. dropout_seed: turns dropout on, in the parts that dropout_in names (fields of
+    Dropout); masks follow from it, the step, the micro-batch and the layer.
     """
 
     def share(
         trainable: Trainable, frozen: Frozen, batch: Batch, count: Any, key: Any
     ) -> jax.Array:
-        nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout_key=key)
+        dropout = NO_DROPOUT
+        if key is not None:
+            keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
+            dropout = Dropout(**{part: keys[part] for part in dropout_in})
+        nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
         return nll.sum() / count  # this micro-batch's share of the mean
 
     def loss_and_grad(

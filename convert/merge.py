@@ -1,0 +1,102 @@
+"""python -m convert merge | unmerge: LoRA added to the weights it is on, and taken out again.
+
+Merged, W + alpha / rank * B A stands in the place of W, and the model is one without LoRA. Sums are
+made and, by default, stored in float32: to a 16-bit type a small adapter may be lost in rounding.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from convert.tensors import DTYPES
+from minigpt4_jax.config import LoraConfig, ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.weights import (
+    Tensors,
+    check_tensors,
+    model_chain,
+    part_of,
+    read_config,
+    read_document,
+    tokenizer_dir,
+    write_model,
+)
+
+Arrays = Iterator[tuple[str, np.ndarray]]
+
+
+def merge(model_dir: Path, out: Path, dtype: str = "float32") -> None:
+    """Write model_dir without LoRA, the adapters added to the weights.
+
+    dtype: of the matrices that change. UserError: no LoRA, quantized, damaged, `out` is taken.
+    """
+    config = read_config(model_dir)
+    if config.lora is None:
+        raise UserError(f"{model_dir} has no LoRA to merge")
+    _refuse_quantized(model_dir, config)
+    tensors = check_tensors(model_dir, config)
+    kept = [name for name in tensors if part_of(name) != "lora"]
+    changed = _with_deltas(kept, tensors, tensors, config.lora, 1.0, DTYPES[dtype])
+    _write(out, dataclasses.replace(config, lora=None), changed, model_dir, "merged")
+    print(f"wrote {out}: LoRA on {', '.join(config.lora.targets)} merged, in {dtype}")
+
+
+def unmerge(model_dir: Path, lora_dir: Path, out: Path, dtype: str = "float32") -> None:
+    """Write model_dir, which holds the adapters of lora_dir merged, with them apart again.
+
+    UserError: it has LoRA of its own, lora_dir has none or one for other weights; else as `merge`.
+    """
+    config, lora = read_config(model_dir), read_config(lora_dir).lora
+    if lora is None:
+        raise UserError(f"--lora: {lora_dir} has no LoRA")
+    if config.lora is not None:
+        raise UserError(f"{model_dir} has LoRA of its own: nothing is merged in it")
+    _refuse_quantized(model_dir, config)
+    if config.llm != read_config(lora_dir).llm:
+        raise UserError(f"--lora: {lora_dir} is for another language model than {model_dir} has")
+    tensors, adapters = check_tensors(model_dir, config), Tensors(lora_dir)
+
+    def arrays() -> Arrays:
+        yield from ((n, adapters[n]) for n in sorted(adapters) if part_of(n) == "lora")
+        yield from _with_deltas(list(tensors), tensors, adapters, lora, -1.0, DTYPES[dtype])
+
+    _write(out, dataclasses.replace(config, lora=lora), arrays(), model_dir, "unmerged")
+    print(f"wrote {out}: LoRA on {', '.join(lora.targets)} apart, the weights under it in {dtype}")
+
+
+def _refuse_quantized(model_dir: Path, config: ModelConfig) -> None:
+    if config.quantize is not None:
+        raise UserError(
+            f"{model_dir} is in {config.quantize}, which LoRA cannot be merged into: merge the "
+            "model it was made of, and quantize that with load(quantize=...)"
+        )
+
+
+def _with_deltas(
+    names: list[str],
+    tensors: Mapping[str, np.ndarray],
+    adapters: Mapping[str, np.ndarray],
+    lora: LoraConfig,
+    sign: float,
+    dtype: np.dtype,
+) -> Arrays:
+    """The named tensors, one at a time; W [out, in] + sign * alpha / rank * B A where there is one."""
+    factor = np.float32(sign * lora.alpha / lora.rank)
+    for name in names:
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_a" not in adapters:
+            yield name, tensors[name]
+            continue
+        a, b = (adapters[f"{stem}.lora_{ab}"].astype(np.float32) for ab in "ab")
+        yield name, (tensors[name].astype(np.float32) + factor * (b @ a)).astype(dtype)
+
+
+def _write(out: Path, config: ModelConfig, arrays: Arrays, origin: Path, how: str) -> None:
+    sources: dict = {}
+    for folder in reversed(model_chain(origin)):
+        sources |= read_document(folder).get("sources") or {}
+    sources |= {how: {"file": str(origin)}}
+    files = {path.name: path for path in tokenizer_dir(origin).iterdir()}
+    write_model(out, config, arrays, tokenizer=files, sources=sources)
