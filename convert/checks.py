@@ -39,7 +39,7 @@ def check_trained(config: ModelConfig, s: Sources) -> None:
     lora = lora_shapes(s.checkpoint)
     if lora and config.lora is None:
         raise UserError(
-            f"{where} holds {len(lora)} LoRA weights (the first is {min(lora)}), which "
+            f"{where} holds {len(lora)} LoRA weights ({s.checkpoint.found[min(lora)].key}, ...), which "
             f"{config.variant} would lose: for a minigpt-v2 checkpoint give --variant=minigpt-v2, "
             "for one with LoRA of its own --set lora.alpha=N, as it was trained with"
         )

@@ -170,13 +170,17 @@ def attention(
     causal: bool = False,
     lengths: jax.Array | None = None,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     window: int | None = None,
 ) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
 
     lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
+    segments [B, T = S], in place of both: a query sees the keys of its own segment.
     window: with causal, a query sees itself and the window - 1 keys before it.
     """
+    if segments is not None:
+        mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=causal,

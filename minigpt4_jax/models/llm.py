@@ -131,14 +131,21 @@ class Attention(nnx.Module):
         return rotate(q, *rope), rotate(k, *rope), v
 
     def __call__(
-        self, x: jax.Array, rope: Any, lengths: jax.Array, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        rope: Any,
+        lengths: jax.Array,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """Causal attention within right-padded rows. Returns [B, T, D] and the (k, v) for a cache."""
+        """Causal attention within right-padded rows, or within the segments of packed ones. Returns
+        [B, T, D] and the (k, v) for a cache."""
         c = self.config
         q, k, v = self.heads(x, rope, key)
         y = attention(
-            q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, window=c.window
-        )
+            q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, segments=segments,
+            window=c.window,
+        )  # fmt: skip
         return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), (k, v)
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
@@ -178,10 +185,15 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x), key).astype(jnp.float32)
 
     def __call__(
-        self, x: jax.Array, rope: Any, lengths: jax.Array, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        rope: Any,
+        lengths: jax.Array,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
         """key: of the dropout of this block's adapters; None: off."""
-        y, kv = self.attn(self.norm1(x), rope, lengths, key)
+        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key)
         return self._after(x, y, key), kv
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
@@ -214,20 +226,22 @@ class Llm(nnx.Module):
         self,
         embeds: jax.Array,
         lengths: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
         *,
         remat: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D].
 
-        dropout_key: turns the adapters' dropout on; each layer's follows from it and its number.
+        segments and positions [B, T]: of packed rows. dropout_key: turns the adapters' dropout on; each layer's follows from it and its number.
         """
-        rope = self._rope(embeds)
+        rope = self._rope(embeds) if positions is None else rotary(self.config, positions)
 
         def step(block: Block, at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             x, n = at
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, n)
-            return (block(x, rope, lengths, key)[0], n + 1), None
+            return (block(x, rope, lengths, segments, key)[0], n + 1), None
 
         first = (embeds.astype(jnp.float32), jnp.int32(0))
         (x, _), _ = run_layers(self.blocks, first, step, remat=remat)

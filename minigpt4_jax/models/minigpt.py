@@ -24,7 +24,11 @@ class Batch(NamedTuple):
     pixels: jax.Array | np.ndarray  # [B, I, S, S, 3] float32, normalized; I is 0 for text alone
     tokens: jax.Array | np.ndarray  # [B, T] int32; IMAGE where a visual token goes
     lengths: jax.Array | np.ndarray  # [B] int32; tokens of a row that are not padding
-    answers: jax.Array | np.ndarray  # [B, A] int32; positions of the labelled tokens, -1 is padding
+    answers: jax.Array | np.ndarray  # [B, A] int32; indices of the labelled tokens, -1 is padding
+    # Of packed rows (data/packing.py), whose images are in pixels [N, 1, S, S, 3]:
+    segments: jax.Array | np.ndarray | None = None  # [B, T] int32; a token sees those of its own
+    positions: jax.Array | np.ndarray | None = None  # [B, T] int32
+    visual: jax.Array | np.ndarray | None = None  # [B, T] int32; the visual token of a slot, of N P
 
 
 class Dropout(NamedTuple):
@@ -70,24 +74,34 @@ class MiniGpt(nnx.Module):
             self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], self.config.llm.width)
         )
 
-    def merge(self, tokens: jax.Array, visual: jax.Array) -> jax.Array:
-        """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32."""
+    def merge(
+        self, tokens: jax.Array, visual: jax.Array, index: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32.
+
+        index: of packed rows, `Batch.visual`, into all of visual [N, P, D].
+        """
         slot = tokens == IMAGE
         embeds = self.llm.embed_tokens(jnp.where(slot, 0, tokens))
         if visual.shape[1] == 0:
             return embeds
-        index = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, visual.shape[1] - 1)
-        placed = jnp.take_along_axis(visual, index[:, :, None], axis=1)
+        if index is None:
+            index = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, visual.shape[1] - 1)
+            placed = jnp.take_along_axis(visual, index[:, :, None], axis=1)
+        else:
+            placed = visual.reshape(-1, visual.shape[-1])[index]
         return jnp.where(slot[:, :, None], placed, embeds)
 
     def token_nll(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
         """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
-        pixels, tokens, lengths, _ = map(jnp.asarray, batch)
-        visual = self.encode(pixels, remat=remat, dropout_key=dropout.qformer)
-        embeds = self.merge(tokens, visual)
-        hidden = self.llm(embeds, lengths, remat=remat, dropout_key=dropout.lora)
+        batch = jax.tree.map(jnp.asarray, batch)
+        visual = self.encode(batch.pixels, remat=remat, dropout_key=dropout.qformer)
+        hidden = self.llm(
+            self.merge(batch.tokens, visual, batch.visual),
+            batch.lengths, batch.segments, batch.positions, remat=remat, dropout_key=dropout.lora,
+        )  # fmt: skip
         return self.answer_nll(hidden, batch)
 
     def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:

@@ -103,7 +103,7 @@ def test_dropout_follows_from_its_key_and_the_layer_and_is_off_without():
     rope, key = llm._rope(x), jax.random.key(1)
     keys = [jax.random.fold_in(key, 0)] * 2
     for k in keys:
-        x, _ = block(x, rope, jnp.asarray([7, 5]), k)
+        x, _ = block(x, rope, jnp.asarray([7, 5]), key=k)
     assert np.abs(np.asarray(llm.norm(x)) - hidden(llm, dropout_key=key)).max() > 0.01
 
 

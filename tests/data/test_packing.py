@@ -1,0 +1,92 @@
+"""Packed rows hold every example of the padded batch, whole, once, and told apart."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4_jax.config import IMAGE
+from minigpt4_jax.data.batches import Arrays, Padding
+from minigpt4_jax.data.packing import first_fit, pack
+
+P, PAD = 2, 999
+PADDING = Padding(4, 2)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), width=st.integers(1, 40))
+def test_first_fit_leaves_none_out_and_opens_no_row_without_need(lengths, width):
+    rows = first_fit(lengths, width)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert all(n <= width or len(row) == 1 for n, row in zip(sums, rows, strict=True))
+    shortest = [min(lengths[i] for i in row) for row in rows]
+    for earlier in range(len(rows)):
+        for later in range(earlier + 1, len(rows)):
+            assert sums[earlier] + shortest[later] > width
+
+
+def padded(seed, examples, images):
+    """A batch of random rows: 0 to `images` images of P tokens at the front, then text and answer."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(examples):
+        shown, asked, told = rng.integers(0, images + 1), rng.integers(1, 6), rng.integers(0, 5)
+        slots = int(shown) * P - int(rng.integers(0, 2) and shown > 0)  # a cut prompt loses some
+        rows.append(([IMAGE] * slots + rng.integers(3, 90, asked + told).tolist(), slots + asked))
+    width = max(len(tokens) for tokens, _ in rows) + 3
+    tokens = np.full((examples, width), PAD, np.int32)
+    answers = np.full((examples, 6), -1, np.int32)
+    for n, (row, first) in enumerate(rows):
+        tokens[n, : len(row)] = row
+        answers[n, : len(row) - first] = np.arange(first, len(row))
+    lengths = np.array([len(row) for row, _ in rows], np.int32)
+    pixels = rng.normal(size=(examples, images, 1, 1, 3)).astype(np.float32)
+    return Arrays(pixels, tokens, lengths, answers)
+
+
+def found(batch, packed, row, segment, first):
+    """(tokens, positions of labels, visual tokens) of a segment; visual tokens as (image, n)."""
+    here = np.flatnonzero(packed.segments[row] == segment)
+    assert np.array_equal(here, np.arange(here[0], here[0] + len(here)))  # in one piece
+    assert packed.positions[row, here].tolist() == list(range(len(here)))
+    tokens = packed.tokens[row, here]
+    labels = [a - here[0] for a in packed.answers[row] if a in here and a >= 0]
+    visual = packed.visual[row, here][tokens == IMAGE]
+    return tuple(tokens.tolist()), tuple(labels), tuple(first * P + visual)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 1000), examples=st.sampled_from([1, 2, 6, 12]), images=st.integers(0, 2),
+    width=st.integers(1, 60), micro=st.sampled_from([1, 2]), multiple=st.integers(1, 3),
+)  # fmt: skip
+def test_every_example_is_there_with_its_labels_and_visual_tokens(
+    seed, examples, images, width, micro, multiple
+):
+    batch = padded(seed, examples, images)
+    micro = micro if examples % micro == 0 else 1
+    packed = pack(
+        batch, width, P, PAD, micro_batches=micro, rows_multiple=multiple, padding=PADDING
+    )
+    assert packed.pixels.shape == (examples * images, 1, 1, 1, 3)
+    np.testing.assert_array_equal(packed.pixels[:, 0], batch.pixels.reshape(-1, 1, 1, 3))
+    rows, share = len(packed.tokens) // micro, examples // micro
+    assert rows % multiple == 0 and rows * micro == len(packed.tokens)
+    for m in range(micro):
+        seen = []
+        for row in range(m * rows, (m + 1) * rows):
+            count = packed.segments[row].max()  # the last segment is padding, where there is any
+            used = packed.lengths[row]
+            assert (packed.tokens[row, used:] == PAD).all()
+            full = used == packed.tokens.shape[1]
+            for segment in range(count + full):
+                seen.append(found(batch, packed, row, segment, m * share * images))
+        wanted = []
+        for i in range(m * share, (m + 1) * share):
+            tokens = batch.tokens[i, : batch.lengths[i]]
+            labels = tuple(a for a in batch.answers[i].tolist() if a >= 0)
+            first = i * images * P
+            slots = tuple(range(first, first + int((tokens == IMAGE).sum())))
+            wanted.append((tuple(tokens.tolist()), labels, slots))
+        assert sorted(seen) == sorted(wanted)
+    labels = (packed.answers >= 0).sum()
+    assert labels == (batch.answers >= 0).sum()
