@@ -234,7 +234,8 @@ class Llm(nnx.Module):
     ) -> jax.Array:
         """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D].
 
-        segments and positions [B, T]: of packed rows. dropout_key: turns the adapters' dropout on; each layer's follows from it and its number.
+        segments and positions [B, T]: of packed rows. dropout_key: turns the adapters' dropout on;
+        each layer's follows from it and its number.
         """
         rope = self._rope(embeds) if positions is None else rotary(self.config, positions)
 

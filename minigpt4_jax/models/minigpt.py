@@ -1,7 +1,7 @@
 """MiniGPT-4: image -> vision encoder -> Q-Former or patch groups -> projection -> language model
 (MiniGPT-4 paper, section 3; MiniGPT-v2 paper, section 2; the original's minigpt_base.py)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +96,13 @@ class MiniGpt(nnx.Module):
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
         """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
-        batch = jax.tree.map(jnp.asarray, batch)
-        visual = self.encode(batch.pixels, remat=remat, dropout_key=dropout.qformer)
+        of: Any = jax.tree.map(jnp.asarray, batch)  # every field a jax.Array, or None
+        visual = self.encode(of.pixels, remat=remat, dropout_key=dropout.qformer)
         hidden = self.llm(
-            self.merge(batch.tokens, visual, batch.visual),
-            batch.lengths, batch.segments, batch.positions, remat=remat, dropout_key=dropout.lora,
+            self.merge(of.tokens, visual, of.visual),
+            of.lengths, of.segments, of.positions, remat=remat, dropout_key=dropout.lora,
         )  # fmt: skip
-        return self.answer_nll(hidden, batch)
+        return self.answer_nll(hidden, of)
 
     def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """hidden [B, T, D] -> [B, A]. Only the answers meet the output matrix: it is a tenth of the step."""
