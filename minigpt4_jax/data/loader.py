@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, BatchMaker, Padding
+from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Padding
+from minigpt4_jax.data.packing import Packed
 from minigpt4_jax.data.reader import Reader, init_worker
 from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
@@ -43,6 +44,7 @@ def make_loader(
     threads: int = 2,
     timeout: float = 0.0,
     shard: tuple[int, int] = (0, 1),
+    pack: Callable[[Arrays], Packed] | None = None,
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources).
 
@@ -53,10 +55,13 @@ def make_loader(
     with rows that have no labels, instead of being left out. crop: version 1's random resized crop.
     workers: processes that make batches (0: this one); threads: in each of them. timeout: seconds
     without a batch until these count as hung (0: never); see data.reader for what happens then.
+    pack: see data.packing; what becomes of a batch, its arguments given; for one process.
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, shuffle,
-    crop and padding alone. UserError: a value out of range, no data, not even one batch.
+    crop, padding and pack alone. UserError: a value out of range, no data, not even one batch.
     """
     _check(examples, batch_size, seed, epochs, workers, threads, shard)
+    if pack is not None and shard[1] > 1:  # each would make another number of rows
+        raise UserError(f"data: packed rows are for one process, not for {shard[1]}: pack_tokens=0")
     maker = BatchMaker(
         examples, tokenizer, config, tuple(prompts), batch_size, seed, padding, crop, shard
     )
@@ -72,7 +77,7 @@ def make_loader(
         )
     return Loader(
         batches, maker, endless=epochs is None, shuffle=shuffle, readers=(workers, threads),
-        timeout=timeout,
+        timeout=timeout, pack=pack,
     )  # fmt: skip
 
 
@@ -92,10 +97,13 @@ class Loader:
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
         timeout: float,
+        pack: Callable[[Arrays], Packed] | None,
     ):
         self.steps = None if endless else len(batches)
         self.batches_per_epoch = len(maker.examples) // maker.batch_size
         self._batches = batches.map_with_index(maker)
+        if pack is not None:
+            self._batches = self._batches.map(pack)
         self._identity = {
             "seed": maker.seed,
             "batch_size": maker.batch_size,

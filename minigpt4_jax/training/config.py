@@ -33,6 +33,7 @@ class DataConfig:
     timeout: float = 600.0  # seconds without a batch until they count as hung; 0: wait for ever
     pad_tokens: int = 32  # rows are padded to multiples of these, so that few programs are compiled
     pad_answers: int = 16
+    pack_tokens: int = 0  # several short examples in a row of so many tokens; 0: a row for each
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def check(c: TrainConfig) -> TrainConfig:
     for name in ("workers", "timeout"):
         value = getattr(c.data, name)
         _require(c, f"data.{name}", 0 <= value < math.inf, "0 or more", value)
+    _require(c, "data.pack_tokens", c.data.pack_tokens >= 0, "0 or more", c.data.pack_tokens)
     for name in ("threads", "pad_tokens", "pad_answers"):
         value = getattr(c.data, name)
         _require(c, f"data.{name}", value > 0, "a number above 0", value)

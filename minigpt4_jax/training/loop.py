@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ import numpy as np
 
 from minigpt4_jax import optim, weights
 from minigpt4_jax.compilation import enable_compilation_cache
-from minigpt4_jax.data.batches import Padding
+from minigpt4_jax.data.batches import Arrays, Padding
 from minigpt4_jax.data.loader import Loader, make_loader
+from minigpt4_jax.data.packing import Packed, pack
 from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
@@ -141,7 +143,17 @@ class _Loop:
             self.model_config, self.tokenizer,
             batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
             padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
-            timeout=d.timeout,
+            timeout=d.timeout, pack=self._pack(),
+        )  # fmt: skip
+
+    def _pack(self) -> Callable[[Arrays], Packed] | None:
+        c, d = self.c, self.c.data
+        if d.pack_tokens == 0:
+            return None
+        return partial(
+            pack, width=d.pack_tokens, visual_tokens=self.model_config.visual_tokens,
+            pad_id=self.tokenizer.pad_id, micro_batches=c.accumulate,
+            padding=Padding(d.pad_tokens, d.pad_answers),
         )  # fmt: skip
 
     def _build(self) -> None:

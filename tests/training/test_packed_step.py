@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -13,8 +14,10 @@ from minigpt4_jax.config import IMAGE, LoraConfig
 from minigpt4_jax.data.batches import Arrays
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.training.config import DataConfig, TrainConfig
+from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.step import make_step, split_model, trained_parts
-from minigpt4_jax.weights import load_model
+from minigpt4_jax.weights import Tensors, load_model
 
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 LORA = LoraConfig(rank=2, targets=("q", "k", "v", "o", "gate", "up", "down"))
@@ -54,29 +57,34 @@ def grads(split, batch):
     return program(split.trainable)
 
 
-def test_loss_and_gradient_are_those_of_the_padded_batch(split):
-    one, batch = arrays(), packed(arrays())
+@pytest.fixture(scope="module")
+def expected(split):
+    """Loss and gradient of the padded batch."""
+    return grads(split, Batch(*arrays()))
+
+
+def test_loss_and_gradient_are_those_of_the_padded_batch(split, expected):
+    batch = packed(arrays())
     assert batch.tokens.shape[0] < 5
-    loss, wanted = grads(split, Batch(*one))
+    loss, wanted = expected
     same, found = grads(split, batch)
     assert float(same) == pytest.approx(float(loss), rel=1e-5)
     assert len(found) == 2 + 2 * 7
     for name, grad in wanted.items():
         scale = np.abs(grad).max()
         assert scale > 0
-        np.testing.assert_allclose(found[name] / scale, grad / scale, atol=1e-5)
+        np.testing.assert_allclose(found[name] / scale, grad / scale, atol=5e-5)
 
 
-def test_micro_batches_of_packed_rows_add_up(split):
+def test_micro_batches_of_packed_rows_add_up(split, expected):
     tx = optim.adamw(split.decays)
-    found = []
-    for accumulate, batch in ((1, Batch(*arrays())), (2, packed(arrays(), micro_batches=2))):
-        params = jax.tree.map(jnp.copy, split.trainable)
-        args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))
-        found.append(make_step(split, tx, accumulate=accumulate)(*args))
-    (_, _, one), (_, _, two) = found
-    assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-5)
-    assert float(two.grad_norm) == pytest.approx(float(one.grad_norm), rel=1e-4)
+    params = jax.tree.map(jnp.copy, split.trainable)
+    batch = packed(arrays(), micro_batches=2)
+    args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))
+    metrics = make_step(split, tx, accumulate=2)(*args)[2]
+    assert float(metrics.loss) == pytest.approx(float(expected[0]), rel=1e-5)
+    norm = optax.global_norm(expected[1])
+    assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_an_example_does_not_see_its_neighbours(tmp_path):
@@ -93,3 +101,31 @@ def test_an_example_does_not_see_its_neighbours(tmp_path):
     own = np.isin(batch.answers[0], np.flatnonzero(first))
     np.testing.assert_allclose(one[own], two[own], rtol=1e-6)
     assert np.abs(one[~own] - two[~own]).max() > 1e-3
+
+
+def test_a_packed_run_is_the_unpacked_one_and_resumes(tmp_path):
+    """The same steps to float32's rounding, with worker processes and after a stop too."""
+    tiny.write_random_model(tmp_path / "m")
+    data = tiny.write_data(tmp_path / "data", rows=10)
+
+    def run(name, stop=None, **changes):
+        def after(record):
+            if record["step"] == stop:
+                raise KeyboardInterrupt
+
+        c = TrainConfig(
+            model=str(tmp_path / "m"), data=DataConfig(path=(str(data),), **changes), steps=4,
+            batch_size=6, accumulate=2, init_lr=0.01, warmup_steps=0, dtype="float32",
+            save_every=2, max_text_length=12,
+        )  # fmt: skip
+        return train(c, tmp_path / name, on_metrics=after)
+
+    plain, whole = run("plain"), run("packed", pack_tokens=48, pad_answers=4)
+    assert whole.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
+    assert whole.metrics["tokens"] == plain.metrics["tokens"]
+    with pytest.raises(KeyboardInterrupt):
+        run("again", stop=2, pack_tokens=48, pad_answers=4)
+    again = run("again", pack_tokens=48, pad_answers=4, workers=1)
+    one, two = Tensors(whole.model), Tensors(again.model)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])

@@ -161,7 +161,9 @@ def test_dropout_is_by_step_and_micro_batch_and_off_in_evaluation(home):
     total, count = make_evaluation(split)(start, split.frozen, one)
     on = losses(split, start, one, [0, 1, 0], dropout_seed=7, dropout_in=["lora"])
     assert on[0] == on[2] and abs(on[0] - on[1]) > 1e-4 and abs(on[0] - total / count) > 1e-4
-    two = Batch(*(np.repeat(a, 2, 0) for a in one))  # the same row in each of two micro-batches
+    two = jax.tree.map(
+        lambda a: np.repeat(a, 2, 0), one
+    )  # the same row in each of two micro-batches
     both = losses(split, start, two, [0], dropout_seed=7, dropout_in=["lora"], accumulate=2)
     assert abs(both[0] - on[0]) > 1e-4
 
