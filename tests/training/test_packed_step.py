@@ -103,6 +103,7 @@ def test_an_example_does_not_see_its_neighbours(tmp_path):
     assert np.abs(one[~own] - two[~own]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_packed_run_is_the_unpacked_one_and_resumes(tmp_path):
     """The same steps to float32's rounding, with worker processes and after a stop too."""
     tiny.write_random_model(tmp_path / "m")
