@@ -32,8 +32,9 @@ def contact_sheet(
     truths: Sequence[str] | None = None,
     title: str = "",
     columns: int = 2,
+    side: int = 168,
 ) -> Path:
-    """Saves a PNG with every image beside its caption; returns its path.
+    """Saves a PNG with every image, `side` pixels wide, beside its caption; returns its path.
 
     `images` are uint8 arrays [H, W, 3], PIL images or files, all of any size; `right` says whether
     a caption is right (green), wrong (red) or not judged (None, gray); under a wrong one stands
@@ -46,7 +47,7 @@ def contact_sheet(
             f"contact sheet: {len(images)} images, {len(captions)} captions, {len(right)} verdicts"
             f"{'' if truths is None else f', {len(truths)} truths'}: expected one of each, and some"
         )
-    side, words, gap = 168, 380, 14
+    words, gap = 380, 14
     cards = []
     for i, picture in enumerate(images):
         truth = truths[i] if truths is not None and right[i] is False else ""

@@ -22,7 +22,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -175,11 +175,17 @@ def draw_many(task: tuple[str, int, int]) -> dict[str, np.ndarray]:
     return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
 
 
-def make_data(count: int, split: str, workers: int) -> dict[str, np.ndarray]:
-    """`count` images of a split with their labels, stacked."""
+def make_data(
+    count: int,
+    split: str,
+    workers: int,
+    draw: Callable[[tuple[str, int, int]], dict[str, np.ndarray]] = draw_many,
+) -> dict[str, np.ndarray]:
+    """`count` images of a split with their labels, stacked. draw: makes those from one number up to
+    another."""
     tasks = [(split, k, min(k + 500, count)) for k in range(0, count, 500)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        parts = list(tqdm(pool.map(draw_many, tasks), f"drawing {split}", len(tasks)))
+        parts = list(tqdm(pool.map(draw, tasks), f"drawing {split}", len(tasks)))
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
