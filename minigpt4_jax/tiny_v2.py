@@ -32,8 +32,8 @@ PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # rows of each t
         (1, 2, 2),
     ),
     (
-        {"caption": 1000, "vqa": 2000, "refer": 1600, "identify": 600, "grounding": 500,
-         "detection": 340},
+        {"caption": 640, "vqa": 1920, "refer": 2240, "identify": 880, "grounding": 880,
+         "detection": 280},
         (1, 2, 2, 3, 3),
     ),
 )  # fmt: skip
@@ -87,7 +87,7 @@ class TinyV2:
         base, shapes = self.workdir / "base", self.workdir / "shapes"
         self.judge("before", base, {"heldout": max(1, self.judged // 5)}, shapes)
         model = self.train(base)
-        splits = {"heldout": self.judged, "heldout_pairs": self.judged}
+        splits = {"heldout": self.judged, "heldout_pairs": (self.judged + 1) // 2}
         found = self.judge("after", model, splits, shapes)
         self.finish(model, found)
 
@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path("tiny_v2"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=4000, help="training images")
-    parser.add_argument("--judged", type=int, default=60, help="held-out images of each kind")
+    parser.add_argument("--judged", type=int, default=50, help="held-out images asked about")
     parser.add_argument("--prepare", action="store_true", help="only what training needs")
     a = parser.parse_args()
     if a.images < 100 or not 1 <= a.judged <= 200:

@@ -147,7 +147,7 @@ def test_the_report_has_every_figure(capsys):
     assert [line.split() for line in lines if line.startswith("refer")] == [
         ["refer", "0.0%", "81.5%", "100.0%"]
     ]
-    assert "1700 seconds, seed 3, 60 images" in lines[-1]
+    assert "1700 seconds, seed 3, 60 held-out images" in lines[-1]
 
 
 @pytest.mark.parametrize("wrong", ["--images=5", "--judged=0", "--judged=999"])

@@ -2,7 +2,7 @@
 
     python -m minigpt4_jax.training.shapes_patches --out=shapes_vision_v2.safetensors
 
-makes the weights shipped in minigpt4_jax/assets/ (a quarter of an hour on a CPU core). MiniGPT-v2 has no
+makes the weights shipped in minigpt4_jax/assets/ (ten minutes on a CPU core). MiniGPT-v2 has no
 Q-Former: the language model reads the patches. So each patch that shows an object learns to say all
 about it, as shapes_vision's queries do: a word is one large value in a dimension of its own, for
 number, size, color, shape and place; a coordinate of the box lies between two of 20 dimensions that
@@ -228,9 +228,9 @@ def save(state: Any, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--images", type=int, default=24_000, help="training scenes drawn")
     a = parser.parse_args()
     train(a.out, steps=a.steps, batch=a.batch, lr=a.lr, images=a.images)
