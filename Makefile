@@ -1,4 +1,5 @@
 # make quickstart   a model that describes images, from nothing, in about twelve minutes
+# make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
 # make test         all tests       make lint   style and types       make clean
 
 PYTHON ?= python3
@@ -6,10 +7,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test smoke lint clean
+.PHONY: quickstart tiny_v2 test smoke lint clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart
+
+tiny_v2: $(VENV)/.package $(VENV)/.smollm2
+	$(BIN)/python -m minigpt4_jax.tiny_v2
 
 # Two workers: most of a test's time is compilation, which uses one core.
 test: $(VENV)/.dev $(VENV)/.smollm2
