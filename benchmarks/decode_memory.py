@@ -24,7 +24,7 @@ from flax import nnx
 from minigpt4_jax import weights
 from minigpt4_jax.config import LlmConfig, ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
-from minigpt4_jax.models.llm import KVCache
+from minigpt4_jax.models.cache import KVCache
 
 MODELS = {
     "7b": ModelConfig(),

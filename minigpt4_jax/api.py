@@ -42,23 +42,28 @@ def load(
     *,
     quantize: str | None = None,
     merge_lora: bool = False,
+    kv_cache: str | None = None,
 ) -> "Model":
     """Read a model directory (made by `python -m convert build` or by training).
 
     dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
     whose memory has room for the model in float32. quantize: "int8" or "int4" rounds the language
     model's matrices to it (and the vision encoder's to int8) while they are read; a directory that
-    `convert build --quantize` made needs no such word. merge_lora: add LoRA to the weights it is
-    on, which then cost what they do without; exact up to rounding in dtype, where bfloat16 may lose
-    a small adapter. UserError: not a model directory, damaged, an unknown or different scheme, or
-    LoRA to be merged into quantized weights.
+    `convert build --quantize` made needs no such word. kv_cache: "int8" keeps the keys and values
+    of what is read and written in 8 bits, half the bytes of bfloat16. merge_lora: add LoRA to the
+    weights it is on, which then cost what they do without; exact up to rounding in dtype, where
+    bfloat16 may lose a small adapter. UserError: not a model directory, damaged, an unknown or
+    different scheme, or LoRA to be merged into quantized weights.
     """
+    if kv_cache not in (None, "int8"):
+        raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's floats")
     if dtype is None:
         dtype = _default_dtype(read_config(model_dir))
     module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize)
     if merge_lora:
         for layer in adapters(module):
             layer.merge()
+    module.llm.int8_cache = kv_cache == "int8"
     return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.sampling import Options, Plan, forbid, penalize
 from minigpt4_jax.generate.stopping import completing
-from minigpt4_jax.models.llm import KVCache, Place
+from minigpt4_jax.models.cache import KVCache, Place
 from minigpt4_jax.models.minigpt import MiniGpt
 
 Array = Any  # of JAX inside the programs, of NumPy where they are called

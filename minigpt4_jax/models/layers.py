@@ -190,10 +190,20 @@ def attention(
 
 
 def cached_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, *, scale: float
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+    *,
+    scale: float,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], seen [B, T, S] (True is
-    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed."""
+    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed.
+
+    key_scale, value_scale [B, K, S]: factors that keys and values are yet to be multiplied by.
+    """
     b, t, n, h = q.shape
     k, s = keys.shape[1:3]
     precision = _precision(keys.dtype)
@@ -202,12 +212,17 @@ def cached_attention(
         "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=precision,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
+    if key_scale is not None:
+        scores *= key_scale[:, :, None, :]
     scores = (scores * scale).reshape(b, k, t, n // k, s)
     scores = jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(b, k, -1, s)
+    probs = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s)
+    if value_scale is not None:
+        probs *= value_scale[:, :, None, :]
     y = jnp.einsum(
-        "bkqs,bksh->bkqh", probs, values, precision=precision, preferred_element_type=jnp.float32
-    )
+        "bkqs,bksh->bkqh", probs.astype(values.dtype), values, precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 

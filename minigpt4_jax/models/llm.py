@@ -3,7 +3,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,21 @@ import numpy as np
 from flax import nnx
 
 from minigpt4_jax.config import LlmConfig, LoraConfig, RopeScaling
+from minigpt4_jax.models.cache import (
+    KVCache,
+    Place,
+    Rounded,
+    attend,
+    floats,
+    in_order,
+    new_cache,
+    round_vectors,
+    write_cache,
+)
 from minigpt4_jax.models.layers import (
     Linear,
     RMSNorm,
     attention,
-    cached_attention,
     linear,
     run_layers,
     stack_layers,
@@ -23,38 +33,6 @@ from minigpt4_jax.models.layers import (
 )
 from minigpt4_jax.models.lora import apply, make_linear
 from minigpt4_jax.quant import quantize
-
-
-class KVCache(NamedTuple):
-    """Keys and values of every layer: a stacked array [L, B, K, S, H] each, or L of [B, K, S, H].
-
-    Slot t of a row holds position t. A row's slots past its length are never looked at, so right
-    padding may leave anything there, and decoding overwrites it.
-    """
-
-    k: Any
-    v: Any
-
-    @property
-    def length(self) -> int:
-        """S."""
-        return (self.k[0] if isinstance(self.k, list) else self.k).shape[-2]
-
-
-class Place(NamedTuple):
-    """Where in a cache the T tokens of a step go, and what each of them looks at."""
-
-    slots: jax.Array  # [B, T] int32
-    seen: jax.Array  # [B, T, S] bool
-
-
-def in_order(positions: jax.Array, length: int, window: int | None) -> Place:
-    """Positions [B, T] of rows whose slot t of S = length holds position t."""
-    slots = jnp.arange(length)
-    seen = slots <= positions[:, :, None]
-    if window is not None:
-        seen &= slots > positions[:, :, None] - window
-    return Place(positions, seen)
 
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
@@ -90,23 +68,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def new_cache(x: jax.Array, length: int) -> jax.Array:
-    """Keys or values [B, T, K, H] of the first T positions -> cache [B, K, S = length, H]."""
-    # XLA on CPU writes into a bfloat16 array by way of a float32 copy of all of it.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
-    x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
-    return x.transpose(0, 2, 1, 3).astype(dtype)
-
-
-def write_cache(cache: jax.Array, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """cache [B, K, S, H] with x [B, T, K, H] at positions [B, T]."""
-    b, k, s, h = cache.shape
-    # One index a vector: XLA writes this in place, and copies the cache for other spellings.
-    at = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
-    flat = cache.reshape(b * k * s, h).at[at].set(x.astype(cache.dtype), unique_indices=True)
-    return flat.reshape(cache.shape)
-
-
 class Attention(nnx.Module):
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
@@ -137,23 +98,30 @@ class Attention(nnx.Module):
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
+        int8: bool = False,
     ) -> tuple[jax.Array, tuple]:
         """Causal attention within right-padded rows, or within the segments of packed ones. Returns
-        [B, T, D] and the (k, v) for a cache."""
+        [B, T, D] and the (k, v) for a cache.
+
+        int8: for a cache that is rounded; the rows see its keys and values then.
+        """
         c = self.config
         q, k, v = self.heads(x, rope, key)
+        kv = (round_vectors(k), round_vectors(v)) if int8 else (k, v)
+        k, v = (floats(a, q.dtype) for a in kv)
         y = attention(
             q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, segments=segments,
             window=c.window,
         )  # fmt: skip
-        return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), (k, v)
+        return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
         """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
-        keys, values = write_cache(kv[0], k, place.slots), write_cache(kv[1], v, place.slots)
-        y = cached_attention(q, keys, values, place.seen, scale=c.head_dim**-0.5)
+        new = (round_vectors(k), round_vectors(v)) if isinstance(kv[0], Rounded) else (k, v)
+        keys, values = (write_cache(a, b, place.slots) for a, b in zip(kv, new, strict=True))
+        y = attend(q, keys, values, place.seen, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -191,9 +159,10 @@ class Block(nnx.Module):
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
+        int8: bool = False,
     ) -> tuple[jax.Array, tuple]:
-        """key: of the dropout of this block's adapters; None: off."""
-        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key)
+        """key: of the dropout of this block's adapters; None: off. int8: as in Attention."""
+        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key, int8)
         return self._after(x, y, key), kv
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
@@ -205,6 +174,7 @@ class Llm(nnx.Module):
     """Embeddings in, hidden states out; `logits` turns hidden states into scores over the vocabulary.
 
     blocks: stacked parameters (training, encoding), or an nnx.List after `unstack` (decoding).
+    int8_cache: whether `prefill` makes a cache of int8.
     """
 
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
@@ -214,6 +184,7 @@ class Llm(nnx.Module):
         self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.eps)
         self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
+        self.int8_cache = False
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
@@ -255,7 +226,7 @@ class Llm(nnx.Module):
         rope = self._rope(embeds)
 
         def step(block: Block, x: jax.Array) -> tuple[jax.Array, tuple]:
-            x, kv = block(x, rope, lengths)
+            x, kv = block(x, rope, lengths, int8=self.int8_cache)
             return x, tuple(new_cache(a, cache_length) for a in kv)
 
         x, kv = run_layers(self.blocks, embeds.astype(jnp.float32), step)

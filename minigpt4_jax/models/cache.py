@@ -1,0 +1,134 @@
+"""The key-value cache of a language model: in the model's floats, or rounded to int8.
+
+Rounded, each key or value vector of a head has a scale of its own (largest absolute value / 127).
+Attention never needs the vectors as floats: the scale of a key is a factor of its score, and the
+scale of a value one of its probability. A prompt that is read attends to its rounded keys and
+values as well, so the numbers are the same whether tokens are read together or one after another.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from minigpt4_jax.models.layers import cached_attention
+
+
+class Rounded(NamedTuple):
+    """Keys or values in int8."""
+
+    levels: jax.Array  # [..., H] int8
+    scale: jax.Array  # [...] float32
+
+
+Vectors = Any  # keys or values [..., H]: an array, or Rounded
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer: stacked Vectors [L, B, K, S, H] each, or L of [B, K, S, H].
+
+    Slot t of a row holds position t. A row's slots past its length are never looked at, so right
+    padding may leave anything there, and decoding overwrites it.
+    """
+
+    k: Any
+    v: Any
+
+    @property
+    def length(self) -> int:
+        """S."""
+        keys = self.k[0] if isinstance(self.k, list) else self.k
+        return (keys.levels if isinstance(keys, Rounded) else keys).shape[-2]
+
+
+class Place(NamedTuple):
+    """Where in a cache the T tokens of a step go, and what each of them looks at."""
+
+    slots: jax.Array  # [B, T] int32
+    seen: jax.Array  # [B, T, S] bool
+
+
+def in_order(positions: jax.Array, length: int, window: int | None) -> Place:
+    """Positions [B, T] of rows whose slot t of S = length holds position t."""
+    slots = jnp.arange(length)
+    seen = slots <= positions[:, :, None]
+    if window is not None:
+        seen &= slots > positions[:, :, None] - window
+    return Place(positions, seen)
+
+
+def round_vectors(x: jax.Array) -> Rounded:
+    """x [..., H] to int8, a scale for each vector."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1) / 127
+    levels = jnp.rint(x / jnp.where(scale == 0, 1.0, scale)[..., None])
+    return Rounded(levels.astype(jnp.int8), scale)
+
+
+def floats(x: Vectors, dtype: Any) -> jax.Array:
+    """Vectors [..., H] as an array of dtype."""
+    if isinstance(x, Rounded):
+        x = x.levels.astype(jnp.float32) * x.scale[..., None]
+    return x.astype(dtype)
+
+
+def new_cache(x: Vectors, length: int) -> Vectors:
+    """Keys or values [B, T, K, H] of the first T positions -> cache [B, K, S = length, H]."""
+
+    def place(a: jax.Array) -> jax.Array:  # [B, T, K, ...]
+        rest = [(0, 0)] * (a.ndim - 2)
+        a = jnp.pad(a, [(0, 0), (0, length - a.shape[1]), *rest]).swapaxes(1, 2)
+        return a.astype(_held(a.dtype))
+
+    return jax.tree.map(place, x)
+
+
+def grow_cache(cache: KVCache, length: int) -> KVCache:
+    """The same cache with S = length, which is not less than it was."""
+    more = length - cache.length
+
+    def grow(x: Vectors) -> Vectors:
+        if isinstance(x, Rounded):
+            return Rounded(_pad(x.levels, -2, more), _pad(x.scale, -1, more))
+        return _pad(x, -2, more)
+
+    is_vectors = lambda x: isinstance(x, Rounded)  # noqa: E731
+    return jax.tree.map(grow, cache, is_leaf=is_vectors)
+
+
+def _pad(a: jax.Array, axis: int, more: int) -> jax.Array:
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(a, widths)
+
+
+def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
+    """cache [B, K, S, H] with x [B, T, K, H] at positions [B, T], all of them less than S."""
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        b, k, s, *rest = old.shape
+        # One index a vector: XLA writes this in place, and copies the cache for other spellings.
+        at = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
+        flat = old.reshape(b * k * s, *rest).at[at].set(new.astype(old.dtype), unique_indices=True)
+        return flat.reshape(old.shape)
+
+    return jax.tree.map(write, cache, x)
+
+
+def attend(
+    q: jax.Array, keys: Vectors, values: Vectors, seen: jax.Array, *, scale: float
+) -> jax.Array:
+    """`layers.cached_attention` to either kind of cache."""
+    if not isinstance(keys, Rounded):
+        return cached_attention(q, keys, values, seen, scale=scale)
+    dtype = _held(q.dtype)
+    return cached_attention(
+        q, keys.levels.astype(dtype), values.levels.astype(dtype), seen,
+        scale=scale, key_scale=keys.scale, value_scale=values.scale,
+    )  # fmt: skip
+
+
+def _held(dtype: Any) -> Any:
+    # XLA on CPU writes into a bfloat16 array by way of a float32 copy of all of it.
+    cpu = jax.default_backend() == "cpu"
+    return jnp.float32 if cpu and dtype == jnp.bfloat16 else dtype
