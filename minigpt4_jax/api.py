@@ -23,7 +23,7 @@ from minigpt4_jax.generate.engine import BATCH_SIZE, Engine
 from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
 from minigpt4_jax.generate.stopping import certain_part, power_of_two
 from minigpt4_jax.generate.wishes import Generation, Wishes
-from minigpt4_jax.images import ImageSource, load_pixels
+from minigpt4_jax.images import FilePart, ImageSource, load_pixels
 from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
@@ -92,7 +92,7 @@ class Model:
 
     def encode_images(self, images: Iterable[ImageSource] | ImageSource) -> np.ndarray:
         """Projected visual tokens, float32 [B, P, D], of B images. UserError names a bad image."""
-        if isinstance(images, (str, os.PathLike, Image.Image)):
+        if isinstance(images, (str, os.PathLike, Image.Image, FilePart, bytes)):
             images = [images]
         flat = list(images)
         return self._encode_all(flat, [f"image {i}" for i in range(len(flat))])

@@ -11,6 +11,19 @@ class UserError(Exception):
     and what to do. Entry points print it as one line; library callers can catch it."""
 
 
+class DataError(UserError):
+    """A fault in one image, row or file of a dataset, which training can go on without.
+
+    cause: the kind of fault in a few words, the same for all of the kind, by which they are counted."""
+
+    def __init__(self, message: str, cause: str):
+        super().__init__(message, cause)  # both, so that it can be pickled
+        self.message, self.cause = message, cause
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is a UserError: one line without the usage text."""
 

@@ -1,61 +1,110 @@
 """Images: open and check, resize, normalize, as the vision encoder was trained to see them."""
 
 import io
+import os
+import zlib
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.errors import DataError, UserError
 
 # CLIP's statistics, as EVA-ViT-g and BLIP-2 were trained with
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs: 537 MB decoded
+# causes that broken images are counted by, where two places name the same
+UNREADABLE = "image that cannot be read"
+TOO_LARGE = "image that is too large"
 CROP_SCALE = (0.5, 1.0)  # share of the area that version 1's training crop keeps
 CROP_RATIO = (3 / 4, 4 / 3)
 
-ImageSource = str | PathLike[str] | Image.Image | np.ndarray
+
+@dataclass(frozen=True)
+class FilePart:
+    """An image inside a larger file, such as a tar."""
+
+    path: str
+    offset: int  # bytes
+    size: int  # bytes
+
+
+ImageSource = str | PathLike[str] | FilePart | bytes | Image.Image | np.ndarray
 
 
 def open_image(source: ImageSource) -> Image.Image:
     """Read one image as RGB.
 
-    source: a path, a PIL image or a uint8 array [H, W, 3]. Palette, gray and CMYK files are
-    converted as Pillow does, transparency is dropped and EXIF rotation ignored, as in the original;
-    16-bit gray keeps its upper 8 bits (Pillow alone would turn it white).
-    UserError: missing, not an image, truncated, too large, wrong dtype or shape.
+    source: a path, a part of a file, a file's bytes, a PIL image or a uint8 array [H, W, 3].
+    Palette, gray and CMYK files are converted as Pillow does, transparency is dropped and EXIF
+    rotation ignored, as in the original; 16-bit gray keeps its upper 8 bits (Pillow alone would turn
+    it white).
+    DataError: missing, not an image, truncated, too large. UserError: wrong type, dtype or shape.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _decode(source, "image")
-    if not isinstance(source, (str, PathLike)):
+    name, data = _read(source)
+    if not data:
+        raise DataError(f"{name}: the file is empty", "image that is empty")
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
+    except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
+        raise DataError(f"{name}: {_not_an_image(data, e)}", "file that is no image") from None
+    return _decode(opened, name)
+
+
+def name_of(source: ImageSource) -> str:
+    """What an image is called in messages; two images of a dataset have different names."""
+    if isinstance(source, FilePart):
+        return f"{source.path} at byte {source.offset}"
+    if isinstance(source, bytes):
+        return f"of {len(source)} bytes ({zlib.crc32(source):08x})"
+    if isinstance(source, (str, PathLike)):
+        return os.fspath(source)
+    size = source.size if isinstance(source, Image.Image) else source.shape[1::-1]
+    return f"{size[0]} x {size[1]} ({zlib.crc32(np.asarray(source).tobytes()):08x})"
+
+
+def _read(source: Any) -> tuple[str, bytes]:
+    """(what messages call it, the bytes)"""
+    if isinstance(source, bytes):
+        return f"image {name_of(source)}", source
+    if isinstance(source, FilePart):
+        path, whole = Path(source.path), False
+    elif isinstance(source, (str, PathLike)):
+        path, whole = Path(source), True
+    else:
         raise UserError(
             f"image: got {type(source).__name__}; "
             "expected a path, a PIL image or a uint8 array [H, W, 3]"
         )
-    path = Path(source)
-    name = f"image {path}"
+    name = f"image {name_of(source)}"
     try:
-        data = path.read_bytes()
+        if whole:
+            return name, path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            file.seek(source.offset)
+            data = file.read(source.size)
     except FileNotFoundError:
-        raise UserError(f"{name}: there is no such file") from None
+        raise DataError(f"{name}: there is no such file", "image that is missing") from None
     except IsADirectoryError:
-        raise UserError(f"{name}: is a directory; expected an image file") from None
+        raise DataError(
+            f"{name}: is a directory; expected an image file", "image that is a directory"
+        ) from None
     except (OSError, ValueError) as e:  # ValueError: a null byte in the path
-        raise UserError(f"{name}: cannot be read ({_one_line(e)})") from None
-    if not data:
-        raise UserError(f"{name}: the file is empty")
-    try:
-        opened = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as e:
-        raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
-    except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
-        raise UserError(f"{name}: {_not_an_image(data, e)}") from None
-    return _decode(opened, name)
+        raise DataError(f"{name}: cannot be read ({_one_line(e)})", UNREADABLE) from None
+    if len(data) < source.size:
+        raise DataError(f"{name}: the file ends before it does", UNREADABLE)
+    return name, data
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
@@ -111,27 +160,32 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _check_size(name: str, width: int, height: int) -> None:
     if width == 0 or height == 0:
-        raise UserError(f"{name}: has no pixels ({width} x {height})")
+        raise DataError(f"{name}: has no pixels ({width} x {height})", "image without pixels")
     if width * height > MAX_PIXELS:
-        raise UserError(
+        raise DataError(
             f"{name}: {width} x {height} = {width * height} pixels; "
-            f"at most {MAX_PIXELS} are read; resize it first"
+            f"at most {MAX_PIXELS} are read; resize it first",
+            TOO_LARGE,
         )
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     _check_size(name, *image.size)
     if image.mode == "F":
-        raise UserError(
-            f"{name}: has floating-point pixels of no known range; convert it to 8 bits"
+        raise DataError(
+            f"{name}: has floating-point pixels of no known range; convert it to 8 bits",
+            "image of no known range",
         )
     try:
         image.load()
         return _sixteen_to_eight(image).convert("RGB")
     except Image.DecompressionBombError as e:
-        raise UserError(f"{name}: {_one_line(e)}; resize it first") from None
+        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
     except Exception as e:  # as above
-        raise UserError(f"{name}: cannot be decoded ({_one_line(e)}); is the file whole?") from None
+        raise DataError(
+            f"{name}: cannot be decoded ({_one_line(e)}); is the file whole?",
+            "image that cannot be decoded",
+        ) from None
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:

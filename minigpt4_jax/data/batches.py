@@ -1,7 +1,7 @@
 """From examples to padded arrays: text rows, images, one prompt a batch. NumPy alone, so that input
 processes start without JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +9,10 @@ import numpy as np
 
 from minigpt4_jax import images
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.broken import Broken, broken
+from minigpt4_jax.data.mixing import Order, Part, Pick
 from minigpt4_jax.data.sources import Example
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import (
     IMAGE_SLOT,
     Row,
@@ -29,6 +32,7 @@ class Padding(NamedTuple):
 
 
 PADDING = Padding()
+_ATTEMPTS = 8  # examples looked at for one place of a batch
 
 
 class Arrays(NamedTuple):
@@ -63,75 +67,170 @@ def _with_slots(prompt: str, n: int) -> str:
     return with_images(prompt, n)
 
 
+class _Shape(NamedTuple):
+    """What the rows of a batch are padded to."""
+
+    width: int  # T
+    labels: int  # A
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], padding: Padding) -> "_Shape":
+        return cls(
+            _round_up(max(len(row.tokens) for row in rows), padding.tokens),
+            _round_up(max(len(row.answers) for row in rows), padding.answers),
+        )
+
+    def holds(self, row: Row) -> bool:
+        return len(row.tokens) <= self.width and len(row.answers) <= self.labels
+
+    def fill(self, rows: Sequence[Row], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens = np.full((len(rows), self.width), pad_id, np.int32)
+        answers = np.full((len(rows), self.labels), -1, np.int32)
+        for n, row in enumerate(rows):
+            tokens[n, : len(row.tokens)] = row.tokens
+            answers[n, : len(row.answers)] = row.answers
+        return tokens, np.array([len(row.tokens) for row in rows], np.int32), answers
+
+
 def pad_rows(
     rows: Sequence[Row], pad_id: int, padding: Padding = PADDING
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows -> tokens [B, T], lengths [B], answers [B, A] (-1 behind the last), all int32."""
-    width = _round_up(max(len(row.tokens) for row in rows), padding.tokens)
-    count = _round_up(max(len(row.answers) for row in rows), padding.answers)
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    answers = np.full((len(rows), count), -1, np.int32)
-    for n, row in enumerate(rows):
-        tokens[n, : len(row.tokens)] = row.tokens
-        answers[n, : len(row.answers)] = row.answers
-    return tokens, np.array([len(row.tokens) for row in rows], np.int32), answers
+    return _Shape.of(rows, padding).fill(rows, pad_id)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
+class Made(NamedTuple):
+    """A batch on its way from a process that makes batches."""
+
+    arrays: Arrays | None  # None: a row that cannot be read, nor any of those tried in its place
+    broken: tuple[Broken, ...]  # rows left out of this process's share
+    rows: int  # this process's rows
+
+
+class _Loaded(NamedTuple):
+    example: Example
+    row: Row
+
+
+@dataclass
+class _Place:
+    """A row of a batch in the making."""
+
+    dataset: str
+    loaded: _Loaded | None  # None: nothing that was tried can be read
+    trials: Iterator[_Loaded]  # what may take its place
+    found: list[Broken]  # what was tried in vain
+
+
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes batch number `step` of the examples at `indices`: a pure function of these two."""
+    """Makes batch number `step`: a pure function of the step.
 
-    examples: Sequence[Example]
+    A row that cannot be read gives its place to another of the same dataset, drawn by the seed and
+    the place. The lengths that a batch is padded to are those before any image is opened, as a
+    process opens only those of its own rows; what takes the place of a broken image's row is no longer.
+    """
+
+    parts: tuple[Part, ...]
+    order: Order
     tokenizer: Tokenizer
     config: ModelConfig
-    prompts: tuple[str, ...]  # one is drawn for each batch; none: bare visual tokens
-    batch_size: int
     seed: int
-    padding: Padding
-    crop: bool  # random resized crop instead of the plain resize
-    shard: tuple[int, int]  # this process and how many there are: each makes its rows of the batch
+    padding: Padding = PADDING
+    crop: bool = False  # random resized crop instead of the plain resize
+    shard: tuple[int, int] = (0, 1)  # this process and how many there are: each makes its rows
 
-    def __call__(self, step: int, indices: np.ndarray) -> Arrays:
-        """indices [batch_size or fewer] -> this process's rows of the batch. Rows that are missing
-        repeat the first without its labels."""
-        chosen = [self.examples[i] for i in indices]
-        fill = self.batch_size - len(chosen)
-        prompt = self.draw_prompt(step)
-        rows = [self.row(example, prompt) for example in chosen]
-        rows += [rows[0]._replace(answers=[])] * fill
-        chosen += chosen[:1] * fill
-        tokens, lengths, answers = pad_rows(rows, self.tokenizer.pad_id, self.padding)
+    def __call__(self, step: int) -> Made:
+        """-> this process's rows of the batch. Rows that are missing repeat the first without its
+        labels."""
+        size = self.order.size(step)
+        places = [self._place(pick, step) for pick in self.order.batch(step)]
         process, processes = self.shard
-        share = self.batch_size // processes
-        mine = slice(process * share, (process + 1) * share)
-        pixels = self._pixels(step, mine, [example.images for example in chosen])
-        return Arrays(pixels, tokens[mine], lengths[mine], answers[mine])
+        mine = slice(size * process // processes, size * (process + 1) // processes)
+        rows = mine.stop - mine.start
+        loaded = [place.loaded for place in places if place.loaded is not None]
+        if len(loaded) < len(places):
+            return Made(None, tuple(b for place in places for b in place.found), rows)
+        fill = size - len(places)
+        places += [_Place(places[0].dataset, None, iter(()), [])] * fill
+        loaded += [_unlabelled(loaded[0])] * fill
+        shape = _Shape.of([one.row for one in loaded], self.padding)
+        most = max(len(one.example.images) for one in loaded)
+        edge = self.config.vision.image_size
+        pixels = np.zeros((rows, most, edge, edge, 3), np.float32)
+        made = [
+            self._open(pixels[n - mine.start], places[n], loaded[n], shape, (step, n))
+            for n in range(mine.start, mine.stop)
+        ]
+        found = tuple(b for place in places[mine] for b in place.found)
+        return Made(Arrays(pixels, *shape.fill(made, self.tokenizer.pad_id)), found, rows)
 
     def row(self, example: Example, prompt: str | None) -> Row:
         return example_row(example, self.tokenizer, self.config, prompt)
 
-    def draw_prompt(self, step: int) -> str | None:
-        """The instruction of batch `step`: one for all its rows, as in the original."""
-        if not self.prompts:
+    def draw_prompt(self, step: int, part: int = 0) -> str | None:
+        """The instruction of batch `step`: one for all its rows of a dataset, as in the original."""
+        prompts = self.parts[part].prompts
+        if not prompts:
             return None
-        return self.prompts[np.random.default_rng([self.seed, step]).integers(len(self.prompts))]
+        return prompts[np.random.default_rng([self.seed, step]).integers(len(prompts))]
 
-    def _pixels(self, step: int, mine: slice, paths: Sequence[Sequence[str]]) -> np.ndarray:
-        """[B, I, S, S, 3] float32; I is the most that a row of the batch has, zeros where it has
-        fewer."""
-        size, most = self.config.vision.image_size, max(map(len, paths))
-        pixels = np.zeros((len(paths[mine]), most, size, size, 3), np.float32)
-        for n, row in enumerate(paths[mine]):
-            for k, path in enumerate(row):
-                image = images.open_image(path)
-                if self.crop:
-                    rng = np.random.default_rng([self.seed, step, mine.start + n, k])
-                    small = images.random_crop(image, size, rng)
-                else:
-                    small = images.resize(image, size)
-                pixels[n, k] = images.normalize(small)
-        return pixels
+    def _place(self, pick: Pick, step: int) -> _Place:
+        part, found = self.parts[pick.part], list[Broken]()
+        trials = self._trials(pick, self.draw_prompt(step, pick.part), found)
+        return _Place(part.name, next(trials, None), trials, found)
+
+    def _trials(self, pick: Pick, prompt: str | None, found: list[Broken]) -> Iterator[_Loaded]:
+        """Examples for a place of a batch: the one whose turn it is, then those that may take its
+        place. What cannot be read goes into `found`."""
+        part = self.parts[pick.part]
+        for attempt in range(_ATTEMPTS):
+            rng = np.random.default_rng([self.seed, pick.part, pick.turn, attempt])
+            index = int(rng.integers(len(part.source))) if attempt else self.order.index(pick)
+            try:
+                example = part.source.example(index, rng)
+                loaded = _Loaded(example, self.row(example, prompt))
+            except UserError as e:
+                found.append(broken(part.name, e))
+            else:
+                yield loaded
+
+    def _open(
+        self,
+        out: np.ndarray,  # [I, S, S, 3] float32, zeros; filled
+        place: _Place,
+        loaded: _Loaded,  # what is there
+        shape: _Shape,
+        at: tuple[int, int],  # step, row
+    ) -> Row:
+        """The images of a row, or of the first in its place whose images can be read; or else no
+        images and no labels."""
+        tried: _Loaded | None = loaded
+        while tried is not None:
+            if len(tried.example.images) <= len(out) and shape.holds(tried.row):
+                try:
+                    for k, image in enumerate(tried.example.images):
+                        out[k] = self._pixels(image, (*at, k))
+                    return tried.row
+                except UserError as e:
+                    place.found.append(broken(place.dataset, e))
+                    out[:] = 0
+            tried = next(place.trials, None)
+        return _unlabelled(loaded).row
+
+    def _pixels(self, image: images.ImageSource, at: tuple[int, int, int]) -> np.ndarray:
+        """[S, S, 3] float32 of image k of a row of a step."""
+        opened, size = images.open_image(image), self.config.vision.image_size
+        if not self.crop:
+            return images.normalize(images.resize(opened, size))
+        rng = np.random.default_rng([self.seed, *at])
+        return images.normalize(images.random_crop(opened, size, rng))
+
+
+def _unlabelled(loaded: _Loaded) -> _Loaded:
+    """The same without labels."""
+    return loaded._replace(row=loaded.row._replace(answers=[]))

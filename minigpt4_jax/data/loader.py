@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -14,106 +14,103 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Padding
-from minigpt4_jax.data.packing import Packed
+from minigpt4_jax.data.batches import PADDING, BatchMaker, Padding
+from minigpt4_jax.data.broken import Tally
+from minigpt4_jax.data.mixing import MIXED_BY, Order, Part
 from minigpt4_jax.data.reader import Reader, init_worker
+from minigpt4_jax.data.source import ExampleList
 from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.images import name_of
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.tokenizer import Tokenizer
 
-_CHECKED_FOR_LENGTH = 10_000  # examples looked at for the warning about answers that are cut
+_LOOKED_AT = 10_000  # examples in memory looked at for answers that are cut
+_OPENED = 200  # examples of other sources, for that and for telling data apart
+_ENDLESS = 2**62  # batches
 
 _log = logging.getLogger(__name__)
 
 
 def make_loader(
-    examples: Sequence[Example],
+    data: Sequence[Example] | Sequence[Part],
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
     seed: int = 0,
     prompts: Sequence[str] = (),
+    mix_by: str = "step",
     shuffle: bool = True,
     epochs: int | None = None,
     keep_remainder: bool = False,
     crop: bool = False,
     padding: Padding = PADDING,
+    max_broken: float = 0.0,
     workers: int = 0,
     threads: int = 2,
     timeout: float = 0.0,
     shard: tuple[int, int] = (0, 1),
-    pack: Callable[[Arrays], Packed] | None = None,
 ) -> "Loader":
-    """A Loader over examples (see data.sources.read_sources).
+    """A Loader over examples (see data.sources.read_sources) or over a mixture of parts.
 
-    batch_size: rows of the whole batch; shard (index, count) makes one process's equal share of it.
-    prompts: instructions with `<Img><ImageHere></Img>`, without template; one is drawn for each
-    batch and asked where an example has no question. None of them: bare visual tokens (stage 1).
-    epochs: None goes on for ever. keep_remainder: the last batch of the last epoch is filled up
-    with rows that have no labels, instead of being left out. crop: version 1's random resized crop.
-    workers: processes that make batches (0: this one); threads: in each of them. timeout: seconds
-    without a batch until these count as hung (0: never); see data.reader for what happens then.
-    pack: see data.packing; what becomes of a batch, its arguments given; for one process.
-    The batches depend on the data, the model's configuration, batch_size, seed, prompts, shuffle,
-    crop, padding and pack alone. UserError: a value out of range, no data, not even one batch.
+    batch_size: rows of the whole batch, of parts that have no size of their own; shard (index,
+    count) makes one process's equal share of it. prompts: for examples, as Part.prompts:
+    instructions with `<Img><ImageHere></Img>`, without template; none of them: bare visual tokens
+    (stage 1). mix_by: what a turn of a part is, a batch ("step") or a row ("example").
+    epochs: None goes on for ever, as a mixture always does. keep_remainder: the last batch of the
+    last epoch is filled up with rows that have no labels, instead of being left out.
+    crop: version 1's random resized crop. max_broken: the share of rows that may be left out because
+    they cannot be read; 0: the first is an error. workers: processes that make batches (0: this
+    one); threads: in each of them. timeout: seconds without a batch until these count as hung (0:
+    never); see data.reader for what happens then.
+    The batches depend on the data, the model's configuration, batch_size, seed, prompts, mix_by,
+    shuffle, crop and padding alone. UserError: a value out of range, no data, not even one batch.
     """
-    _check(examples, batch_size, seed, epochs, workers, threads, shard)
-    if pack is not None and shard[1] > 1:  # each would make another number of rows
-        raise UserError(f"data: packed rows are for one process, not for {shard[1]}: pack_tokens=0")
-    maker = BatchMaker(
-        examples, tokenizer, config, tuple(prompts), batch_size, seed, padding, crop, shard
-    )
-    _warn_of_cut_answers(maker)
-    indices = grain.MapDataset.range(len(examples))
-    if shuffle:  # by a hash of the seed: Grain's second epoch is its first with the next seed
-        indices = indices.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    batches = indices.repeat(epochs).batch(batch_size, drop_remainder=not keep_remainder)
-    if len(batches) == 0:
+    parts = _parts(data, tuple(prompts), batch_size)
+    _check(parts, seed, mix_by, epochs, max_broken, workers, threads, shard)
+    order = Order(
+        [len(p.source) for p in parts], [p.ratio for p in parts], [p.batch_size for p in parts],
+        by=mix_by, seed=seed, shuffle=shuffle, epochs=epochs, keep_remainder=keep_remainder,
+    )  # fmt: skip
+    if order.steps == 0:
         raise UserError(
-            f"data: {len(examples)} examples do not fill one batch of {batch_size}; "
+            f"data: {len(parts[0].source)} examples do not fill one batch of {batch_size}; "
             "lower batch_size"
         )
+    maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shard)
+    _warn_of_cut_answers(maker)
     return Loader(
-        batches, maker, endless=epochs is None, shuffle=shuffle, readers=(workers, threads),
-        timeout=timeout, pack=pack,
-    )  # fmt: skip
+        maker, Tally(max_broken), shuffle=shuffle, readers=(workers, threads), timeout=timeout
+    )
 
 
 class Loader:
     """An iterator of Batch whose position can be saved (`state`) and gone back to (`restore`).
 
-    steps: how many batches there are, None without end; batches_per_epoch: how many, rounded down,
-    go through the examples once. `close` ends its threads and worker processes.
+    steps: how many batches there are, None without end; batches_per_epoch: how many of the first
+    part, rounded down, go through its examples once; tally: rows so far, and those left out.
+    `close` ends its threads and worker processes.
     """
 
     def __init__(
         self,
-        batches: grain.MapDataset,  # of indices [B]
         maker: BatchMaker,
+        tally: Tally,
         *,
-        endless: bool,
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
         timeout: float,
-        pack: Callable[[Arrays], Packed] | None,
     ):
-        self.steps = None if endless else len(batches)
-        self.batches_per_epoch = len(maker.examples) // maker.batch_size
-        self._batches = batches.map_with_index(maker)
-        if pack is not None:
-            self._batches = self._batches.map(pack)
-        self._identity = {
-            "seed": maker.seed,
-            "batch_size": maker.batch_size,
-            "shuffle": shuffle,
-            "examples": len(maker.examples),
-            "contents": _digest(maker),
-        }
+        first = maker.parts[0]
+        self.steps, self.tally = maker.order.steps, tally
+        self.batches_per_epoch = len(first.source) // first.batch_size
+        steps = _ENDLESS if self.steps is None else self.steps
+        batches = grain.MapDataset.range(steps).map(maker)
+        self._identity = _identity(maker, shuffle)
         self._step = 0
         self._reader = Reader(
-            functools.partial(_from, self._batches, readers), workers=readers[0], timeout=timeout
+            functools.partial(_from, batches, readers), workers=readers[0], timeout=timeout
         )
         weakref.finalize(self, self._reader.close)  # also when Python exits
 
@@ -121,11 +118,15 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        """UserError: more rows cannot be read than max_broken allows."""
         if self._step == self.steps:
             raise StopIteration
-        batch = Batch(*self._reader.read(self._step))
+        made = self._reader.read(self._step)
+        self.tally.add(made.rows, made.broken)
+        if made.arrays is None:
+            raise UserError(f"{self.tally}: nor can the rows tried in its place be read")
         self._step += 1
-        return batch
+        return Batch(*made.arrays)
 
     def ready(self, seconds: float) -> bool:
         """Whether the next batch is there; waits for it so long."""
@@ -133,7 +134,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """The position, as a dict of JSON values to save beside the model's checkpoint."""
-        return {"step": self._step, **self._identity}
+        return {"step": self._step, **self._identity, "tally": self.tally.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position: the next batch is the one that was next then, whatever the number
@@ -146,6 +147,7 @@ class Loader:
                 )
         self.close()
         self._step = int(state["step"])
+        self.tally.restore(state.get("tally", {}))
 
     def close(self) -> None:
         """End threads and worker processes; iterating again starts them anew."""
@@ -168,50 +170,100 @@ def _from(batches: grain.MapDataset, readers: tuple[int, int], step: int) -> gra
     return ahead
 
 
+def _parts(
+    data: Sequence[Example] | Sequence[Part], prompts: tuple[str, ...], batch_size: int
+) -> tuple[Part, ...]:
+    """The parts of a mixture, each with its batch size; examples are a mixture of one."""
+    parts = [one for one in data if isinstance(one, Part)]
+    if not parts:
+        examples = [one for one in data if isinstance(one, Example)]
+        parts = [Part("", ExampleList("", examples), prompts=prompts)]
+    return tuple(p if p.batch_size else p._replace(batch_size=batch_size) for p in parts)
+
+
 def _check(
-    examples: Sequence[Example],
-    batch_size: int,
+    parts: Sequence[Part],
     seed: int,
+    mix_by: str,
     epochs: int | None,
+    max_broken: float,
     workers: int,
     threads: int,
     shard: tuple[int, int],
 ) -> None:
     index, count = shard
     rules = [
-        (len(examples) > 0, "the dataset is empty"),
-        (batch_size >= 1, f"batch_size {batch_size} must be 1 or more"),
         (seed >= 0, f"seed {seed} must not be negative"),
+        (mix_by in MIXED_BY, f"mix_by {mix_by!r} is none of {', '.join(MIXED_BY)}"),
         (epochs is None or epochs >= 1, f"epochs {epochs} must be 1 or more, or None"),
+        (epochs is None or len(parts) == 1, f"epochs {epochs}: a mixture has no end, give None"),
+        (0 <= max_broken <= 1, f"max_broken {max_broken} must be from 0 to 1"),
         (workers >= 0, f"workers {workers} must not be negative"),
         (threads >= 0, f"threads {threads} must not be negative"),
         (0 <= index < count, f"shard {shard}: expected (index, count) with index below count"),
-        (count < 1 or batch_size % count == 0,
-         f"batch_size {batch_size} does not divide among {count} processes"),
-    ]  # fmt: skip
+    ]
+    for part in parts:
+        at, size = f"{part.name}: " if part.name else "", part.batch_size
+        rules += [
+            (len(part.source) > 0, f"{at}the dataset is empty"),
+            (size >= 1, f"{at}batch_size {size} must be 1 or more"),
+            (count < 1 or size % count == 0,
+             f"{at}batch_size {size} does not divide among {count} processes"),
+            (part.ratio > 0, f"{at}ratio {part.ratio} must be above 0"),
+            (mix_by == "step" or size == parts[0].batch_size,
+             f"{at}a batch size of its own, {size}, needs mix_by step"),
+        ]  # fmt: skip
     for holds, message in rules:
         if not holds:
             raise UserError(f"data: {message}")
 
 
+def _some(part: Part, seed: int, most_in_memory: int | None) -> Iterator[Example]:
+    """Examples of a part, evenly spaced where there are many; those that cannot be read are left
+    out."""
+    total = len(part.source)
+    most = most_in_memory or total if isinstance(part.source, ExampleList) else _OPENED
+    for i in range(0, total, -(-total // most)):
+        try:
+            yield part.source.example(i, np.random.default_rng([seed, i]))
+        except UserError:  # counted when its turn comes
+            continue
+
+
 def _warn_of_cut_answers(maker: BatchMaker) -> None:
-    """One warning with a count, before training; a large dataset is sampled evenly."""
-    total = len(maker.examples)
-    looked_at = range(0, total, -(-total // _CHECKED_FOR_LENGTH))
-    prompt = maker.draw_prompt(0)
-    cut = sum(maker.row(maker.examples[i], prompt).cut for i in looked_at)
-    if cut:
-        _log.warning(
-            "data: %d of %d answers are longer than max_text_length %d tokens and are cut there, "
-            "without their end symbol",
-            cut, len(looked_at), maker.config.max_text_length,
-        )  # fmt: skip
+    """One warning with a count for each dataset, before training."""
+    for number, part in enumerate(maker.parts):
+        prompt, cut, looked_at = maker.draw_prompt(0, number), 0, 0
+        for example in _some(part, maker.seed, _LOOKED_AT):
+            looked_at += 1
+            cut += maker.row(example, prompt).cut
+        if cut:
+            _log.warning(
+                "data%s: %d of %d answers are longer than max_text_length %d tokens and are cut "
+                "there, without their end symbol",
+                f" {part.name}" if part.name else "", cut, looked_at, maker.config.max_text_length,
+            )  # fmt: skip
 
 
-def _digest(maker: BatchMaker) -> str:
-    """Short hash of the texts and image names, in order, and of what is asked about them."""
-    digest = hashlib.sha256(json.dumps(maker.prompts).encode())
-    for example in maker.examples:
-        names = [os.path.basename(image) for image in example.images]
+def _identity(maker: BatchMaker, shuffle: bool) -> dict[str, Any]:
+    """What tells that a saved position belongs to these data and settings."""
+    found: dict[str, Any] = {"seed": maker.seed, "shuffle": shuffle, "mix_by": maker.order.by}
+    for part in maker.parts:
+        own = {
+            "batch_size": part.batch_size,
+            "ratio": part.ratio,
+            "examples": len(part.source),
+            "contents": _digest(part, maker.seed),
+        }
+        found |= {f"{part.name} {key}".strip(): value for key, value in own.items()}
+    return found
+
+
+def _digest(part: Part, seed: int) -> str:
+    """Short hash of the texts and image names, in order, and of what is asked about them; of what is
+    not in memory, of a sample."""
+    digest = hashlib.sha256(json.dumps(part.prompts).encode())
+    for example in _some(part, seed, None):
+        names = [os.path.basename(name_of(image)) for image in example.images]
         digest.update(json.dumps([names, example.questions, example.answers]).encode())
     return digest.hexdigest()[:16]

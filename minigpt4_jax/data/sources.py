@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from minigpt4_jax.data.rows import expect_object, keys, kind, parse, read_text, text_of
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.images import ImageSource
 from minigpt4_jax.prompts import IMAGE_SLOT, IMAGE_TAG, with_images
 
 STAGE2_FILE = "filter_cap.json"
@@ -29,7 +30,7 @@ DataPath = str | os.PathLike[str]
 class Example(NamedTuple):
     """One row of a dataset. Questions have an `<ImageHere>` for each image."""
 
-    images: tuple[str, ...]  # paths
+    images: tuple[ImageSource, ...]  # most often paths
     questions: tuple[str, ...]  # one a turn; none: a caption alone
     answers: tuple[str, ...]  # one a turn
 
@@ -202,7 +203,7 @@ def _place_images(question: str, images: int, where: str) -> str:
 
 
 def _check_images_exist(path: Path, examples: list[Example]) -> None:
-    named = dict.fromkeys(image for example in examples for image in example.images)
+    named = dict.fromkeys(str(image) for example in examples for image in example.images)
     if missing := [image for image in named if not os.path.isfile(image)]:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"data {path}: {len(missing)} of {len(named)} images are missing: {some}")

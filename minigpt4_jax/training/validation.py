@@ -7,6 +7,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batches import Padding
 from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.sources import Example, read_sources
+from minigpt4_jax.images import name_of
 from minigpt4_jax.prompts import IMAGE_TAG, fill_template, with_images
 from minigpt4_jax.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
@@ -64,7 +65,7 @@ class Validation:
             [e.images[0] for e in shown], prompts, max_new_tokens=c.sample_tokens, temperature=0.0
         )
         return [
-            {"image": e.images[0], "prompt": p, "text": t}
+            {"image": name_of(e.images[0]), "prompt": p, "text": t}
             for e, p, t in zip(shown, prompts, texts, strict=True)
         ]
 

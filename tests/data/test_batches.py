@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from minigpt4_jax import images
 from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.data.batches import BatchMaker, Padding, example_row, pad_rows
+from minigpt4_jax.data.mixing import Order, Part
+from minigpt4_jax.data.source import ExampleList
 from minigpt4_jax.data.sources import Example
 from minigpt4_jax.prompts import IMAGE_SLOT, STAGE2_PROMPTS, Row
 from minigpt4_jax.tokenizer import load_tokenizer
@@ -20,17 +22,19 @@ CONFIG = ModelConfig(
 )
 
 
-def maker(examples, **changes):
-    values = {
-        "examples": examples, "tokenizer": TOKENIZER, "config": CONFIG, "prompts": STAGE2_PROMPTS,
-        "batch_size": len(examples), "seed": 3, "padding": Padding(8, 4), "crop": False,
-        "shard": (0, 1),
-    }  # fmt: skip
-    return BatchMaker(**{**values, **changes})
+def maker(examples, prompts=STAGE2_PROMPTS, batch_size=None, **changes):
+    """Its batch 0, 1, ... are the examples in their order, over and over."""
+    size = batch_size or len(examples)
+    part = Part("", ExampleList("", examples), batch_size=size, prompts=prompts)
+    epochs = 1 if size > len(examples) else None
+    order = Order([len(examples)], [1], [size], shuffle=False, epochs=epochs, keep_remainder=True)
+    return BatchMaker((part,), order, TOKENIZER, CONFIG, 3, Padding(8, 4), **changes)
 
 
-def all_of(examples):
-    return np.arange(len(examples))
+def arrays(make, step=0):
+    made = make(step)
+    assert not made.broken
+    return made.arrays
 
 
 def words(prompt):
@@ -42,7 +46,7 @@ def test_one_prompt_for_the_whole_batch(photos):
     examples = [Example((p,), (), ("a dog",)) for p in photos[:4]]
     make, seen = maker(examples), set()
     for step in range(12):
-        batch = make(step, all_of(examples))
+        batch = arrays(make, step)
         asked = words(make.draw_prompt(step))
         for tokens, length in zip(batch.tokens, batch.lengths, strict=True):
             answer = TOKENIZER.encode("a dog###")
@@ -55,7 +59,7 @@ def test_one_prompt_for_the_whole_batch(photos):
 
 def test_no_prompts_give_bare_visual_tokens(photos):
     examples = [Example((photos[0],), (), ("a dog",))]
-    batch = maker(examples, prompts=())(0, all_of(examples))
+    batch = arrays(maker(examples, prompts=()), 0)
     row = [1] + [IMAGE] * 8 + TOKENIZER.encode("a dog###")
     assert batch.tokens[0, : len(row)].tolist() == row
     assert (batch.tokens[0, len(row) :] == TOKENIZER.pad_id).all()
@@ -67,7 +71,7 @@ def test_pixels_follow_rows_and_images(photos):
         Example((photos[1], photos[2]), (f"{IMAGE_SLOT}{IMAGE_SLOT} q",), ("b",)),
         Example((), ("q",), ("c",)),
     ]
-    batch = maker(examples)(0, all_of(examples))
+    batch = arrays(maker(examples), 0)
     assert batch.pixels.shape == (3, 2, 28, 28, 3)
     assert batch.pixels.dtype == np.float32
     for row, column, n in ((0, 0, 0), (1, 0, 1), (1, 1, 2)):
@@ -79,7 +83,7 @@ def test_pixels_follow_rows_and_images(photos):
 
 def test_text_alone_has_no_images():
     examples = [Example((), ("q",), ("c",))] * 2
-    assert maker(examples)(0, all_of(examples)).pixels.shape == (2, 0, 28, 28, 3)
+    assert arrays(maker(examples), 0).pixels.shape == (2, 0, 28, 28, 3)
 
 
 def test_a_drawn_prompt_gets_a_slot_for_each_image(photos):
@@ -104,7 +108,7 @@ def test_version_2_questions_end_with_a_space(photos):
 
 def test_missing_rows_have_no_labels(photos):
     examples = [Example((p,), (), ("a dog",)) for p in photos[:2]]
-    batch = maker(examples, batch_size=4)(0, all_of(examples))
+    batch = arrays(maker(examples, batch_size=4), 0)
     assert batch.tokens.shape[0] == batch.pixels.shape[0] == 4
     assert (batch.answers[:2] >= 0).any(axis=1).all()
     assert (batch.answers[2:] == -1).all()
@@ -114,8 +118,8 @@ def test_missing_rows_have_no_labels(photos):
 def test_shards_are_the_rows_of_the_whole_batch(photos):
     """Rows of one process are short, yet padded as the longest of all."""
     examples = [Example((p,), (), ("a dog " * n,)) for n, p in enumerate(photos[:4], 1)]
-    whole = maker(examples, crop=True)(5, all_of(examples))
-    parts = [maker(examples, crop=True, shard=(n, 2))(5, all_of(examples)) for n in (0, 1)]
+    whole = arrays(maker(examples, crop=True), 5)
+    parts = [arrays(maker(examples, crop=True, shard=(n, 2)), 5) for n in (0, 1)]
     for field, first, second in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(field, np.concatenate([first, second]))
 
@@ -123,7 +127,7 @@ def test_shards_are_the_rows_of_the_whole_batch(photos):
 def test_crops_differ_by_step_and_row_and_are_repeatable(photos):
     examples = [Example((photos[0],), (), ("a",))] * 2
     make = maker(examples, crop=True)
-    one, again, other = (make(step, all_of(examples)).pixels for step in (0, 0, 1))
+    one, again, other = (arrays(make, step).pixels for step in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
     assert (one[0] != one[1]).any()
