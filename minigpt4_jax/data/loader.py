@@ -51,6 +51,7 @@ def make_loader(
     threads: int = 2,
     timeout: float = 0.0,
     shard: tuple[int, int] = (0, 1),
+    multiple: int = 1,
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources) or over a mixture of parts.
 
@@ -64,10 +65,16 @@ def make_loader(
     they cannot be read; 0: the first is an error. workers: processes that make batches (0: this
     one); threads: in each of them. timeout: seconds without a batch until these count as hung (0:
     never); see data.reader for what happens then.
+    multiple: what the sizes of batches that follow from a number of tokens are multiples of.
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, mix_by,
     shuffle, crop and padding alone. UserError: a value out of range, no data, not even one batch.
     """
     parts = _parts(data, tuple(prompts), batch_size)
+    order = Order([1], [1], [1])  # enough to make rows
+    parts = tuple(
+        _sized(p, BatchMaker((p,), order, tokenizer, config, seed, padding), multiple * shard[1])
+        for p in parts
+    )
     _check(parts, seed, mix_by, epochs, max_broken, workers, threads, shard)
     order = Order(
         [len(p.source) for p in parts], [p.ratio for p in parts], [p.batch_size for p in parts],
@@ -178,7 +185,28 @@ def _parts(
     if not parts:
         examples = [one for one in data if isinstance(one, Example)]
         parts = [Part("", ExampleList("", examples), prompts=prompts)]
-    return tuple(p if p.batch_size else p._replace(batch_size=batch_size) for p in parts)
+    return tuple(
+        p if p.batch_size or p.tokens else p._replace(batch_size=batch_size) for p in parts
+    )
+
+
+def _sized(part: Part, maker: BatchMaker, multiple: int) -> Part:
+    """With the batch size that its number of tokens allows: of rows as long as the longest among
+    those looked at."""
+    if not part.tokens:
+        return part
+    prompt = maker.draw_prompt(0)
+    rows = [maker.row(example, prompt) for example in _some(part, maker.seed, _OPENED)]
+    longest = max((len(row.tokens) for row in rows), default=1)
+    width = -(-longest // maker.padding.tokens) * maker.padding.tokens
+    size = part.tokens // width // multiple * multiple
+    if size == 0:
+        raise UserError(
+            f"data {part.name}: {multiple} rows of {width} tokens are more than its {part.tokens} "
+            "tokens a batch; raise tokens"
+        )
+    _log.info("data %s: batches of %d rows of up to %d tokens", part.name, size, width)
+    return part._replace(batch_size=size)
 
 
 def _check(

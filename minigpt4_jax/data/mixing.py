@@ -29,6 +29,7 @@ class Part(NamedTuple):
     source: Source
     ratio: float = 1.0  # of turns, beside the other parts' ratios
     batch_size: int = 0  # of its own batches, 0: that of the mixture
+    tokens: int = 0  # instead: as many rows as together have so many, padding included
     prompts: tuple[str, ...] = ()  # one is drawn for a batch, for examples without a question
 
 

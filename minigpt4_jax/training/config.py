@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.training import datasets
+from minigpt4_jax.training.datasets import DatasetConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class DataConfig:
     """What is read. A path is a .json, a .jsonl, or a folder with filter_cap.json and image/."""
 
     path: tuple[str, ...] = ()
+    mix: Mapping[str, DatasetConfig] = field(default_factory=dict)  # instead: datasets by name
+    mix_by: str = "step"  # draw a dataset for each batch, or "example": for each row of one
+    root: str = ""  # folder that the relative paths of mix begin at
+    max_broken: float = 0.01  # share of rows that may be left out, broken; 0: the first is an error
     val_path: tuple[str, ...] = ()  # held-out data for the validation loss and the samples
     prompts: tuple[str, ...] = ()  # one a batch, for rows without a question; (): bare image
     clean_captions: bool = False  # the original's stage 1: lower case, no punctuation, 50 words
@@ -100,6 +106,7 @@ SCHEDULES = ("cosine", "step")
 _FREE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
     "save_every", "keep", "data.workers", "data.threads", "data.timeout", "data.val_path",
+    "data.max_broken",
 }  # fmt: skip
 
 
@@ -141,9 +148,9 @@ def check(c: TrainConfig) -> TrainConfig:
     template = c.prompt_template
     _require(c, "prompt_template", not template or template.count("{}") == 1, "one {} in it")
     _require(c, "model", bool(c.model), "a model directory: --config.model=DIR")
-    _require(
-        c, "data.path", bool(c.data.path), "a dataset: --config.data.path=FILE_OR_DIR", c.data.path
-    )
+    given = bool(c.data.path or c.data.mix)
+    _require(c, "data.path", given, "a dataset: --config.data.path=FILE_OR_DIR", c.data.path)
+    datasets.check(c.data, c.batch_size, c.accumulate)
     needs_epoch = c.schedule == "step" and c.steps_per_epoch == 0
     _require(c, "steps_per_epoch", not needs_epoch, "a number above 0 with schedule=step")
     return c
@@ -181,7 +188,11 @@ def _build(cls: type, values: Any, where: str) -> Any:
         if key not in fields:
             raise unknown_key(name.removeprefix("config."))
         default = _default(fields[key])
-        if dataclasses.is_dataclass(default):
+        if isinstance(default, dict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{name} is {value!r}: expected datasets by name")
+            made[key] = {n: _build(DatasetConfig, v, f"{name}.{n}") for n, v in value.items()}
+        elif dataclasses.is_dataclass(default):
             made[key] = _build(type(default), value, name)
         else:
             made[key] = _typed(name, value, default)
@@ -214,15 +225,17 @@ def known_keys() -> list[str]:
     for f in dataclasses.fields(TrainConfig):
         default = _default(f)
         if dataclasses.is_dataclass(default):
-            names += [f"{f.name}.{g.name}" for g in dataclasses.fields(default)]
+            names += [f"{f.name}.{g.name}" for g in dataclasses.fields(default) if g.name != "mix"]
         else:
             names.append(f.name)
     return names
 
 
-def unknown_key(key: str) -> UserError:
-    """The error for a key that no field has, with the nearest that one does."""
+def unknown_key(key: str, mix: Mapping[str, Any] = types.MappingProxyType({})) -> UserError:
+    """The error for a key that no field has, with the nearest that one does. mix: datasets there are."""
     names = known_keys()
+    if key.startswith("data.mix."):
+        names = datasets.known_keys(mix or {key.split(".")[2]: None})
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:  # a field of a section, named without the section, or the other way round
         last = key.rsplit(".", 1)[-1]
@@ -317,7 +330,7 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, str]:
     base = _build(TrainConfig, read_config_file(spec), "config")
     values = ConfigDict(_with_tuples(base))
     for arg in overrides:
-        _check_override(arg)
+        _check_override(arg, base.data.mix)
     overrides = [_quoted(arg, values) for arg in overrides]
     argv = ["train", *overrides]
     holder = config_flags.DEFINE_config_dict(
@@ -360,10 +373,10 @@ def _override_key(arg: str) -> str | None:
     return name.removeprefix("config.") if name.startswith("config.") else None
 
 
-def _check_override(arg: str) -> None:
+def _check_override(arg: str, mix: Mapping[str, Any]) -> None:
     key = _override_key(arg)
-    if key is not None and key not in known_keys():
-        raise unknown_key(key)
+    if key is not None and key not in known_keys() + datasets.known_keys(mix):
+        raise unknown_key(key, mix)
 
 
 def _quoted(arg: str, values: Any) -> str:
@@ -376,7 +389,7 @@ def _quoted(arg: str, values: Any) -> str:
         value = value[part]
     if not isinstance(value, tuple):
         return arg
-    parts = [text] if key == "data.prompts" else text.split(",")
+    parts = [text] if key.endswith(".prompts") else text.split(",")
     return f"{name}={tuple(parts)!r}"
 
 

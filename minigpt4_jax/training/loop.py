@@ -32,6 +32,7 @@ from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig, from_mapping
+from minigpt4_jax.training.datasets import open_parts
 from minigpt4_jax.training.logs import METRICS, RunLog, duration, import_tensorboard, read_metrics
 from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
 from minigpt4_jax.training.validation import Validation, read_validation
@@ -139,11 +140,12 @@ class _Loop:
     def _make_loader(self) -> Loader:
         c, d = self.c, self.c.data
         return make_loader(
-            read_sources(d.path, clean_captions=d.clean_captions),
+            open_parts(d) if d.mix else read_sources(d.path, clean_captions=d.clean_captions),
             self.model_config, self.tokenizer,
             batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
             padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
-            timeout=d.timeout, pack=self._pack(),
+            timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
+            pack=self._pack(),
         )  # fmt: skip
 
     def _pack(self) -> Callable[[Arrays], Packed] | None:
@@ -197,8 +199,9 @@ class _Loop:
             self.loader.restore(found.extra["loader"])
         self.log = RunLog(self.workdir, self.step, self.c.steps)
         self.closing.callback(self.log.close)
-        self.pending: list[tuple[int, Metrics]] = []
-        self.clock: tuple[float, int] | None = None  # time and step of the last log line
+        self.pending: list[tuple[int, Metrics, int, int]] = []  # and rows read and left out so far
+        self.clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
+        self.skipped = self.loader.tally.skipped  # rows, of which the log has told
 
     # --- running --------------------------------------------------------------------------------
 
@@ -246,7 +249,8 @@ class _Loop:
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
         )
         self.step += 1
-        self.pending.append((self.step, metrics))
+        tally = self.loader.tally
+        self.pending.append((self.step, metrics, tally.rows, tally.skipped))
 
     def _is_time(self) -> bool:
         """Whether something is due after this step that needs its result."""
@@ -271,36 +275,43 @@ class _Loop:
         if last or self._due(c.save_every):
             self._save()
         if self.clock is not None:  # the rate is of training alone
-            self.clock = (self.clock[0] + time.perf_counter() - begun, self.clock[1])
+            self.clock = (self.clock[0] + time.perf_counter() - begun, *self.clock[1:])
 
     def _drain(self, leave: int = 0) -> None:
         """Read the results of dispatched steps, all but the last `leave`."""
         while len(self.pending) > leave:
-            step, metrics = self.pending.pop(0)
+            step, metrics, rows, skipped = self.pending.pop(0)
             loss, norm, tokens = (float(m) for m in metrics)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._not_finite(step, loss, norm)
-            self._report(step, loss, norm, tokens)
+            record = {"step": step, "loss": loss, "lr": self.rate(step - 1), "grad_norm": norm}
+            record["tokens"] = int(tokens)
+            if skipped:
+                record["skipped"] = skipped
+            self._report(record, rows)
 
-    def _report(self, step: int, loss: float, norm: float, tokens: float) -> None:
-        c, rate = self.c, self.rate(step - 1)
-        record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
+    def _report(self, record: dict[str, Any], rows: int) -> None:
+        """Metrics of a step, after which so many rows had been read."""
+        c, step, loss = self.c, record["step"], record["loss"]
         self.log.advance(step, loss)
         if step % c.log_every == 0 or step == c.steps:
-            speed = self._speed(step)
+            speed, rate = self._speed(step, rows), record["lr"]
             self.log.line(f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}" + speed.text)
             record |= speed.record
+            if record.get("skipped", 0) > self.skipped:
+                self.skipped = record["skipped"]
+                self.log.line(str(self.loader.tally))
         elif self.clock is None:
-            self._speed(step)
+            self._speed(step, rows)
         self._record(record)
 
-    def _speed(self, step: int) -> "_Speed":
+    def _speed(self, step: int, rows: int) -> "_Speed":
         """Since the last log line; nothing after the first step, which compiles the program."""
-        now, last, self.clock = time.perf_counter(), self.clock, (time.perf_counter(), step)
+        now, last, self.clock = time.perf_counter(), self.clock, (time.perf_counter(), step, rows)
         if last is None:
             return _Speed("", {})
-        each = (now - last[0]) / (step - last[1])
-        rate, left = self.c.batch_size / each, duration((self.c.steps - step) * each)
+        each, rate = (now - last[0]) / (step - last[1]), (rows - last[2]) / (now - last[0])
+        left = duration((self.c.steps - step) * each)
         return _Speed(f"  {rate:.3g} examples/s  {left} left", {"examples_per_second": rate})
 
     def _record(self, record: dict[str, Any]) -> None:

@@ -201,3 +201,59 @@ def test_differences_leave_out_what_does_not_change_the_result():
     changed = dataclasses.replace(c, seed=3, data=dataclasses.replace(c.data, path=("e",)))
     found = configs.differences(as_dict(c), as_dict(changed))
     assert found == ["data.path: ['d'] -> ['e']", "seed: 42 -> 3"]
+
+
+# --- mixtures ----------------------------------------------------------------------------------
+
+
+def mixed(tmp_path, *args, **data):
+    """A config file with two datasets, and its mixture's settings, parsed."""
+    mine = tmp_path / "mixed.py"
+    values = {
+        "a": {"reader": "files", "path": "a.jsonl", "ratio": 3, "batch_size": 4},
+        "coco_vqa": {"path": "vqav2", "images": "coco", "ratio": 1.5},
+    }
+    mine.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    return ConfigDict({ {'data': {'mix': values, **data}}!r})\n"
+    )
+    return configs.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
+
+
+def test_a_mixture_from_a_file_and_the_command_line(tmp_path):
+    c = mixed(tmp_path, "--config.data.mix.coco_vqa.ratio=2", "--config.data.mix.a.path=x,y",
+              "--config.data.root=/data", "--config.data.mix_by=step")  # fmt: skip
+    a, b = c.data.mix["a"], c.data.mix["coco_vqa"]
+    assert (a.path, a.ratio, a.batch_size, a.reader) == (("x", "y"), 3.0, 4, "files")
+    assert (b.path, b.ratio, b.images, b.batch_size) == (("vqav2",), 2.0, "coco", 0)
+    assert (c.data.root, c.data.max_broken) == ("/data", 0.01)
+    assert configs.from_mapping(configs.to_dict(c)) == c
+    other = mixed(tmp_path, "--config.data.mix.a.ratio=4", "--config.data.max_broken=0.5")
+    found = configs.differences(configs.to_dict(mixed(tmp_path)), configs.to_dict(other))
+    assert found == ["data.mix.a.ratio: 3.0 -> 4.0"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.data.mix.a.ration=2"], "did you mean config.data.mix.a.ratio?"),
+        (["--config.data.mix.coco_vq.ratio=2"], "did you mean config.data.mix.coco_vqa.ratio?"),
+        (["--config.data.mix.a.ratio=-1"], "config.data.mix.a.ratio is -1.0: expected 0 or more"),
+        (["--config.data.mix.a.ratio=x"], "config.data.mix.a.ratio is 'x': expected float"),
+        (["--config.data.mix.a.tokens=9"], "config.data.mix.a.tokens is 9"),
+        (["--config.data.mix_by=row"], "config.data.mix_by is 'row': expected step or example"),
+        (["--config.data.mix_by=example"], "none of its own with mix_by=example"),
+        (["--config.data.path=x"], "nothing beside data.mix"),
+        (["--config.data.max_broken=2"], "a share from 0 to 1"),
+        (["--config.accumulate=3"], "config.data.mix.a.batch_size is 4: expected a multiple"),
+        (["--config.data.mix.a.ratio=0", "--config.data.mix.coco_vqa.ratio=0"], "above 0"),
+    ],
+)  # fmt: skip
+def test_a_mixture_is_refused(args, message, tmp_path):
+    with pytest.raises(UserError) as e:
+        mixed(tmp_path, *args)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=r"data\.mix\.a\.img is not a configuration key; did"):
+        configs.from_mapping({"model": "m", "data": {"mix": {"a": {"img": "x"}}}})
