@@ -110,8 +110,9 @@ _FREE = {
 }  # fmt: skip
 
 
-def check(c: TrainConfig) -> TrainConfig:
-    """Return the configuration; UserError names the first field whose value makes no sense."""
+def check(c: TrainConfig, *, model: bool = True) -> TrainConfig:
+    """Return the configuration; UserError names the first field whose value makes no sense.
+    model: one must be named."""
     positive = (
         "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "eval_examples",
         "sample_images", "sample_tokens", "init_lr", "eps",
@@ -147,7 +148,7 @@ def check(c: TrainConfig) -> TrainConfig:
     _require(c, "batch_size", whole, f"a multiple of accumulate ({c.accumulate})")
     template = c.prompt_template
     _require(c, "prompt_template", not template or template.count("{}") == 1, "one {} in it")
-    _require(c, "model", bool(c.model), "a model directory: --config.model=DIR")
+    _require(c, "model", bool(c.model) or not model, "a model directory: --config.model=DIR")
     given = bool(c.data.path or c.data.mix)
     _require(c, "data.path", given, "a dataset: --config.data.path=FILE_OR_DIR", c.data.path)
     datasets.check(c.data, c.batch_size, c.accumulate)
@@ -315,8 +316,10 @@ def read_config_file(spec: str) -> dict[str, Any]:
 # --- the command line -----------------------------------------------------------------------
 
 
-def parse(args: Sequence[str]) -> tuple[TrainConfig, str]:
+def parse(args: Sequence[str], *, data_only: bool = False) -> tuple[TrainConfig, str]:
     """`--config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE]...` -> (configuration, workdir).
+
+    data_only: the configuration is wanted for its data; no model and no workdir are needed.
 
     Flags are absl's and overrides those of ml_collections.config_flags: typed as the field is,
     `--config.flag` and `--noconfig.flag` for a boolean, a repeated flag for several paths.
@@ -342,9 +345,10 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, str]:
         raise UserError(_flag_error(e, base)) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: options look like --config.steps=100")
-    if not flag_values.workdir:
+    if not flag_values.workdir and not data_only:
         raise UserError("--workdir is missing: name a directory to keep the run in")
-    return from_mapping(holder.value.to_dict()), flag_values.workdir
+    values = _build(TrainConfig, holder.value.to_dict(), "config")
+    return check(values, model=not data_only), flag_values.workdir
 
 
 def _take_config(args: Sequence[str]) -> tuple[str, list[str]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minigpt4_jax.data.source import Source
     from minigpt4_jax.training.config import DataConfig
 
+SHARDS = ("webdataset", "cc_sbu", "laion")  # the last two clean their captions, as the original
 # Those of minigpt4_jax.data.mixing, which is not imported here: it would bring Grain with it.
 MIXED_BY = ("step", "example")
 
@@ -84,15 +85,15 @@ def open_parts(data: "DataConfig") -> "list[Part]":
 
     return [
         Part(
-            name, open_source(name, d, data.root), d.ratio, d.batch_size, d.tokens,
+            name, open_source(name, d, data.root, data.max_broken), d.ratio, d.batch_size, d.tokens,
             d.prompts or data.prompts,
         )
         for name, d in data.mix.items() if d.ratio > 0
     ]  # fmt: skip
 
 
-def open_source(name: str, d: DatasetConfig, root: str = "") -> "Source":
-    """One dataset; relative paths begin at root."""
+def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float = 0.0) -> "Source":
+    """One dataset; relative paths begin at root. max_broken: the share of shards that may be."""
     paths = tuple(os.path.join(root, os.path.expanduser(p)) for p in d.path)
     reader = d.reader or name
     if reader == "files":
@@ -100,6 +101,11 @@ def open_source(name: str, d: DatasetConfig, root: str = "") -> "Source":
         from minigpt4_jax.data.sources import read_sources
 
         return ExampleList(name, read_sources(paths, clean_captions=d.clean_captions))
+    if reader in SHARDS:
+        from minigpt4_jax.data.shards import open_shards
+
+        clean = d.clean_captions or reader != "webdataset"
+        return open_shards(name, paths, clean_captions=clean, max_broken=max_broken)
     from minigpt4_jax.data.datasets import open_dataset
 
     images = os.path.join(root, os.path.expanduser(d.images)) if d.images else None

@@ -1,0 +1,78 @@
+"""`python -m minigpt4_jax.data check`: counts, faults and the sheet."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from minigpt4_jax.data.__main__ import main
+from minigpt4_jax.errors import UserError
+
+
+def write_rows(folder, photos, name="rows.jsonl", **changes):
+    rows = [
+        {"image": photo, "question": "[refer] where?", "answer": "{<10><20><60><80>}"}
+        for photo in photos
+    ]
+    rows[0] |= changes
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, data):
+    path = folder / "mine.py"
+    path.write_text(f"def get_config():\n    return {{'data': {data!r}}}\n")
+    return str(path)
+
+
+def test_a_mixture(tmp_path, photos, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"<html>")
+    good = write_rows(tmp_path, photos)
+    bad = write_rows(tmp_path, photos, "bad.jsonl", image=str(broken))
+    mix = {
+        "good": {"reader": "files", "path": str(good), "ratio": 3},
+        "bad": {"reader": "files", "path": str(bad)},
+        "cc_sbu": {"path": str(tmp_path / "none.tar")},
+        "off": {"ratio": 0},
+    }
+    sheet = tmp_path / "sheet.png"
+    args = ["check", config(tmp_path, {"mix": mix}), f"--sheet={sheet}", "--samples=2"]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[1].split() == ["good", "10", "0", "60.0%", "10", "0"]
+    assert "bad" in lines[2] and lines[2].split()[-1] == "1"
+    assert lines[3] == "  1 file that is no image"
+    assert "broken.png: is a web page" in lines[4]
+    assert "there is no shard at" in out and "off" not in out
+    assert Image.open(sheet).width > 500
+    assert main([*args, "--config.data.mix.bad.ratio=0", "--config.data.mix.cc_sbu.ratio=0"]) == 0
+
+
+def test_plain_files_and_boxes_on_the_sheet(tmp_path, photos, capsys):
+    path, sheet = write_rows(tmp_path, photos), tmp_path / "sheet.png"
+    assert main(["check", "finetune", f"--config.data.path={path}", f"--sheet={sheet}"]) == 0
+    assert str(path) in capsys.readouterr().out
+    colors = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
+    plain = write_rows(tmp_path, photos, "plain.jsonl")
+    plain.write_text(plain.read_text().replace("{<10><20><60><80>}", "there"))
+    main(["check", "finetune", f"--config.data.path={plain}", f"--sheet={sheet}"])
+    without = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
+    assert colors - without
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["check", "stage2"], "config.data.path"),
+        (["check", "nope"], "unknown"),
+        (["look", "stage2"], "invalid choice"),
+        (["check", "stage2", "--config.data.pth=x"], "did you mean config.data.path"),
+        (["check", "stage2", "--samples=-1"], "must be 0 or more"),
+    ],
+)
+def test_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        main(args)
