@@ -333,5 +333,5 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
             archive.members = []  # type: ignore[attr-defined]  # it would keep them all
             if member.isreg():
                 yield member
-    if end + tarfile.BLOCKSIZE > size:
+    if (-(-end // tarfile.BLOCKSIZE) + 1) * tarfile.BLOCKSIZE > size:
         raise tarfile.ReadError("the file ends without the mark of its end")

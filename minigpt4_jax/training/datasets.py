@@ -65,7 +65,11 @@ def check(data: "DataConfig", batch_size: int, accumulate: int) -> None:
         _require(f"{key}.batch_size", size, whole, f"a multiple of accumulate ({accumulate})")
         own = bool(d.batch_size or d.tokens) and data.mix_by == "example"
         _require(f"{key}.batch_size", size, not own, "none of its own with mix_by=example")
-        needs = d.ratio > 0 and not d.path and d.reader != "tfds"
+        tfds = d.reader == "tfds"
+        _require(
+            f"{key}.dataset", d.dataset, bool(d.dataset) == tfds, "a name, with reader=tfds alone"
+        )
+        needs = d.ratio > 0 and not d.path and not tfds
         _require(f"{key}.path", d.path, not needs, f"its files: --config.{key}.path=...")
     if mix:
         used = any(d.ratio > 0 for d in mix.values())
@@ -106,6 +110,11 @@ def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float =
 
         clean = d.clean_captions or reader != "webdataset"
         return open_shards(name, paths, clean_captions=clean, max_broken=max_broken)
+    if reader == "tfds":
+        from minigpt4_jax.data.tfds_source import TfdsSource
+
+        folder = paths[0] if paths else None
+        return TfdsSource(name, d.dataset, d.split, folder, d.clean_captions)
     from minigpt4_jax.data.datasets import open_dataset
 
     images = os.path.join(root, os.path.expanduser(d.images)) if d.images else None

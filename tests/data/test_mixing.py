@@ -90,7 +90,7 @@ def test_packs_differ_and_fractions_have_cards():
     assert len(set(dealt)) > 4
     counts = np.bincount(cards([0.5, 0.25, 1e-9]))
     assert counts[2] == 1
-    assert counts[0] == 2 * counts[1]
+    assert abs(counts[0] - 2 * counts[1]) <= 1
     assert np.bincount(cards([115, 14])).tolist() == [115, 14]
 
 

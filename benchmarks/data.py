@@ -1,0 +1,147 @@
+"""Images a second of the data pipeline: by stage on one core, and whole beside a PyTorch DataLoader
+doing the same work: read a JPEG, decode, resize bicubic to 224, normalize, tokenize, make a batch.
+
+    python benchmarks/data.py [--images=512] [--size=224] [--workers=0]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from minigpt4_jax import images
+from minigpt4_jax.config import ModelConfig, VisionConfig
+from minigpt4_jax.data.batches import example_row, pad_rows
+from minigpt4_jax.data.loader import make_loader
+from minigpt4_jax.data.sources import read_sources
+from minigpt4_jax.tokenizer import load_tokenizer
+
+BATCH = 32
+CAPTION = "a photo of a table with a red cup, two plates and a window behind it number {}"
+TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "llama_tokenizer"
+MEAN, STD = torch.tensor(images.MEAN)[:, None, None], torch.tensor(images.STD)[:, None, None]
+
+
+def write_photos(folder: Path, count: int) -> list[Path]:
+    """JPEG files of about the size and detail of COCO's: 640 x 480, quality 90."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(count):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+        noise = rng.normal(0, 12, (480, 640, 3))
+        pixels = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.jpg", quality=90)
+        rows.append({"image": f"{n}.jpg", "caption": CAPTION.format(n)})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [folder / row["image"] for row in rows]
+
+
+class Peer(Dataset):
+    """The same rows as torchvision's Resize, ToTensor and Normalize make them."""
+
+    def __init__(self, examples, tokenizer, config):
+        self.examples, self.tokenizer, self.config = examples, tokenizer, config
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        example = self.examples[index]
+        size = self.config.vision.image_size
+        with Image.open(example.images[0]) as opened:
+            small = opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous().div(255)
+        row = example_row(example, self.tokenizer, self.config)
+        return pixels.sub_(MEAN).div_(STD), row
+
+    def collate(self, rows):
+        return torch.stack([pixels for pixels, _ in rows]), pad_rows([r for _, r in rows], 0)
+
+
+def rate(count: int, run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return count / (time.perf_counter() - begun)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--images", type=int, default=512)
+    p.add_argument("--size", type=int, default=224)
+    p.add_argument("--workers", type=int, default=0, help="processes, of both")
+    p.add_argument("--rounds", type=int, default=3, help="of the whole, ours and the peer in turn")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(TOKENIZER)
+    config = ModelConfig(vision=VisionConfig(image_size=a.size))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photos(Path(folder), a.images)
+        examples = read_sources(Path(folder) / "rows.jsonl")
+        stages(paths, examples, tokenizer, config, a.size)
+        whole(examples, tokenizer, config, a)
+
+
+def stages(paths, examples, tokenizer, config, size) -> None:
+    n = len(paths)
+    for path in paths:
+        path.read_bytes()  # into the page cache
+    opened, small, rows, pixels = [], [], [], []
+
+    def batch() -> None:
+        for at in range(0, n, BATCH):
+            np.stack(pixels[at : at + BATCH])
+            pad_rows(rows[at : at + BATCH], 0)
+
+    work = {
+        "read": lambda: [path.read_bytes() for path in paths],
+        "read and decode": lambda: opened.extend(images.open_image(path) for path in paths),
+        "resize": lambda: small.extend(images.resize(image, size) for image in opened),
+        "normalize": lambda: pixels.extend(map(images.normalize, small)),
+        "tokenize": lambda: rows.extend(example_row(e, tokenizer, config) for e in examples),
+        "batch": batch,
+    }
+    for name, run in work.items():
+        print(f"{name:16} {rate(n, run):10,.0f} images/s", flush=True)
+
+
+def whole(examples, tokenizer, config, a) -> None:
+    count = len(examples) // BATCH
+    found: dict[str, list[float]] = {"minigpt4_jax": [], "PyTorch": []}
+    for _ in range(a.rounds):
+        ours = make_loader(
+            examples, config, tokenizer, batch_size=BATCH, workers=a.workers, threads=1
+        )
+        found["minigpt4_jax"].append(rate_of(iter(ours), count))
+        ours.close()
+        peer = Peer(examples, tokenizer, config)
+        loader = DataLoader(
+            peer, BATCH, sampler=torch.randperm(len(peer)).repeat(2).tolist(),
+            num_workers=a.workers, collate_fn=peer.collate,
+        )  # fmt: skip
+        found["PyTorch"].append(rate_of(iter(loader), count))
+    medians = {name: float(np.median(rates)) for name, rates in found.items()}
+    for name, median in medians.items():
+        rates = ", ".join(f"{r:.0f}" for r in found[name])
+        print(f"{name:16} {median:10,.0f} images/s  ({rates}), {a.workers} worker processes")
+    print(f"ratio {medians['minigpt4_jax'] / medians['PyTorch']:.2f}")
+
+
+def rate_of(batches: Iterator, count: int) -> float:
+    """Images a second, after the first batch (which starts threads or processes)."""
+    next(batches)
+    begun = time.perf_counter()
+    for _ in range(count - 1):
+        next(batches)
+    return (count - 1) * BATCH / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    main()
