@@ -3,7 +3,7 @@ processes start without JAX."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def _round_up(n: int, multiple: int) -> int:
 class Made(NamedTuple):
     """A batch on its way from a process that makes batches."""
 
-    arrays: Arrays | None  # None: a row that cannot be read, nor any of those tried in its place
+    arrays: Any  # Arrays, or what packing makes of them; None: there is nothing to read for a row
     broken: tuple[Broken, ...]  # rows left out of this process's share
     rows: int  # this process's rows
 

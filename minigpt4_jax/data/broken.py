@@ -47,9 +47,9 @@ class Tally:
                 raise UserError(self._last)
         if self.skipped > self.share * max(self.rows, _JUDGED_FROM):
             raise UserError(
-                f"{self}. That is more than config.data.max_broken = {self.share:g} of them: repair "
+                f"more rows are broken than config.data.max_broken = {self.share:g} of them: repair "
                 "the data (`python -m minigpt4_jax.data check CONFIG` counts what is missing), or "
-                "raise that share"
+                f"raise that share; {self}"
             )
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -14,9 +14,10 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, BatchMaker, Padding
+from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Made, Padding
 from minigpt4_jax.data.broken import Tally
 from minigpt4_jax.data.mixing import MIXED_BY, Order, Part
+from minigpt4_jax.data.packing import Packed
 from minigpt4_jax.data.reader import Reader, init_worker
 from minigpt4_jax.data.source import ExampleList
 from minigpt4_jax.data.sources import Example
@@ -52,6 +53,7 @@ def make_loader(
     timeout: float = 0.0,
     shard: tuple[int, int] = (0, 1),
     multiple: int = 1,
+    pack: Callable[[Arrays], Packed] | None = None,
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources) or over a mixture of parts.
 
@@ -66,9 +68,12 @@ def make_loader(
     one); threads: in each of them. timeout: seconds without a batch until these count as hung (0:
     never); see data.reader for what happens then.
     multiple: what the sizes of batches that follow from a number of tokens are multiples of.
+    pack: see data.packing; what becomes of a batch, its arguments given; for one process.
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, mix_by,
-    shuffle, crop and padding alone. UserError: a value out of range, no data, not even one batch.
+    shuffle, crop, padding and pack alone. UserError: a value out of range, no data, not even one batch.
     """
+    if pack is not None and shard[1] > 1:  # each would make another number of rows
+        raise UserError(f"data: packed rows are for one process, not for {shard[1]}: pack_tokens=0")
     parts = _parts(data, tuple(prompts), batch_size)
     order = Order([1], [1], [1])  # enough to make rows
     parts = tuple(
@@ -88,8 +93,9 @@ def make_loader(
     maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shard)
     _warn_of_cut_answers(maker)
     return Loader(
-        maker, Tally(max_broken), shuffle=shuffle, readers=(workers, threads), timeout=timeout
-    )
+        maker, Tally(max_broken), shuffle=shuffle, readers=(workers, threads), timeout=timeout,
+        pack=pack,
+    )  # fmt: skip
 
 
 class Loader:
@@ -108,12 +114,15 @@ class Loader:
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
         timeout: float,
+        pack: Callable[[Arrays], Packed] | None,
     ):
         first = maker.parts[0]
         self.steps, self.tally = maker.order.steps, tally
         self.batches_per_epoch = len(first.source) // first.batch_size
         steps = _ENDLESS if self.steps is None else self.steps
         batches = grain.MapDataset.range(steps).map(maker)
+        if pack is not None:
+            batches = batches.map(functools.partial(_packed, pack))
         self._identity = _identity(maker, shuffle)
         self._step = 0
         self._reader = Reader(
@@ -159,6 +168,10 @@ class Loader:
     def close(self) -> None:
         """End threads and worker processes; iterating again starts them anew."""
         self._reader.close()
+
+
+def _packed(pack: Callable[[Arrays], Packed], made: Made) -> Made:
+    return made if made.arrays is None else made._replace(arrays=pack(made.arrays))
 
 
 def _from(batches: grain.MapDataset, readers: tuple[int, int], step: int) -> grain.IterDataset:

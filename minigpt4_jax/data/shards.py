@@ -59,11 +59,12 @@ class Shards:
     """A Source over shards, their rows in order. dropped: counts what could not be used."""
 
     def __init__(self, name: str, shards: Sequence[Shard], missing: int, clean: bool):
-        self.name, self._shards, self._clean = name, shards, clean
+        self.name, self._clean = name, clean
+        self._shards = [shard for shard in shards if shard.rows]
         dropped = sum((Counter(shard.dropped) for shard in shards), Counter[str]())
         dropped += Counter({BROKEN: sum(bool(s.damage) for s in shards), MISSING: missing})
         self.dropped: dict[str, int] = dict(dropped)
-        self._ends = np.cumsum([shard.rows for shard in shards])
+        self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._open: dict[int, np.ndarray] = {}  # rows of shards, mapped into memory
 
     def __len__(self) -> int:
@@ -139,7 +140,7 @@ def open_shards(
         _log.warning("%s", told)
     if not any(shard.rows for shard in shards):
         raise UserError(f"data {name}: {len(shards)} shards have no row of a picture and a caption")
-    opened = Shards(name, [s for s in shards if s.rows], len(missing), clean_captions)
+    opened = Shards(name, shards, len(missing), clean_captions)
     _log.info("data %s: %d rows in %d shards", name, len(opened), len(shards))
     return opened
 
