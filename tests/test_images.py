@@ -1,6 +1,7 @@
 """Images: equal to the original's pixels, and one clear line for whatever is not an image."""
 
 import io
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4_jax import images
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.errors import DataError, UserError
 
 pytestmark = pytest.mark.smoke
 
@@ -69,6 +70,35 @@ def test_path_pil_and_array_give_the_same(tmp_path):
         opened = images.open_image(source)
         assert opened.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(opened), array)
+
+
+def test_bytes_and_a_part_of_a_file(tmp_path):
+    array = picture()
+    data = encoded(Image.fromarray(array))
+    path = write(tmp_path / "a.tar", b"x" * 77 + data + b"y" * 9)
+    part = images.FilePart(str(path), 77, len(data))
+    for source in (data, part):
+        np.testing.assert_array_equal(np.asarray(images.open_image(source)), array)
+    for part, message in [
+        (images.FilePart(str(path), 78, len(data)), r"a\.tar at byte 78: is not an image"),
+        (images.FilePart(str(path), 90, len(data)), "the file ends before it does"),
+        (images.FilePart(str(tmp_path / "b.tar"), 0, 5), "there is no such file"),
+        (b"", "the file is empty"),
+        (data[:-30], "image of .* cannot be decoded"),
+    ]:
+        with pytest.raises(DataError, match=message) as e:
+            images.open_image(part)
+        assert e.value.cause
+        again = pickle.loads(pickle.dumps(e.value))  # as from a worker process
+        assert (str(again), again.cause) == (str(e.value), e.value.cause)
+
+
+@given(st.tuples(st.integers(1, 5), st.integers(1, 5)), st.booleans())
+def test_normalize_of_any_layout(shape, turned):
+    image = picture(*shape)
+    image = image.transpose(1, 0, 2) if turned else image
+    expected = np.stack([images.normalize(pixel) for pixel in image.reshape(-1, 3)])
+    np.testing.assert_array_equal(images.normalize(image).reshape(-1, 3), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "YCbCr", "HSV", "LAB"])
