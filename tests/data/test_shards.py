@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.data import shards
+from minigpt4_jax.data.loader import make_loader
+from minigpt4_jax.data.mixing import Part
 from minigpt4_jax.data.shards import expand_braces, open_shards
 from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.images import open_image
+from minigpt4_jax.tokenizer import load_tokenizer
 
+TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "llama_tokenizer")
+CONFIG = ModelConfig(
+    vision=VisionConfig(image_size=28), qformer=QFormerConfig(queries=8), max_text_length=20
+)
 RNG = np.random.default_rng(0)
 
 
@@ -216,3 +225,28 @@ def test_braces_count(first, more, width):
 def test_braces_nest_beside_each_other():
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
     assert expand_braces("a{b}.tar") == ["a{b}.tar"]
+
+
+def test_shards_resume_with_workers(folder):
+    """Rows reach worker processes by their places alone, and a stopped run goes on exactly."""
+
+    def loader(workers):
+        part = Part("cc", open_shards("cc", folder), batch_size=2)
+        return make_loader(
+            [part], CONFIG, TOKENIZER, batch_size=2, seed=3, workers=workers, threads=1
+        )
+
+    plain = loader(0)
+    expected = [next(plain) for _ in range(6)]
+    plain.close()
+    first = loader(0)
+    for _ in range(2):
+        next(first)
+    state = json.loads(json.dumps(first.state()))
+    first.close()
+    again = loader(2)
+    again.restore(state)
+    for batch in expected[2:]:
+        for ours, theirs in zip(next(again), batch, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    again.close()
