@@ -40,6 +40,7 @@ class Crash(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_and_continued(home, capsys):
     train(values(home), home / "whole")
     out = capsys.readouterr().out
