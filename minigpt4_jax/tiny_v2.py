@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 VISION = Path(__file__).parent / "assets" / "shapes_vision_v2.safetensors"
 SETTINGS = (  # what differs from the released MiniGPT-v2
     "merge_patches=2",  # of 64 patches; four in a row often show two objects
+    "lora.targets=q,k,v,o,gate,up,down",  # reads boxes sooner than q and v alone
+    "lora.rank=16",
     "lora.dropout=0",  # each row comes once
 )
 PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # rows of each task, objects of scenes
