@@ -20,6 +20,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.prompts = ("<Img><ImageHere></Img> Describe this image in detail.",)  # for bare captions
     c.data.workers = 0
 
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 8 or 64, say: adapters for a model without; 0: the model's own, if it has any
+    c.lora.targets = ()  # of new ones: q, v; any of q, k, v, o, gate, up, down
+
     c.dtype = "bfloat16"
     c.steps = 500
     c.batch_size = 8

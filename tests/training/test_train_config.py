@@ -48,6 +48,15 @@ def test_finetune_keeps_what_the_model_was_trained_with():
     assert (c.end_symbol, c.max_text_length, c.prompt_template, c.variant) == ("", 0, "", "")
 
 
+def test_adapters_and_packing_from_the_command_line():
+    line = ["--config.lora.rank=8", "--config.lora.targets=q,down", "--config.data.pack_tokens=512"]
+    c = parse(*line, config="finetune")
+    assert (c.lora.rank, c.lora.targets, c.data.pack_tokens) == (8, ("q", "down"), 512)
+    for wrong in ("lora.rank=-1", "lora.alpha=-2", "lora.dropout=1.0", "data.pack_tokens=-1"):
+        with pytest.raises(UserError, match=f"config.{wrong.partition('=')[0]} is"):
+            parse(f"--config.{wrong}")
+
+
 def test_every_shipped_config_names_only_fields_that_exist():
     for name in configs.known_configs():
         configs._build(TrainConfig, configs.read_config_file(name), name)
