@@ -19,7 +19,9 @@ from minigpt4_jax.data.batches import PADDING, Arrays, Padding
 class Packed(NamedTuple):
     """The fields of models.minigpt.Batch, in its order; R rows hold the B examples of a batch."""
 
-    pixels: np.ndarray  # [B * I, 1, S, S, 3] float32, in the order of the examples
+    pixels: (
+        np.ndarray
+    )  # [B * I, 1, S, S, 3] float32, in their order; [M, 0, S, S, 3] without images
     tokens: np.ndarray  # [R, T] int32
     lengths: np.ndarray  # [R] int32; tokens of a row that are not padding
     answers: np.ndarray  # [R, A] int32
@@ -91,5 +93,6 @@ def pack(
             answers[r, labelled : labelled + labels[i]] = at + batch.answers[i, : labels[i]]
             at, labelled = at + n, labelled + labels[i]
     used = np.array([sum(lengths[i] for i in row) for row in layout], np.int32)
-    pixels = batch.pixels.reshape(examples * images, 1, *batch.pixels.shape[2:])
+    stand = (examples * images, 1) if images else (micro_batches, 0)
+    pixels = batch.pixels.reshape(*stand, *batch.pixels.shape[2:])
     return Packed(pixels, tokens, used, answers, segments, positions, visual)

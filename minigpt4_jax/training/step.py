@@ -122,7 +122,10 @@ def make_step(
         grad = jax.value_and_grad(share)
         if accumulate == 1:
             return grad(trainable, frozen, batch, count, key)
-        micro = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+        # the size is spelled out: -1 cannot stand for it where rows have no images
+        micro = jax.tree.map(
+            lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:]), batch
+        )
 
         def add(total: Any, at: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, part = at

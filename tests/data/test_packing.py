@@ -67,8 +67,11 @@ def test_every_example_is_there_with_its_labels_and_visual_tokens(
     packed = pack(
         batch, width, P, PAD, micro_batches=micro, rows_multiple=multiple, padding=PADDING
     )
-    assert packed.pixels.shape == (examples * images, 1, 1, 1, 3)
-    np.testing.assert_array_equal(packed.pixels[:, 0], batch.pixels.reshape(-1, 1, 1, 3))
+    if images:
+        assert packed.pixels.shape == (examples * images, 1, 1, 1, 3)
+        np.testing.assert_array_equal(packed.pixels[:, 0], batch.pixels.reshape(-1, 1, 1, 3))
+    else:
+        assert packed.pixels.shape == (micro, 0, 1, 1, 3)
     rows, share = len(packed.tokens) // micro, examples // micro
     assert rows % multiple == 0 and rows * micro == len(packed.tokens)
     for m in range(micro):

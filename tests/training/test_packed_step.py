@@ -87,6 +87,18 @@ def test_micro_batches_of_packed_rows_add_up(split, expected):
     assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-4)
 
 
+def test_micro_batches_of_text_alone(split):
+    """Rows without images have arrays of no size, packed or not."""
+    one = arrays(images=0)
+    tx = optim.adamw(split.decays)
+    step, found = make_step(split, tx, accumulate=2), []
+    for batch in (Batch(*one), packed(one, micro_batches=2)):
+        params = jax.tree.map(jnp.copy, split.trainable)
+        args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))
+        found.append(float(step(*args)[2].loss))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_an_example_does_not_see_its_neighbours(tmp_path):
     """Also in a model with a window, and whatever lies in the rest of its row."""
     model, config = load_model(tiny.write_random_model(tmp_path / "m"))
