@@ -55,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     b.add_argument(
         "--quantize",
-        choices=QUANTIZATIONS,
-        help="round the language model's matrices to this, and the vision encoder's to int8",
+        choices=(*QUANTIZATIONS, "keep"),
+        help="round the language model's matrices to this, and the vision encoder's to int8; "
+        "keep: a GGUF file's stay as they are",
     )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
     b.add_argument("--projection-scale", type=_factor, default=1.0, metavar="FACTOR",
@@ -106,6 +107,8 @@ _BUILD_NOTES = """\
   lora.rank, lora.alpha, lora.dropout, lora.targets=q,v (of q k v o gate up down): one of them gives a
   model adapters that its variant has not; alpha is not told by a checkpoint's shapes.
 Heads are needed for encoders that are not of the released width; everything else the shapes tell.
+--quantize=keep: blocks of the types Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0 keep their values
+  to the bit (4 bits in half a byte, more in one); matrices of other types are rounded to int8.
 Without --vision the small demonstration encoder in this package is used (it knows drawn shapes).
 Without --checkpoint the projection is new. A language model with a chat format of its own (ChatML,
 Llama 3, Mistral) is prompted in it."""

@@ -3,7 +3,6 @@
 Everything is checked by names and shapes first (plan.py); then tensors are read, one at a time.
 """
 
-import dataclasses
 import math
 import shutil
 import tempfile
@@ -16,11 +15,13 @@ import numpy as np
 
 from convert.checks import FLOATS
 from convert.files import HashedFile
+from convert.gguf_blocks import packed
 from convert.plan import Plan, Request, make_plan
 from convert.tensors import DTYPES
 from minigpt4_jax.adapters import first_values
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.quant import quantized, quantized_shapes, scheme_of
+from minigpt4_jax.quant import Kept, quantized, quantized_shapes, scheme_of
 from minigpt4_jax.weights import part_of, write_model
 
 Shape = tuple[int, ...]
@@ -32,7 +33,7 @@ def build(request: Request) -> Plan:
     parent = _check_output(request.out)
     plan = make_plan(request)
     types = {name: _stored_type(plan, name, request.llm_dtype) for name in plan.wanted}
-    size = sum(_stored_size(n, s, types[n], request.quantize) for n, s in plan.wanted.items())
+    size = sum(_stored_size(n, s, types[n], plan.held) for n, s in plan.wanted.items())
     if size > (free := shutil.disk_usage(parent).free):
         raise UserError(
             f"--out: the disk is full: {parent} has {free / 1e9:.1f} GB free, "
@@ -40,12 +41,10 @@ def build(request: Request) -> Plan:
         )
     record: dict[str, Any] = {}
     tensors = _tensors(plan, types, request, record)
-    config = plan.config
-    if request.quantize is not None:
-        config = dataclasses.replace(config, quantize=request.quantize)
-        tensors = quantized(tensors, request.quantize)
+    if plan.held.quantize is not None:
+        tensors = quantized(tensors, plan.held.quantize, plan.held.kept)
     files = plan.language.tokenizer
-    write_model(request.out, config, tensors, tokenizer=files, sources=record)
+    write_model(request.out, plan.held, tensors, tokenizer=files, sources=record)
     for note in plan.notes:
         print(f"note: {note}")
     count = sum(math.prod(shape) for shape in plan.wanted.values())
@@ -82,11 +81,14 @@ def _stored_type(plan: Plan, name: str, llm_dtype: str | None) -> np.dtype:
     return tensor.dtype if tensor.dtype.name in FLOATS and not resampled else DTYPES["float32"]
 
 
-def _stored_size(name: str, shape: Shape, dtype: np.dtype, scheme: str | None) -> int:
-    """Bytes of a parameter in the directory, its scale included."""
-    kind = scheme_of(name, scheme, shape[-1])
+def _stored_size(name: str, shape: Shape, dtype: np.dtype, held: ModelConfig) -> int:
+    """Bytes of a parameter in the directory, its scale and offset included, at most."""
+    kind = scheme_of(name, held.quantize, shape[-1], held.kept)
     if kind is None:
         return math.prod(shape) * dtype.itemsize
+    if kept := Kept.parse(kind):
+        levels, *factors = map(math.prod, kept.shapes(shape).values())
+        return levels + 4 * sum(factors)
     levels, scale = quantized_shapes(shape, kind)
     return math.prod(levels) + 2 * math.prod(scale)
 
@@ -108,8 +110,15 @@ def _tensors(
     total = sum(tensor.nbytes for *_, tensor in todo)
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         for name, _, m, tensor in todo:
-            array = m.transform.apply(tensor.load(), plan.wanted[name])
-            yield name, array.astype(types[name], copy=False)
+            kind = scheme_of(name, plan.held.quantize, plan.wanted[name][-1], plan.held.kept)
+            kept = Kept.parse(kind or "")
+            if kept and tensor.blocks:
+                for suffix, part in packed(tensor.blocks[1](), kept).items():
+                    # the transforms of a language model move whole rows, which is as true of these
+                    yield name + suffix, m.transform.apply(part, part.shape)
+            else:
+                array = m.transform.apply(tensor.load(), plan.wanted[name])
+                yield name, array.astype(types[name], copy=False)
             bar.update(tensor.nbytes)
     record |= _record(plan)
 

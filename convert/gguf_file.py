@@ -1,4 +1,4 @@
-"""GGUF language models: tensors dequantized one at a time, metadata as a Hugging Face config."""
+"""GGUF language models: tensors read one at a time, metadata as a Hugging Face config."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convert.files import HashedFile, sniff
+from convert.gguf_blocks import KINDS, take_apart
 from convert.readers import Reader
 from convert.tensors import DTYPES, Tensor
 from minigpt4_jax.errors import UserError
@@ -63,7 +64,11 @@ class Gguf:
                 return raw.view(dtype).reshape(shape)
             return _dequantize(raw, t, shape, f"{self.path}: {t.name}")
 
-        return Tensor(shape, dtype, count, load, (str(self.path), start))
+        kind = t.tensor_type.name
+        blocks = None
+        if kind in KINDS and len(shape) == 2:
+            blocks = (kind, lambda: take_apart(self._file.read(start, count), kind, shape))
+        return Tensor(shape, dtype, count, load, (str(self.path), start), blocks)
 
     @property
     def architecture(self) -> str:

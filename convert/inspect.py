@@ -69,7 +69,7 @@ def _parts(chain: list[Path]) -> dict[str, dict[str, Any]]:
                 if kind == "uint8":  # two parameters a byte (minigpt4_jax/quant.py)
                     part["parameters"] += 2 * math.prod(tensor.shape)
                     kind = "int4"
-                elif not name.endswith("_scale"):  # of a quantized weight
+                elif not name.endswith(("_scale", "_offset")):  # of a quantized weight
                     part["parameters"] += math.prod(tensor.shape)
                 part["bytes"] += tensor.nbytes
                 facts = (("dtypes", kind), ("files", path.name))

@@ -9,13 +9,17 @@ from typing import Any
 
 from convert.checks import check_language, check_trained, shape_problems
 from convert.derive import lora_config, qformer_config, vision_config
+from convert.gguf_blocks import KINDS, kinds_of
 from convert.llm import LanguageModel, drop_added_tokens, open_llm
 from convert.settings import Variant, apply_settings, chat_format, parse_settings, variant_named
 from convert.sources import Source, Sources, llm_source, lora_shapes, open_source, packaged_encoder
 from convert.tables import BLIP2, EVA, FINE_TUNED, OWN, Match
+from minigpt4_jax import quant
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.weights import parameter_shapes, part_of
+
+KEEP = "keep"  # --quantize: as the GGUF file has it
 
 
 @dataclass
@@ -39,9 +43,13 @@ class Request:
 
 @dataclass
 class Plan:
-    """A checked model: where each parameter comes from, what is made new, what to tell the user."""
+    """A checked model: where each parameter comes from, what is made new, what to tell the user.
+
+    config, wanted: of the model in floats; held: the configuration as it is stored.
+    """
 
     config: ModelConfig
+    held: ModelConfig
     sources: Sources
     language: LanguageModel
     wanted: dict[str, tuple[int, ...]]
@@ -65,7 +73,6 @@ def make_plan(request: Request) -> Plan:
     for name in apply_settings(values, given):
         notes.append(f"--set {name} is not used: this {request.variant} has no such part")
     config = ModelConfig.from_dict(values).check()
-    dataclasses.replace(config, quantize=request.quantize).check()
     if tokenizer.kind == "sentencepiece" and pieces > config.llm.vocab:
         if dropped := drop_added_tokens(language, config.llm.vocab):
             notes.append(
@@ -84,7 +91,37 @@ def make_plan(request: Request) -> Plan:
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"the files do not make this model: {'; '.join(problems[:10])}{more}")
-    return Plan(config, sources, language, wanted, origin, fresh, notes)
+    held = _held(config, request, origin, notes).check()
+    return Plan(config, held, sources, language, wanted, origin, fresh, notes)
+
+
+def _held(
+    config: ModelConfig,
+    request: Request,
+    origin: dict[str, tuple[Source, Match]],
+    notes: list[str],
+) -> ModelConfig:
+    """The configuration with the scheme that was asked for."""
+    if request.quantize != KEEP:
+        return dataclasses.replace(config, quantize=request.quantize)
+    types = {}
+    for name, (source, m) in origin.items():
+        if name.startswith("llm.") and quant.scheme_of(name, "int8", 1):
+            blocks = source.reader.tensors[m.key].blocks
+            types[name] = blocks and blocks[0]
+    kept = kinds_of(types)
+    whole = [line for line in kept if not line.endswith(" int8")]
+    if not whole:
+        raise UserError(
+            f"--quantize=keep: {request.llm} holds no matrix in {', '.join(KINDS)}; it keeps what a "
+            "GGUF file holds so. Give --quantize=int8 or int4"
+        )
+    if rounded := len(kept) - len(whole):
+        notes.append(
+            f"{len(whole)} of the {len(kept)} kinds of matrix stay as they are in the file; "
+            f"{rounded} of other types than {', '.join(KINDS)} are rounded to int8"
+        )
+    return dataclasses.replace(config, quantize=quant.GGUF, kept=kept)
 
 
 def _open_sources(

@@ -8,18 +8,23 @@ import ml_dtypes
 import numpy as np
 
 from convert.files import HashedFile
+from convert.gguf_blocks import Blocks
 from minigpt4_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape and dtype as `load` gives them; nbytes to read; order: ascending along the files."""
+    """shape and dtype as `load` gives them; nbytes to read; order: ascending along the files.
+
+    blocks: of a matrix quantized in the file, its type's name and what reads it undequantized.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     nbytes: int
     load: Callable[[], np.ndarray]
     order: tuple[str, int]
+    blocks: tuple[str, Callable[[], Blocks]] | None = None
 
 
 DTYPES = {

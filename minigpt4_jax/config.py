@@ -137,7 +137,10 @@ class ModelConfig:
     max_text_length: int = 160
     max_context: int = 3800
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    quantize: str | None = None  # how the large matrices are held: None (floats) or as above
+    quantize: str | None = None  # how large matrices are held: None (floats), as above, or "gguf"
+    kept: tuple[
+        str, ...
+    ] = ()  # for "gguf": "NAME KIND" of the language model's matrices (quant.py)
 
     @property
     def visual_tokens(self) -> int:
@@ -192,7 +195,7 @@ class ModelConfig:
             ),
             ("{}" in self.prompt_template, f"prompt_template {self.prompt_template!r} has no {{}}"),
             (
-                self.quantize in (None, *QUANTIZATIONS),
+                self.quantize in (None, *QUANTIZATIONS, "gguf"),
                 f"quantize {self.quantize!r}: expected one of {', '.join(QUANTIZATIONS)}",
             ),
             (self.max_text_length > 0, f"max_text_length {self.max_text_length} must be positive"),

@@ -6,10 +6,12 @@ a byte: byte j of a group holds input j in its low half and input j + group / 2 
 each as level + 8. XLA on CPU takes a byte for each int4, hence bytes packed here.
 The scale of `NAME` is `NAME_scale`, stored in bfloat16; a weight is rounded against the rounded
 scale, so nothing more is lost by it. Activations are not rounded.
+gguf: the blocks of a GGUF file as they are, see `Kept`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,16 +21,53 @@ Array = Any  # of NumPy or JAX
 Shape = tuple[int, ...]
 GROUPS = (64, 32)  # inputs that share a scale in int4: the first that divides their number
 PIECE = 1 << 22  # elements that are rounded at a time
+GGUF = "gguf"  # the scheme of a model whose language model keeps a GGUF file's blocks
 
 
-def scheme_of(name: str, scheme: str | None, n_in: int) -> str | None:
+class Kept(NamedTuple):
+    """A matrix in blocks of a GGUF file: weight = level * scale, + offset where there is one.
+
+    Each `group` of inputs has a scale [..., out, groups] (`NAME_scale`), and an offset of the same
+    shape (`NAME_offset`). Levels of 8 bits are int8, those of 4 are packed as in int4: -8 to 7, or
+    with an offset 0 to 15. Scales and offsets are stored as float32, which holds every one exactly.
+    """
+
+    bits: int
+    group: int
+    offset: bool
+
+    def __str__(self) -> str:
+        return f"int{self.bits}/{self.group}{'+' if self.offset else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Kept | None":
+        """The inverse of str(); None for another kind, such as "int8"."""
+        m = re.fullmatch(r"int([48])/(\d+)(\+?)", text)
+        return m and cls(int(m[1]), int(m[2]), bool(m[3]))
+
+    def shapes(self, shape: Shape) -> dict[str, Shape]:
+        """Of the arrays of a weight [..., out, in], by what is put behind its name."""
+        groups = (*shape[:-1], shape[-1] // self.group)
+        levels = shape if self.bits == 8 else (*shape[:-1], shape[-1] // 2)
+        return {"": levels, "_scale": groups} | ({"_offset": groups} if self.offset else {})
+
+
+def kept_name(name: str) -> str:
+    """What all layers share of a parameter's name."""
+    return re.sub(r"\.\d+\.", ".", name)
+
+
+def scheme_of(name: str, scheme: str | None, n_in: int, kept: Iterable[str] = ()) -> str | None:
     """How a model of `scheme` holds parameter `name` ("int8", "int4"), or None: as it is.
 
     The language model's matrices are in `scheme`, its embedding and output matrix and those of the
     vision encoder's blocks in int8. A matrix whose inputs do not divide into groups is in int8.
+    kept: "NAME KIND" of the language model's matrices, for the scheme "gguf" (ModelConfig.kept).
     """
     if scheme is None:
         return None
+    if scheme == GGUF and name.startswith("llm."):
+        return dict(line.split() for line in kept).get(kept_name(name))
     if name in ("llm.embed", "llm.head.weight"):
         return "int8"
     if not name.endswith(".weight") or not name.startswith(("llm.blocks.", "vit.blocks.")):
@@ -77,14 +116,23 @@ def _nonzero(scale: Array, xp: Any) -> Array:
     return xp.where(scale == 0, xp.ones_like(scale), scale)
 
 
-def dequantize(levels: Array, scale: Array, dtype: Any, xp: Any = jnp) -> Array:
-    """The inverse of `quantize`, up to its rounding: [..., out, in] in dtype."""
+def dequantize(
+    levels: Array, scale: Array, dtype: Any, xp: Any = jnp, offset: Array | None = None
+) -> Array:
+    """The inverse of `quantize`, up to its rounding, and what `Kept` arrays stand for:
+    [..., out, in] in dtype."""
     factor = scale.astype(np.float32)[..., None]
-    if levels.dtype == np.int8:
+    if scale.ndim < levels.ndim:  # a scale for each channel
         return (levels.astype(np.float32) * factor).astype(dtype)
     groups = levels.reshape(*scale.shape, -1)
-    groups = xp.concatenate([groups & 15, groups >> 4], axis=-1).astype(np.float32) - 8
+    if levels.dtype == np.uint8:
+        groups = xp.concatenate([groups & 15, groups >> 4], axis=-1)
+    groups = groups.astype(np.float32)
+    if levels.dtype == np.uint8 and offset is None:
+        groups = groups - 8
     groups = groups * factor
+    if offset is not None:
+        groups = groups + offset.astype(np.float32)[..., None]
     return groups.astype(dtype).reshape(*levels.shape[:-1], -1)
 
 
@@ -97,12 +145,13 @@ def quantize_large(weight: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarra
 
 
 def quantized(
-    tensors: Iterable[tuple[str, np.ndarray]], scheme: str
+    tensors: Iterable[tuple[str, np.ndarray]], scheme: str, kept: Iterable[str] = ()
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a float model as those of one in `scheme`, one at a time."""
+    """The tensors of a float model as those of one in `scheme`, one at a time; arrays of a matrix
+    that is `kept` pass."""
     for name, array in tensors:
-        kind = scheme_of(name, scheme, array.shape[-1]) if array.ndim > 1 else None
-        if kind is None:
+        kind = scheme_of(name, scheme, array.shape[-1], kept) if array.ndim > 1 else None
+        if kind is None or Kept.parse(kind):
             yield name, array
         else:
             levels, scale = quantize_large(array, kind)
@@ -161,12 +210,27 @@ class QuantizedView(Mapping[str, np.ndarray]):
 
 
 def quantize_modules(
-    modules: Iterable[tuple[tuple, Any]], scheme: str, make: Callable[[Array], Any]
+    modules: Iterable[tuple[tuple, Any]],
+    scheme: str,
+    make: Callable[[Array], Any],
+    kept: Iterable[str] = (),
 ) -> None:
     """Round the weights of linear maps, given as (path, module); `make` wraps an array."""
     for path, module in modules:
-        weight = module.weight[...]
-        kind = scheme_of(f"{'.'.join(map(str, path))}.weight", scheme, weight.shape[-1])
+        name = f"{'.'.join(map(str, path))}.weight"
+        kind = scheme_of(name, scheme, module.weight.shape[-1], kept)
         if kind is not None:
-            levels, scale = quantize(weight, kind, jnp)
-            module.weight, module.weight_scale = make(levels), make(scale)
+            quantize_parameter(module, "weight", kind, make)
+
+
+def quantize_parameter(module: Any, name: str, kind: str, make: Callable[[Array], Any]) -> None:
+    """Round parameter `name` of a module; one that is kept has zeros until its file is read."""
+    weight = getattr(module, name)[...]
+    if blocks := Kept.parse(kind):
+        for suffix, shape in blocks.shapes(weight.shape).items():
+            dtype = np.float32 if suffix else np.int8 if blocks.bits == 8 else np.uint8
+            setattr(module, name + suffix, make(jnp.zeros(shape, dtype)))
+        return
+    levels, scale = quantize(weight, kind, jnp)
+    setattr(module, name, make(levels))
+    setattr(module, f"{name}_scale", make(scale))

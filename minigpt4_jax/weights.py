@@ -29,7 +29,7 @@ from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.quant import QuantizedView
+from minigpt4_jax.quant import GGUF, QuantizedView
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
@@ -327,7 +327,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
     """Matrices of frozen parts take `dtype`; norms, biases, projection and LoRA are float32."""
     # the scale of a quantized matrix says what it computes in
-    name = str(path[-1]).removesuffix("_scale")
+    name = str(path[-1]).removesuffix("_scale").removesuffix("_offset")
     matrix = name == "weight" or (*path[:-1], name) == ("llm", "embed")
     return dtype if matrix and path[0] != "projection" else jnp.dtype(jnp.float32)
 
@@ -384,7 +384,9 @@ def _with_scheme(config: ModelConfig, quantize: str | None, model_dir: Path | st
 
 def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
     """The same tensors as a model of this configuration holds them."""
-    return tensors if config.quantize is None else QuantizedView(tensors, config.quantize)
+    if config.quantize in (None, GGUF):
+        return tensors
+    return QuantizedView(tensors, config.quantize)
 
 
 def _read(tensors: Any, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

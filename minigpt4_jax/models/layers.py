@@ -30,14 +30,15 @@ def linear(
     bias: jax.Array | None = None,
     out: Any = None,
     scale: jax.Array | None = None,
+    offset: jax.Array | None = None,
 ) -> jax.Array:
     """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype.
 
     out: dtype of the result, by default the weight's; float32 keeps the sums as accumulated.
-    scale: of a weight from `quant.quantize`; the product is then computed in the scale's dtype.
+    scale, offset: of a weight as `quant` holds it; the product is then in the scale's dtype.
     """
     if scale is not None:
-        y = _quantized_product(x, weight, scale)  # [..., out] float32
+        y = _quantized_product(x, weight, scale, offset)  # [..., out] float32
         y = y if bias is None else y + bias.astype(y.dtype)
         return y.astype(out or scale.dtype)
     dtype = weight.dtype
@@ -61,14 +62,16 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision)
 
 
-def _quantized_product(x: jax.Array, levels: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., in] and what `quant.quantize` gave of a weight [out, in] -> [..., out] float32."""
+def _quantized_product(
+    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
+) -> jax.Array:
+    """x [..., in] and a weight [out, in] as `quant` holds it -> [..., out] float32."""
     # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
     # and keep them all as floats.
     x, levels = jax.lax.optimization_barrier((x, levels))
-    if levels.dtype == jnp.int8:  # a channel's scale can wait until its sum is there
+    if scale.ndim == 1:  # a channel's scale can wait until its sum is there
         return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
-    return linear(x, dequantize(levels, scale, scale.dtype), out=jnp.float32)
+    return linear(x, dequantize(levels, scale, scale.dtype, offset=offset), out=jnp.float32)
 
 
 def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
@@ -109,7 +112,8 @@ _product_bf16.defvjp(_product_bf16_forward, _product_bf16_backward)
 class Linear(nnx.Module):
     """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in).
 
-    Quantized (minigpt4_jax/quant.py), `weight` holds levels and `weight_scale` is there.
+    Quantized (minigpt4_jax/quant.py), `weight` holds levels and `weight_scale` is there, and
+    `weight_offset` where its blocks have one.
     """
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rngs: nnx.Rngs):
@@ -118,6 +122,7 @@ class Linear(nnx.Module):
 
         self.weight = nnx.Param(uniform(n_out, n_in))
         self.weight_scale: nnx.Param | None = nnx.data(None)
+        self.weight_offset: nnx.Param | None = nnx.data(None)
         self.bias = nnx.Param(uniform(n_out)) if bias else None
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, out: Any = None) -> jax.Array:
@@ -125,7 +130,8 @@ class Linear(nnx.Module):
         if bias is None and self.bias is not None:
             bias = self.bias[...]
         scale = None if self.weight_scale is None else self.weight_scale[...]
-        return linear(x, self.weight[...], bias, out, scale)
+        offset = None if self.weight_offset is None else self.weight_offset[...]
+        return linear(x, self.weight[...], bias, out, scale, offset)
 
 
 class LayerNorm(nnx.Module):

@@ -32,7 +32,7 @@ from minigpt4_jax.models.layers import (
     take_rows,
 )
 from minigpt4_jax.models.lora import apply, make_linear
-from minigpt4_jax.quant import quantize
+from minigpt4_jax.quant import dequantize
 
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
@@ -180,7 +180,9 @@ class Llm(nnx.Module):
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab, c.width)))
-        self.embed_scale: nnx.Param | None = nnx.data(None)  # [V], of a quantized embedding
+        # of a quantized embedding (minigpt4_jax/quant.py): [V], or [V, groups] of a kept one
+        self.embed_scale: nnx.Param | None = nnx.data(None)
+        self.embed_offset: nnx.Param | None = nnx.data(None)
         self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.eps)
         self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
@@ -188,10 +190,11 @@ class Llm(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
-        rows = take_rows(self.embed[...], tokens).astype(jnp.float32)
+        rows = take_rows(self.embed[...], tokens)
         if self.embed_scale is None:
-            return rows
-        return rows * self.embed_scale[...][tokens].astype(jnp.float32)[..., None]
+            return rows.astype(jnp.float32)
+        offset = None if self.embed_offset is None else self.embed_offset[...][tokens]
+        return dequantize(rows, self.embed_scale[...][tokens], jnp.float32, offset=offset)
 
     def __call__(
         self,
@@ -266,12 +269,8 @@ class Llm(nnx.Module):
         if self.head is not None:
             return self.head(hidden, out=jnp.float32)
         scale = None if self.embed_scale is None else self.embed_scale[...]
-        return linear(hidden, self.embed[...], out=jnp.float32, scale=scale)
-
-    def quantize_embedding(self) -> None:
-        """Hold the embedding in int8, a scale for each token."""
-        levels, scale = quantize(self.embed[...], "int8", jnp)
-        self.embed, self.embed_scale = nnx.Param(levels), nnx.Param(scale)
+        offset = None if self.embed_offset is None else self.embed_offset[...]
+        return linear(hidden, self.embed[...], out=jnp.float32, scale=scale, offset=offset)
 
     def _rope(self, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rotary(self.config, jnp.arange(embeds.shape[1])[None])

@@ -53,8 +53,9 @@ class MiniGpt(nnx.Module):
         self.llm = Llm(c.llm, c.lora, rngs)
         if c.quantize is not None:
             linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
-            quant.quantize_modules(linears, c.quantize, nnx.Param)
-            self.llm.quantize_embedding()
+            quant.quantize_modules(linears, c.quantize, nnx.Param, c.kept)
+            kind = quant.scheme_of("llm.embed", c.quantize, c.llm.width, c.kept)
+            quant.quantize_parameter(self.llm, "embed", kind, nnx.Param)
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None

@@ -41,7 +41,8 @@ def pieces():
 def write_gguf(
     path: Path, config: dict, state: dict, arch="llama", quantize=None, extra=None, drop=()
 ):
-    """What llama.cpp's conversion script makes of a Hugging Face model."""
+    """What llama.cpp's conversion script makes of a Hugging Face model. quantize: a type, or a
+    function of a tensor's name."""
     w = gguf.GGUFWriter(path, arch)
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     w.add_block_count(config["num_hidden_layers"])
@@ -73,9 +74,10 @@ def write_gguf(
         name = f"{layer}{NAMES[stem]}.{last}"
         if arch == "llama" and NAMES[stem] in ("attn_q", "attn_k"):
             x = permute_as_llama_cpp(x, heads if NAMES[stem] == "attn_q" else kv)
-        if quantize is not None and x.ndim == 2 and x.shape[1] % 32 == 0:
-            raw = gguf.quants.quantize(x.astype(np.float32), quantize)
-            w.add_tensor(name, raw, raw_dtype=quantize)
+        kind = quantize(name) if callable(quantize) else quantize
+        if kind is not None and x.ndim == 2 and x.shape[1] % 32 == 0:
+            raw = gguf.quants.quantize(x.astype(np.float32), kind)
+            w.add_tensor(name, raw, raw_dtype=kind)
         else:
             w.add_tensor(name, x)
     w.write_header_to_file()
