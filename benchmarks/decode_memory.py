@@ -1,27 +1,31 @@
-"""Memory of decoding at full size, from the compiled program; no weights are made.
+"""Memory of answering at full size, from the compiled programs; no weights are made.
 
     python benchmarks/decode_memory.py [--model=7b,13b] [--precision=bfloat16,int8,int4]
-                                       [--batch=1] [--context=2000] [--layers=N]
+        [--batch=1] [--context=2000] [--topology=v5p:1x1x1] [--layers=N]
 
-lowers the decoding loop over parameters that are shapes only, compiles it for this machine's
-backend, and prints bytes by `memory_analysis`: arguments (all weights, visual encoder and Q-Former
-included, and the cache in bfloat16) and temporaries. XLA on CPU converts
-the matrices of all layers at the start of each step (inside the loop, not before it) and keeps the
-copies until each is used, and copies caches to float32: 0.47 GB a layer at 7B in int8. So the
-temporaries here say nothing about a GPU. --layers compiles a language model of fewer layers, and
-adds the arguments of the others; 0 compiles nothing.
+lowers three programs over parameters that are shapes only: the vision encoder on one image, the
+prefill of a row of `context` tokens, and the decoding loop over `batch` rows; compiles them for a
+chip of the topology (libtpu makes programs for TPUs without one), and prints bytes by
+`memory_analysis`. The weights, visual encoder and Q-Former included, stay through all three, and
+the cache is there from the prefill on; a program's temporaries (and, of the encoder, its result) come
+on top. peak is the largest sum. --topology=none compiles for this machine instead: XLA on CPU
+converts matrices and caches to float32, so its temporaries say nothing about an accelerator.
+--layers cuts the language model, for a quick look.
 """
 
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
-from minigpt4_jax import weights
+from minigpt4_jax import topology, weights
 from minigpt4_jax.config import LlmConfig, ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.models.cache import KVCache
@@ -55,28 +59,88 @@ def size(tree: Any) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def temporaries(config: ModelConfig, batch: int, context: int) -> int:
-    """Bytes that the compiled loop needs beside its arguments; its cache is donated."""
-    (graphdef, treedef), leaves = parameters(config)
+class Programs:
+    """What answering compiles, for one model and device."""
 
-    def decode(leaves: list, cache: KVCache, token: jax.Array, position: jax.Array) -> Any:
-        llm = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).llm
+    def __init__(self, config: ModelConfig, device: Any, transposed: bool):
+        self.config, self.device = config, device
+        (self.graphdef, self.treedef), leaves = parameters(config)
+        self.leaves = [self._placed(leaf, transposed) for leaf in leaves]
 
-        def step(carry: tuple) -> tuple:
-            token, position, cache = carry
-            embeds = llm.embed_tokens(token[:, None])
-            hidden, cache = llm.decode(embeds, position[:, None], cache)
-            token = jnp.argmax(llm.logits(hidden[:, 0]), -1).astype(jnp.int32)
-            return token, position + 1, cache
+    def _placed(self, leaf: jax.ShapeDtypeStruct, transposed: bool) -> jax.ShapeDtypeStruct:
+        place: Any = SingleDeviceSharding(self.device)
+        if transposed and leaf.dtype == jnp.uint8:
+            order = (*range(leaf.ndim - 2), leaf.ndim - 1, leaf.ndim - 2)
+            place = Format(Layout(order), place)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-        return jax.lax.while_loop(lambda c: c[1][0] < context, step, (token, position, cache))
+    def _model(self, leaves: list) -> Any:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
-    cache = cache_shapes(config.llm, batch, context)
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    compiled = jax.jit(decode, donate_argnums=1, keep_unused=True).lower(leaves, cache, row, row)
-    found = compiled.compile().memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.temp_size_in_bytes + max(outputs, 0)
+    def compile(self, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()) -> Any:
+        inputs = jax.tree.map(lambda a: self._placed(a, False), inputs)
+        jitted = jax.jit(program, donate_argnums=donate, keep_unused=True)
+        return jitted.lower(self.leaves, *inputs).compile()
+
+    def encode(self) -> Any:
+        s = self.config.vision.image_size
+        pixels = jax.ShapeDtypeStruct((1, 1, s, s, 3), jnp.float32)
+        return self.compile(lambda leaves, p: self._model(leaves).encode(p), pixels)
+
+    def prefill(self, context: int) -> Any:
+        c = self.config
+
+        def program(leaves: list, tokens: jax.Array, visual: jax.Array, lengths: jax.Array) -> Any:
+            model = self._model(leaves)
+            embeds = model.merge(tokens, visual)
+            hidden, cache = model.llm.prefill(embeds, lengths, context)
+            last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+            return jnp.argmax(model.llm.logits(last), -1), cache
+
+        tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
+        visual = jax.ShapeDtypeStruct((1, c.visual_tokens, c.llm.width), jnp.float32)
+        return self.compile(program, tokens, visual, jax.ShapeDtypeStruct((1,), jnp.int32))
+
+    def decode(self, batch: int, context: int) -> Any:
+        def program(leaves: list, cache: KVCache, token: jax.Array, position: jax.Array) -> Any:
+            llm = self._model(leaves).llm
+
+            def step(carry: tuple) -> tuple:
+                token, position, cache = carry
+                embeds = llm.embed_tokens(token[:, None])
+                hidden, cache = llm.decode(embeds, position[:, None], cache)
+                token = jnp.argmax(llm.logits(hidden[:, 0]), -1).astype(jnp.int32)
+                return token, position + 1, cache
+
+            return jax.lax.while_loop(lambda c: c[1][0] < context, step, (token, position, cache))
+
+        cache = cache_shapes(self.config.llm, batch, context)
+        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return self.compile(program, cache, row, row, donate=(1,))
+
+
+def temporaries(compiled: Any) -> int:
+    """Bytes beside arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def measure(config: ModelConfig, device: Any, batch: int, context: int) -> dict[str, float]:
+    """GB by column."""
+    programs = Programs(config, device, transposed=device.platform == "tpu")
+    held, cache = size(programs.leaves), size(cache_shapes(config.llm, batch, context))
+    row = size(cache_shapes(config.llm, 1, context))
+    with topology.compiling_for(device.platform):
+        encode = temporaries(programs.encode())
+        prefill = temporaries(programs.prefill(context))
+        decode = temporaries(programs.decode(batch, context))
+    # beside the row that is prefilled lies the cache of the others; an encoder runs before or among
+    others = cache - row if batch > 1 else 0
+    peak = max(encode + others, cache + prefill, cache + decode)
+    found = {
+        "weights": held, "cache": cache, "encode": encode, "prefill": prefill, "decode": decode,
+        "peak": held + peak,
+    }  # fmt: skip
+    return {name: value / 1e9 for name, value in found.items()}
 
 
 def main() -> None:
@@ -85,33 +149,29 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16,int8,int4")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--context", type=int, default=2000)
-    parser.add_argument("--layers", type=int, help="0: arguments alone, nothing is compiled")
+    parser.add_argument("--topology", default="v5p:1x1x1")
+    parser.add_argument("--layers", type=int)
     a = parser.parse_args()
     names, precisions = a.model.split(","), a.precision.split(",")
     if unknown := [n for n in names if n not in MODELS] + [
         p for p in precisions if p not in PRECISIONS
     ]:
         raise UserError(f"{unknown[0]!r}: expected {', '.join(MODELS)}; {', '.join(PRECISIONS)}")
-    print(f"GB on {jax.default_backend()}, context {a.context}")
-    columns = ("weights", "cache", "temporary", "total", "target")
-    print(f"{'model':6}{'precision':10}{'batch':>6}" + "".join(f"{c:>11}" for c in columns))
+    device = jax.devices()[0] if a.topology == "none" else topology.devices(a.topology)[0]
+    print(f"GB on {device.device_kind}, context {a.context}")
+    columns = ("weights", "cache", "encode", "prefill", "decode", "peak", "target")
+    print(f"{'model':6}{'precision':10}{'batch':>6}" + "".join(f"{c:>9}" for c in columns))
     for name in names:
         for precision in precisions:
             for batch in map(int, a.batch.split(",")):
                 config = dataclasses.replace(MODELS[name], quantize=PRECISIONS[precision])
-                values = [
-                    size(parameters(config)[1]), size(cache_shapes(config.llm, batch, a.context))
-                ]  # fmt: skip
-                if a.layers != 0:
-                    layers = min(a.layers or config.llm.layers, config.llm.layers)
-                    llm = dataclasses.replace(config.llm, layers=layers)
-                    cut = dataclasses.replace(config, llm=llm)
-                    values.append(temporaries(cut, batch, a.context))
-                else:
-                    values.append(0)
-                numbers = "".join(f"{v / 1e9:11.3f}" for v in [*values, sum(values)])
+                layers = min(a.layers or config.llm.layers, config.llm.layers)
+                llm = dataclasses.replace(config.llm, layers=layers)
+                cut = dataclasses.replace(config, llm=llm)
+                values = measure(cut, device, batch, a.context)
+                numbers = "".join(f"{v:9.3f}" for v in values.values())
                 target = TARGETS.get((name, precision), "") if batch == 1 else ""
-                print(f"{name:6}{precision:10}{batch:6}{numbers}{target:>11}", flush=True)
+                print(f"{name:6}{precision:10}{batch:6}{numbers}{target:>9}", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def _stored_size(name: str, shape: Shape, dtype: np.dtype, held: ModelConfig) ->
     if kind is None:
         return math.prod(shape) * dtype.itemsize
     if kept := Kept.parse(kind):
-        levels, *factors = map(math.prod, kept.shapes(shape).values())
-        return levels + 4 * sum(factors)
+        sizes = [math.prod(s) for s in kept.shapes(shape).values()]
+        return sizes[0] + 4 * sum(sizes[1:])
     levels, scale = quantized_shapes(shape, kind)
     return math.prod(levels) + 2 * math.prod(scale)
 

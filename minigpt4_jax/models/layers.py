@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.quant import dequantize
+from minigpt4_jax.topology import backend
 
 FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
 
@@ -77,7 +78,7 @@ def _quantized_product(
 def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
     # XLA on CPU has bfloat16 kernels only for products that are summed and returned in float32;
     # others become float32 products of converted weights (7 times slower on 11008 x 4096).
-    kept = jnp.float32 if jax.default_backend() == "cpu" else out
+    kept = jnp.float32 if backend() == "cpu" else out
     return jnp.einsum(spec, a, b, preferred_element_type=kept).astype(out)
 
 
@@ -87,7 +88,7 @@ def _product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
     autodiff of a product that returns float32 would not make."""
     rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
     n = rows.shape[0]
-    if n == 1 and jax.default_backend() == "cpu":  # nor has it a kernel for a single row
+    if n == 1 and backend() == "cpu":  # nor has it a kernel for a single row
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     y = _einsum_bf16("ni,oi->no", rows, weight, out)
     return y[:n].reshape(*x.shape[:-1], -1)

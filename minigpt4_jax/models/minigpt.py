@@ -55,7 +55,8 @@ class MiniGpt(nnx.Module):
             linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
             quant.quantize_modules(linears, c.quantize, nnx.Param, c.kept)
             kind = quant.scheme_of("llm.embed", c.quantize, c.llm.width, c.kept)
-            quant.quantize_parameter(self.llm, "embed", kind, nnx.Param)
+            if kind is not None:
+                quant.quantize_parameter(self.llm, "embed", kind, nnx.Param)
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
