@@ -42,7 +42,7 @@ def devices(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    kind, _, shape = topology.partition(":")
+    shape = topology.partition(":")[2]
     single = set(shape) <= {"1", "x"} and shape != ""
     bounds: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     try:

@@ -56,7 +56,7 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in], weight [out, in] of one dtype -> [..., out]."""
     precision = _precision(weight.dtype)
     n = math.prod(x.shape[:-1])
-    if 1 < n <= FEW_ROWS and jax.default_backend() == "cpu":
+    if 1 < n <= FEW_ROWS and backend() == "cpu":
         # XLA on CPU reads the weights 2 to 4 times as fast when they come first.
         y = jnp.einsum("oi,ni->on", weight, x.reshape(n, -1), precision=precision)
         return y.T.reshape(*x.shape[:-1], -1)
