@@ -10,7 +10,9 @@ chip of the topology (libtpu makes programs for TPUs without one), and prints by
 the cache is there from the prefill on; a program's temporaries (and, of the encoder, its result) come
 on top. peak is the largest sum. --topology=none compiles for this machine instead: XLA on CPU
 converts matrices and caches to float32, so its temporaries say nothing about an accelerator.
---layers cuts the language model, for a quick look.
+--layers compiles the prefill of a language model cut to so many layers, which is much faster: a
+layer's temporaries make room for the next one's. int4 weights are taken to lie transposed, as the
+decoding loop reads them on a TPU (otherwise it begins with a copy of them all).
 """
 
 import argparse
@@ -124,17 +126,20 @@ def temporaries(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(config: ModelConfig, device: Any, batch: int, context: int) -> dict[str, float]:
+def measure(
+    config: ModelConfig, device: Any, batch: int, context: int, layers: int | None
+) -> dict[str, float]:
     """GB by column."""
-    programs = Programs(config, device, transposed=device.platform == "tpu")
+    llm = dataclasses.replace(config.llm, layers=layers or config.llm.layers)
+    cut = Programs(dataclasses.replace(config, llm=llm), device, device.platform == "tpu")
+    programs = Programs(config, device, device.platform == "tpu")
     held, cache = size(programs.leaves), size(cache_shapes(config.llm, batch, context))
     row = size(cache_shapes(config.llm, 1, context))
     with topology.compiling_for(device.platform):
         encode = temporaries(programs.encode())
-        prefill = temporaries(programs.prefill(context))
+        prefill = temporaries(cut.prefill(context))
         decode = temporaries(programs.decode(batch, context))
-    # beside the row that is prefilled lies the cache of the others; an encoder runs before or among
-    others = cache - row if batch > 1 else 0
+    others = cache - row  # the caches that lie beside a row while its image is encoded
     peak = max(encode + others, cache + prefill, cache + decode)
     found = {
         "weights": held, "cache": cache, "encode": encode, "prefill": prefill, "decode": decode,
@@ -165,10 +170,7 @@ def main() -> None:
         for precision in precisions:
             for batch in map(int, a.batch.split(",")):
                 config = dataclasses.replace(MODELS[name], quantize=PRECISIONS[precision])
-                layers = min(a.layers or config.llm.layers, config.llm.layers)
-                llm = dataclasses.replace(config.llm, layers=layers)
-                cut = dataclasses.replace(config, llm=llm)
-                values = measure(cut, device, batch, a.context)
+                values = measure(config, device, batch, a.context, a.layers)
                 numbers = "".join(f"{v:9.3f}" for v in values.values())
                 target = TARGETS.get((name, precision), "") if batch == 1 else ""
                 print(f"{name:6}{precision:10}{batch:6}{numbers}{target:>9}", flush=True)

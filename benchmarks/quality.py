@@ -1,10 +1,14 @@
 """What rounding the weights costs: perplexity and greedy answers of a language model, by scheme.
 
-    python benchmarks/quality.py --model=DIR [--precision=float32,int8,int4] [--tokens=24]
+    python benchmarks/quality.py --model=DIR [--precision=float32,int8,int4] [--stored=DIR]
+                                 [--data=SPLIT [--count=60]] [--tokens=24]
 
 DIR is a model directory in floats (of SmolLM2: `python -m convert build --llm=...`). Perplexity is
 over the texts below. Answers are compared with those in float32: how many are the same word for word,
-and the share of words before the first that differs.
+and the share of words before the first that differs. --stored: another directory, compared as it is
+(of `convert build --quantize=keep`). --data: a split that minigpt4_jax.data.shapes wrote, for a model
+that was trained on it (the quickstart's `stage2/model` and `data/heldout`): descriptions of its first
+images instead of the texts and questions, and the share that is entirely right.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import numpy as np
 
 import minigpt4_jax
 from minigpt4_jax.errors import Parser, run
+from minigpt4_jax.quickstart import judge_split
 
 TEXTS = (
     "The lighthouse keeper climbed the narrow stairs every evening at dusk. He trimmed the wick, "
@@ -85,18 +90,28 @@ def main() -> None:
         "--precision", default="float32,int8,int4", help="the first is compared with"
     )
     parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: 24)")
+    parser.add_argument("--stored", type=Path, help="a directory to compare as it is")
+    parser.add_argument("--data", type=Path, help="a split of shapes: judged by its images")
+    parser.add_argument("--count", type=int, default=60, help="images of it (default: 60)")
     a = parser.parse_args()
-    print(f"{'precision':11}{'perplexity':>11}{'same answers':>14}{'same words':>12}")
+    columns = f"{'precision':11}{'perplexity':>11}{'same answers':>14}{'same words':>12}"
+    print(columns + ("     exact" if a.data else ""))
     first: list[str] | None = None
-    for precision in a.precision.split(","):
+    for precision in [*a.precision.split(","), *(["stored"] if a.stored else [])]:
         scheme = precision if precision.startswith("int") else None
-        dtype = "float32" if scheme else precision
-        model = minigpt4_jax.load(a.model, dtype, quantize=scheme)
-        answers = model.generate(None, QUESTIONS, template=True, max_new_tokens=a.tokens)
+        dtype = "float32" if scheme or precision == "stored" else precision
+        folder = a.stored if precision == "stored" else a.model
+        model = minigpt4_jax.load(folder, dtype, quantize=scheme)
+        if a.data:
+            judged = judge_split(model, a.data, a.count, stage2=True)
+            answers, loss, exact = judged.texts, math.exp(judged.loss), f"{judged.exact:10.0%}"
+        else:
+            answers = model.generate(None, QUESTIONS, template=True, max_new_tokens=a.tokens)
+            loss, exact = perplexity(model), ""
         first = first or answers
         same, share = agreement(answers, first)
         count = f"{same} of {len(answers)}"
-        print(f"{precision:11}{perplexity(model):11.3f}{count:>14}{share:12.0%}", flush=True)
+        print(f"{precision:11}{loss:11.3f}{count:>14}{share:12.0%}{exact}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ from minigpt4_jax.topology import backend
 FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
 
 
+MANY_QUERIES = 1024  # causal attention to more than these is computed
+QUERY_BLOCK = 256  # by blocks of these
+
+
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
     # float32 means float32: GPUs and TPUs would otherwise round the factors (TF32, bfloat16).
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -186,6 +190,8 @@ def attention(
     segments [B, T = S], in place of both: a query sees the keys of its own segment.
     window: with causal, a query sees itself and the window - 1 keys before it.
     """
+    if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
+        return _attention_by_blocks(q, k, v, scale, lengths, window)
     if segments is not None:
         mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
@@ -194,6 +200,34 @@ def attention(
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
+
+
+def _attention_by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    lengths: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Causal `attention`, some queries after others: all scores [B, N, T, S] at once would be by far
+    the largest array of a long prefill."""
+    b, t, n, h = q.shape
+    count = -(-t // QUERY_BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_BLOCK, n, h), 1, 0)
+    keys = jnp.arange(k.shape[1])
+
+    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, first = block
+        at = first + jnp.arange(QUERY_BLOCK)[:, None]
+        seen = keys <= at
+        if window is not None:
+            seen &= keys > at - window
+        return attention(q, k, v, scale=scale, lengths=lengths, mask=seen[None, None])
+
+    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_BLOCK))
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
 def cached_attention(
