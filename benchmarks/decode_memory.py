@@ -7,7 +7,7 @@ lowers three programs over parameters that are shapes only: the vision encoder o
 prefill of a row of `context` tokens, and the decoding loop over `batch` rows; compiles them for a
 chip of the topology (libtpu makes programs for TPUs without one), and prints bytes by
 `memory_analysis`. The weights, visual encoder and Q-Former included, stay through all three, and
-the cache is there from the prefill on; a program's temporaries (and, of the encoder, its result) come
+the cache (in int8 where the weights are rounded, else bfloat16) is there from the prefill on; a program's temporaries (and, of the encoder, its result) come
 on top. peak is the largest sum. --topology=none compiles for this machine instead: XLA on CPU
 converts matrices and caches to float32, so its temporaries say nothing about an accelerator.
 --layers compiles the prefill of a language model cut to so many layers, which is much faster: a
@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 from minigpt4_jax import topology, weights
 from minigpt4_jax.config import LlmConfig, ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
-from minigpt4_jax.models.cache import KVCache
+from minigpt4_jax.models.cache import KVCache, Rounded
 
 MODELS = {
     "7b": ModelConfig(),
@@ -52,8 +52,14 @@ def parameters(config: ModelConfig) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     return (graphdef, jax.tree.structure(whole)), jax.tree.leaves(whole)
 
 
-def cache_shapes(c: LlmConfig, batch: int, context: int) -> KVCache:
-    one = jax.ShapeDtypeStruct((batch, c.kv_heads, context, c.head_dim), jnp.bfloat16)
+def cache_shapes(config: ModelConfig, batch: int, context: int) -> KVCache:
+    """Of a quantized model in int8, a scale for each vector; else in bfloat16."""
+    c = config.llm
+    shape = (batch, c.kv_heads, context, c.head_dim)
+    one: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if config.quantize is not None:
+        scale = jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+        one = Rounded(jax.ShapeDtypeStruct(shape, jnp.int8), scale)
     return KVCache([one] * c.layers, [one] * c.layers)
 
 
@@ -77,7 +83,9 @@ class Programs:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     def _model(self, leaves: list) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        model.llm.int8_cache = self.config.quantize is not None
+        return model
 
     def compile(self, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()) -> Any:
         inputs = jax.tree.map(lambda a: self._placed(a, False), inputs)
@@ -116,7 +124,7 @@ class Programs:
 
             return jax.lax.while_loop(lambda c: c[1][0] < context, step, (token, position, cache))
 
-        cache = cache_shapes(self.config.llm, batch, context)
+        cache = cache_shapes(self.config, batch, context)
         row = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return self.compile(program, cache, row, row, donate=(1,))
 
@@ -133,8 +141,8 @@ def measure(
     llm = dataclasses.replace(config.llm, layers=layers or config.llm.layers)
     cut = Programs(dataclasses.replace(config, llm=llm), device, device.platform == "tpu")
     programs = Programs(config, device, device.platform == "tpu")
-    held, cache = size(programs.leaves), size(cache_shapes(config.llm, batch, context))
-    row = size(cache_shapes(config.llm, 1, context))
+    held, cache = size(programs.leaves), size(cache_shapes(config, batch, context))
+    row = size(cache_shapes(config, 1, context))
     with topology.compiling_for(device.platform):
         encode = temporaries(programs.encode())
         prefill = temporaries(cut.prefill(context))

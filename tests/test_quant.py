@@ -61,7 +61,7 @@ def stored(request, folder, tmp_path_factory):
 
 @pytest.mark.smoke
 def test_errors_stay_within_half_a_step():
-    """int4 may cut the largest, when the squared error of its group falls by it."""
+    """int4's level 8, that there is not, may be off by one more half."""
 
     @settings(max_examples=40, deadline=None)
     @given(
@@ -78,29 +78,9 @@ def test_errors_stay_within_half_a_step():
             found = quant.dequantize(levels, scale, "float32", np)
             steps = np.abs(scale.astype(np.float32)).repeat(n_in // (scale.size // rows), axis=-1)
             off = np.abs(found - w) / steps.reshape(rows, -1)
-            if kind == "int8":
-                assert off.max() <= 0.51
-                continue
-            assert (int4_error(w, found) <= int4_error(w, one_scale(w)) * 1.0001).all()
-
-    def int4_error(w, found):
-        return np.square(found - w).reshape(-1, quant.group_size(w.shape[-1])).sum(-1)
-
-    def one_scale(w):
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(quant, "SHARES", (1.0,))
-            return quant.dequantize(*quant.quantize(w, "int4"), "float32", np)
+            assert off.max() <= (0.51 if kind == "int8" else 1.04)
 
     check()
-
-
-def test_int4_cuts_the_largest_where_the_rest_gains():
-    w = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
-    levels, scale = quant.quantize(w, "int4")
-    error = np.square(quant.dequantize(levels, scale, "float32", np) - w).mean()
-    widest = np.abs(w).max(-1) / 8
-    assert (scale.astype(np.float32)[:, 0] / widest).mean() < 0.97
-    assert error < 0.0085  # 0.0088 with the scale that reaches the largest
 
 
 def test_int4_uses_all_levels_and_groups_of_their_own():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.models.layers import cached_attention
+from minigpt4_jax.topology import backend
 
 
 class Rounded(NamedTuple):
@@ -130,5 +131,5 @@ def attend(
 
 def _held(dtype: Any) -> Any:
     # XLA on CPU writes into a bfloat16 array by way of a float32 copy of all of it.
-    cpu = jax.default_backend() == "cpu"
+    cpu = backend() == "cpu"
     return jnp.float32 if cpu and dtype == jnp.bfloat16 else dtype
