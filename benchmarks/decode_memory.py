@@ -7,9 +7,10 @@ lowers three programs over parameters that are shapes only: the vision encoder o
 prefill of a row of `context` tokens, and the decoding loop over `batch` rows; compiles them for a
 chip of the topology (libtpu makes programs for TPUs without one), and prints bytes by
 `memory_analysis`. The weights, visual encoder and Q-Former included, stay through all three, and
-the cache (in int8 where the weights are rounded, else bfloat16) is there from the prefill on; a program's temporaries (and, of the encoder, its result) come
-on top. peak is the largest sum. --topology=none compiles for this machine instead: XLA on CPU
-converts matrices and caches to float32, so its temporaries say nothing about an accelerator.
+the cache (in int8 where the weights are rounded, else in bfloat16) is there from the prefill on; a
+program's temporaries come on top. peak is the largest sum. --topology=none compiles for this machine
+instead: XLA on CPU converts matrices and caches to float32, so its temporaries say nothing about
+an accelerator.
 --layers compiles the prefill of a language model cut to so many layers, which is much faster: a
 layer's temporaries make room for the next one's. int4 weights are taken to lie transposed, as the
 decoding loop reads them on a TPU (otherwise it begins with a copy of them all).
