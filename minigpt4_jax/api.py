@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 
 from minigpt4_jax import prompts as texts
@@ -26,6 +27,7 @@ from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import FilePart, ImageSource, load_pixels
 from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.sharding import ROWS, constrain, mesh_for_inference, mesh_of, on_mesh
 from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.weights import load_model, parameter_shapes, read_config, tokenizer_dir
 
@@ -43,6 +45,7 @@ def load(
     quantize: str | None = None,
     merge_lora: bool = False,
     kv_cache: str | None = None,
+    mesh: str | Mesh | None = None,
 ) -> "Model":
     """Read a model directory (made by `python -m convert build` or by training).
 
@@ -52,14 +55,20 @@ def load(
     `convert build --quantize` made needs no such word. kv_cache: "int8" keeps the keys and values
     of what is read and written in 8 bits, half the bytes of bfloat16. merge_lora: add LoRA to the
     weights it is on, which then cost what they do without; exact up to rounding in dtype, where
-    bfloat16 may lose a small adapter. UserError: not a model directory, damaged, an unknown or
-    different scheme, or LoRA to be merged into quantized weights.
+    bfloat16 may lose a small adapter. mesh: over which devices the model is laid, for instance
+    "data:2,model:4" (rows of a batch on two groups of devices, every matrix over the four of a
+    group; see minigpt4_jax/sharding.py) or "auto", all of them; by default the first.
+    UserError: not a model directory, damaged, an unknown or different scheme, LoRA to be merged
+    into quantized weights, or a mesh that is not one of the devices there are.
     """
     if kv_cache not in (None, "int8"):
         raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's floats")
+    config = read_config(model_dir)
+    if isinstance(mesh, str):
+        mesh = mesh_for_inference(mesh, config)
     if dtype is None:
-        dtype = _default_dtype(read_config(model_dir))
-    module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize)
+        dtype = _default_dtype(config)
+    module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize, mesh=mesh)
     if merge_lora:
         for layer in adapters(module):
             layer.merge()
@@ -80,8 +89,9 @@ class Model:
         self._engine = Engine(module)
         self._graphdef = nnx.graphdef(module)
         self._state = nnx.state(module)
-        self._encode = jax.jit(lambda state, pixels: self._merge(state).encode(pixels[:, None]))
-        self._nll = jax.jit(self._nll_program)
+        mesh = mesh_of(self._state)
+        self._encode = jax.jit(on_mesh(self._encode_program, mesh))
+        self._nll = jax.jit(on_mesh(self._nll_program, mesh))
 
     def set_module(self, module: MiniGpt) -> None:
         """Use other parameters of the same shapes and layout; nothing is compiled again."""
@@ -434,11 +444,14 @@ class Model:
                 f"{self.config.llm.max_length}; shorten the prompt"
             )
 
+    def _encode_program(self, state: Any, pixels: jax.Array) -> jax.Array:
+        return constrain(self._merge(state).encode(constrain(pixels, ROWS)[:, None]))
+
     def _nll_program(self, state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
         model = self._merge(state)
         embeds = model.merge(jnp.asarray(batch.tokens), visual)
         hidden = model.llm(embeds, jnp.asarray(batch.lengths))
-        return model.answer_nll(hidden, batch).sum(1)
+        return constrain(model.answer_nll(hidden, batch).sum(1))
 
 
 def _score_batch(rows: list[texts.Row]) -> Batch:

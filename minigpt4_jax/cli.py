@@ -29,6 +29,9 @@ def parser(prog: str, description: str) -> Parser:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the large matrices")
     p.add_argument("--quantize", choices=("int8", "int4"), help="round them while loading")
     p.add_argument("--kv-cache", choices=("int8",), help="hold keys and values in 8 bits")
+    p.add_argument(
+        "--mesh", metavar="SIZES", help="devices to use, as data:2,model:4, or auto for all of them"
+    )
     p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
     p.add_argument("--template", metavar="NAME", help="chat template, by default the model's")
     p.add_argument(
@@ -55,7 +58,9 @@ def load(args: argparse.Namespace) -> "Model":
     from minigpt4_jax.compilation import enable_compilation_cache
 
     enable_compilation_cache()
-    return api.load(args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache)
+    return api.load(
+        args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh
+    )
 
 
 def parse_choice(text: str) -> tuple[str, Any]:

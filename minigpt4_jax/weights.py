@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -30,6 +31,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.quant import GGUF, QuantizedView
+from minigpt4_jax.sharding import one_device, parameter_sharding, whole
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
@@ -341,6 +343,7 @@ def load_model(
     quantize: str | None = None,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays, tensor by tensor.
 
@@ -348,8 +351,10 @@ def load_model(
     (training), else as a list (generation). masters: parts that stay float32 because they are
     trained. quantize: "int8" or "int4", for a directory that is not quantized already; each tensor
     is rounded as it is read. lora: in place of the directory's own, which it must fit; a directory
-    without LoRA gets new adapters, which depend on the seed. UserError for a damaged or incomplete
-    directory, for another scheme than the directory is in, and for masters that are quantized.
+    without LoRA gets new adapters, which depend on the seed. mesh: where the arrays go, each of
+    them split as minigpt4_jax.sharding says and `masters` whole on every device; by default the
+    first device. UserError for a damaged or incomplete directory, for another scheme than the
+    directory is in, and for masters that are quantized.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -357,6 +362,13 @@ def load_model(
     config = dataclasses.replace(config, lora=lora or config.lora)
     check_masters(model_dir, config, masters)
     tensors = check_tensors(model_dir, config, seed)
+    mesh = mesh or one_device()
+
+    def sharding(name: str, leaf: Any, exact: bool) -> NamedSharding:
+        if exact:
+            return whole(mesh)
+        return parameter_sharding(name, leaf.shape, leaf.dtype, config, mesh)
+
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
@@ -364,7 +376,8 @@ def load_model(
         kind = parameter_dtype(path, jnp.dtype(jnp.float32 if exact else DTYPES[dtype]))
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             kind = leaf.dtype
-        filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind))))
+        where = sharding(".".join(map(str, path)), leaf, exact)
+        filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind, where))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 
 
@@ -389,11 +402,19 @@ def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
     return QuantizedView(tensors, config.quantize)
 
 
-def _read(tensors: Any, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _read(
+    tensors: Any,
+    path: tuple,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+) -> jax.Array:
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
-        return jnp.asarray(tensors[names[0][0]].astype(dtype, copy=False))
-    array = np.empty(shape, dtype)
-    for i, (name, _) in enumerate(names):
-        array[i] = tensors[name]
-    return jnp.asarray(array)
+        array = tensors[names[0][0]].astype(dtype, copy=False)
+    else:
+        array = np.empty(shape, dtype)
+        for i, (name, _) in enumerate(names):
+            array[i] = tensors[name]
+    # not device_put, which lets processes compare the values of all of it
+    return jax.make_array_from_callback(shape, sharding, lambda part: array[part])

@@ -21,6 +21,7 @@ from minigpt4_jax.generate.sampling import Options, Plan, forbid, penalize
 from minigpt4_jax.generate.stopping import completing
 from minigpt4_jax.models.cache import KVCache, Place
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.sharding import ROWS, constrain
 
 Array = Any  # of JAX inside the programs, of NumPy where they are called
 UNLIKELY = -1e9  # of the beams that do not exist yet: all begin as the first
@@ -156,6 +157,7 @@ def _place(s: State, lengths: jax.Array, prompt: int, window: int | None) -> Pla
 
 def _advance(s: State, logits: jax.Array, rules: Rules, plan: Plan) -> State:
     """Extend every beam by the best tokens, from logits [B, Q, V] float32."""
+    logits = constrain(logits, ROWS)
     b, q, v = logits.shape
     natural = jax.nn.log_softmax(logits, axis=-1)
     ends = _over_beams(completing, s, rules.stops)  # [B, Q, R]

@@ -29,6 +29,7 @@ from minigpt4_jax.generate.requests import (
 from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack_options
 from minigpt4_jax.generate.stopping import completing, power_of_two, stack_stops
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.sharding import ROWS, constrain, mesh_of, on_mesh
 
 Array = Any  # of JAX inside the programs, of NumPy where they are called
 BATCH_SIZE = 32  # rows decoded together
@@ -73,12 +74,13 @@ class Engine:
         self.config = model.config
         self._graphdef, self._treedef = _structure(model)
         self._leaves = jax.tree.leaves(nnx.state(model))
-        self._start = jax.jit(self._start_program, static_argnums=(2, 3, 4))
-        self._decode = jax.jit(self._decode_program, static_argnums=(3,), donate_argnums=(1,))
-        self._insert = jax.jit(_insert, donate_argnums=(0,))
-        self._end = jax.jit(_end, donate_argnums=(0,))
-        self._report = jax.jit(_report)
-        self._search = jax.jit(self._search_program, static_argnums=(4, 5, 6))
+        on = partial(on_mesh, mesh=mesh_of(self._leaves))
+        self._start = jax.jit(on(self._start_program), static_argnums=(2, 3, 4))
+        self._decode = jax.jit(on(self._decode_program), static_argnums=(3,), donate_argnums=(1,))
+        self._insert = jax.jit(on(_insert), donate_argnums=(0,))
+        self._end = jax.jit(on(_end), donate_argnums=(0,))
+        self._report = jax.jit(on(_report))
+        self._search = jax.jit(on(self._search_program), static_argnums=(4, 5, 6))
 
     def set_parameters(self, model: MiniGpt) -> None:
         """Use the parameters of another model of the same structure; compiled programs stay."""
@@ -265,7 +267,7 @@ class Engine:
             keys=rows.keys,
             options=rows.options,
         )
-        return _advance(state, model.llm.logits(last), plan)
+        return _placed(_advance(state, model.llm.logits(last), plan))
 
     def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
         return search(self._model(leaves), *args)
@@ -284,7 +286,15 @@ class Engine:
         def wanted(carry: tuple[jax.Array, State]) -> jax.Array:
             return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
-        return jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1]
+        return _placed(jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1])
+
+
+def _placed(s: State) -> State:
+    """The state as every program leaves it on a mesh: the cache split by rows and heads, the rest
+    whole on every device."""
+    axes = (ROWS, "model") if isinstance(s.cache.k, list) else (None, ROWS, "model")
+    cache = jax.tree.map(lambda a: constrain(a, *axes), s.cache)
+    return jax.tree.map(constrain, s._replace(cache=None))._replace(cache=cache)
 
 
 def _answers(best: Hypotheses, row: int) -> list[Answer]:
@@ -298,6 +308,7 @@ def _answers(best: Hypotheses, row: int) -> list[Answer]:
 
 def _advance(s: State, logits: jax.Array, plan: Plan) -> State:
     """Choose the next token of the rows that are not done, from logits [B, V] float32."""
+    logits = constrain(logits, ROWS)
     ends = completing(s.ids, s.made, s.stops)
     token = choose(logits, s.ids, s.made, ends, s.keys, s.options, plan)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
@@ -329,14 +340,16 @@ def _insert(state: State, new: State, slot: jax.Array) -> State:
     keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
     cache = jax.tree.map(partial(put, axis=axis), state.cache, new.cache)
     others = [s._replace(cache=None, keys=None) for s in (state, new)]
-    return jax.tree.map(put, *others)._replace(
-        cache=cache, keys=jax.random.wrap_key_data(keys, impl=PRNG)
+    return _placed(
+        jax.tree.map(put, *others)._replace(
+            cache=cache, keys=jax.random.wrap_key_data(keys, impl=PRNG)
+        )
     )
 
 
 def _end(state: State, rows: jax.Array) -> State:
     """No more steps for rows [B] that are True."""
-    return state._replace(done=state.done | rows)
+    return _placed(state._replace(done=state.done | rows))
 
 
 def _report(s: State) -> tuple[jax.Array, jax.Array]:

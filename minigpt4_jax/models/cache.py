@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.models.layers import cached_attention
+from minigpt4_jax.sharding import ROWS, constrain, split_over
 from minigpt4_jax.topology import backend
 
 
@@ -79,7 +80,7 @@ def new_cache(x: Vectors, length: int) -> Vectors:
     def place(a: jax.Array) -> jax.Array:  # [B, T, K, ...]
         rest = [(0, 0)] * (a.ndim - 2)
         a = jnp.pad(a, [(0, 0), (0, length - a.shape[1]), *rest]).swapaxes(1, 2)
-        return a.astype(_held(a.dtype))
+        return constrain(a.astype(_held(a.dtype)), ROWS, "model")
 
     return jax.tree.map(place, x)
 
@@ -106,14 +107,21 @@ def _pad(a: jax.Array, axis: int, more: int) -> jax.Array:
 def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
     """cache [B, K, S, H] with x [B, T, K, H] at positions [B, T], all of them less than S."""
 
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+    def write(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
         b, k, s, *rest = old.shape
         # One index a vector: XLA writes this in place, and copies the cache for other spellings.
         at = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
         flat = old.reshape(b * k * s, *rest).at[at].set(new.astype(old.dtype), unique_indices=True)
         return flat.reshape(old.shape)
 
-    return jax.tree.map(write, cache, x)
+    def write_parts(old: jax.Array, new: jax.Array) -> jax.Array:
+        split = split_over(  # for this spelling XLA would put a cache together on every device
+            write, old.shape[:2], (ROWS, "model"), [(0, 1), (0, None, 1), (0,)], (0, 1)
+        )
+        return split(old, new, positions)
+
+    positions = jnp.broadcast_to(positions, jax.tree.leaves(x)[0].shape[:2])
+    return jax.tree.map(write_parts, cache, x)
 
 
 def attend(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.quant import dequantize
+from minigpt4_jax.sharding import ROWS, constrain
 from minigpt4_jax.topology import backend
 
 FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
@@ -295,9 +296,18 @@ def run_layers(
     an nnx.List runs unrolled, extras come back as a list. For the backward pass a stacked layer keeps
     the results of its weight products alone and computes norms, attention and activations again:
     half the memory, and faster than reading them back. remat: keep a layer's input only.
+    On a mesh, the arrays [B, ...] of x are split by rows from layer to layer.
     """
+
+    def rows(x: Any) -> Any:
+        return jax.tree.map(lambda a: constrain(a, ROWS) if a.ndim else a, x)
+
+    def split(layer: Any, x: Any) -> tuple[Any, Any]:
+        x, extra = step(layer, rows(x))
+        return rows(x), extra
+
     if isinstance(layers, nnx.List):
-        body = jax.checkpoint(step) if remat else step
+        body = jax.checkpoint(split) if remat else split
         extras = []
         for layer in layers:
             x, extra = body(layer, x)
@@ -306,7 +316,7 @@ def run_layers(
     graphdef, state = nnx.split(layers)
 
     def scanned(x: Any, layer_state: Any) -> tuple[Any, Any]:
-        return step(nnx.merge(graphdef, layer_state), x)
+        return split(nnx.merge(graphdef, layer_state), x)
 
     keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # A scan's body cannot be merged with its recomputation, so nothing needs to prevent that.

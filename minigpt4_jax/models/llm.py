@@ -33,6 +33,7 @@ from minigpt4_jax.models.layers import (
 )
 from minigpt4_jax.models.lora import apply, make_linear
 from minigpt4_jax.quant import dequantize
+from minigpt4_jax.sharding import ROWS, constrain
 
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
@@ -190,11 +191,17 @@ class Llm(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
+        # On a mesh the table is split by width over fsdp, so that each device looks up the tokens of
+        # the others there, and then rows are exchanged: XLA finds this way only if it is shown.
+        tokens = constrain(tokens, "data")
         rows = take_rows(self.embed[...], tokens)
         if self.embed_scale is None:
-            return rows.astype(jnp.float32)
-        offset = None if self.embed_offset is None else self.embed_offset[...][tokens]
-        return dequantize(rows, self.embed_scale[...][tokens], jnp.float32, offset=offset)
+            rows = rows.astype(jnp.float32)
+        else:
+            offset = None if self.embed_offset is None else self.embed_offset[...][tokens]
+            rows = dequantize(rows, self.embed_scale[...][tokens], jnp.float32, offset=offset)
+        rows = constrain(rows, "data", *[None] * (tokens.ndim - 1), "fsdp")
+        return constrain(rows, ROWS)
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ from flax import nnx
 
 from minigpt4_jax.config import QFormerConfig
 from minigpt4_jax.models.layers import LayerNorm, Linear, gelu
+from minigpt4_jax.sharding import ROWS, constrain
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -92,5 +93,5 @@ class QFormer(nnx.Module):
         x = jnp.broadcast_to(x, (vision.shape[0], *x.shape))
         x = dropout(x, self.rate, _fold(dropout_key, 0))
         for i, block in enumerate(self.blocks):
-            x = block(x, vision, _fold(dropout_key, i + 1))
+            x = block(constrain(x, ROWS), vision, _fold(dropout_key, i + 1))
         return x

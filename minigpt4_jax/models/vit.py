@@ -13,6 +13,7 @@ from minigpt4_jax.models.layers import (
     run_layers,
     stack_layers,
 )
+from minigpt4_jax.sharding import ROWS, constrain
 
 
 class Attention(nnx.Module):
@@ -30,7 +31,8 @@ class Attention(nnx.Module):
         q_bias = self.q_bias[...]
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), self.v_bias[...]])
         qkv = self.qkv(x, bias).reshape(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, N, H]
+        # Three maps in one: a device's part of the outputs is not of its heads alone.
+        q, k, v = (constrain(qkv[:, :, i], ROWS, None, "model") for i in range(3))  # [B, T, N, H]
         return self.out(attention(q, k, v, scale=(d // self.heads) ** -0.5).reshape(b, t, d))
 
 

@@ -69,6 +69,8 @@ class TrainConfig:
     freeze_vit: bool = True
     freeze_qformer: bool = True
     dtype: str = "bfloat16"  # of frozen matrices and their products; "float32" for exactness
+    # devices: sizes of data, fsdp and model, as data:2,fsdp:4; "" or "auto": chosen and told
+    mesh: str = ""
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
 
     steps: int = 1000
@@ -105,7 +107,7 @@ SCHEDULES = ("cosine", "step")
 # What may differ when a run is continued: none of these changes what is computed.
 _FREE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
-    "save_every", "keep", "data.workers", "data.threads", "data.timeout", "data.val_path",
+    "save_every", "keep", "mesh", "data.workers", "data.threads", "data.timeout", "data.val_path",
     "data.max_broken",
 }  # fmt: skip
 

@@ -28,11 +28,13 @@ from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
 from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.sharding import put_rows, whole
 from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig, from_mapping
 from minigpt4_jax.training.datasets import open_parts
+from minigpt4_jax.training.devices import choose_mesh, describe_run
 from minigpt4_jax.training.logs import METRICS, RunLog, duration, import_tensorboard, read_metrics
 from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
 from minigpt4_jax.training.validation import Validation, read_validation
@@ -119,6 +121,7 @@ class _Loop:
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
         self.parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+        self.mesh, self.why = choose_mesh(c, self.model_config)
         # Everything the user gave is looked at before anything is written, of the weights the heads.
         self.loader = self._make_loader()
         self.closing.callback(self.loader.close)
@@ -162,8 +165,9 @@ class _Loop:
         """Weights onto the device, the optimizer and the programs."""
         c = self.c
         model, _ = weights.load_model(
-            c.model, c.dtype, masters=self.parts, lora=self.model_config.lora, seed=c.seed
-        )
+            c.model, c.dtype, masters=self.parts, lora=self.model_config.lora, seed=c.seed,
+            mesh=self.mesh,
+        )  # fmt: skip
         self.split = split_model(model, self.parts, jnp.dtype(weights.DTYPES[c.dtype]))
         self.trainable = self.split.trainable
         self.split = self.split._replace(trainable={})  # donated by the first step
@@ -171,7 +175,7 @@ class _Loop:
             self.split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay,
             clip=c.clip,
         )  # fmt: skip
-        self.opt_state = tx.init(self.trainable)
+        self.opt_state = jax.device_put(tx.init(self.trainable), whole(self.mesh))
         self.rate = optim.make_schedule(
             c.schedule, init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
             warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
@@ -194,8 +198,8 @@ class _Loop:
         self.step = 0
         if found is not None:
             self.step = found.step
-            self.trainable = jax.tree.map(jnp.asarray, found.trainable)
-            self.opt_state = jax.tree.map(jnp.asarray, found.opt_state)
+            self.trainable = jax.device_put(found.trainable, whole(self.mesh))
+            self.opt_state = jax.device_put(found.opt_state, whole(self.mesh))
             self.loader.restore(found.extra["loader"])
         self.log = RunLog(self.workdir, self.step, self.c.steps)
         self.closing.callback(self.log.close)
@@ -226,6 +230,10 @@ class _Loop:
             f"batch {c.batch_size}, {c.steps} steps; device {jax.devices()[0].device_kind}; "
             f"log in {self.workdir}"
         )
+        if self.mesh.size > 1:
+            self.log.line(
+                describe_run(self.mesh, self.why, self.split.frozen, self.trainable, self.opt_state)
+            )
 
     def _counts(self) -> tuple[int, int]:
         trained = sum(a.size for a in self.trainable.values())
@@ -243,7 +251,7 @@ class _Loop:
             raise UserError(f"{e}; {self._keep()}") from e
 
     def _dispatch(self) -> None:
-        batch = self._next_batch()
+        batch = put_rows(self._next_batch(), self.mesh)
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from minigpt4_jax import optim
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
+from minigpt4_jax.sharding import ROWS, constrain, mesh_of, on_mesh
 from minigpt4_jax.weights import STACKED, parameter_dtype, part_of
 
 Trainable = dict[str, jax.Array]
@@ -123,9 +124,8 @@ def make_step(
         if accumulate == 1:
             return grad(trainable, frozen, batch, count, key)
         # the size is spelled out: -1 cannot stand for it where rows have no images
-        micro = jax.tree.map(
-            lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:]), batch
-        )
+        parts = lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:])  # noqa: E731
+        micro = jax.tree.map(lambda a: constrain(parts(a), None, ROWS), batch)
 
         def add(total: Any, at: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, part = at
@@ -145,9 +145,10 @@ def make_step(
         loss, grads = loss_and_grad(trainable, frozen, batch, jnp.maximum(count, 1), key)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trainable = optim.apply_updates(trainable, updates, rate)
-        return trainable, opt_state, Metrics(loss, optax.global_norm(grads), count)
+        metrics = Metrics(loss, optax.global_norm(grads), count)
+        return jax.tree.map(constrain, (trainable, opt_state, metrics))  # whole on every device
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(on_mesh(step, mesh_of(split.frozen)), donate_argnums=(0, 1))
 
 
 def make_evaluation(split: Split) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -155,6 +156,6 @@ def make_evaluation(split: Split) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
     def evaluate(trainable: Trainable, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nll = split.join(trainable, frozen).token_nll(batch)
-        return nll.sum(), (batch.answers >= 0).sum()
+        return constrain(nll.sum()), constrain((batch.answers >= 0).sum())
 
-    return jax.jit(evaluate)
+    return jax.jit(on_mesh(evaluate, mesh_of(split.frozen)))

@@ -9,6 +9,7 @@ from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.sources import Example, read_sources
 from minigpt4_jax.images import name_of
 from minigpt4_jax.prompts import IMAGE_TAG, fill_template, with_images
+from minigpt4_jax.sharding import mesh_of, put_rows
 from minigpt4_jax.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.step import Split, Trainable, make_evaluation
@@ -49,7 +50,10 @@ class Validation:
             shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
             padding=Padding(c.data.pad_tokens, c.data.pad_answers),
         )  # fmt: skip
-        sums = [self._evaluate(trainable, self._split.frozen, batch) for batch in loader]
+        mesh = mesh_of(self._split.frozen)
+        sums = [
+            self._evaluate(trainable, self._split.frozen, put_rows(batch, mesh)) for batch in loader
+        ]
         loader.close()
         total, count = (sum(float(s[i]) for s in sums) for i in range(2))
         return total / max(count, 1)

@@ -1,0 +1,231 @@
+"""What lies on which device: a mesh of devices, and one table that says how parameters are split.
+
+The axes of the mesh:
+    data   splits the rows of a batch.
+    fsdp   splits the rows too, and every large matrix, which is gathered again layer by layer as it
+           is used (ZeRO paper, stage 3; PyTorch FSDP).
+    model  splits heads, FFN and vocabulary: a product by its outputs, and the next one by its
+           inputs (Megatron-LM paper, section 3).
+What an axis does not divide is not split over it, so any number of heads or tokens will do.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.quant import group_size
+
+AXES = ("data", "fsdp", "model")
+ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
+Axis = str | tuple[str, ...] | None
+
+BY_OUTPUT, BY_INPUT = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
+
+# Parameter, its layer's number left out -> how it is split, without the axis of stacked layers.
+TABLE = (
+    (r".*\.blocks\.(attn|cross|mlp)\.(q|k|v|qkv|gate|up)\.weight", BY_OUTPUT),
+    (r".*\.blocks\.(attn|cross|mlp)\.(o|out|down)\.weight", BY_INPUT),
+    (r"llm\.(embed|head\.weight)", BY_OUTPUT),
+    # what is trained, and what is small, lies whole on every device
+    (r"projection\.(weight|bias)", P()),
+    (r".*\.lora_[ab]", P()),
+    (r"vit\.(cls|pos|patch\.weight)|qformer\.query", P()),
+    (r"(.*\.)?(norm\d?|[qk]_norm|ln_vision)\.(scale|bias)", P()),
+    (r".*(\.|_)bias", P()),
+)
+
+
+# --- the mesh -------------------------------------------------------------------------------
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """ "data:2,model:4" -> the size of every axis; -1 for one of them is what is left.
+
+    UserError: not of this form, an unknown axis, or sizes whose product is not `devices`.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in text.split(","):
+        name, colon, size = (piece.strip() for piece in part.partition(":"))
+        if not colon or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
+            raise UserError(f"mesh {text!r}: {part!r} is not AXIS:SIZE, as in data:2,model:4")
+        if name not in AXES or name in seen:
+            what = "twice the axis" if name in seen else "unknown axis"
+            raise UserError(f"mesh {text!r}: {what} {name!r}; expected each of {AXES} once at most")
+        seen.add(name)
+        sizes[name] = int(size)
+    open_axes = [name for name in AXES if sizes[name] == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh {text!r}: -1 stands for what is left, so one axis alone can have it")
+    given = math.prod(size for size in sizes.values() if size > 0)
+    if open_axes and devices % given == 0:
+        sizes[open_axes[0]] = devices // given
+    elif open_axes or given != devices:
+        raise UserError(
+            f"mesh {text!r} is for {'a multiple of ' if open_axes else ''}{given} devices and there "
+            f"are {devices}: expected sizes whose product is {devices}, for instance data:{devices}"
+        )
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
+    """A mesh over `devices`, by default all of them."""
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_for_inference(text: str, config: ModelConfig) -> Mesh:
+    """The mesh of a text for `parse_mesh`, or of "auto": the heads of the language model over as
+    many devices as they divide among, rows over the rest. UserError as of `parse_mesh`."""
+    devices = jax.device_count()
+    if text != "auto":
+        return make_mesh(parse_mesh(text, devices))
+    model = math.gcd(devices, config.llm.kv_heads)
+    return make_mesh({"data": devices // model, "model": model})
+
+
+def one_device() -> Mesh:
+    """The mesh of the first device of this process alone."""
+    return make_mesh({}, jax.local_devices()[:1])
+
+
+def describe(mesh: Mesh) -> str:
+    """For instance "data:2,model:4"; the axes of size 1 are left out."""
+    parts = [f"{name}:{size}" for name, size in mesh.shape.items() if size > 1]
+    return ",".join(parts) or "one device"
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on; None where they were not put on any."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+# --- parameters -----------------------------------------------------------------------------
+
+
+def parameter_spec(
+    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, sizes: Any
+) -> P:
+    """How a parameter is split on a mesh of these sizes (axis name -> size).
+
+    name: a dotted path; a stacked layer's has no number, its shape a leading axis of layers. KeyError
+    names a parameter that is not in TABLE.
+    """
+    plain = re.sub(r"\.blocks\.\d+\.", ".blocks.", name)
+    stacked = plain == name and name.startswith(("vit.blocks.", "llm.blocks."))
+    dims = list(shape[stacked:])
+    weight = re.sub("_(scale|offset)$", "", plain)  # of a quantized matrix, split as it is
+    spec = next((spec for rule, spec in TABLE if re.fullmatch(rule, weight)), None)
+    if spec is None:
+        raise KeyError(f"{name}: no rule of minigpt4_jax.sharding.TABLE says how it is split")
+    axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
+    if dtype == jax.numpy.uint8:  # int4: a group of inputs is not taken apart
+        dims[-1] = 2 * dims[-1] // (group_size(2 * dims[-1]) or 2 * dims[-1])
+    if "model" in axes and len(dims) == 2:
+        at, model = axes.index("model"), sizes["model"]
+        if dims[at] % model or (_heads(plain, config) or 0) % model:
+            # 32001 tokens divide by nothing, and heads stay whole: then by the other dimension
+            axes[at], axes[1 - at] = None, ("fsdp", "model")
+    return P(*[None] * stacked, *fitting(dims, axes, sizes))
+
+
+def _heads(name: str, config: ModelConfig) -> int | None:
+    """How many heads an attention's matrix is made of, as far as they are to stay whole."""
+    part, _, rest = name.partition(".")
+    if "attn." not in rest and "cross." not in rest:
+        return None
+    if part == "qformer" and config.qformer is not None:
+        return config.qformer.heads
+    return config.vision.heads if part == "vit" else config.llm.kv_heads
+
+
+def parameter_sharding(
+    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, mesh: Mesh
+) -> NamedSharding:
+    """As `parameter_spec`, on a mesh."""
+    return NamedSharding(mesh, parameter_spec(name, shape, dtype, config, mesh.shape))
+
+
+def fitting(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
+    """For each of the dimensions those of its axes that divide it."""
+    found: list[Axis] = []
+    for dim, axis in zip(dims, axes, strict=True):
+        kept: tuple[str, ...] = ()
+        for name in (axis,) if isinstance(axis, str) else axis or ():
+            if dim % math.prod(sizes[a] for a in (*kept, name)) == 0 and sizes[name] > 1:
+                kept += (name,)
+        found.append(kept[0] if len(kept) == 1 else kept or None)
+    return found
+
+
+# --- batches and activations -----------------------------------------------------------------
+
+
+def put_rows(batch: Any, mesh: Mesh | None) -> Any:
+    """Arrays [B, ...] of the host, split by rows over the devices."""
+    if (
+        mesh is None or mesh.size == 1
+    ):  # as they are: a compiled program takes them faster than this function
+        return batch
+
+    def put(a: Any) -> jax.Array:
+        where = NamedSharding(mesh, P(*fitting(a.shape[:1], (ROWS,), mesh.shape)))
+        return jax.device_put(a, where)
+
+    return jax.tree.map(put, batch)
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds all of."""
+    return NamedSharding(mesh, P())
+
+
+def on_mesh(f: Callable, mesh: Mesh | None) -> Callable:
+    """f, to be compiled: `constrain` and `split_over` within it are about this mesh."""
+    if mesh is None or mesh.size == 1:
+        return f
+
+    @wraps(f)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    return traced
+
+
+def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
+    """x, split over these axes of the mesh by its first dimensions, as far as they divide them, and
+    over no others. Without a mesh: x."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape[: len(axes)], axes, mesh.shape)))
+
+
+def split_over(f: Callable, shape: Any, axes: Any, ins: Any, out: Any) -> Callable:
+    """f, run by every device on its own part of the arguments, for what XLA would not split itself.
+
+    shape and axes: of the dimensions that are split; ins and out: for each argument and for the
+    result the numbers of these dimensions, None for others. Without a mesh: f.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f
+    names = fitting(shape, axes, mesh.shape)
+
+    def spec(dims: Any) -> P:
+        return P(*(None if d is None else names[d] for d in dims))
+
+    return jax.shard_map(f, in_specs=tuple(map(spec, ins)), out_specs=spec(out))

@@ -1,0 +1,87 @@
+"""Over which devices a run is laid, and what it says about that when it starts."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.sharding import describe, make_mesh, parse_mesh
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.weights import DTYPES, parameter_shapes
+
+ROOM = 0.4  # of a device's memory, for weights that lie whole on it; the rest is for activations
+
+
+def choose_mesh(c: TrainConfig, config: ModelConfig) -> tuple[Mesh, str]:
+    """The mesh over all devices that `config.mesh` names or leaves to be chosen, and the reason.
+
+    UserError: it is not one of the devices there are, or the rows do not divide among them.
+    """
+    devices, rows = jax.device_count(), c.batch_size // c.accumulate
+    if c.mesh not in ("", "auto"):
+        sizes = parse_mesh(c.mesh, devices)
+        split = sizes["data"] * sizes["fsdp"]
+        if rows % split:
+            at_once = f" in accumulate {c.accumulate} parts: {rows}" if c.accumulate > 1 else ""
+            raise UserError(
+                f"config.batch_size {c.batch_size}{at_once} rows do not divide among the {split} "
+                f"devices of data and fsdp in mesh {c.mesh!r}: expected a multiple of {split}"
+            )
+        return make_mesh(sizes), "as asked for"
+    split = math.gcd(rows, devices)  # rows over as many devices as they divide among
+    sizes = {"model": devices // split}
+    bits = jax.numpy.dtype(DTYPES[c.dtype]).itemsize
+    size = bits * sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory and size / sizes["model"] < ROOM * memory:
+        sizes["data"] = split
+        why = f"weights of {_size(size)} leave room on devices of {_size(memory)}"
+    else:
+        sizes["fsdp"] = split
+        told = f"devices of {_size(memory)} are small" if memory else "it is not known to be ample"
+        why = f"memory is saved, as for weights of {_size(size)} {told}"
+    if sizes["model"] > 1:
+        why += f"; {rows} rows divide among {split} of {devices} devices, so matrices are split too"
+    return make_mesh(sizes), f"chosen because {why}"
+
+
+def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: Any) -> str:
+    """What lies where, in one line for the log."""
+    arrays = jax.tree.leaves(frozen)
+    total, here = sum(a.nbytes for a in arrays), sum(map(_bytes_here, arrays))
+    cut = [a for a in arrays if not a.sharding.is_fully_replicated]
+    axes = sorted({axis for a in cut for axis in _axes(a)})
+    how = "whole on each" if not cut else (
+        f"{len(cut)} of {len(arrays)} arrays are split over {' and '.join(axes)}"
+    )  # fmt: skip
+    return (
+        f"mesh {describe(mesh)} of {mesh.size} devices, {why}. Frozen weights: {_size(total)}, of "
+        f"which a device holds {_size(here)} ({how}); trained part {_size(_total(trainable))} and "
+        f"optimizer {_size(_total(opt_state))}, whole on each; rows go over data and fsdp"
+    )
+
+
+def _bytes_here(a: jax.Array) -> int:
+    return math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+
+
+def _axes(a: Any) -> list[str]:
+    found: list[str] = []
+    for axis in a.sharding.spec:
+        found += [axis] if isinstance(axis, str) else axis or ()
+    return found
+
+
+def _total(tree: Any) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(tree))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
