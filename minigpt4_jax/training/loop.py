@@ -203,6 +203,8 @@ class _Loop:
             self.loader.restore(found.extra["loader"])
         self.log = RunLog(self.workdir, self.step, self.c.steps)
         self.closing.callback(self.log.close)
+        for line in found.damaged if found else ():
+            self.log.line(line)
         self.pending: list[tuple[int, Metrics, int, int]] = []  # and rows read and left out so far
         self.clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
         self.skipped = self.loader.tally.skipped  # rows, of which the log has told

@@ -1,14 +1,19 @@
 """What goes wrong around a run: each has one behaviour, and a line that says what was kept."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 from minigpt4_jax import errors
 from minigpt4_jax.training.config import DataConfig, TrainConfig
 from minigpt4_jax.training.loop import train
+
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,73 @@ def refused(c: TrainConfig, workdir: Path) -> str:
         train(c, workdir)
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int):
+    def act(record):
+        if record["step"] == step:
+            raise Crash
+
+    return act
+
+
+def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """(trained parameters, every record of the logs without its speed)"""
+    tensors = load_file(workdir / "model" / "projection-00001.safetensors")
+    lines = [line for name in LOGS for line in (workdir / name).read_text().splitlines()]
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record.pop("examples_per_second", None)
+    return {name: array.tobytes() for name, array in tensors.items()}, records
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home):
+    train(config(home), home / "whole")
+    return outcome(home / "whole")
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def harm(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    home, uninterrupted, tmp_path, capsys
+):
+    with pytest.raises(Crash):
+        train(config(home), tmp_path / "w", on_metrics=crash_at(6))
+    checkpoints = tmp_path / "w" / "checkpoints"
+    harm(checkpoints / "00000004")
+    seen = []
+    train(config(home), tmp_path / "w", on_metrics=lambda r: seen.append(r["step"]))
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = [line for line in lines if "damaged" in line]
+    assert said.startswith(f"checkpoint {checkpoints / '00000004'} is damaged (")
+    assert "kept as damaged-00000004; continuing from the one before, of step 2" in said
+    assert seen == [3, 4, 5, 6]
+    assert outcome(tmp_path / "w") == uninterrupted
+    assert (checkpoints / "damaged-00000004").is_dir()
+
+
+def test_no_whole_checkpoint_is_left(home, tmp_path):
+    with pytest.raises(Crash):
+        train(config(home), tmp_path / "w", on_metrics=crash_at(3))
+    log = (tmp_path / "w" / "metrics.jsonl").read_bytes()
+    harm(tmp_path / "w" / "checkpoints" / "00000002")
+    message = refused(config(home), tmp_path / "w")
+    assert f"every checkpoint in {tmp_path / 'w' / 'checkpoints'} is damaged (00000002: " in message
+    assert "remove that folder to begin the run anew" in message
+    assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == log
 
 
 # --- the data ----------------------------------------------------------------------------------
