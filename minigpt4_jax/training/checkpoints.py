@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.step import Trainable
@@ -98,6 +99,8 @@ class Checkpoints:
                 damaged[step] = str(e)
                 continue
             lines = tuple(self._set_aside(*found, step) for found in damaged.items())
+            if damaged and jax.process_count() > 1:  # all must see the same steps from here on
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
             self._saved = step
             return Restored(step, state["trainable"], state["optimizer"], extra, lines)
@@ -140,7 +143,8 @@ class Checkpoints:
                 break
             aside = path.with_name(f"damaged-{path.name}-{n}")
         try:
-            path.rename(aside)
+            if jax.process_index() == 0:
+                path.rename(aside)
         except OSError as e:
             raise self._failed("rename", e) from e
         return (
@@ -161,9 +165,10 @@ class Checkpoints:
         full = numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(e)
         cause = "the disk is full" if full else _one_line(e)
         kept = "" if self._good is None else f"; the last good checkpoint is step {self._good}"
+        do = "Make room" if full else "See that the folder can be reached and written"
         return UserError(
-            f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. "
-            "Make room and start the same command again"
+            f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. {do} and start the same "
+            "command again"
         )
 
     @property
@@ -194,7 +199,7 @@ def _digests(state: Any) -> dict[str, str]:
 def _digest(leaf: Any) -> str:
     array = np.ascontiguousarray(leaf)
     digest = hashlib.blake2b(f"{array.dtype} {np.shape(leaf)}".encode(), digest_size=16)
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
