@@ -30,6 +30,7 @@ from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.paths import local_path
 from minigpt4_jax.quant import GGUF, QuantizedView
 from minigpt4_jax.sharding import one_device, parameter_sharding, whole
 
@@ -105,7 +106,7 @@ def write_model(
     parts not given here. UserError: `out` is taken, the disk is full or not writable, or (without
     a base) a parameter is missing or has a wrong shape; all such are named in one message.
     """
-    out = Path(out)
+    out = local_path("model directory", out)
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: choose another --out or remove it first")
     with _temporary_beside(out) as tmp:
@@ -206,7 +207,7 @@ def _check_shapes(
 
 def read_document(model_dir: Path | str) -> dict[str, Any]:
     """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
-    path = Path(model_dir) / "model.json"
+    path = local_path("model directory", model_dir) / "model.json"
     try:
         document = json.loads(path.read_text())
         if document["format"] != FORMAT:

@@ -138,9 +138,14 @@ class Loader:
         if self._step == self.steps:
             raise StopIteration
         made = self._reader.read(self._step)
-        self.tally.add(made.rows, made.broken)
-        if made.arrays is None:
-            raise UserError(f"{self.tally}: nor can the rows tried in its place be read")
+        before = self.tally.state()
+        try:
+            self.tally.add(made.rows, made.broken)
+            if made.arrays is None:
+                raise UserError(f"{self.tally}: nor can the rows tried in its place be read")
+        except UserError:  # this batch is not given: it counts when it is, after a repair
+            self.tally.restore(before)
+            raise
         self._step += 1
         return Batch(*made.arrays)
 

@@ -1,18 +1,24 @@
 """Checkpoints of a run, by Orbax: what is trained, the optimizer's state, and where the data stood.
 
 Orbax writes in the background and renames a finished checkpoint into place, so that a kill at any
-moment leaves whole ones only.
+moment leaves whole ones only. What a disk does to them later is found by the digests saved with
+them: a damaged checkpoint is set aside, and the one before is used.
 """
 
 import contextlib
 import errno
+import hashlib
+import itertools
+import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.step import Trainable
@@ -23,6 +29,7 @@ class Restored(NamedTuple):
     trainable: Trainable
     opt_state: Any
     extra: dict[str, Any]  # JSON values given to save
+    damaged: tuple[str, ...]  # a line on each later checkpoint that was set aside
 
 
 class Checkpoints:
@@ -40,6 +47,7 @@ class Checkpoints:
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
                     cleanup_tmp_directories=True,
+                    lightweight_initialize=True,  # reads none of them: a damaged one may be there
                 ),
             )
         except OSError as e:
@@ -57,6 +65,7 @@ class Checkpoints:
         self.wait()
         # Orbax may keep references while it writes; the next step donates these very buffers.
         state = jax.tree.map(np.array, {"trainable": trainable, "optimizer": opt_state})
+        extra = _sealed({**extra, "digests": _digests(state)})
         args = self._ocp.args
         try:
             self._manager.save(
@@ -76,27 +85,72 @@ class Checkpoints:
             raise self._failed("write", e) from e
 
     def restore(self, trainable: Trainable, opt_state: Any) -> Restored | None:
-        """The latest checkpoint, with arrays like those given; None if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """The latest whole checkpoint, with arrays like those given; None if there is none at all.
+        Damaged ones behind it are renamed. UserError: none is whole, or they may not be read."""
         like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
             {"trainable": trainable, "optimizer": opt_state},
         )
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, extra = self._read(step, like)
+            except _Damaged as e:
+                damaged[step] = str(e)
+                continue
+            lines = tuple(self._set_aside(*found, step) for found in damaged.items())
+            if damaged and jax.process_count() > 1:  # all must see the same steps from here on
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+            self._saved = step
+            return Restored(step, state["trainable"], state["optimizer"], extra, lines)
+        if not damaged:
+            return None
+        each = "; ".join(f"{_name(step)}: {why}" for step, why in damaged.items())
+        raise UserError(
+            f"every checkpoint in {self._folder} is damaged ({each}): remove that folder to begin "
+            "the run anew, or choose another --workdir"
+        )
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         args = self._ocp.args
         try:
             found = self._manager.restore(
                 step,
                 args=args.Composite(state=args.StandardRestore(like), extra=args.JsonRestore()),
             )
+            extra = _unsealed(found["extra"])
+            expected = extra.pop("digests")
         except Exception as e:
-            raise UserError(
-                f"checkpoint {self._folder / f'{step:08d}'} cannot be read ({_one_line(e)}): "
-                "remove that folder to continue from the one before, or choose another --workdir"
-            ) from e
-        state = found["state"]
-        return Restored(step, state["trainable"], state["optimizer"], found["extra"])
+            if isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e):
+                path = self._folder / _name(step)
+                raise UserError(f"checkpoint {path} may not be read: {_one_line(e)}") from e
+            raise _Damaged(_one_line(e)) from e
+        digests = _digests(found["state"])
+        changed = sorted(
+            n for n in digests.keys() | expected.keys() if digests.get(n) != expected.get(n)
+        )
+        if changed:
+            raise _Damaged(f"{len(changed)} arrays are not as saved, {changed[0]} first")
+        return found["state"], extra
+
+    def _set_aside(self, step: int, why: str, used: int) -> str:
+        """Rename a damaged checkpoint; the line that says so."""
+        path = self._folder / _name(step)
+        aside = path.with_name(f"damaged-{path.name}")
+        for n in itertools.count(2):
+            if not aside.exists():
+                break
+            aside = path.with_name(f"damaged-{path.name}-{n}")
+        try:
+            if jax.process_index() == 0:
+                path.rename(aside)
+        except OSError as e:
+            raise self._failed("rename", e) from e
+        return (
+            f"checkpoint {path} is damaged ({why}): kept as {aside.name}; continuing from the one "
+            f"before, of step {used}"
+        )
 
     def close(self) -> None:
         """Wait for the last write and end Orbax's threads; never raises."""
@@ -111,9 +165,10 @@ class Checkpoints:
         full = numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(e)
         cause = "the disk is full" if full else _one_line(e)
         kept = "" if self._good is None else f"; the last good checkpoint is step {self._good}"
+        do = "Make room" if full else "See that the folder can be reached and written"
         return UserError(
-            f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. "
-            "Make room and start the same command again"
+            f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. {do} and start the same "
+            "command again"
         )
 
     @property
@@ -123,6 +178,44 @@ class Checkpoints:
             int(p.name) for p in self._folder.glob("*") if p.name.isdigit() and p.is_dir()
         )
         return steps[-1] if steps else None
+
+
+class _Damaged(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _name(step: int) -> str:
+    return f"{step:08d}"
+
+
+def _digests(state: Any) -> dict[str, str]:
+    """Name of every array -> digest of its type, shape and bytes."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
+        return dict(zip(names, pool.map(_digest, [leaf for _, leaf in leaves]), strict=True))
+
+
+def _digest(leaf: Any) -> str:
+    array = np.ascontiguousarray(leaf)
+    digest = hashlib.blake2b(f"{array.dtype} {np.shape(leaf)}".encode(), digest_size=16)
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with a digest of themselves."""
+    return {"values": values, "digest": _json_digest(values)}
+
+
+def _unsealed(sealed: dict[str, Any]) -> dict[str, Any]:
+    if _json_digest(sealed["values"]) != sealed["digest"]:
+        raise _Damaged("its JSON part is not as saved")
+    return dict(sealed["values"])
+
+
+def _json_digest(values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

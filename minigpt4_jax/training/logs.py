@@ -7,12 +7,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
 from minigpt4_jax.errors import UserError
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
+VAL_LOSS = "val_loss"
 
 
 def import_tensorboard() -> None:
@@ -27,23 +29,28 @@ def import_tensorboard() -> None:
 
 class RunLog:
     """The log of the run in `workdir`, continued behind `step`: what an interrupted run recorded
-    after it is taken out first, and will be recorded again."""
+    after it is taken out first, and will be recorded again. owed: what will be recorded again of
+    the step itself, VAL_LOSS or SAMPLES."""
 
-    def __init__(self, workdir: Path, step: int, steps: int):
+    def __init__(self, workdir: Path, step: int, steps: int, owed: Collection[str] = ()):
         self._workdir, self._step = workdir, step
         self._writer: Any = None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, SAMPLES):
-            self._guard(lambda name=name: self._open(name, step))
+            self._guard(lambda name=name: self._open(name, step, owed))
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def _open(self, name: str, step: int) -> None:
+    def _open(self, name: str, step: int, owed: Collection[str]) -> None:
+        def is_kept(record: dict[str, Any]) -> bool:
+            again = name in owed or (VAL_LOSS in record and VAL_LOSS in owed)
+            return record["step"] < step + (not again)
+
         path = self._workdir / name
-        _truncate(path, step)
+        _truncate(path, is_kept)
         self._files[name] = path.open("a", encoding="utf-8")
 
     def line(self, text: str) -> None:
@@ -135,14 +142,14 @@ def cannot_write(path: Path, e: OSError) -> UserError:
     return UserError(f"cannot write into {path}: {cause}")
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keep the whole records up to `step`; a torn last line of a killed run goes too."""
+def _truncate(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep these of the whole records; a torn last line of a killed run goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if is_kept(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -5,12 +5,10 @@ is read, so that reading batches and writing logs cost nothing.
 """
 
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
 from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.paths import local_path
 from minigpt4_jax.sharding import put_rows, whole
 from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
@@ -35,12 +34,18 @@ from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig, from_mapping
 from minigpt4_jax.training.datasets import open_parts
 from minigpt4_jax.training.devices import choose_mesh, describe_run
-from minigpt4_jax.training.logs import METRICS, RunLog, duration, import_tensorboard, read_metrics
+from minigpt4_jax.training.logs import (
+    METRICS,
+    SAMPLES,
+    VAL_LOSS,
+    RunLog,
+    duration,
+    import_tensorboard,
+    read_metrics,
+)
 from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
+from minigpt4_jax.training.stopping import Stop, listen
 from minigpt4_jax.training.validation import Validation, read_validation
-
-TERMINATED = 143  # exit code after SIGTERM: 128 + 15, as a shell reports it
-INTERRUPTED = 130  # after Ctrl-C
 
 
 class Result(NamedTuple):
@@ -49,10 +54,6 @@ class Result(NamedTuple):
     model: Path  # model directory with the trained parts
     metrics: dict[str, float]  # of the last step, and the last val_loss where there is one
     steps: int
-
-
-class Stopped(SystemExit):
-    """The run was told to stop and has saved its state; the exit code says by what."""
 
 
 def train(
@@ -69,29 +70,8 @@ def train(
     (143) or Ctrl-C (130), once the state is saved.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
-    with _signals() as stop, ExitStack() as closing:
-        return _Loop(c, Path(workdir), stop, on_metrics, closing).run()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list while the body runs, in the main thread."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-        caught.append(number)
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    with listen() as stop, ExitStack() as closing:
+        return _Loop(c, local_path("workdir", workdir), stop, on_metrics, closing).run()
 
 
 class _Speed(NamedTuple):
@@ -106,7 +86,7 @@ class _Loop:
         self,
         c: TrainConfig,
         workdir: Path,
-        stop: list[int],
+        stop: Stop,
         on_metrics: Callable[[dict[str, float]], None] | None,
         closing: ExitStack,
     ):
@@ -201,8 +181,12 @@ class _Loop:
             self.trainable = jax.device_put(found.trainable, whole(self.mesh))
             self.opt_state = jax.device_put(found.opt_state, whole(self.mesh))
             self.loader.restore(found.extra["loader"])
-        self.log = RunLog(self.workdir, self.step, self.c.steps)
+        # Of this step's validation and samples, what a stop left undone.
+        self.owed: list[str] = found.extra["owed"] if found else []
+        self.log = RunLog(self.workdir, self.step, self.c.steps, self.owed)
         self.closing.callback(self.log.close)
+        for line in found.damaged if found else ():
+            self.log.line(line)
         self.pending: list[tuple[int, Metrics, int, int]] = []  # and rows read and left out so far
         self.clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
         self.skipped = self.loader.tally.skipped  # rows, of which the log has told
@@ -214,6 +198,8 @@ class _Loop:
             print(f"{self.workdir} is done: its model is in {self.workdir / run.MODEL}", flush=True)
             return self._result()
         self._introduce()
+        self.stop.running = True
+        self._look()
         while self.step < self.c.steps:
             self._dispatch()
             if self._is_time():
@@ -273,17 +259,31 @@ class _Loop:
         c = self.c
         self._drain()
         begun, last = time.perf_counter(), self.step == c.steps
-        if self.validation is not None and c.eval_every and (last or self._due(c.eval_every)):
-            loss = self.validation.loss(self.trainable)
-            self._record({"step": self.step, "val_loss": loss})
-            self.log.line(f"step {self.step}/{c.steps}  val_loss {loss:.4f}")
-        if self.validation is not None and c.sample_every and (last or self._due(c.sample_every)):
-            for sample in self.validation.captions(self.trainable):
-                self.log.sample({"step": self.step, **sample})
+        looks = ((VAL_LOSS, c.eval_every), (SAMPLES, c.sample_every))
+        self.owed = [name for name, every in looks if every and (last or self._due(every))]
+        self._look()
         if last or self._due(c.save_every):
             self._save()
         if self.clock is not None:  # the rate is of training alone
             self.clock = (self.clock[0] + time.perf_counter() - begun, *self.clock[1:])
+
+    def _look(self) -> None:
+        """Validation and samples that are owed at this step, until the run is told to stop."""
+        held_out = self.validation
+        if held_out is None:
+            self.owed = []
+            return
+        if VAL_LOSS in self.owed:
+            loss = held_out.loss(self.trainable, self.stop)
+            if loss is None:
+                return
+            self._record({"step": self.step, VAL_LOSS: loss})
+            self.log.line(f"step {self.step}/{self.c.steps}  val_loss {loss:.4f}")
+            self.owed.remove(VAL_LOSS)
+        if SAMPLES in self.owed and not self.stop:
+            for sample in held_out.captions(self.trainable):
+                self.log.sample({"step": self.step, **sample})
+            self.owed.remove(SAMPLES)
 
     def _drain(self, leave: int = 0) -> None:
         """Read the results of dispatched steps, all but the last `leave`."""
@@ -342,9 +342,8 @@ class _Loop:
 
     def _save(self) -> None:
         self.log.flush()
-        self.checkpoints.save(
-            self.step, self.trainable, self.opt_state, {"loader": self.loader.state()}
-        )
+        extra = {"loader": self.loader.state(), "owed": self.owed}
+        self.checkpoints.save(self.step, self.trainable, self.opt_state, extra)
 
     def _keep(self) -> str:
         """Save where the run stands, unless that is saved, and say so."""
@@ -356,19 +355,20 @@ class _Loop:
 
     def _stop(self) -> None:
         """Save where the run stands and leave."""
-        kept, number = self._keep(), self.stop[0]
+        kept = self._keep()
         self.log.line(
-            f"stopped by {signal.Signals(number).name}; {kept}: start the same command again to "
-            "continue"
+            f"stopped by {self.stop.name}; {kept}: start the same command again to continue"
         )
         sys.stdout.flush()
-        raise Stopped(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+        raise self.stop.end()
 
     # --- the end --------------------------------------------------------------------------------
 
     def _finish(self) -> Result:
         self.checkpoints.wait()
         self.log.flush()
+        if self.stop:
+            self._stop()
         done = self._result()
         loss = done.metrics["loss"]
         from minigpt4_jax.plots import loss_plot  # matplotlib

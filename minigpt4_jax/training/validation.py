@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batches import Padding
 from minigpt4_jax.data.loader import make_loader
@@ -41,20 +43,26 @@ class Validation:
         self._evaluate = make_evaluation(split)
         self._model: Model | None = None
 
-    def loss(self, trainable: Trainable) -> float:
-        """Mean negative log-likelihood of a labelled token over the first `eval_examples` rows."""
+    def loss(self, trainable: Trainable, stop: object = False) -> float | None:
+        """Mean negative log-likelihood of a labelled token over the first `eval_examples` rows.
+        None when `stop` becomes true meanwhile."""
         c = self._c
         loader = make_loader(
             self._examples[: c.eval_examples], self._config, self._tokenizer,
             batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed, prompts=c.data.prompts,
             shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
-            padding=Padding(c.data.pad_tokens, c.data.pad_answers),
+            padding=Padding(c.data.pad_tokens, c.data.pad_answers), timeout=c.data.timeout,
         )  # fmt: skip
         mesh = mesh_of(self._split.frozen)
-        sums = [
-            self._evaluate(trainable, self._split.frozen, put_rows(batch, mesh)) for batch in loader
-        ]
+        sums: list[tuple[jax.Array, jax.Array]] = []
+        for batch in loader:
+            jax.block_until_ready(sums[-1:])  # else a stop would wait for all that is dispatched
+            if stop:
+                break
+            sums.append(self._evaluate(trainable, self._split.frozen, put_rows(batch, mesh)))
         loader.close()
+        if stop:
+            return None
         total, count = (sum(float(s[i]) for s in sums) for i in range(2))
         return total / max(count, 1)
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from minigpt4_jax import weights
-from minigpt4_jax.training.loop import Stopped, train
+from minigpt4_jax.training.loop import train
+from minigpt4_jax.training.stopping import Stopped
 
 STEPS = 7
 # The Q-Former is trained too: its dropout is the random state that a resumed run must continue.

@@ -198,24 +198,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     assert refused(c, tmp_path / "w") == message  # started again, it ends there again
 
 
-def test_damaged_checkpoint_is_named(home, tmp_path):
-    class Crash(Exception):
-        pass
-
-    def crash(record):
-        if record["step"] == 4:
-            raise Crash
-
-    with pytest.raises(Crash):
-        train(config(home), tmp_path / "w", on_metrics=crash)
-    checkpoint = tmp_path / "w" / "checkpoints" / "00000002"
-    for path in checkpoint.rglob("d/*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    message = refused(config(home), tmp_path / "w")
-    assert f"checkpoint {checkpoint} cannot be read" in message
-    assert "remove that folder" in message
-
-
 def test_full_disk(home, tmp_path):
     """On a file system of a few hundred KiB; needs the right to mount one."""
     small = tmp_path / "small"

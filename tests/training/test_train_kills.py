@@ -1,0 +1,26 @@
+"""Training processes that are killed at any moment: nothing is lost, nothing is done twice."""
+
+import lives
+import pytest
+
+KILLS = 50
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path):
+    """`python benchmarks/kills.py --kills=500` is the longer run of this."""
+    driver = lives.Driver(tmp_path)
+    expected = driver.undisturbed()
+    assert [r["step"] for r in expected.records] == list(range(1, lives.STEPS + 1))
+    assert sorted(expected.batches) == list(range(lives.STEPS))
+    assert len(set.union(*expected.batches.values())) == lives.STEPS  # told apart
+    runs = 0
+    while driver.count.all < KILLS:
+        runs += 1
+        found = driver.killed(f"run{runs}", KILLS - driver.count.all)
+        assert found.batches == expected.batches
+        assert found.records == expected.records
+        assert found.tensors == expected.tensors
+    print(driver.count, runs)
+    assert driver.count.starting >= 3
+    assert driver.count.writing >= 3
