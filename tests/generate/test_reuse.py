@@ -41,7 +41,8 @@ def test_random_dialogues_have_the_ids_of_rows_read_anew(make, window, stacked, 
             request = Request(
                 tokens, visual, 8, OPTIONS[rng.integers(3)], int(rng.integers(9)), halt=halt
             )
-            wanted = runner.generate([request])[0]
+            anew = runner.answer([request])[0][0]
+            wanted = anew.ids
             if rng.random() < 0.3:
                 run = runner.run([request], chunk=2, progress=True, kept=kept)
                 _, answer, _ = next(run)
@@ -50,7 +51,9 @@ def test_random_dialogues_have_the_ids_of_rows_read_anew(make, window, stacked, 
             else:
                 answer = runner.answer([request], kept=kept)[0][0]
                 assert answer.ids == wanted
-            tokens = [*tokens, *wanted[: rng.integers(0, 9)]]
+                if make is test_engine:  # a level of int8 may round the other way
+                    np.testing.assert_allclose(answer.logprobs, anew.logprobs, atol=5e-3)
+            tokens = [*tokens, *wanted[: 8 if rng.random() < 0.5 else rng.integers(0, 9)]]
             if rng.random() < 0.2:
                 at = int(rng.integers(len(tokens)))
                 tokens[at] = tokens[at] if tokens[at] < 0 else int(rng.integers(1, VOCAB))
