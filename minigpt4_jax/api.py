@@ -22,6 +22,7 @@ from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.engine import BATCH_SIZE, Engine
 from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
+from minigpt4_jax.generate.reuse import Kept
 from minigpt4_jax.generate.stopping import certain_part, power_of_two
 from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import FilePart, ImageSource, load_pixels
@@ -219,9 +220,13 @@ class Model:
         """
         return Conversation(self, system, template)
 
-    def _pieces(self, requests: list[Request], stop: Sequence[str]) -> Iterator[str]:
+    def _pieces(
+        self, requests: list[Request], stop: Sequence[str], kept: Kept | None = None
+    ) -> Iterator[str]:
         shown, endings = "", self._endings(stop)
-        for _, answer, over in self._engine.run(requests, chunk=STREAM_CHUNK, progress=True):
+        for _, answer, over in self._engine.run(
+            requests, chunk=STREAM_CHUNK, progress=True, kept=kept
+        ):
             text = self._cut_text(answer.ids, stop).replace("<s>", "").lstrip()
             text = text.rstrip() if over else certain_part(text, endings)
             if text.startswith(shown) and len(text) > len(shown):
@@ -417,6 +422,9 @@ class Model:
     ) -> tuple[list[texts.Row], np.ndarray]:
         filled, groups = self._inputs(images, prompts, template, "score")
         answers = [answers] if isinstance(answers, str) else list(answers)
+        for i, answer in enumerate(answers):
+            if not isinstance(answer, str):
+                raise UserError(f"answer {i}: got {type(answer).__name__}; expected text")
         if len(answers) != len(filled):
             raise UserError(f"{len(answers)} answers for {len(filled)} prompts; expected as many")
         rows = []

@@ -12,6 +12,7 @@ from PIL import Image
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.generate.reuse import Kept
 from minigpt4_jax.generate.wishes import Wishes
 from minigpt4_jax.images import ImageSource
 
@@ -33,7 +34,8 @@ class Conversation:
 
     turns: what was said, oldest first; all of it goes into the next prompt, as far as the context
     reaches. An image (the same path, or the same object) is encoded once and its visual tokens are
-    kept. The text of earlier turns is read again at every question.
+    kept. So are the keys and values of what was read and answered, on the device: a question is read from
+    where it first differs from that, which is all of it once the context has been cut.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Conversation:
         # the model's own template ends an answer with its end symbol
         self._stop = () if template is None else texts.answer_endings(self.template)
         self._options: dict[str, Any] = {}
+        self._kept = Kept()
         self._visual: dict[Any, tuple[ImageSource, np.ndarray]] = {}  # [P, D] of each image
 
     def ask(
@@ -61,7 +64,7 @@ class Conversation:
         `Model.generate`; the conversation then is as it was before.
         """
         turn, request, wishes = self._prepare(text, images, options)
-        answers = self.model._engine.answer([request])[0]
+        answers = self.model._engine.answer([request], kept=self._kept)[0]
         answer = self.model._generation(answers[0], wishes.stop).text
         self._keep(turn, answer, options)
         return answer
@@ -105,6 +108,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said; encoded images are kept for their next use."""
         self.turns.clear()
+        self._kept.clear()
 
     def retry_options(self) -> dict[str, Any]:
         """The options of the last question with the next seed."""
@@ -179,7 +183,7 @@ class Conversation:
     ) -> Generator[str]:
         shown, over = "", False
         try:
-            for piece in self.model._pieces([request], wishes.stop):
+            for piece in self.model._pieces([request], wishes.stop, self._kept):
                 shown += piece
                 yield piece
             over = True

@@ -176,6 +176,7 @@ def test_images_and_their_places_must_agree(model, name):
 
 def test_lengths_that_differ(model):
     assert "1 answers for 2 prompts" in refused(model.score, None, ["a", "b"], ["c"])
+    assert "answer 0: got NoneType" in refused(model.score, None, ["a"], [None])
     assert "1 seeds for 2 prompts" in refused(model.generate, None, ["a", "b"], seed=[1])
     assert "prompt 0: got NoneType" in refused(model.generate, [picture(0)], [None])
 

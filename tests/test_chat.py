@@ -270,10 +270,10 @@ def answers_with(monkeypatch):
     def replace(text):
         asked = []
 
-        def piece(self, requests, stop):
+        def piece(self, requests, stop, *rest):
             yield text
 
-        def answer(self, requests, *rest):
+        def answer(self, requests, **options):
             return [[None]]
 
         prepare = Conversation._prepare

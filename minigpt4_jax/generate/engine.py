@@ -8,6 +8,7 @@ steps is on its way before the host looks at what the last one made.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,8 +27,10 @@ from minigpt4_jax.generate.requests import (
     shapes_of,
     stack_visual,
 )
+from minigpt4_jax.generate.reuse import Kept, behind
 from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack_options
 from minigpt4_jax.generate.stopping import completing, power_of_two, stack_stops
+from minigpt4_jax.models.cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.sharding import ROWS, constrain, mesh_of, on_mesh
 
@@ -76,6 +79,8 @@ class Engine:
         self._leaves = jax.tree.leaves(nnx.state(model))
         on = partial(on_mesh, mesh=mesh_of(self._leaves))
         self._start = jax.jit(on(self._start_program), static_argnums=(2, 3, 4))
+        self._grow = jax.jit(on(grow_cache), static_argnums=(1,))
+        self._resume = jax.jit(on(self._resume_program), static_argnums=(4, 5), donate_argnums=(1,))
         self._decode = jax.jit(on(self._decode_program), static_argnums=(3,), donate_argnums=(1,))
         self._insert = jax.jit(on(_insert), donate_argnums=(0,))
         self._end = jax.jit(on(_end), donate_argnums=(0,))
@@ -93,12 +98,15 @@ class Engine:
         return [answers[0].ids for answers in self.answer(requests, batch_size)]
 
     def answer(
-        self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
+        self, requests: Sequence[Request], batch_size: int = BATCH_SIZE, kept: Kept | None = None
     ) -> list[list[Answer]]:
-        """The answers to each request, in order: one, or `beams.returned` of beam search."""
+        """The answers to each request, in order: one, or `beams.returned` of beam search.
+
+        kept: as of `run`; a search leaves it as it is.
+        """
         found: list[list[Answer]] = [[] for _ in requests]
         plain = [i for i, r in enumerate(requests) if r.beams.count == 1]
-        for i, answer, _ in self.run([requests[i] for i in plain], batch_size):
+        for i, answer, _ in self.run([requests[i] for i in plain], batch_size, kept=kept):
             found[plain[i]] = [answer]
         beams = [i for i, r in enumerate(requests) if r.beams.count > 1]
         for i, answers in zip(
@@ -114,12 +122,15 @@ class Engine:
         chunk: int = CHUNK,
         progress: bool = False,
         like: Sequence[Request] | None = None,
+        kept: Kept | None = None,
     ) -> Iterator[tuple[int, Answer, bool]]:
         """(index of a request, its answer, whether that is all of it) as requests finish.
 
         The slot of a finished row is refilled. progress: also yields what rows that go on have so
         far, after every `chunk` of steps. like: with it, requests may be any iterable, each of them
-        taken when a slot is free, and no larger and of no other options than one of `like`.
+        taken when a slot is free, and no larger and of no other options than one of `like`. kept:
+        for a single request, which goes on from what is there, as far as it begins alike, and
+        leaves its own cache there, also when the iterator is closed before the end.
         """
         if like is None:
             like = requests = list(requests)
@@ -130,39 +141,44 @@ class Engine:
         plan = plan_of([r.options for r in like], self.vocab)
         shapes = shapes_of(like)
         slots = list(running)
-        state = self.prefill(list(running.values()), shapes, plan)
+        begin = self.prefill if kept is None else partial(self._go_on, kept)
+        state = begin(list(running.values()), shapes, plan)
         watched = progress or any(r.halt for r in like)
         reports: deque[tuple[list[int], Any]] = deque()
         following = next(waiting, None)  # known early: to see whether there is one
-        while running:
-            state = self.decode(state, plan, chunk if watched or following else STEPS)
-            reports.append((list(slots), self._report(state)))
-            if len(reports) < 2:  # the device always has a chunk to work on
-                continue
-            halted = np.zeros(state.done.shape[0], bool)
-            owners, report = reports.popleft()
-            for slot, i, answer, done in _read(owners, report):
-                if slots[slot] != i:
-                    continue  # answered or halted before this chunk began
-                halt = running[i].halt
-                keep = halt(answer.ids) if halt else None
-                if keep is not None:
-                    answer = _cut(answer, keep)
-                    halted[slot] = not done
-                over = done or keep is not None
-                if over:
-                    slots[slot] = -1
-                    del running[i]
-                if over or progress:
-                    yield i, answer, over
-            if halted.any():
-                state = self._end(state, halted)
-            for slot in [s for s, i in enumerate(slots) if i < 0]:
-                if following:
-                    slots[slot], request = following
-                    running[slots[slot]] = request
-                    state = self._insert(state, self.prefill([request], shapes, plan), slot)
-                    following = next(waiting, None)
+        try:
+            while running:
+                state = self.decode(state, plan, chunk if watched or following else STEPS)
+                reports.append((list(slots), self._report(state)))
+                if len(reports) < 2:  # the device always has a chunk to work on
+                    continue
+                halted = np.zeros(state.done.shape[0], bool)
+                owners, report = reports.popleft()
+                for slot, i, answer, done in _read(owners, report):
+                    if slots[slot] != i:
+                        continue  # answered or halted before this chunk began
+                    halt = running[i].halt
+                    keep = halt(answer.ids) if halt else None
+                    if keep is not None:
+                        answer = _cut(answer, keep)
+                        halted[slot] = not done
+                    over = done or keep is not None
+                    if over:
+                        slots[slot] = -1
+                        del running[i]
+                    if over or progress:
+                        yield i, answer, over
+                if halted.any():
+                    state = self._end(state, halted)
+                for slot in [s for s, i in enumerate(slots) if i < 0]:
+                    if following:
+                        slots[slot], request = following
+                        running[slots[slot]] = request
+                        state = self._insert(state, self.prefill([request], shapes, plan), slot)
+                        following = next(waiting, None)
+        finally:
+            if kept is not None:
+                kept.keep(like[0], state, self._leaves)
 
     def search(
         self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
@@ -218,6 +234,20 @@ class Engine:
         plan = plan or plan_of([r.options for r in requests], self.vocab)
         return self._start(self._leaves, rows, shapes.cache, shapes.room, plan)
 
+    def _go_on(self, kept: Kept, requests: Sequence[Request], shapes: Shapes, plan: Plan) -> State:
+        """As `prefill` of one request, reading only what `kept` has not read."""
+        (request,) = requests
+        found = kept.take(request, self._leaves)
+        if found is None:
+            return self.prefill(requests, shapes, plan)
+        n, cache = found
+        tokens, visual = behind(request, n)
+        rows = self._rows([replace(request, tokens=tokens, visual=visual)], shapes)
+        length = max(shapes.cache, bucket(n + rows.tokens.shape[1]))
+        if length > cache.length:
+            cache = self._grow(cache, length)
+        return self._resume(self._leaves, cache, rows, n, shapes.room, plan)
+
     def decode(self, state: State, plan: Plan, steps: int = STEPS) -> State:
         """Up to `steps` more tokens for every row that is not done. `state` is given up."""
         return self._decode(self._leaves, state, steps, plan)
@@ -251,12 +281,30 @@ class Engine:
         model = self._model(leaves)
         embeds = model.merge(rows.tokens, rows.visual)
         hidden, cache = model.llm.prefill(embeds, rows.lengths, cache_length)
+        return self._first(model, hidden, cache, rows, rows.lengths, room, plan)
+
+    def _resume_program(
+        self, leaves: list[jax.Array], cache: KVCache, rows: Rows, n: jax.Array, room: int,
+        plan: Plan,
+    ) -> State:  # fmt: skip
+        """rows: what follows the first n positions, which the cache holds."""
+        model = self._model(leaves)
+        embeds = model.merge(rows.tokens, rows.visual)
+        positions = jnp.broadcast_to(n + jnp.arange(embeds.shape[1]), rows.tokens.shape)
+        hidden, cache = model.llm.decode(embeds, positions, cache)
+        return self._first(model, hidden, cache, rows, n + rows.lengths, room, plan)
+
+    def _first(
+        self, model: MiniGpt, hidden: jax.Array, cache: KVCache, rows: Rows, lengths: jax.Array,
+        room: int, plan: Plan,
+    ) -> State:  # fmt: skip
+        """The first token of every row, from hidden [B, T, D]; lengths [B]: of the whole prompts."""
         last = jnp.take_along_axis(hidden, rows.lengths[:, None, None] - 1, axis=1)[:, 0]
         b = rows.lengths.shape[0]
         state = State(
             cache,
             token=jnp.zeros(b, jnp.int32),
-            position=rows.lengths - 1,
+            position=lengths - 1,
             ids=jnp.full((b, room), -1, jnp.int32),
             logprobs=jnp.zeros((b, room), jnp.float32),
             made=jnp.zeros(b, jnp.int32),
