@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 .PHONY: quickstart tiny_v2 test smoke lint clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
-	$(BIN)/python -m minigpt4_jax.quickstart
+	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
 
 tiny_v2: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.tiny_v2

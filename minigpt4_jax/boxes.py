@@ -1,6 +1,6 @@
 """Boxes in text, both ways: `{<x1><y1><x2><y2>}`, whole hundredths of the image's width and height.
 
-MiniGPT-v2 writes an answer's boxes so (SPEC section 8; the original's demo_v2.py and its RefCOCO
+MiniGPT-v2 writes an answer's boxes so (the original's demo_v2.py and its RefCOCO
 readers): several boxes of one phrase are joined by `<delim>`, a phrase stands before its boxes as
 `<p>..</p>`, and an answer that is a box and nothing else has no phrase. Models write it nearly so;
 `parse_boxes` reads what they mean.
