@@ -35,7 +35,7 @@ class Kept:
         if any(a.is_deleted() for a in jax.tree.leaves((state.cache, state.ids, state.made))):
             return None
         made = int(state.made[0])
-        read = [*before.tokens, *np.asarray(state.ids)[0, :made].tolist()]  # not yet the last
+        read = [*before.tokens, *np.asarray(state.ids)[0, : made - 1].tolist()]  # not yet the last
         total = len(request.tokens)
         n = _common(read, before.visual, request.tokens, request.visual)
         n = min(n, total - 1)  # the last one is read for its scores
