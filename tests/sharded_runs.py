@@ -11,7 +11,8 @@ import numpy as np
 
 from minigpt4_jax import load
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.loop import Stopped, train
+from minigpt4_jax.training.loop import train
+from minigpt4_jax.training.stopping import Stopped
 
 QUESTION = "<Img><ImageHere></Img> What is this?"
 
