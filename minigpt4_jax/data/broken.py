@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from minigpt4_jax.errors import DataError, UserError
 
-_JUDGED_FROM = 1000  # rows: of fewer, as many may be broken as of so many
+_JUDGED_FROM = 1000  # rows: before so many were read, as many may be broken as of so many
 
 
 class Broken(NamedTuple):
@@ -25,10 +25,10 @@ def broken(dataset: str, error: UserError) -> Broken:
 
 class Tally:
     """Counts rows, and those left out by cause. share: of the rows, how many may be broken; 0: the
-    first is an error."""
+    first is an error. examples: how many there are; of a few, one is more than a small share."""
 
-    def __init__(self, share: float):
-        self.share = share
+    def __init__(self, share: float, examples: int = _JUDGED_FROM):
+        self.share, self._least = share, min(examples, _JUDGED_FROM)
         self.rows = 0
         self.causes: Counter[str] = Counter()
         self._last = ""
@@ -45,7 +45,7 @@ class Tally:
             self._last = f"{one.dataset}: {one.message}" if one.dataset else one.message
             if self.share == 0:
                 raise UserError(self._last)
-        if self.skipped > self.share * max(self.rows, _JUDGED_FROM):
+        if self.share < 1 and self.skipped > self.share * max(self.rows, self._least):
             raise UserError(
                 f"more rows are broken than config.data.max_broken = {self.share:g} of them: repair "
                 "the data (`python -m minigpt4_jax.data check CONFIG` counts what is missing), or "

@@ -92,9 +92,9 @@ def make_loader(
         )
     maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shard)
     _warn_of_cut_answers(maker)
+    tally = Tally(max_broken, sum(len(p.source) for p in parts))
     return Loader(
-        maker, Tally(max_broken), shuffle=shuffle, readers=(workers, threads), timeout=timeout,
-        pack=pack,
+        maker, tally, shuffle=shuffle, readers=(workers, threads), timeout=timeout, pack=pack,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.data.batches import Padding
+from minigpt4_jax.data.broken import Broken, Tally
 from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.mixing import Deck, Order, Part, Pick, cards
 from minigpt4_jax.data.source import ExampleList
@@ -282,9 +283,17 @@ def test_the_first_is_an_error_where_none_may_be_broken(photos, tmp_path):
 
 def test_too_many_broken_rows_end_the_run(photos, tmp_path):
     batches = with_faults(photos, tmp_path, max_broken=0.01)
-    with pytest.raises(UserError, match=r"max_broken = 0\.01 .*; data: 1\d of \d+ rows left out"):
+    with pytest.raises(UserError, match=r"max_broken = 0\.01 .*; data: \d of \d+ rows left out"):
         for _ in range(50):
             next(batches)
+
+
+def test_a_few_broken_rows_at_the_start_do_not_end_a_run_over_many():
+    tally, fault = Tally(0.01, examples=50_000), Broken("a", "torn", "a 5: torn")
+    tally.add(4, [fault] * 4)
+    tally.add(4, [fault] * 4)
+    with pytest.raises(UserError, match="11 of 12 rows left out"):
+        tally.add(4, [fault] * 3)
 
 
 def test_nothing_can_be_read(photos):

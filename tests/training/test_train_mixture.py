@@ -26,7 +26,8 @@ def values(home, **data):
         "model": str(home / "model"), "steps": 7, "init_lr": 0.01, "warmup_steps": 2, "keep": 2,
         "dtype": "float32", "save_every": 3, "log_every": 1, "end_symbol": "\n",
         "max_text_length": 12,
-        "data": {"mix": {"one": one, "two": two}, "root": str(home), "pad_tokens": 48, **data},
+        "data": {"mix": {"one": one, "two": two}, "root": str(home), "pad_tokens": 48,
+                 "max_broken": 0.5, **data},
     }  # fmt: skip
 
 
