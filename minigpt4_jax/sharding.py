@@ -85,11 +85,15 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
 def mesh_for_inference(text: str, config: ModelConfig) -> Mesh:
     """The mesh of a text for `parse_mesh`, or of "auto": the heads of the language model over as
     many devices as they divide among, rows over the rest. UserError as of `parse_mesh`."""
-    devices = jax.device_count()
+    return make_mesh(sizes_for_inference(text, config, jax.device_count()))
+
+
+def sizes_for_inference(text: str, config: ModelConfig, devices: int) -> dict[str, int]:
+    """The sizes of `mesh_for_inference` over so many devices."""
     if text != "auto":
-        return make_mesh(parse_mesh(text, devices))
+        return parse_mesh(text, devices)
     model = math.gcd(devices, config.llm.kv_heads)
-    return make_mesh({"data": devices // model, "model": model})
+    return {"data": devices // model, "model": model}
 
 
 def one_device() -> Mesh:

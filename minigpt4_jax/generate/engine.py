@@ -30,7 +30,7 @@ from minigpt4_jax.generate.requests import (
 from minigpt4_jax.generate.reuse import Kept, behind
 from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack_options
 from minigpt4_jax.generate.stopping import completing, power_of_two, stack_stops
-from minigpt4_jax.models.cache import KVCache, grow_cache
+from minigpt4_jax.models.cache import KVCache, cache_axes, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.sharding import ROWS, constrain, mesh_of, on_mesh
 
@@ -340,8 +340,7 @@ class Engine:
 def _placed(s: State) -> State:
     """The state as every program leaves it on a mesh: the cache split by rows and heads, the rest
     whole on every device."""
-    axes = (ROWS, "model") if isinstance(s.cache.k, list) else (None, ROWS, "model")
-    cache = jax.tree.map(lambda a: constrain(a, *axes), s.cache)
+    cache = jax.tree.map(lambda a: constrain(a, *cache_axes(s.cache)), s.cache)
     return jax.tree.map(constrain, s._replace(cache=None))._replace(cache=cache)
 
 

@@ -43,6 +43,11 @@ class KVCache(NamedTuple):
         return (keys.levels if isinstance(keys, Rounded) else keys).shape[-2]
 
 
+def cache_axes(cache: KVCache) -> tuple:
+    """The axes of a mesh that split the dimensions of a cache's arrays: rows, and heads."""
+    return (ROWS, "model") if isinstance(cache.k, list) else (None, ROWS, "model")
+
+
 class Place(NamedTuple):
     """Where in a cache the T tokens of a step go, and what each of them looks at."""
 

@@ -112,9 +112,9 @@ _FREE = {
 }  # fmt: skip
 
 
-def check(c: TrainConfig, *, model: bool = True) -> TrainConfig:
+def check(c: TrainConfig, *, model: bool = True, data: bool = True) -> TrainConfig:
     """Return the configuration; UserError names the first field whose value makes no sense.
-    model: one must be named."""
+    model, data: one must be named."""
     positive = (
         "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "eval_examples",
         "sample_images", "sample_tokens", "init_lr", "eps",
@@ -152,7 +152,9 @@ def check(c: TrainConfig, *, model: bool = True) -> TrainConfig:
     _require(c, "prompt_template", not template or template.count("{}") == 1, "one {} in it")
     _require(c, "model", bool(c.model) or not model, "a model directory: --config.model=DIR")
     given = bool(c.data.path or c.data.mix)
-    _require(c, "data.path", given, "a dataset: --config.data.path=FILE_OR_DIR", c.data.path)
+    _require(
+        c, "data.path", given or not data, "a dataset: --config.data.path=FILE_OR_DIR", c.data.path
+    )
     datasets.check(c.data, c.batch_size, c.accumulate)
     needs_epoch = c.schedule == "step" and c.steps_per_epoch == 0
     _require(c, "steps_per_epoch", not needs_epoch, "a number above 0 with schedule=step")
@@ -318,10 +320,13 @@ def read_config_file(spec: str) -> dict[str, Any]:
 # --- the command line -----------------------------------------------------------------------
 
 
-def parse(args: Sequence[str], *, data_only: bool = False) -> tuple[TrainConfig, str]:
+def parse(
+    args: Sequence[str], *, data_only: bool = False, sizes_only: bool = False
+) -> tuple[TrainConfig, str]:
     """`--config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE]...` -> (configuration, workdir).
 
     data_only: the configuration is wanted for its data; no model and no workdir are needed.
+    sizes_only: nor is data.
 
     Flags are absl's and overrides those of ml_collections.config_flags: typed as the field is,
     `--config.flag` and `--noconfig.flag` for a boolean, a repeated flag for several paths.
@@ -347,10 +352,13 @@ def parse(args: Sequence[str], *, data_only: bool = False) -> tuple[TrainConfig,
         raise UserError(_flag_error(e, base)) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: options look like --config.steps=100")
-    if not flag_values.workdir and not data_only:
+    if not flag_values.workdir and not (data_only or sizes_only):
         raise UserError("--workdir is missing: name a directory to keep the run in")
     values = _build(TrainConfig, holder.value.to_dict(), "config")
-    return check(values, model=not data_only), flag_values.workdir
+    return (
+        check(values, model=not (data_only or sizes_only), data=not sizes_only),
+        flag_values.workdir,
+    )
 
 
 def _take_config(args: Sequence[str]) -> tuple[str, list[str]]:

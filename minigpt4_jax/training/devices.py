@@ -20,7 +20,17 @@ def choose_mesh(c: TrainConfig, config: ModelConfig) -> tuple[Mesh, str]:
 
     UserError: it is not one of the devices there are, or the rows do not divide among them.
     """
-    devices, rows = jax.device_count(), c.batch_size // c.accumulate
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    sizes, why = choose_sizes(c, config, jax.device_count(), memory)
+    return make_mesh(sizes), why
+
+
+def choose_sizes(
+    c: TrainConfig, config: ModelConfig, devices: int, memory: int | None
+) -> tuple[dict[str, int], str]:
+    """The sizes of `choose_mesh` over so many devices, and the reason. memory: bytes of a device,
+    None where it is not known."""
+    rows = c.batch_size // c.accumulate
     if c.mesh not in ("", "auto"):
         sizes = parse_mesh(c.mesh, devices)
         split = sizes["data"] * sizes["fsdp"]
@@ -30,12 +40,11 @@ def choose_mesh(c: TrainConfig, config: ModelConfig) -> tuple[Mesh, str]:
                 f"config.batch_size {c.batch_size}{at_once} rows do not divide among the {split} "
                 f"devices of data and fsdp in mesh {c.mesh!r}: expected a multiple of {split}"
             )
-        return make_mesh(sizes), "as asked for"
+        return sizes, "as asked for"
     split = math.gcd(rows, devices)  # rows over as many devices as they divide among
     sizes = {"model": devices // split}
     bits = jax.numpy.dtype(DTYPES[c.dtype]).itemsize
     size = bits * sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory and size / sizes["model"] < ROOM * memory:
         sizes["data"] = split
         why = f"weights of {_size(size)} leave room on devices of {_size(memory)}"
@@ -45,7 +54,7 @@ def choose_mesh(c: TrainConfig, config: ModelConfig) -> tuple[Mesh, str]:
         why = f"memory is saved, as for weights of {_size(size)} {told}"
     if sizes["model"] > 1:
         why += f"; {rows} rows divide among {split} of {devices} devices, so matrices are split too"
-    return make_mesh(sizes), f"chosen because {why}"
+    return sizes, f"chosen because {why}"
 
 
 def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: Any) -> str:

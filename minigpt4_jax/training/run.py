@@ -99,15 +99,20 @@ def model_config(c: TrainConfig) -> ModelConfig:
             f"{c.model} has a language model of width {config.llm.width} and this configuration is "
             f"for {c.llm_width}: leave out the :argument, or set --config.llm_width=0"
         )
+    return adjusted(config, c, c.model)
+
+
+def adjusted(config: ModelConfig, c: TrainConfig, model: str) -> ModelConfig:
+    """A model's configuration with the run's changes. model: its name in messages."""
     changes = {
         name: getattr(c, name)
         for name in ("prompt_template", "end_symbol", "max_text_length")
         if getattr(c, name)
     }
-    return dataclasses.replace(config, lora=_lora(c, config.lora), **changes).check()
+    return dataclasses.replace(config, lora=_lora(c, config.lora, model), **changes).check()
 
 
-def _lora(c: TrainConfig, have: LoraConfig | None) -> LoraConfig | None:
+def _lora(c: TrainConfig, have: LoraConfig | None, model: str) -> LoraConfig | None:
     """The adapters of the run: the model's, or new ones. UserError when the choice is another."""
     wish = c.lora
     given: dict[str, Any] = {"rank": wish.rank, "alpha": wish.alpha, "targets": wish.targets}
@@ -117,7 +122,7 @@ def _lora(c: TrainConfig, have: LoraConfig | None) -> LoraConfig | None:
         if wish.rank == 0 and (given or dropout):
             name = next(iter(given | dropout))
             raise UserError(
-                f"config.lora.{name} is given, but {c.model} has no LoRA: give config.lora.rank "
+                f"config.lora.{name} is given, but {model} has no LoRA: give config.lora.rank "
                 "too, and it gets new adapters"
             )
         return LoraConfig(**given, **dropout) if wish.rank else None
@@ -125,7 +130,7 @@ def _lora(c: TrainConfig, have: LoraConfig | None) -> LoraConfig | None:
         own = getattr(have, name)
         if (sorted(value) != sorted(own)) if name == "targets" else value != own:
             raise UserError(
-                f"config.lora.{name} is {value!r}, and the adapters of {c.model} have {own!r}: "
+                f"config.lora.{name} is {value!r}, and the adapters of {model} have {own!r}: "
                 "leave it out, or begin with a model without LoRA"
             )
     return dataclasses.replace(have, **dropout)
