@@ -30,18 +30,19 @@ SETTINGS = (  # what differs from the released MiniGPT-v2
     "lora.rank=16",
     "lora.dropout=0",  # each row comes once
 )
-PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # rows of each task, objects of scenes
-    ({"caption": 160, "grounding": 80, "identify": 40, "refer": 40, "vqa": 80}, (1,)),
+PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # questions, objects of the scenes
+    ({"caption": 160, "grounding": 80, "identify": 40, "refer": 40, "vqa": 64}, (1,)),
     (
-        {"caption": 240, "grounding": 120, "identify": 80, "refer": 120, "vqa": 160, "detection": 40},
+        {"caption": 240, "grounding": 120, "identify": 160, "refer": 320, "vqa": 240, "detection": 40},
         (1, 2, 2),
     ),
     (
-        {"caption": 900, "vqa": 1800, "refer": 2200, "identify": 880, "grounding": 820,
-         "detection": 240},
+        {"caption": 600, "vqa": 3400, "refer": 4600, "identify": 2800, "grounding": 640,
+         "detection": 160},
         (1, 2, 3),
     ),
 )  # fmt: skip
+TURNS = 3  # short questions about an image in one row
 JUDGED = ("refer", "identify", "vqa", "caption", "grounding")
 QUESTIONS = 4  # of an image that are judged, of vqa's many
 NEW_TOKENS = 96
@@ -139,20 +140,26 @@ class TinyV2:
         print(f'    --task=refer --prompt="{phrase}" --save-image=boxes.png')
 
 
-def write_rows(train_dir: Path, out: Path, seed: int) -> None:
-    """Write what training asks, a row {"image", "question", "answer"} each, in its order."""
+def write_rows(train_dir: Path, out: Path, seed: int) -> int:
+    """Write what training asks, a row {"image", "conversations"} each, in its order; returns how many."""
     from minigpt4_jax.data.shapes import read_scenes
     from minigpt4_jax.data.shapes_tasks import Phase, training_rows
     from minigpt4_jax.training.config import read_config_file
 
     known = read_scenes(train_dir)
-    phases = [Phase(rows, counts) for rows, counts in PHASES]
+    phases = [Phase(questions, counts) for questions, counts in PHASES]
     batch = read_config_file("tiny_v2")["batch_size"]
+    rows = training_rows([scene for _, scene in known], phases, batch, TURNS, seed)
     with out.open("w") as file:
-        for i, asked in training_rows([scene for _, scene in known], phases, batch, seed):
+        for i, turns in rows:
+            talk = [
+                {"from": speaker, "value": value}
+                for asked in turns
+                for speaker, value in (("human", asked.question), ("gpt", asked.answer))
+            ]
             image = str(known[i][0].relative_to(out.parent))
-            row = {"image": image, "question": asked.question, "answer": asked.answer}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"image": image, "conversations": talk}) + "\n")
+    return len(rows)
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def score(scene: "Scene", asked: "Asked", answer: str) -> float:
         return float(answer.strip().lower() == asked.answer.lower())
     side = scene.image_size
     found = parse_boxes(answer, side, side)
-    if asked.box is not None:
+    if asked.task == "refer" and asked.box is not None:
         return float(bool(found) and iou(found[0][1], asked.box) > 0.5)
     true = parse_boxes(asked.answer, side, side)
     hits = sum(any(p == phrase and iou(b, box) > 0.5 for p, b in found) for phrase, box in true)

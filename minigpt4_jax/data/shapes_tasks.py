@@ -19,6 +19,8 @@ from minigpt4_jax.boxes import Box, format_box, format_boxes
 from minigpt4_jax.data.shapes_scene import Object, Scene
 from minigpt4_jax.data.shapes_text import questions, references, short
 
+SHORT = ("vqa", "refer", "identify")  # tasks with answers of a few words
+
 
 class Asked(NamedTuple):
     """A question with its answer, and what it is about."""
@@ -26,13 +28,13 @@ class Asked(NamedTuple):
     task: str
     question: str
     answer: str
-    box: Box | None = None  # of the object that refer looks for
+    box: Box | None = None  # of the object that refer looks for, or identify names
 
 
 class Phase(NamedTuple):
-    """A stretch of training: how many rows of each task, of scenes with so many objects."""
+    """A stretch of training: how many questions of each task, of scenes with so many objects."""
 
-    rows: Mapping[str, int]
+    questions: Mapping[str, int]
     counts: tuple[int, ...]
 
 
@@ -45,7 +47,7 @@ def asked(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
     for phrase, box in references(scene):
         yield Asked("refer", tasks.refer(phrase), format_box(box, side, side), box)
     for thing in scene.objects:
-        yield Asked("identify", tasks.identify(thing.box, side, side), _name(thing))
+        yield Asked("identify", tasks.identify(thing.box, side, side), _name(thing), thing.box)
     yield Asked("grounding", tasks.grounding(), _grounded(scene))
     words = [word for o in scene.objects for word in (o.shape, f"{o.color} {o.shape}")]
     phrase = words[rng.integers(len(words))]
@@ -67,19 +69,23 @@ def _grounded(scene: Scene) -> str:
 
 
 def training_rows(
-    scenes: Sequence[Scene], phases: Sequence[Phase], batch: int, seed: int = 0
-) -> list[tuple[int, Asked]]:
-    """(number of the scene, what is asked) in the order training takes them: a batch has one task, as
-    a step of MiniGPT-v2's has one dataset, drawn so that a phase has its rows of each.
+    scenes: Sequence[Scene], phases: Sequence[Phase], batch: int, turns: int = 1, seed: int = 0
+) -> list[tuple[int, list[Asked]]]:
+    """(number of the scene, what is asked of it in turn) in the order training takes them.
 
-    Scenes are taken in turn, so that one comes again only after all others with as many objects.
+    A batch of rows asks for one long answer each, all of one task, or for `turns` short ones of any
+    of SHORT, so that many share what the image costs. Scenes are taken in turn: one comes again only
+    after all others with as many objects.
     """
     order = random.Random(seed)
     left = {n: [i for i, s in enumerate(scenes) if len(s.objects) == n] for n in (1, 2, 3)}
     at = dict.fromkeys(left, 0)
-    found: list[tuple[int, Asked]] = []
+    found: list[tuple[int, list[Asked]]] = []
     for phase in phases:
-        steps = [task for task, rows in phase.rows.items() for _ in range(rows // batch)]
+        short = {task: n for task, n in phase.questions.items() if task in SHORT}
+        steps: list[str | None] = [None] * (sum(short.values()) // (batch * turns))
+        for task, number in phase.questions.items():
+            steps += [task] * (number // batch if task not in SHORT else 0)
         order.shuffle(steps)
         for step, task in enumerate(steps):
             count = phase.counts[step % len(phase.counts)]
@@ -87,6 +93,32 @@ def training_rows(
                 i = left[count][at[count] % len(left[count])]
                 rng = np.random.default_rng([seed, i, at[count]])
                 at[count] += 1
-                choices = [a for a in asked(scenes[i], rng) if a.task == task]
-                found.append((i, choices[rng.integers(len(choices))]))
+                everything = list(asked(scenes[i], rng))
+                if task is None:
+                    row = _short_ones(everything, short, turns, rng)
+                else:
+                    row = [_one_of([a for a in everything if a.task == task], rng)]
+                found.append((i, row))
     return found
+
+
+def _short_ones(
+    everything: list[Asked], weights: Mapping[str, int], turns: int, rng: np.random.Generator
+) -> list[Asked]:
+    """Up to `turns` questions, tasks drawn by weight, no object looked for or named twice: what was
+    said of it before would answer the second question without a look at the image."""
+    row: list[Asked] = []
+    tasks, shares = list(weights), np.array(list(weights.values())) / sum(weights.values())
+    for _ in range(turns):
+        task = rng.choice(tasks, p=shares)
+        boxes = [a.box for a in row if a.box is not None]
+        open_ones = [
+            a for a in everything if a.task == task and a not in row and a.box not in boxes
+        ]
+        if open_ones:
+            row.append(_one_of(open_ones, rng))
+    return row or [_one_of([a for a in everything if a.task in weights], rng)]
+
+
+def _one_of(choices: list[Asked], rng: np.random.Generator) -> Asked:
+    return choices[rng.integers(len(choices))]

@@ -8,7 +8,7 @@ import pytest
 from minigpt4_jax import tasks
 from minigpt4_jax.boxes import iou, parse_boxes
 from minigpt4_jax.data.shapes import HELDOUT_PAIRS, scene_at
-from minigpt4_jax.data.shapes_tasks import Phase, asked, training_rows
+from minigpt4_jax.data.shapes_tasks import SHORT, Phase, asked, training_rows
 
 
 def all_asked(split="train", count=30):
@@ -62,26 +62,34 @@ def test_training_never_speaks_of_a_held_out_pair():
                 assert f"{color} {shape}" not in f"{a.question} {a.answer}"
 
 
-def test_a_batch_has_one_task_and_scenes_with_as_many_objects():
+def test_a_batch_has_one_long_task_or_short_ones_in_turn():
     scenes = [scene_at(3, index) for index in range(60)]
     phases = [
-        Phase({"caption": 16, "refer": 8}, (1,)), Phase({"vqa": 40, "grounding": 20}, (2, 3))
-    ]  # fmt: skip
-    rows = training_rows(scenes, phases, batch=4)
-    assert Counter(a.task for _, a in rows[:24]) == {"caption": 16, "refer": 8}
-    assert Counter(a.task for _, a in rows[24:]) == {"vqa": 40, "grounding": 20}
+        Phase({"caption": 16, "detection": 8}, (1,)),
+        Phase({"vqa": 72, "refer": 48, "identify": 24, "grounding": 20}, (2, 3)),
+    ]
+    rows = training_rows(scenes, phases, batch=4, turns=3)
+    assert len(rows) == 24 + 144 // 3 + 20
+    assert Counter(a.task for _, (a,) in rows[:24]) == {"caption": 16, "detection": 8}
+    short = [row for _, row in rows[24:] if row[0].task in SHORT]
+    counts = Counter(a.task for row in short for a in row)
+    assert len(short) == 48 and counts["vqa"] > counts["refer"] > counts["identify"] > 0
+    assert all(len(row) <= 3 and len(set(row)) == len(row) for row in short)
     for k in range(0, len(rows), 4):
-        assert len({a.task for _, a in rows[k : k + 4]}) == 1
+        tasks = {a.task for _, row in rows[k : k + 4] for a in row}
+        assert len(tasks) == 1 or tasks <= set(SHORT)
         counts = {len(scenes[i].objects) for i, _ in rows[k : k + 4]}
         assert counts == {1} if k < 24 else counts in ({2}, {3})
-    tasks_in_order = [rows[k][1].task for k in range(24, 84, 4)]
-    assert tasks_in_order != sorted(tasks_in_order)  # mixed
-    assert training_rows(scenes, phases, batch=4) == rows
-    assert training_rows(scenes, phases, batch=4, seed=1) != rows
+    kinds = [row[0].task in SHORT for _, row in rows[24::4]]
+    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)  # mixed
+    assert training_rows(scenes, phases, 4, 3) == rows
+    assert training_rows(scenes, phases, 4, 3, seed=1) != rows
 
 
-def test_a_scene_comes_again_after_all_others_and_is_asked_something_else():
-    scenes = [scene_at(3, index, counts=(2,)) for index in range(4)]
-    rows = training_rows(scenes, [Phase({"vqa": 40}, (2,))], batch=4)
-    assert [i for i, _ in rows] == [0, 1, 2, 3] * 10
-    assert len({a.question for i, a in rows if i == 0}) > 3
+def test_no_turn_of_a_row_tells_another_ones_box():
+    scenes = [scene_at(3, index) for index in range(60)]
+    rows = training_rows(scenes, [Phase({"refer": 120, "identify": 120}, (2, 3))], 4, 3)
+    for _, row in rows:
+        boxes = [a.box for a in row]
+        assert len(set(boxes)) == len(boxes) and None not in boxes
+    assert {len(row) for _, row in rows} == {2, 3}
