@@ -84,8 +84,8 @@ def training_rows(
     for phase in phases:
         short = {task: n for task, n in phase.questions.items() if task in SHORT}
         steps: list[str | None] = [None] * (sum(short.values()) // (batch * turns))
-        for task, number in phase.questions.items():
-            steps += [task] * (number // batch if task not in SHORT else 0)
+        for long, number in phase.questions.items():
+            steps += [long] * (number // batch if long not in SHORT else 0)
         order.shuffle(steps)
         for step, task in enumerate(steps):
             count = phase.counts[step % len(phase.counts)]
