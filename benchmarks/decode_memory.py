@@ -1,7 +1,7 @@
 """Memory of answering at full size, from the compiled programs; no weights are made.
 
-    python benchmarks/decode_memory.py [--model=7b,13b] [--precision=bfloat16,int8,int4]
-        [--batch=1] [--context=2000] [--topology=v5p:1x1x1] [--layers=N]
+    python benchmarks/decode_memory.py [--model=7b,13b,v2] [--precision=bfloat16,int8,int4]
+        [--batch=1,8,32] [--context=2000] [--topology=v5p:1x1x1] [--layers=N] [--decode-layers=N]
 
 lowers three programs over parameters that are shapes only: the vision encoder on one image, the
 prefill of a row of `context` tokens, and the decoding loop over `batch` rows; compiles them for a
@@ -12,30 +12,35 @@ program's temporaries come on top. peak is the largest sum. --topology=none comp
 instead: XLA on CPU converts matrices and caches to float32, so its temporaries say nothing about
 an accelerator.
 --layers compiles the prefill of a language model cut to so many layers, which is much faster: a
-layer's temporaries make room for the next one's. int4 weights are taken to lie transposed, as the
-decoding loop reads them on a TPU (otherwise it begins with a copy of them all).
+layer's temporaries make room for the next one's. --decode-layers does so with the decoding loop.
 """
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from minigpt4_jax import topology, weights
-from minigpt4_jax.config import LlmConfig, ModelConfig
+from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.models.cache import KVCache, Rounded
 
 MODELS = {
     "7b": ModelConfig(),
     "13b": ModelConfig(llm=LlmConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)),
+    "v2": ModelConfig(
+        variant="minigpt-v2",
+        vision=VisionConfig(image_size=448),
+        qformer=None,
+        merge_patches=4,
+        lora=LoraConfig(),
+    ),
 }
 PRECISIONS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 TARGETS = {("7b", "int8"): 9.0, ("13b", "int8"): 15.5, ("7b", "int4"): 5.5, ("13b", "int4"): 9.0}
@@ -71,16 +76,13 @@ def size(tree: Any) -> int:
 class Programs:
     """What answering compiles, for one model and device."""
 
-    def __init__(self, config: ModelConfig, device: Any, transposed: bool):
+    def __init__(self, config: ModelConfig, device: Any):
         self.config, self.device = config, device
         (self.graphdef, self.treedef), leaves = parameters(config)
-        self.leaves = [self._placed(leaf, transposed) for leaf in leaves]
+        self.leaves = [self._placed(leaf) for leaf in leaves]
 
-    def _placed(self, leaf: jax.ShapeDtypeStruct, transposed: bool) -> jax.ShapeDtypeStruct:
-        place: Any = SingleDeviceSharding(self.device)
-        if transposed and leaf.dtype == jnp.uint8:
-            order = (*range(leaf.ndim - 2), leaf.ndim - 1, leaf.ndim - 2)
-            place = Format(Layout(order), place)
+    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = SingleDeviceSharding(self.device)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     def _model(self, leaves: list) -> Any:
@@ -89,7 +91,7 @@ class Programs:
         return model
 
     def compile(self, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()) -> Any:
-        inputs = jax.tree.map(lambda a: self._placed(a, False), inputs)
+        inputs = jax.tree.map(self._placed, inputs)
         jitted = jax.jit(program, donate_argnums=donate, keep_unused=True)
         return jitted.lower(self.leaves, *inputs).compile()
 
@@ -135,26 +137,32 @@ def temporaries(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(
-    config: ModelConfig, device: Any, batch: int, context: int, layers: int | None
-) -> dict[str, float]:
-    """GB by column."""
+def cut(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """With so many layers of the language model."""
     llm = dataclasses.replace(config.llm, layers=layers or config.llm.layers)
-    cut = Programs(dataclasses.replace(config, llm=llm), device, device.platform == "tpu")
-    programs = Programs(config, device, device.platform == "tpu")
-    held, cache = size(programs.leaves), size(cache_shapes(config, batch, context))
-    row = size(cache_shapes(config, 1, context))
+    return dataclasses.replace(config, llm=llm)
+
+
+def measure(
+    config: ModelConfig, device: Any, batches: list[int], context: int, layers: int | None,
+    decode_layers: int | None,
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """GB by column, for each batch."""
+    held, row = size(parameters(config)[1]), size(cache_shapes(config, 1, context))
     with topology.compiling_for(device.platform):
-        encode = temporaries(programs.encode())
-        prefill = temporaries(cut.prefill(context))
-        decode = temporaries(programs.decode(batch, context))
-    others = cache - row  # the caches that lie beside a row while its image is encoded
-    peak = max(encode + others, cache + prefill, cache + decode)
-    found = {
-        "weights": held, "cache": cache, "encode": encode, "prefill": prefill, "decode": decode,
-        "peak": held + peak,
-    }  # fmt: skip
-    return {name: value / 1e9 for name, value in found.items()}
+        first = Programs(cut(config, layers), device)
+        encode, prefill = temporaries(first.encode()), temporaries(first.prefill(context))
+        loop = Programs(cut(config, decode_layers), device)
+        for batch in batches:
+            cache = size(cache_shapes(config, batch, context))
+            decode = temporaries(loop.decode(batch, context))
+            # other rows' caches lie beside a row while its image is encoded
+            peak = max(encode + cache - row, cache + prefill, cache + decode)
+            found = {
+                "weights": held, "cache": cache, "encode": encode, "prefill": prefill,
+                "decode": decode, "peak": held + peak,
+            }  # fmt: skip
+            yield {name: value / 1e9 for name, value in found.items()}
 
 
 def main() -> None:
@@ -165,8 +173,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--topology", default="v5p:1x1x1")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--decode-layers", type=int)
     a = parser.parse_args()
     names, precisions = a.model.split(","), a.precision.split(",")
+    batches = [int(batch) for batch in a.batch.split(",")]
     if unknown := [n for n in names if n not in MODELS] + [
         p for p in precisions if p not in PRECISIONS
     ]:
@@ -177,9 +187,9 @@ def main() -> None:
     print(f"{'model':6}{'precision':10}{'batch':>6}" + "".join(f"{c:>9}" for c in columns))
     for name in names:
         for precision in precisions:
-            for batch in map(int, a.batch.split(",")):
-                config = dataclasses.replace(MODELS[name], quantize=PRECISIONS[precision])
-                values = measure(config, device, batch, a.context, a.layers)
+            config = dataclasses.replace(MODELS[name], quantize=PRECISIONS[precision]).check()
+            found = measure(config, device, batches, a.context, a.layers, a.decode_layers)
+            for batch, values in zip(batches, found, strict=True):
                 numbers = "".join(f"{v:9.3f}" for v in values.values())
                 target = TARGETS.get((name, precision), "") if batch == 1 else ""
                 print(f"{name:6}{precision:10}{batch:6}{numbers}{target:>9}", flush=True)

@@ -1,11 +1,8 @@
 """The Python interface: load a model directory, encode images, score answers, generate text."""
 
-import bisect
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,27 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
+from minigpt4_jax import answers as written
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.engine import BATCH_SIZE, Engine
-from minigpt4_jax.generate.requests import Answer, Request, bucket, stack_visual
+from minigpt4_jax.generate.requests import Answer, Request
 from minigpt4_jax.generate.reuse import Kept
-from minigpt4_jax.generate.stopping import certain_part, power_of_two
+from minigpt4_jax.generate.stopping import power_of_two
 from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import FilePart, ImageSource, load_pixels
+from minigpt4_jax.inputs import Images, identity, make_requests, naming, paired
 from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.scoring import answer_rows, summed_nll
 from minigpt4_jax.sharding import ROWS, constrain, mesh_for_inference, mesh_of, on_mesh
 from minigpt4_jax.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.weights import load_model, parameter_shapes, read_config, tokenizer_dir
 
 ENCODE_BATCH = 8  # images through the vision encoder at a time
 STREAM_CHUNK = 4  # tokens between two pieces of a streamed answer
-SCORE_BATCH = 8  # rows through the language model at a time
-
-Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
 
 
 def load(
@@ -223,15 +220,8 @@ class Model:
     def _pieces(
         self, requests: list[Request], stop: Sequence[str], kept: Kept | None = None
     ) -> Iterator[str]:
-        shown, endings = "", self._endings(stop)
-        for _, answer, over in self._engine.run(
-            requests, chunk=STREAM_CHUNK, progress=True, kept=kept
-        ):
-            text = self._cut_text(answer.ids, stop).replace("<s>", "").lstrip()
-            text = text.rstrip() if over else certain_part(text, endings)
-            if text.startswith(shown) and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
+        progress = self._engine.run(requests, chunk=STREAM_CHUNK, progress=True, kept=kept)
+        return written.pieces(self.tokenizer, self.config, progress, stop)
 
     def _requests(
         self,
@@ -241,55 +231,11 @@ class Model:
         visual: list[np.ndarray | None] | None = None,
     ) -> list[Request]:
         """visual: the visual tokens [I * P, D] of each prompt, where they are known already."""
-        filled, groups = self._inputs(
-            images, prompts, wishes.template, "generate", wishes.extra_bos
-        )
-        seed = wishes.seed
-        seeds = [seed] * len(filled) if isinstance(seed, int) else [int(s) for s in seed]
-        if len(seeds) != len(filled):
-            raise UserError(
-                f"{len(seeds)} seeds for {len(filled)} prompts; expected as many or one"
-            )
-        fitted = []
-        for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
-            with _naming(f"prompt {i}"):
-                fitted.append(
-                    self._fitting_prompt(
-                        prompt or "", len(group), extra_bos=wishes.extra_bos,
-                        new=wishes.max_new_tokens, context=wishes.context,
-                    )
-                )  # fmt: skip
-        stops: list[list[int]] = []
-        for text in (self.config.end_symbol, *wishes.stop):
-            found = texts.stop_sequences(self.tokenizer, text)
-            stops += [ids for ids in found if ids not in stops]
-        halt = partial(self._halt, wishes.stop) if wishes.stop else None
-        options, beams = wishes.sampling(), wishes.beams()
-        visual = self._visual(groups) if visual is None else visual
-        return [
-            Request(
-                tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s, stops,
-                beams, halt,
-            )
-            for (tokens, lost), v, s in zip(fitted, visual, seeds, strict=True)
-        ]  # fmt: skip
-
-    def _halt(self, stop: Sequence[str], ids: list[int]) -> int | None:
-        """How many ids it takes to write a text of `stop`; None while there is none."""
-
-        def written(count: int) -> bool:
-            text = self.tokenizer.decode(ids[:count])
-            return any(s in text for s in stop)
-
-        if not written(len(ids)):
-            return None
-        return bisect.bisect_left(range(len(ids)), True, key=written)
+        encode = self._visual if visual is None else lambda _: visual
+        return make_requests(self.tokenizer, self.config, images, prompts, wishes, encode)
 
     def _generation(self, answer: Answer, stop: Sequence[str]) -> Generation:
-        return Generation(
-            self._text(answer.ids, stop), answer.ids, answer.logprobs,
-            "stop" if answer.stopped else "length", answer.score,
-        )  # fmt: skip
+        return written.generation(self.tokenizer, self.config, answer, stop)
 
     # --- candidate ranking ------------------------------------------------------------------
 
@@ -318,64 +264,6 @@ class Model:
             losses[np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]] = 9999
         return np.argsort(losses, axis=1, kind="stable").tolist()
 
-    # --- rows -------------------------------------------------------------------------------
-
-    def _inputs(
-        self,
-        images: Images | None,
-        prompts: Sequence[str | None],
-        template: bool,
-        call: str,
-        extra_bos: bool = False,
-    ) -> tuple[list[str | None], list[list[ImageSource]]]:
-        """Prompts with the template filled in, and the images of each as a list."""
-        filled: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
-        groups = _image_groups(images, len(filled))
-        for i, prompt in enumerate(filled):
-            if not isinstance(prompt, str) and not (prompt is None and call == "score"):
-                raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
-            if prompt is not None and not prompt.strip():
-                raise UserError(f"prompt {i} is empty; expected text")
-            if template and prompt is not None:
-                filled[i] = self._from_template(prompt, len(groups[i]), extra_bos)
-        return filled, groups
-
-    def _from_template(self, question: str, images: int, extra_bos: bool) -> str:
-        question = texts.with_images(question, images)
-        prompt = texts.fill_template(self.config.prompt_template, question)
-        spelled = texts.chat_template(self.config).user.startswith("<s>")
-        return "<s>" + prompt if spelled and extra_bos else prompt
-
-    def _fitting_prompt(
-        self, prompt: str, images: int, *, extra_bos: bool, new: int, context: int | None
-    ) -> tuple[list[int], int]:
-        """Prompt ids that leave room for `new` more, and how many visual tokens were cut off."""
-        tokens = texts.prompt_tokens(
-            self.tokenizer, self.config, prompt, images=images, extra_bos=extra_bos
-        )
-        longest = self.config.llm.max_length
-        if context is not None:
-            return texts.cut_left(tokens, new, min(context, longest))
-        if len(tokens) + new > longest:
-            raise UserError(
-                f"{len(tokens)} tokens and max_new_tokens {new} exceed the language model's "
-                f"context of {longest}; shorten the prompt or lower max_new_tokens"
-            )
-        return tokens, 0
-
-    def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
-        return texts.clean_answer(self._cut_text(ids, stop))
-
-    def _cut_text(self, ids: list[int], stop: Sequence[str]) -> str:
-        text = self.tokenizer.decode(ids)
-        for end in self._endings(stop):
-            text = text.split(end)[0]
-        return text
-
-    def _endings(self, stop: Sequence[str]) -> list[str]:
-        """The texts that an answer is cut at."""
-        return [e for e in (self.config.end_symbol, *stop, "###", "</s>") if e.strip() or e in stop]
-
     # --- arrays -----------------------------------------------------------------------------
 
     def _merge(self, state: Any) -> MiniGpt:
@@ -384,10 +272,10 @@ class Model:
     def _encode_all(self, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray:
         config = self.config
         found = np.empty((len(images), config.visual_tokens, config.llm.width), np.float32)
-        for some in _chunks(range(len(images)), ENCODE_BATCH):
-            pixels = []
+        for at in range(0, len(images), ENCODE_BATCH):
+            some, pixels = range(at, min(at + ENCODE_BATCH, len(images))), []
             for i in some:
-                with _naming(names[i]):
+                with naming(names[i]):
                     pixels.append(load_pixels(images[i], config.vision.image_size))
             found[some[0] : some[-1] + 1] = self._encode_pixels(pixels)
         return found
@@ -405,12 +293,12 @@ class Model:
         names: list[str] = []
         for i, group in enumerate(groups):
             for j, image in enumerate(group):
-                if _identity(image) not in place:
-                    place[_identity(image)] = len(images)
+                if identity(image) not in place:
+                    place[identity(image)] = len(images)
                     images.append(image)
                     names.append(f"image {i}" if len(group) == 1 else f"image {j} of prompt {i}")
         encoded = self._encode_all(images, names)
-        rows = [[encoded[place[_identity(image)]] for image in group] for group in groups]
+        rows = [[encoded[place[identity(image)]] for image in group] for group in groups]
         return [np.concatenate(parts) if parts else None for parts in rows]
 
     def _score_rows(
@@ -420,37 +308,11 @@ class Model:
         answers: Sequence[str],
         template: bool,
     ) -> tuple[list[texts.Row], np.ndarray]:
-        filled, groups = self._inputs(images, prompts, template, "score")
-        answers = [answers] if isinstance(answers, str) else list(answers)
-        for i, answer in enumerate(answers):
-            if not isinstance(answer, str):
-                raise UserError(f"answer {i}: got {type(answer).__name__}; expected text")
-        if len(answers) != len(filled):
-            raise UserError(f"{len(answers)} answers for {len(filled)} prompts; expected as many")
-        rows = []
-        for i, (prompt, answer, group) in enumerate(zip(filled, answers, groups, strict=True)):
-            with _naming(f"prompt {i}"):
-                row = texts.build_row(
-                    self.tokenizer, self.config, prompt, answer, images=len(group)
-                )
-                self._check_fits(len(row.tokens))
-            rows.append(row)
-        visual = self._visual(groups)
-        nll = np.zeros(len(rows), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-        for some in _chunks(order, SCORE_BATCH):
-            batch = _score_batch([rows[i] for i in some])
-            slots = [visual[i] for i in some] + [None] * (len(batch.lengths) - len(some))
-            placed = stack_visual(slots, self.config.llm.width)
-            nll[list(some)] = self._nll(self._state, batch, placed)[: len(some)]
-        return rows, nll
-
-    def _check_fits(self, tokens: int) -> None:
-        if tokens > self.config.llm.max_length:
-            raise UserError(
-                f"a row of {tokens} tokens exceeds the language model's context of "
-                f"{self.config.llm.max_length}; shorten the prompt"
-            )
+        filled, groups = paired(self.config, images, prompts, template=template, none_allowed=True)
+        counts = [len(group) for group in groups]
+        rows = answer_rows(self.tokenizer, self.config, filled, counts, answers)
+        nll = lambda batch, visual: self._nll(self._state, batch, visual)  # noqa: E731
+        return rows, summed_nll(rows, self._visual(groups), self.config.llm.width, nll)
 
     def _encode_program(self, state: Any, pixels: jax.Array) -> jax.Array:
         return constrain(self._merge(state).encode(constrain(pixels, ROWS)[:, None]))
@@ -460,59 +322,6 @@ class Model:
         embeds = model.merge(jnp.asarray(batch.tokens), visual)
         hidden = model.llm(embeds, jnp.asarray(batch.lengths))
         return constrain(model.answer_nll(hidden, batch).sum(1))
-
-
-def _score_batch(rows: list[texts.Row]) -> Batch:
-    """Rows padded to a bucket; without pixels, as the images are encoded already."""
-    b = power_of_two(len(rows))
-    lengths = np.ones(b, np.int32)
-    tokens = np.zeros((b, bucket(max(len(row.tokens) for row in rows))), np.int32)
-    answers = np.full((b, bucket(max(len(row.answers) for row in rows), 16)), -1, np.int32)
-    for i, row in enumerate(rows):
-        lengths[i] = len(row.tokens)
-        tokens[i, : len(row.tokens)] = row.tokens
-        answers[i, : len(row.answers)] = row.answers
-    return Batch(np.zeros((b, 0)), tokens, lengths, answers)
-
-
-def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
-    """The images of each of `count` prompts."""
-    if images is None:
-        return [[] for _ in range(count)]
-    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 0) == 3:
-        images = [images]  # type: ignore[list-item]
-    entries = list(images)
-    if len(entries) != count:
-        raise UserError(
-            f"{len(entries)} images for {count} prompts; expected an entry for each prompt: "
-            "an image, a list of images, or None for text only"
-        )
-    groups: list[list[ImageSource]] = []
-    for entry in entries:
-        if entry is None:
-            groups.append([])
-        else:
-            groups.append(list(entry) if isinstance(entry, (list, tuple)) else [entry])
-    return groups
-
-
-def _identity(image: ImageSource) -> Any:
-    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
-
-
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Say in a UserError which of many inputs it is about."""
-    try:
-        yield
-    except UserError as e:
-        kind = name.split()[0]
-        raise UserError(f"{name}: {str(e).removeprefix(kind).lstrip(' :')}") from e
 
 
 def _default_dtype(config: ModelConfig) -> str:

@@ -7,8 +7,15 @@ each as level + 8. XLA on CPU takes a byte for each int4, hence bytes packed her
 The scale of `NAME` is `NAME_scale`, stored in bfloat16; a weight is rounded against the rounded
 scale, so nothing more is lost by it. Activations are not rounded.
 gguf: the blocks of a GGUF file as they are, see `Kept`.
+
+A directory holds levels as [out, in] or packed [out, in / 2], scales as [out] or [out, groups]. In
+memory a linear map that has groups is turned around: levels [groups, group, out] (or packed [groups,
+group / 2, out]) and scale [groups, out]. So a product multiplies the halves of all bytes by the
+inputs they are for as it reads them, and nothing has to be moved together; a TPU's rows of 128
+lanes then run along the outputs. The embedding, which is looked up by rows, lies as it is stored.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -60,19 +67,20 @@ def kept_name(name: str) -> str:
 def scheme_of(name: str, scheme: str | None, n_in: int, kept: Iterable[str] = ()) -> str | None:
     """How a model of `scheme` holds parameter `name` ("int8", "int4"), or None: as it is.
 
-    The language model's matrices are in `scheme`, its embedding and output matrix and those of the
-    vision encoder's blocks in int8. A matrix whose inputs do not divide into groups is in int8.
-    kept: "NAME KIND" of the language model's matrices, for the scheme "gguf" (ModelConfig.kept).
+    The matrices of the language model and of the vision encoder's blocks are in `scheme`, the
+    embedding in int8. A matrix whose inputs do not divide into groups is in int8.
+    kept: "NAME KIND" of the language model's matrices, for the scheme "gguf" (ModelConfig.kept), where
+    the vision encoder is in int8.
     """
     if scheme is None:
         return None
     if scheme == GGUF and name.startswith("llm."):
         return dict(line.split() for line in kept).get(kept_name(name))
-    if name in ("llm.embed", "llm.head.weight"):
+    if name == "llm.embed":
         return "int8"
-    if not name.endswith(".weight") or not name.startswith(("llm.blocks.", "vit.blocks.")):
+    if not re.fullmatch(r"((llm|vit)\.blocks\..*|llm\.head)\.weight", name):
         return None
-    return scheme if name.startswith("llm.") and group_size(n_in) else "int8"
+    return "int4" if scheme == "int4" and group_size(n_in) else "int8"
 
 
 def group_size(n_in: int) -> int:
@@ -137,6 +145,45 @@ def dequantize(
     return groups.astype(dtype).reshape(*levels.shape[:-1], -1)
 
 
+# --- how grouped matrices lie in memory ----------------------------------------------------------
+
+
+def turned(levels: Array, groups: int) -> Array:
+    """Levels [..., out, n] as a directory holds them -> [..., groups, n / groups, out]."""
+    parts = levels.reshape(*levels.shape[:-1], groups, -1)
+    return parts.swapaxes(-3, -2).swapaxes(-2, -1)
+
+
+def is_turned(name: str, rank: int) -> bool:
+    """Whether a parameter (of one layer) with so many dimensions belongs to a grouped linear map."""
+    levels = name.endswith(".weight") and rank == 3
+    return levels or (name.endswith((".weight_scale", ".weight_offset")) and rank == 2)
+
+
+def stored_shape(name: str, shape: Shape) -> Shape:
+    """In a directory, of a parameter (of one layer) whose shape in memory is given."""
+    if not is_turned(name, len(shape)):
+        return shape
+    return shape[-1], math.prod(shape[:-1])
+
+
+def as_stored(name: str, array: np.ndarray) -> np.ndarray:
+    """A parameter of one layer, as a directory holds it."""
+    if not is_turned(name, array.ndim):
+        return array
+    return np.moveaxis(array, -1, 0).reshape(stored_shape(name, array.shape))
+
+
+def as_held(name: str, array: np.ndarray, shape: Shape) -> np.ndarray:
+    """The inverse, for a parameter whose shape in memory is given."""
+    if not is_turned(name, len(shape)):
+        return array
+    return turned(array, shape[0]) if len(shape) == 3 else array.T
+
+
+# --- tensors of a directory ----------------------------------------------------------------------
+
+
 def quantize_large(weight: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """`quantize` of a host array [out, in], some rows at a time, so that little lies beside it."""
     rows = max(1, PIECE // weight.shape[-1])
@@ -167,19 +214,27 @@ class _Readable(Protocol):
 
 
 class QuantizedView(Mapping[str, np.ndarray]):
-    """Lazy view of a directory's tensors in `scheme`: those stored as floats are rounded when read."""
+    """Lazy view of a directory's tensors in `scheme`: those stored as floats are rounded when read.
+
+    So are those stored in int8 that are to be int4: earlier versions wrote models in int4 whose
+    output matrix and vision encoder were in int8.
+    """
 
     def __init__(self, tensors: _Readable, scheme: str):
         self._tensors = tensors
         names = set(tensors)
-        self._kinds: dict[str, str] = {}  # of those that are stored as floats
-        self._names = list(names)
+        self._kinds: dict[str, str] = {}  # of those to be rounded
+        self._stored, self._names = names, list(names)
         self._scales: dict[str, np.ndarray] = {}  # of tensors that were read, until asked for
         for name in names:
             kind = scheme_of(name, scheme, (tensors.shape(name) or (0,))[-1])
-            if kind is not None and f"{name}_scale" not in names:
+            if kind is None:
+                continue
+            if f"{name}_scale" not in names:
                 self._kinds[name] = kind
                 self._names.append(f"{name}_scale")
+            elif kind == "int4" and len(tensors.shape(f"{name}_scale")) == 1:
+                self._kinds[name] = kind
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -198,9 +253,10 @@ class QuantizedView(Mapping[str, np.ndarray]):
         return self._scales.pop(name)
 
     def _round(self, name: str) -> np.ndarray:
-        levels, self._scales[f"{name}_scale"] = quantize_large(
-            self._tensors[name], self._kinds[name]
-        )
+        weight, scale = self._tensors[name], f"{name}_scale"
+        if scale in self._stored:
+            weight = dequantize(weight, self._tensors[scale], np.float32, np)
+        levels, self._scales[scale] = quantize_large(weight, self._kinds[name])
         return levels
 
     def shape(self, name: str) -> Shape:
@@ -225,13 +281,22 @@ def quantize_modules(
 
 
 def quantize_parameter(module: Any, name: str, kind: str, make: Callable[[Array], Any]) -> None:
-    """Round parameter `name` of a module; one that is kept has zeros until its file is read."""
+    """Round parameter `name` of a module; one that is kept has zeros until its file is read. The
+    `weight` of a linear map lies as described above, a table [rows, in] as it is stored."""
     weight = getattr(module, name)[...]
     if blocks := Kept.parse(kind):
-        for suffix, shape in blocks.shapes(weight.shape).items():
-            dtype = np.float32 if suffix else np.int8 if blocks.bits == 8 else np.uint8
-            setattr(module, name + suffix, make(jnp.zeros(shape, dtype)))
-        return
-    levels, scale = quantize(weight, kind, jnp)
-    setattr(module, name, make(levels))
-    setattr(module, f"{name}_scale", make(scale))
+        arrays = {
+            suffix: jnp.zeros(
+                shape, np.float32 if suffix else np.int8 if blocks.bits == 8 else np.uint8
+            )
+            for suffix, shape in blocks.shapes(weight.shape).items()
+        }
+    else:
+        levels, scale = quantize(weight, kind, jnp)
+        arrays = {"": levels, "_scale": scale}
+    grouped = arrays["_scale"].ndim == weight.ndim
+    for suffix, array in arrays.items():
+        if grouped and name == "weight":
+            groups = arrays["_scale"].shape[-1]
+            array = array.swapaxes(-2, -1) if suffix else turned(array, groups)
+        setattr(module, name + suffix, make(array))

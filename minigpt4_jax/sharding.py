@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.quant import group_size
+from minigpt4_jax.quant import group_size, is_turned
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
@@ -134,15 +134,23 @@ def parameter_spec(
     spec = next((spec for rule, spec in TABLE if re.fullmatch(rule, weight)), None)
     if spec is None:
         raise KeyError(f"{name}: no rule of minigpt4_jax.sharding.TABLE says how it is split")
-    axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
-    if dtype == jax.numpy.uint8:  # int4: a group of inputs is not taken apart
+    grouped = is_turned(plain, len(dims))
+    if grouped:  # levels [groups, group, out] or scale [groups, out]: a group is not taken apart
+        dims = [dims[-1], dims[0]]
+    elif dtype == jax.numpy.uint8:  # a packed table: nor is one here
         dims[-1] = 2 * dims[-1] // (group_size(2 * dims[-1]) or 2 * dims[-1])
+    axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
     if "model" in axes and len(dims) == 2:
         at, model = axes.index("model"), sizes["model"]
         if dims[at] % model or (_heads(plain, config) or 0) % model:
             # 32001 tokens divide by nothing, and heads stay whole: then by the other dimension
             axes[at], axes[1 - at] = None, ("fsdp", "model")
-    return P(*[None] * stacked, *fitting(dims, axes, sizes))
+    if grouped and axes == ["model", "fsdp"] and dims[1] % sizes["fsdp"]:
+        axes = [("model", "fsdp"), None]  # 22 groups of a vision encoder's width
+    found = fitting(dims, axes, sizes)
+    if grouped:
+        found = [found[1], *[None] * (weight == plain), found[0]]
+    return P(*[None] * stacked, *found)
 
 
 def _heads(name: str, config: ModelConfig) -> int | None:

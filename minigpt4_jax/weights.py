@@ -31,7 +31,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.paths import local_path
-from minigpt4_jax.quant import GGUF, QuantizedView
+from minigpt4_jax.quant import GGUF, QuantizedView, as_held, as_stored, stored_shape
 from minigpt4_jax.sharding import one_device, parameter_sharding, whole
 
 FORMAT = 1
@@ -66,7 +66,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(config))):
         for name, shape in _layer_names(path, leaf.shape):
-            shapes[name] = shape
+            shapes[name] = stored_shape(name, shape)
     return shapes
 
 
@@ -84,7 +84,7 @@ def tensors_of(state: Any) -> Iterator[tuple[str, np.ndarray]]:
         names = _layer_names(path, value.shape)
         stacked = len(names) > 1 or names[0][1] != value.shape
         for i, (name, _) in enumerate(names):
-            yield name, np.ascontiguousarray(value[i] if stacked else value)
+            yield name, np.ascontiguousarray(as_stored(name, value[i] if stacked else value))
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -412,10 +412,11 @@ def _read(
 ) -> jax.Array:
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
-        array = tensors[names[0][0]].astype(dtype, copy=False)
+        name = names[0][0]
+        array = as_held(name, tensors[name], shape).astype(dtype, copy=False)
     else:
         array = np.empty(shape, dtype)
         for i, (name, _) in enumerate(names):
-            array[i] = tensors[name]
+            array[i] = as_held(name, tensors[name], shape[1:])
     # not device_put, which lets processes compare the values of all of it
     return jax.make_array_from_callback(shape, sharding, lambda part: array[part])

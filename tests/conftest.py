@@ -1,6 +1,7 @@
 """Programs that several tests compile alike are compiled once, and found again by the next run."""
 
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -15,3 +16,17 @@ def compilation_cache(request, tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Gets an entry whenever a program is compiled, or read from the cache on disk instead."""
+    found: list[str] = []
+
+    def note(event: str, seconds: float, **_: object) -> None:
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)

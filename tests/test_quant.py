@@ -1,6 +1,7 @@
 """Quantized weights: rounding errors, the same model from every way to it, memory at full size."""
 
 import dataclasses
+import json
 import math
 from functools import cache
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from training import tiny
 
 import minigpt4_jax
@@ -28,7 +30,10 @@ ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
 def config():
     """Tiny, of widths that divide into groups: 64 inputs, and 32 for the second matrix of an MLP."""
     llm = LlmConfig(vocab=785, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, ffn=96)
-    return dataclasses.replace(tiny.config(), llm=llm).check()
+    c = tiny.config()
+    vision = dataclasses.replace(c.vision, width=64, mlp=96)
+    qformer = dataclasses.replace(c.qformer, vision_width=64)
+    return dataclasses.replace(c, llm=llm, vision=vision, qformer=qformer).check()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,8 @@ def test_the_product_is_that_of_the_rounded_weights(kind, dtype):
         np.testing.assert_array_equal(ours, again)
     scale, bias = scale.astype(dtype), jnp.arange(48.0)
     exact = quant.dequantize(levels, scale, "float32")
+    if kind == "int4":  # as it lies in memory
+        levels, scale = quant.turned(levels, 2), scale.T
     found = linear(x, levels, bias, scale=scale)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == "float32" else 0.02
@@ -124,12 +131,29 @@ def test_which_matrices():
     held = dataclasses.replace(config(), quantize="int4", lora=LoraConfig(rank=2))
     kinds = {n: quant.scheme_of(n, "int4", s[-1]) for n, s in shapes(held).items() if s}
     assert kinds["llm.blocks.0.attn.q.weight"] == kinds["llm.blocks.1.mlp.down.weight"] == "int4"
-    assert kinds["llm.embed"] == kinds["llm.head.weight"] == "int8"
-    assert kinds["vit.blocks.0.attn.qkv.weight"] == "int8"
+    assert kinds["llm.head.weight"] == kinds["vit.blocks.0.attn.qkv.weight"] == "int4"
+    assert kinds["llm.embed"] == "int8"
     for name in ("vit.patch.weight", "projection.weight", "llm.blocks.0.attn.q.lora_a"):
         assert kinds[name] is None
     assert not any(kind for name, kind in kinds.items() if name.startswith("qformer."))
     assert quant.scheme_of("llm.blocks.0.attn.q.weight", "int4", 40) == "int8"  # no groups
+
+
+@pytest.mark.parametrize(("groups", "half", "n_out"), [(2, 32, 5), (2, 16, 2), (1, 32, 1)])
+def test_a_grouped_matrix_is_turned_in_memory_and_stored_by_channels(groups, half, n_out):
+    """Also where its shape does not tell which way it lies."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(n_out, 2 * half * groups)).astype(np.float32)
+    levels, scale = rng.integers(0, 256, (n_out, groups * half), np.uint8), w[:, :groups]
+    held = quant.as_held("m.weight", levels, (groups, half, n_out))
+    np.testing.assert_array_equal(held, quant.turned(levels, groups))
+    np.testing.assert_array_equal(held[-1, 3, 0], levels[0, (groups - 1) * half + 3])
+    np.testing.assert_array_equal(quant.as_stored("m.weight", held), levels)
+    turned = quant.as_held("m.weight_scale", scale, (groups, n_out))
+    np.testing.assert_array_equal(turned, scale.T)
+    np.testing.assert_array_equal(quant.as_stored("m.weight_scale", turned), scale)
+    for name in ("llm.embed", "llm.embed_scale"):  # a table
+        assert quant.as_held(name, scale, scale.shape) is scale
 
 
 # --- whole models --------------------------------------------------------------------------------
@@ -181,6 +205,28 @@ def test_a_stored_directory_is_what_loading_makes(folder, stored):
     assert {"llm.embed", "llm.head.weight", "vit.blocks.mlp.up.weight"} <= integers
     sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (folder, out)]
     assert sizes[1] < sizes[0] * (0.45 if scheme == "int8" else 0.36)
+
+
+def test_a_directory_of_an_earlier_version(folder, tmp_path):
+    """Its int4 left the output matrix and the vision encoder in int8."""
+    tensors = {}
+    for name, array in weights.Tensors(folder).items():
+        kind = quant.scheme_of(name, "int4", (array.shape or (0,))[-1])
+        kind = "int8" if kind and not name.startswith("llm.blocks.") else kind
+        if kind is None:
+            tensors[name] = array
+        else:
+            tensors[name], tensors[f"{name}_scale"] = quant.quantize(array, kind)
+    held = dataclasses.replace(config(), quantize="int4")
+    assert tensors.keys() == weights.parameter_shapes(held).keys()
+    out = tmp_path / "old"
+    out.mkdir()
+    (out / "model.json").write_text(json.dumps({"format": 1, "config": held.to_dict()}))
+    save_file(tensors, out / "all.safetensors")
+    found = [scores(f, s) for f, s in ((out, None), (folder, "int4"))]
+    assert 0 < distance(*found) < 0.05
+    model, _ = weights.load_model(out)
+    assert model.vit.blocks.mlp.up.weight[...].dtype == model.llm.head.weight[...].dtype == "uint8"
 
 
 def test_generation_from_a_stored_directory_and_while_loading(folder, stored):
@@ -258,7 +304,7 @@ def test_refusals(folder, stored):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "gigabytes"), [(None, 15.672), ("int8", 7.952), ("int4", 4.913)]
+    ("scheme", "gigabytes"), [(None, 15.672), ("int8", 7.952), ("int4", 4.391)]
 )
 def test_parameters_of_vicuna_7b(scheme, gigabytes):
     """Bytes in bfloat16, the visual encoder included; counted by hand from the paper's sizes."""

@@ -128,9 +128,14 @@ def test_examples_of_the_table():
     assert specs(FULL["v2"], **sizes)["llm.embed"] == P("model", "fsdp")
     assert specs(FULL["v2"], **sizes)["llm.blocks.attn.q.lora_a"] == P(None, None, None)
     quantized = specs(FULL["int4"], stacked=False, **sizes)
-    assert quantized["llm.blocks.3.mlp.down.weight"] == P(("fsdp", "model"), None)  # 172 groups
-    assert quantized["llm.blocks.3.mlp.down.weight_scale"] == P(("fsdp", "model"), None)
-    assert quantized["vit.blocks.mlp.up.weight_scale"] == P(None, "model")
+    # levels [groups, half a group, out]: 172 groups are not divided by 8, the outputs are
+    assert quantized["llm.blocks.3.mlp.down.weight"] == P(None, None, ("fsdp", "model"))
+    assert quantized["llm.blocks.3.mlp.down.weight_scale"] == P(None, ("fsdp", "model"))
+    assert quantized["llm.blocks.3.attn.o.weight"] == P("model", None, "fsdp")
+    assert quantized["llm.blocks.3.attn.o.weight_scale"] == P("model", "fsdp")
+    assert quantized["llm.blocks.3.mlp.up.weight"] == P("fsdp", None, "model")
+    assert quantized["vit.blocks.mlp.up.weight"] == P(None, "fsdp", None, "model")
+    assert quantized["vit.blocks.mlp.up.weight_scale"] == P(None, "fsdp", "model")
 
 
 @pytest.mark.smoke
@@ -175,6 +180,10 @@ def test_loss_gradients_and_tokens_are_those_of_one_device(programs, case):
         else:
             np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5, err_msg=key)
             assert np.abs(expected).max() > 1e-3, key
+
+
+def test_tokens_of_a_quantized_model_with_an_int8_cache(tmp_path):
+    in_eight_devices("sharded_quantized.py", tmp_path)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The generation engine: prefill a request, insert it into a slot of the running batch, step all slots.
 
 Every row has its own length, limit, stop rules, options and random stream, all of them arrays in
-`State`, so requests of any kind share a program. Shapes are rounded up to buckets, so that few
+`State` (slots.py), so requests of any kind share a program. Shapes are rounded up to buckets, so that few
 programs are compiled; the cache is donated, so that decoding does not copy it. The next chunk of
 steps is on its way before the host looks at what the last one made.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,46 +28,27 @@ from minigpt4_jax.generate.requests import (
     stack_visual,
 )
 from minigpt4_jax.generate.reuse import Kept, behind
-from minigpt4_jax.generate.sampling import Options, Plan, choose, plan_of, stack_options
-from minigpt4_jax.generate.stopping import completing, power_of_two, stack_stops
-from minigpt4_jax.models.cache import KVCache, cache_axes, grow_cache
+from minigpt4_jax.generate.sampling import Plan, plan_of, stack_options
+from minigpt4_jax.generate.slots import (
+    PRNG,
+    Rows,
+    State,
+    advance,
+    cut,
+    end,
+    insert,
+    placed,
+    read,
+    report,
+)
+from minigpt4_jax.generate.stopping import power_of_two, stack_stops
+from minigpt4_jax.models.cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.sharding import ROWS, constrain, mesh_of, on_mesh
+from minigpt4_jax.sharding import mesh_of, on_mesh
 
-Array = Any  # of JAX inside the programs, of NumPy where they are called
 BATCH_SIZE = 32  # rows decoded together
 CHUNK = 16  # steps between two looks of the host, where it has something to decide
 STEPS = 1 << 30  # more than any limit: the loop runs until every row is done
-PRNG = "threefry2x32"
-
-
-class Rows(NamedTuple):
-    """What a batch asks for, one entry a row; B is rounded up with rows that want nothing."""
-
-    tokens: Array  # [B, T] int32
-    lengths: Array  # [B] int32
-    visual: Array  # [B, I * P, D] float32
-    limit: Array  # [B] int32: tokens to generate at most
-    stops: Array  # [B, R, W] int32, each sequence at the right end, -1 before it
-    keys: Array  # [B] random streams
-    options: Options  # arrays [B]
-
-
-class State(NamedTuple):
-    """A batch between two steps. Rows are slots: any can be replaced by a newly prefilled one."""
-
-    cache: Any  # KVCache
-    token: Array  # [B] int32: last token chosen, not yet in the cache
-    position: Array  # [B] int32: its position in the row
-    ids: Array  # [B, N] int32: generated so far, -1 after them
-    logprobs: Array  # [B, N] float32 of those ids, by the model itself
-    made: Array  # [B] int32: how many
-    done: Array  # [B] bool
-    stopped: Array  # [B] bool: done by a stop sequence
-    limit: Array  # [B] int32
-    stops: Array  # [B, R, W] int32
-    keys: Array  # [B]
-    options: Options
 
 
 class Engine:
@@ -82,9 +63,9 @@ class Engine:
         self._grow = jax.jit(on(grow_cache), static_argnums=(1,))
         self._resume = jax.jit(on(self._resume_program), static_argnums=(4, 5), donate_argnums=(1,))
         self._decode = jax.jit(on(self._decode_program), static_argnums=(3,), donate_argnums=(1,))
-        self._insert = jax.jit(on(_insert), donate_argnums=(0,))
-        self._end = jax.jit(on(_end), donate_argnums=(0,))
-        self._report = jax.jit(on(_report))
+        self._insert = jax.jit(on(insert), donate_argnums=(0,))
+        self._end = jax.jit(on(end), donate_argnums=(0,))
+        self._report = jax.jit(on(report))
         self._search = jax.jit(on(self._search_program), static_argnums=(4, 5, 6))
 
     def set_parameters(self, model: MiniGpt) -> None:
@@ -153,14 +134,14 @@ class Engine:
                 if len(reports) < 2:  # the device always has a chunk to work on
                     continue
                 halted = np.zeros(state.done.shape[0], bool)
-                owners, report = reports.popleft()
-                for slot, i, answer, done in _read(owners, report):
+                owners, made = reports.popleft()
+                for slot, i, answer, done in read(owners, made):
                     if slots[slot] != i:
                         continue  # answered or halted before this chunk began
                     halt = running[i].halt
                     keep = halt(answer.ids) if halt else None
                     if keep is not None:
-                        answer = _cut(answer, keep)
+                        answer = cut(answer, keep)
                         halted[slot] = not done
                     over = done or keep is not None
                     if over:
@@ -315,7 +296,7 @@ class Engine:
             keys=rows.keys,
             options=rows.options,
         )
-        return _placed(_advance(state, model.llm.logits(last), plan))
+        return placed(advance(state, model.llm.logits(last), plan))
 
     def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
         return search(self._model(leaves), *args)
@@ -329,19 +310,12 @@ class Engine:
             i, s = carry
             embeds = model.llm.embed_tokens(s.token[:, None])
             hidden, cache = model.llm.decode(embeds, s.position[:, None], s.cache)
-            return i + 1, _advance(s._replace(cache=cache), model.llm.logits(hidden[:, 0]), plan)
+            return i + 1, advance(s._replace(cache=cache), model.llm.logits(hidden[:, 0]), plan)
 
         def wanted(carry: tuple[jax.Array, State]) -> jax.Array:
             return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
-        return _placed(jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1])
-
-
-def _placed(s: State) -> State:
-    """The state as every program leaves it on a mesh: the cache split by rows and heads, the rest
-    whole on every device."""
-    cache = jax.tree.map(lambda a: constrain(a, *cache_axes(s.cache)), s.cache)
-    return jax.tree.map(constrain, s._replace(cache=None))._replace(cache=cache)
+        return placed(jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1])
 
 
 def _answers(best: Hypotheses, row: int) -> list[Answer]:
@@ -351,77 +325,6 @@ def _answers(best: Hypotheses, row: int) -> list[Answer]:
         Answer(ids[:made].tolist(), logprobs[:made].tolist(), bool(ended), float(score))
         for ids, logprobs, made, score, ended in entries
     ]
-
-
-def _advance(s: State, logits: jax.Array, plan: Plan) -> State:
-    """Choose the next token of the rows that are not done, from logits [B, V] float32."""
-    logits = constrain(logits, ROWS)
-    ends = completing(s.ids, s.made, s.stops)
-    token = choose(logits, s.ids, s.made, ends, s.keys, s.options, plan)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits, axis=1)
-    ended = jnp.any(ends == token[:, None], axis=1)
-    token = jnp.where(s.done, s.token, token)
-    live = ~s.done
-    at = jnp.where(live, s.made, s.ids.shape[1])  # a finished row writes nowhere
-    rows = jnp.arange(s.ids.shape[0])
-    made = s.made + live
-    return s._replace(
-        token=token,
-        position=s.position + live,
-        ids=s.ids.at[rows, at].set(token, mode="drop"),
-        logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
-        made=made,
-        done=s.done | (made >= s.limit) | ended,
-        stopped=s.stopped | (live & ended),
-    )
-
-
-def _insert(state: State, new: State, slot: jax.Array) -> State:
-    """Put the row of `new`, a batch of one with the same shapes, into a slot of `state`."""
-    axis = 0 if isinstance(state.cache.k, list) else 1  # of stacked layers: [L, B, K, S, H]
-
-    def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
-
-    keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
-    cache = jax.tree.map(partial(put, axis=axis), state.cache, new.cache)
-    others = [s._replace(cache=None, keys=None) for s in (state, new)]
-    return _placed(
-        jax.tree.map(put, *others)._replace(
-            cache=cache, keys=jax.random.wrap_key_data(keys, impl=PRNG)
-        )
-    )
-
-
-def _end(state: State, rows: jax.Array) -> State:
-    """No more steps for rows [B] that are True."""
-    return _placed(state._replace(done=state.done | rows))
-
-
-def _report(s: State) -> tuple[jax.Array, jax.Array]:
-    """What the host reads: [B, 3 + N] int32 (made, done, stopped, ids) and the log-probabilities.
-
-    New arrays, as the state is given up to the next chunk before they are read.
-    """
-    head = [a.astype(jnp.int32)[:, None] for a in (s.made, s.done, s.stopped)]
-    return jnp.concatenate([*head, s.ids], axis=1), jnp.copy(s.logprobs)
-
-
-def _read(owners: list[int], report: Any) -> Iterator[tuple[int, int, Answer, bool]]:
-    """(slot, request, answer so far, done) of the slots that were in use."""
-    numbers, logprobs = (np.asarray(a) for a in report)
-    for slot, i in enumerate(owners):
-        made, done, stopped = numbers[slot, :3].tolist()
-        if i >= 0:
-            some = logprobs[slot, :made].tolist()
-            ids = numbers[slot, 3 : 3 + made].tolist()
-            yield slot, i, Answer(ids, some, bool(stopped), sum(some)), bool(done)
-
-
-def _cut(answer: Answer, keep: int) -> Answer:
-    logprobs = answer.logprobs[:keep]
-    return Answer(answer.ids[:keep], logprobs, True, sum(logprobs))
 
 
 def _structure(model: MiniGpt) -> tuple[Any, Any]:

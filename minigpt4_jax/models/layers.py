@@ -5,116 +5,19 @@ N query heads, K key/value heads, H head dim, L layers, V vocabulary. Weights ar
 A matrix product runs in the dtype of its weight; norms and softmax run in float32.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt4_jax.quant import dequantize
+from minigpt4_jax.models.products import linear, precision
 from minigpt4_jax.sharding import ROWS, constrain
-from minigpt4_jax.topology import backend
-
-FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
-
 
 MANY_QUERIES = 1024  # causal attention to more than these is computed
 QUERY_BLOCK = 256  # by blocks of these
-
-
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    # float32 means float32: GPUs and TPUs would otherwise round the factors (TF32, bfloat16).
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def linear(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None = None,
-    out: Any = None,
-    scale: jax.Array | None = None,
-    offset: jax.Array | None = None,
-) -> jax.Array:
-    """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype.
-
-    out: dtype of the result, by default the weight's; float32 keeps the sums as accumulated.
-    scale, offset: of a weight as `quant` holds it; the product is then in the scale's dtype.
-    """
-    if scale is not None:
-        y = _quantized_product(x, weight, scale, offset)  # [..., out] float32
-        y = y if bias is None else y + bias.astype(y.dtype)
-        return y.astype(out or scale.dtype)
-    dtype = weight.dtype
-    x = x.astype(dtype)
-    if dtype == jnp.bfloat16:
-        y = _product_bf16(x, weight, jnp.dtype(out or dtype))
-    else:
-        y = _product(x, weight)
-    y = y if bias is None else y + bias.astype(y.dtype)
-    return y if out is None else y.astype(out)
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in], weight [out, in] of one dtype -> [..., out]."""
-    precision = _precision(weight.dtype)
-    n = math.prod(x.shape[:-1])
-    if 1 < n <= FEW_ROWS and backend() == "cpu":
-        # XLA on CPU reads the weights 2 to 4 times as fast when they come first, and the barrier keeps
-        # it from turning the product round again.
-        y = jnp.einsum("oi,ni->on", weight, x.reshape(n, -1), precision=precision)
-        y = jax.lax.optimization_barrier(y)
-        return y.T.reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...i,oi->...o", x, weight, precision=precision)
-
-
-def _quantized_product(
-    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
-) -> jax.Array:
-    """x [..., in] and a weight [out, in] as `quant` holds it -> [..., out] float32."""
-    # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
-    # and keep them all as floats.
-    x, levels = jax.lax.optimization_barrier((x, levels))
-    if scale.ndim == 1:  # a channel's scale can wait until its sum is there
-        return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
-    return linear(x, dequantize(levels, scale, scale.dtype, offset=offset), out=jnp.float32)
-
-
-def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
-    # XLA on CPU has bfloat16 kernels only for products that are summed and returned in float32;
-    # others become float32 products of converted weights (7 times slower on 11008 x 4096).
-    kept = jnp.float32 if backend() == "cpu" else out
-    return jnp.einsum(spec, a, b, preferred_element_type=kept).astype(out)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
-    """x [..., in], weight [out, in], both bfloat16. Its gradients are bfloat16 products too, which
-    autodiff of a product that returns float32 would not make."""
-    rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
-    n = rows.shape[0]
-    if n == 1 and backend() == "cpu":  # nor has it a kernel for a single row
-        rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    y = _einsum_bf16("ni,oi->no", rows, weight, out)
-    return y[:n].reshape(*x.shape[:-1], -1)
-
-
-def _product_bf16_forward(x: jax.Array, w: jax.Array, out: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return _product_bf16(x, w, out), (x, w)
-
-
-def _product_bf16_backward(
-    out: jnp.dtype, kept: tuple, dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, weight = kept
-    dy = dy.astype(weight.dtype)
-    dx = _einsum_bf16("...o,oi->...i", dy, weight, x.dtype)
-    return dx, _einsum_bf16("...o,...i->oi", dy, x, weight.dtype)
-
-
-_product_bf16.defvjp(_product_bf16_forward, _product_bf16_backward)
+TOKEN_BLOCK = 512  # tokens of a long prompt that go through an MLP together
 
 
 class Linear(nnx.Module):
@@ -233,6 +136,18 @@ def _attention_by_blocks(
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
+def by_tokens(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """f(x) of x [B, T, D], for an f that treats every token alike: of a long prompt some tokens after
+    others, as the widest activations of all would be the largest arrays there."""
+    b, t, d = x.shape
+    if t <= MANY_QUERIES:
+        return f(x)
+    count = -(-t // TOKEN_BLOCK)
+    x = jnp.pad(x, ((0, 0), (0, count * TOKEN_BLOCK - t), (0, 0)))
+    y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, count, TOKEN_BLOCK, d), 1, 0))
+    return jnp.moveaxis(y, 0, 1).reshape(b, count * TOKEN_BLOCK, -1)[:, :t]
+
+
 def cached_attention(
     q: jax.Array,
     keys: jax.Array,
@@ -250,10 +165,10 @@ def cached_attention(
     """
     b, t, n, h = q.shape
     k, s = keys.shape[1:3]
-    precision = _precision(keys.dtype)
+    exact = precision(keys.dtype)
     q = q.astype(keys.dtype).reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
     scores = jnp.einsum(
-        "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=precision,
+        "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=exact,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     if key_scale is not None:
@@ -264,7 +179,7 @@ def cached_attention(
     if value_scale is not None:
         probs *= value_scale[:, :, None, :]
     y = jnp.einsum(
-        "bkqs,bksh->bkqh", probs.astype(values.dtype), values, precision=precision,
+        "bkqs,bksh->bkqh", probs.astype(values.dtype), values, precision=exact,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)

@@ -26,6 +26,7 @@ from minigpt4_jax.models.layers import (
     Linear,
     RMSNorm,
     attention,
+    by_tokens,
     linear,
     run_layers,
     stack_layers,
@@ -160,11 +161,18 @@ class Block(nnx.Module):
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
-        int8: bool = False,
     ) -> tuple[jax.Array, tuple]:
-        """key: of the dropout of this block's adapters; None: off. int8: as in Attention."""
-        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key, int8)
+        """key: of the dropout of this block's adapters; None: off."""
+        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key)
         return self._after(x, y, key), kv
+
+    def prefill(
+        self, x: jax.Array, rope: Any, lengths: jax.Array, int8: bool
+    ) -> tuple[jax.Array, tuple]:
+        """As __call__, for a cache. int8: as in Attention."""
+        y, kv = self.attn(self.norm1(x), rope, lengths, int8=int8)
+        x = x + y.astype(jnp.float32)
+        return x + by_tokens(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
 
     def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
         y, kv = self.attn.decode(self.norm1(x), rope, place, kv)
@@ -236,7 +244,7 @@ class Llm(nnx.Module):
         rope = self._rope(embeds)
 
         def step(block: Block, x: jax.Array) -> tuple[jax.Array, tuple]:
-            x, kv = block(x, rope, lengths, int8=self.int8_cache)
+            x, kv = block.prefill(x, rope, lengths, self.int8_cache)
             return x, tuple(new_cache(a, cache_length) for a in kv)
 
         x, kv = run_layers(self.blocks, embeds.astype(jnp.float32), step)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from training import tiny
 
 import minigpt4_jax
+from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.generate.engine import Engine
 from minigpt4_jax.generate.requests import Request
 from minigpt4_jax.generate.reuse import Kept
@@ -86,6 +87,20 @@ def test_other_parameters_read_anew():
     runner.answer([request], kept=kept)
     runner.set_parameters(test_engine.model())
     assert kept.take(request, runner._leaves) is None
+
+
+def test_a_model_with_lora(tmp_path, monkeypatch):
+    lora = LoraConfig(rank=2, targets=("q", "v", "down"))
+    model = minigpt4_jax.load(tiny.write_random_model(tmp_path / "m", lora=lora), "float32")
+    resumed, resume = [], model._engine._resume
+    monkeypatch.setattr(model._engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
+    talk = model.conversation()
+    for question in ("what is it", "tell me a story", "why"):
+        anew = model.conversation()
+        anew.turns = list(talk.turns)
+        answer = talk.ask(question, max_new_tokens=6)
+        assert answer and answer == anew.ask(question, max_new_tokens=6)
+    assert resumed
 
 
 def test_conversations_that_are_kept_and_not(tmp_path, monkeypatch):

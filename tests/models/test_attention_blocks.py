@@ -1,4 +1,4 @@
-"""Causal attention by blocks of queries is that of all queries at once."""
+"""Long prompts: attention by blocks of queries and MLPs by blocks of tokens are the whole at once."""
 
 import jax
 import numpy as np
@@ -29,3 +29,18 @@ def test_blocks_of_queries(monkeypatch, window, queries):
         np.testing.assert_allclose(blocks[i, :n], whole[i, :n], rtol=1e-5, atol=1e-6)
     for a, b in zip(gradient, whole_gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [16, 19])
+def test_blocks_of_tokens(monkeypatch, tokens):
+    x = np.random.default_rng(0).normal(size=(2, tokens, 6)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+
+    def run(x):
+        return layers.by_tokens(lambda x: jax.nn.silu(x @ w), x)
+
+    whole = run(x)
+    monkeypatch.setattr(layers, "MANY_QUERIES", 8)
+    monkeypatch.setattr(layers, "TOKEN_BLOCK", 8)
+    assert "scan" in str(jax.make_jaxpr(run)(x))
+    np.testing.assert_allclose(run(x), whole, rtol=1e-5, atol=1e-6)

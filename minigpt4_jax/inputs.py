@@ -1,0 +1,142 @@
+"""What a call of the Python interface is given: prompts and images, checked and made requests."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minigpt4_jax import prompts as texts
+from minigpt4_jax.answers import halting
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.generate.wishes import Wishes
+from minigpt4_jax.images import ImageSource
+from minigpt4_jax.tokenizer import Tokenizer
+
+Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
+
+
+def paired(
+    config: ModelConfig,
+    images: Images | None,
+    prompts: Sequence[str | None],
+    *,
+    template: bool,
+    extra_bos: bool = False,
+    none_allowed: bool = False,
+) -> tuple[list[str | None], list[list[ImageSource]]]:
+    """Prompts with the template filled in, and the images of each as a list.
+
+    none_allowed: a prompt may be None, which is the image alone.
+    """
+    filled: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
+    groups = _image_groups(images, len(filled))
+    for i, prompt in enumerate(filled):
+        if not isinstance(prompt, str) and not (prompt is None and none_allowed):
+            raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
+        if prompt is not None and not prompt.strip():
+            raise UserError(f"prompt {i} is empty; expected text")
+        if template and prompt is not None:
+            filled[i] = _from_template(config, prompt, len(groups[i]), extra_bos)
+    return filled, groups
+
+
+def _from_template(config: ModelConfig, question: str, images: int, extra_bos: bool) -> str:
+    question = texts.with_images(question, images)
+    prompt = texts.fill_template(config.prompt_template, question)
+    spelled = texts.chat_template(config).user.startswith("<s>")
+    return "<s>" + prompt if spelled and extra_bos else prompt
+
+
+def make_requests(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    images: Images | None,
+    prompts: Sequence[str],
+    wishes: Wishes,
+    encode: Callable[[list[list[ImageSource]]], list[np.ndarray | None]],
+) -> list[Request]:
+    """encode: makes the visual tokens [I * P, D] of each group of images; called when all else is
+    known to be right."""
+    filled, groups = paired(
+        config, images, prompts, template=wishes.template, extra_bos=wishes.extra_bos
+    )
+    seed = wishes.seed
+    seeds = [seed] * len(filled) if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != len(filled):
+        raise UserError(f"{len(seeds)} seeds for {len(filled)} prompts; expected as many or one")
+    fitted = []
+    for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
+        with naming(f"prompt {i}"):
+            fitted.append(_fitting_prompt(tokenizer, config, prompt or "", len(group), wishes))
+    stops: list[list[int]] = []
+    for text in (config.end_symbol, *wishes.stop):
+        found = texts.stop_sequences(tokenizer, text)
+        stops += [ids for ids in found if ids not in stops]
+    halt = halting(tokenizer, wishes.stop) if wishes.stop else None
+    options, beams = wishes.sampling(), wishes.beams()
+    return [
+        Request(
+            tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s, stops,
+            beams, halt,
+        )
+        for (tokens, lost), v, s in zip(fitted, encode(groups), seeds, strict=True)
+    ]  # fmt: skip
+
+
+def _fitting_prompt(
+    tokenizer: Tokenizer, config: ModelConfig, prompt: str, images: int, wishes: Wishes
+) -> tuple[list[int], int]:
+    """Prompt ids that leave room for the answer, and how many visual tokens were cut off."""
+    tokens = texts.prompt_tokens(
+        tokenizer, config, prompt, images=images, extra_bos=wishes.extra_bos
+    )
+    new, longest = wishes.max_new_tokens, config.llm.max_length
+    if wishes.context is not None:
+        return texts.cut_left(tokens, new, min(wishes.context, longest))
+    if len(tokens) + new > longest:
+        raise UserError(
+            f"{len(tokens)} tokens and max_new_tokens {new} exceed the language model's "
+            f"context of {longest}; shorten the prompt or lower max_new_tokens"
+        )
+    return tokens, 0
+
+
+def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
+    """The images of each of `count` prompts."""
+    if images is None:
+        return [[] for _ in range(count)]
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 0) == 3:
+        images = [images]  # type: ignore[list-item]
+    entries = list(images)
+    if len(entries) != count:
+        raise UserError(
+            f"{len(entries)} images for {count} prompts; expected an entry for each prompt: "
+            "an image, a list of images, or None for text only"
+        )
+    groups: list[list[ImageSource]] = []
+    for entry in entries:
+        if entry is None:
+            groups.append([])
+        else:
+            groups.append(list(entry) if isinstance(entry, (list, tuple)) else [entry])
+    return groups
+
+
+def identity(image: ImageSource) -> Any:
+    """Equal for images that need to be encoded once."""
+    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in a UserError which of many inputs it is about."""
+    try:
+        yield
+    except UserError as e:
+        kind = name.split()[0]
+        raise UserError(f"{name}: {str(e).removeprefix(kind).lstrip(' :')}") from e

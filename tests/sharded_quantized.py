@@ -1,0 +1,40 @@
+"""Run by test_sharding.py in a process with eight virtual devices: `sharded_quantized.py FOLDER`.
+
+Rounded weights and a cache in int8, with LoRA, on one device and on a mesh: the same tokens.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from sharded_programs import MODELS, requests
+
+from minigpt4_jax import sharding, weights
+from minigpt4_jax.generate.engine import Engine
+from minigpt4_jax.models.cache import Rounded
+
+
+def main(folder: Path) -> None:
+    config, rng = MODELS["v2"].check(), np.random.default_rng(0)
+    tensors = (
+        (name, (rng.normal(0, 0.15, shape) + name.endswith("scale")).astype(np.float32))
+        for name, shape in weights.parameter_shapes(config).items()
+    )
+    model_dir = weights.write_model(folder / "model", config, tensors)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    for scheme in ("int8", "int4"):
+        found = []
+        for devices in (None, mesh):
+            module, _ = weights.load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
+            module.llm.int8_cache = True
+            engine = Engine(module)
+            assert isinstance(engine.prefill(requests(config)[:8]).cache.k[0], Rounded)
+            found.append(engine.generate(requests(config), batch_size=8))
+        split = module.llm.blocks[0].mlp.up.weight[...].sharding
+        assert not split.is_fully_replicated and split.mesh.size == 8
+        assert found[0] == found[1], (scheme, found)
+        assert len({tuple(ids) for ids in found[0]}) > 4  # there is something to compare
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
