@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,22 @@ import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minigpt4_jax.adapters import WithNewLora
 from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.model_dir import FORMAT, Tensors, read_config
+from minigpt4_jax.model_dir import model_chain as model_chain
+from minigpt4_jax.model_dir import read_document as read_document
+from minigpt4_jax.model_dir import tokenizer_dir as tokenizer_dir
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.paths import local_path
 from minigpt4_jax.quant import GGUF, QuantizedView, as_held, as_stored, stored_shape
 from minigpt4_jax.sharding import one_device, parameter_sharding, whole
 
-FORMAT = 1
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
 STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -205,95 +208,6 @@ def _check_shapes(
 # --- reading --------------------------------------------------------------------------------
 
 
-def read_document(model_dir: Path | str) -> dict[str, Any]:
-    """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
-    path = local_path("model directory", model_dir) / "model.json"
-    try:
-        document = json.loads(path.read_text())
-        if document["format"] != FORMAT:
-            raise UserError(f"{path}: format {document['format']}, this version reads {FORMAT}")
-        document["config"]
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{model_dir} is not a model directory (no model.json): make one with "
-            "`python -m convert build --out={model_dir}`".replace("{model_dir}", str(model_dir))
-        ) from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}): convert the model again") from e
-    return document
-
-
-def read_config(model_dir: Path | str) -> ModelConfig:
-    """The configuration of the model in a directory, checked."""
-    return ModelConfig.from_dict(read_document(model_dir)["config"]).check()
-
-
-def model_chain(model_dir: Path | str) -> list[Path]:
-    """The directory, then its base, and so on: a parameter is read from the first that has it."""
-    chain = [Path(model_dir)]
-    while base := read_document(chain[-1]).get("base"):
-        chain.append(Path(os.path.normpath(chain[-1] / base)))
-        if not chain[-1].is_dir():
-            raise UserError(
-                f"{chain[-2]} holds the trained part of {chain[-1]}, which is not there: move it "
-                f"back, or correct 'base' in {chain[-2] / 'model.json'}"
-            )
-        if len(chain) > 16:
-            raise UserError(f"{model_dir}: 'base' in model.json goes in a circle")
-    return chain
-
-
-def tokenizer_dir(model_dir: Path | str) -> Path:
-    """The tokenizer/ folder of a model (its own or its base's)."""
-    for folder in model_chain(model_dir):
-        if (folder / "tokenizer").is_dir():
-            return folder / "tokenizer"
-    raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies, and what it is."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it, for instance F16
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """Lazy view of a model directory's tensors (and its bases'): each is read when asked for."""
-
-    def __init__(self, model_dir: Path | str):
-        self._stored: dict[str, _Stored] = {}
-        for folder in model_chain(model_dir):
-            for path in sorted(folder.glob("*.safetensors")):
-                with _opened(path) as file:
-                    for name in file.keys():  # noqa: SIM118  (not a mapping)
-                        part = file.get_slice(name)
-                        stored = _Stored(path, tuple(part.get_shape()), part.get_dtype())
-                        self._stored.setdefault(name, stored)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        # Opened for this tensor alone: what was read of a file that stays open stays mapped, and a
-        # model would take its size twice.
-        with _opened(self._stored[name].path) as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored[name].shape
-
-    def dtype(self, name: str) -> str:
-        """The stored type as safetensors spells it, for instance F16."""
-        return self._stored[name].dtype
-
-
 def check_tensors(model_dir: Path | str, config: ModelConfig, seed: int = 0) -> Any:
     """The tensors of a model directory, of which only names and shapes were read so far. Where
     `config` has LoRA and the directory's has none, new adapters that depend on the seed are among
@@ -316,15 +230,6 @@ def check_masters(model_dir: Path | str, config: ModelConfig, masters: Collectio
             f"{model_dir} is in {config.quantize}, so {rounded[0]} cannot be trained: leave it "
             "frozen, or start from a model directory that is not quantized"
         )
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}): convert the model again") from e
 
 
 def parameter_dtype(path: tuple, dtype: jnp.dtype) -> jnp.dtype:
