@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument(
         "--quantize",
         choices=(*QUANTIZATIONS, "keep"),
-        help="round the language model's matrices to this, and the vision encoder's to int8; "
+        help="round the matrices of language model and vision encoder to this (embedding: int8); "
         "keep: a GGUF file's stay as they are",
     )
     b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")

@@ -49,9 +49,9 @@ def load(
 
     dtype: "float32" or "bfloat16" for the large matrices; by default bfloat16, except on a CPU
     whose memory has room for the model in float32. quantize: "int8" or "int4" rounds the language
-    model's matrices to it (and the vision encoder's to int8) while they are read; a directory that
-    `convert build --quantize` made needs no such word. kv_cache: "int8" keeps the keys and values
-    of what is read and written in 8 bits, half the bytes of bfloat16. merge_lora: add LoRA to the
+    model's and the vision encoder's matrices to it (the embedding to int8) while they are read; a
+    directory that `convert build --quantize` made needs no such word. kv_cache: "int8" keeps the keys
+    and values of what is read and written in 8 bits, half the bytes of bfloat16. merge_lora: add LoRA to the
     weights it is on, which then cost what they do without; exact up to rounding in dtype, where
     bfloat16 may lose a small adapter. mesh: over which devices the model is laid, for instance
     "data:2,model:4" (rows of a batch on two groups of devices, every matrix over the four of a
