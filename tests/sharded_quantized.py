@@ -3,6 +3,7 @@
 Rounded weights and a cache in int8, with LoRA, on one device and on a mesh: the same tokens.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import numpy as np
 from sharded_programs import MODELS, requests
 
 from minigpt4_jax import sharding, weights
+from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.generate.engine import Engine
 from minigpt4_jax.models.cache import Rounded
 
 
 def main(folder: Path) -> None:
-    config, rng = MODELS["v2"].check(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    llm = LlmConfig(  # two groups of inputs or more in every matrix
+        vocab=800, width=128, layers=2, heads=8, kv_heads=4, head_dim=16, ffn=256
+    )
+    config = dataclasses.replace(MODELS["v2"], llm=llm).check()
     tensors = (
         (name, (rng.normal(0, 0.15, shape) + name.endswith("scale")).astype(np.float32))
         for name, shape in weights.parameter_shapes(config).items()
