@@ -8,7 +8,8 @@ from flax import nnx
 
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.models.layers import Linear, _precision, linear
+from minigpt4_jax.models.layers import Linear
+from minigpt4_jax.models.products import linear, precision
 
 
 class LoraLinear(Linear):
@@ -92,7 +93,7 @@ def _raised_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     (d_low,) = jax.vjp(lambda low: linear(low, b, out=jnp.float32), low)[1](dy)
     rows, dy = (a.reshape(-1, a.shape[-1]).astype(b.dtype) for a in (low, dy))
     d_b = jnp.einsum(
-        "nr,no->ro", rows, dy, precision=_precision(b.dtype), preferred_element_type=jnp.float32
+        "nr,no->ro", rows, dy, precision=precision(b.dtype), preferred_element_type=jnp.float32
     )
     return d_low, jax.lax.optimization_barrier(d_b).T.astype(b.dtype)
 
