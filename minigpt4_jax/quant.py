@@ -197,6 +197,10 @@ class QuantizedView(Mapping[str, np.ndarray]):
             self._round(weight)
         return self._scales.pop(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index]; all of it is read, as a scale is of whole rows."""
+        return self[name][index]
+
     def _round(self, name: str) -> np.ndarray:
         levels, self._scales[f"{name}_scale"] = quantize_large(
             self._tensors[name], self._kinds[name]

@@ -13,10 +13,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
@@ -32,7 +32,7 @@ from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.paths import local_path
 from minigpt4_jax.quant import GGUF, QuantizedView
-from minigpt4_jax.sharding import one_device, parameter_sharding, whole
+from minigpt4_jax.sharding import one_device, parameter_sharding, placed, whole
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
@@ -280,6 +280,11 @@ class Tensors(Mapping[str, np.ndarray]):
         with _opened(self._stored[name].path) as file:
             return file.get_tensor(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index], of which no more is read."""
+        with _opened(self._stored[name].path) as file:
+            return file.get_slice(name)[index]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
@@ -346,7 +351,7 @@ def load_model(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[MiniGpt, ModelConfig]:
-    """Read a model directory into arrays, tensor by tensor.
+    """Read a model directory into arrays, for each device what it is to hold, tensor by tensor.
 
     dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
     (training), else as a list (generation). masters: parts that stay float32 because they are
@@ -378,7 +383,10 @@ def load_model(
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             kind = leaf.dtype
         where = sharding(".".join(map(str, path)), leaf, exact)
-        filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind, where))))
+        read = partial(_read, tensors, path, leaf.shape, kind)
+        if config.quantize not in (None, GGUF):  # rounded once, not once for each device
+            read = read((slice(None),) * len(leaf.shape)).__getitem__
+        filled.append((path, leaf.replace(placed(leaf.shape, where, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 
 
@@ -404,18 +412,15 @@ def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
 
 
 def _read(
-    tensors: Any,
-    path: tuple,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    sharding: NamedSharding,
-) -> jax.Array:
+    tensors: Any, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part `index` of a parameter of this shape."""
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
-        array = tensors[names[0][0]].astype(dtype, copy=False)
-    else:
-        array = np.empty(shape, dtype)
-        for i, (name, _) in enumerate(names):
-            array[i] = tensors[name]
-    # not device_put, which lets processes compare the values of all of it
-    return jax.make_array_from_callback(shape, sharding, lambda part: array[part])
+        return tensors.part(names[0][0], index).astype(dtype, copy=False)
+    layers, rest = names[index[0]], index[1:]
+    sizes = (len(range(n)[part]) for n, part in zip(shape[1:], rest, strict=True))
+    out = np.empty((len(layers), *sizes), dtype)
+    for i, (name, _) in enumerate(layers):
+        out[i] = tensors.part(name, rest)
+    return out

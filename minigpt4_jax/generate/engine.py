@@ -318,7 +318,7 @@ class Engine:
         return _placed(_advance(state, model.llm.logits(last), plan))
 
     def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
-        return search(self._model(leaves), *args)
+        return jax.tree.map(constrain, search(self._model(leaves), *args))
 
     def _decode_program(
         self, leaves: list[jax.Array], state: State, steps: jax.Array, plan: Plan
@@ -405,7 +405,7 @@ def _report(s: State) -> tuple[jax.Array, jax.Array]:
     New arrays, as the state is given up to the next chunk before they are read.
     """
     head = [a.astype(jnp.int32)[:, None] for a in (s.made, s.done, s.stopped)]
-    return jnp.concatenate([*head, s.ids], axis=1), jnp.copy(s.logprobs)
+    return constrain(jnp.concatenate([*head, s.ids], axis=1)), constrain(jnp.copy(s.logprobs))
 
 
 def _read(owners: list[int], report: Any) -> Iterator[tuple[int, int, Answer, bool]]:

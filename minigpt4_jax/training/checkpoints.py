@@ -158,7 +158,8 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, what: str, e: Exception) -> UserError:
-        for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        mine = self._folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ()
+        for half_written in mine:
             shutil.rmtree(half_written, ignore_errors=True)
         causes = [e, e.__cause__, e.__context__]
         numbers = {c.errno for c in causes if isinstance(c, OSError)}
