@@ -160,7 +160,7 @@ def watched(o: Options, kept: Callable[[], str]) -> Callable[[], None]:
         return lambda: _tell(writer)
     os.close(writer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child has it too
-    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT:
         joined = os.read(reader, 1)

@@ -8,7 +8,7 @@ the same order. In a run of one process they give back what they are given.
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -99,19 +99,25 @@ class Gone(UserError):
     code = GONE
 
 
-@contextmanager
-def noticing(kept: Callable[[], str]) -> Iterator[None]:
-    """Of an error of the devices in the body, say so where a broken connection to another process is
-    what it is. kept: what is said then of the state that the run left.
+def is_broken(e: BaseException) -> bool:
+    """Whether an error says that a connection to another process broke."""
+    return several() and _BROKEN.search(str(e)) is not None
 
-    Where nothing but silence comes from the other, JAX aborts this process after the heartbeat
-    timeout; see `joining`.
+
+@contextmanager
+def noticing(kept: Callable[[], str], closing: ExitStack) -> Iterator[None]:
+    """Say so where a connection to another process breaks in the body.
+
+    kept: what is said then of the state that the run left. closing: what would follow, and is left
+    out then: it may wait for the others. Where nothing but silence comes from one, JAX aborts this
+    process after the heartbeat timeout; see `joining`.
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as e:
-        if not several() or not _BROKEN.search(str(e)):
+    except (RuntimeError, ValueError) as e:
+        if not is_broken(e):
             raise
+        closing.pop_all()
         cause = " ".join(str(e).split())[-120:]
         raise Gone(
             f"a connection to another of the {jax.process_count()} processes broke, so that one is gone "

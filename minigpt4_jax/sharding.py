@@ -179,16 +179,14 @@ def placed(
 ) -> jax.Array:
     """An array of which every device of this process gets its part; each part is read once, and the
     host holds one of them at a time. (jax.make_array_from_callback asks once for each device.)"""
-    holders: dict[tuple, list[Any]] = {}
-    found: dict[tuple, tuple[slice, ...]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple((i.start, i.stop) for i in index)
-        holders.setdefault(key, []).append(device)
-        found[key] = index
+    holders: dict[str, tuple[tuple[slice, ...], list[Any]]] = {}
+    devices: Any = sharding.addressable_devices_indices_map(shape)
+    for device, index in devices.items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
     arrays = []
-    for key, devices in holders.items():
-        part = read(found[key])
-        arrays += [jax.device_put(part, device) for device in devices]
+    for index, sharers in holders.values():
+        part = read(index)
+        arrays += [jax.device_put(part, device) for device in sharers]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

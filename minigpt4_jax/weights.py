@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -383,7 +383,7 @@ def load_model(
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             kind = leaf.dtype
         where = sharding(".".join(map(str, path)), leaf, exact)
-        read = partial(_read, tensors, path, leaf.shape, kind)
+        read: Callable = partial(_read, tensors, path, leaf.shape, kind)
         if config.quantize not in (None, GGUF):  # rounded once, not once for each device
             read = read((slice(None),) * len(leaf.shape)).__getitem__
         filled.append((path, leaf.replace(placed(leaf.shape, where, read))))

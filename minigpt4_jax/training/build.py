@@ -33,12 +33,12 @@ def open_loader(c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh:
         batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
         padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
         timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
-        pack=_packing(c, config, tokenizer), share=partial(share_of, mesh) if several() else None,
+        pack=_packing(c, config, tokenizer, mesh), share=partial(share_of, mesh) if several() else None,
     )  # fmt: skip
 
 
 def _packing(
-    c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer
+    c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Arrays], Packed] | None:
     d = c.data
     if d.pack_tokens == 0:
@@ -46,6 +46,7 @@ def _packing(
     return partial(
         pack, width=d.pack_tokens, visual_tokens=config.visual_tokens, pad_id=tokenizer.pad_id,
         micro_batches=c.accumulate, padding=Padding(d.pad_tokens, d.pad_answers),
+        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processes import is_broken
 from minigpt4_jax.training.step import Trainable
 
 
@@ -157,7 +158,9 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # reported by save or wait already
             self._manager.close()
 
-    def _failed(self, what: str, e: Exception) -> UserError:
+    def _failed(self, what: str, e: Exception) -> Exception:
+        if is_broken(e):  # it is not the disk that failed
+            return RuntimeError(str(e))
         mine = self._folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ()
         for half_written in mine:
             shutil.rmtree(half_written, ignore_errors=True)

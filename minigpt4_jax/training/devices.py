@@ -60,14 +60,14 @@ def choose_sizes(
 
 def share_of(mesh: Mesh, rows: int) -> Share:
     """The rows of a batch of so many that the devices of this process hold."""
-    me, first = jax.process_index(), {}
-    mine: set[int] = set()
-    for device, index in rows_over(mesh, rows).devices_indices_map((rows,)).items():
+    holders: dict[int, set[int]] = {}  # row -> processes
+    devices: Any = rows_over(mesh, rows).devices_indices_map((rows,))
+    for device, index in devices.items():
         for row in range(rows)[index[0]]:
-            first[row] = min(device.process_index, first.get(row, device.process_index))
-            if device.process_index == me:
-                mine.add(row)
-    return Share(tuple(sorted(mine)), frozenset(row for row in mine if first[row] == me))
+            holders.setdefault(row, set()).add(device.process_index)
+    me = jax.process_index()
+    mine = tuple(row for row in range(rows) if me in holders[row])
+    return Share(mine, frozenset(row for row in mine if min(holders[row]) == me))
 
 
 def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: Any) -> str:

@@ -72,11 +72,10 @@ def train(
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
     folder = local_path("workdir", workdir)
-    with ExitStack() as closing:
-        stop = closing.enter_context(listen())
+    with listen() as stop, ExitStack() as closing:
         stop.running = several()  # then all stop together, at a step
-        closing.enter_context(noticing(partial(run.kept, folder)))
-        return _Loop(c, folder, stop, on_metrics, closing).run()
+        with noticing(partial(run.kept, folder), closing):
+            return _Loop(c, folder, stop, on_metrics, closing).run()
 
 
 class _Dispatched(NamedTuple):
@@ -106,7 +105,8 @@ class _Loop:
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         enable_compilation_cache()
-        import_tensorboard()
+        if is_first():
+            import_tensorboard()
         self.c, self.workdir, self.stop = c, workdir, stop
         self.on_metrics, self.closing = on_metrics, closing
         with together():

@@ -24,9 +24,9 @@ MODELS = {
     "patches": {"qformer": False},
     "v2": {"qformer": False, "variant": "minigpt-v2", "lora": LoraConfig(rank=2, dropout=0.1)},
 }
-MESHES = {  # of two processes with two devices each, then of four with one
+MESHES = {  # of two processes with two devices each, then of four with one, for some
     "qformer": ("data:2,model:2", "auto"),
-    "patches": ("fsdp:4", "data:2,fsdp:2"),
+    "patches": ("fsdp:4",),
     "v2": ("model:4", "data:2,model:2"),
 }
 STEPS = 8
@@ -51,7 +51,7 @@ def values(home: Path, name: str) -> dict:
     rows = [str(home / "data" / "rows.jsonl")]
     prompts = ["<Img><ImageHere></Img> What?", "<Img><ImageHere></Img> Where is it?"]
     return {
-        "model": str(home / name), "steps": STEPS, "batch_size": 8, "init_lr": 0.01,
+        "model": str(home / name), "steps": STEPS, "batch_size": 8, "init_lr": 1e-3,
         "data": {"path": rows, "val_path": rows, "prompts": prompts}, "dtype": "float32",
         "warmup_steps": 1, "save_every": 100, "log_every": 1, "eval_every": 8,
         "sample_every": 8 if name == "qformer" else 0, "sample_images": 1, "sample_tokens": 3,
@@ -60,8 +60,8 @@ def values(home: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Every run once whole, in one process, and once begun there, continued by two processes until
-    the second is told to stop, and ended by four."""
+    """Every run once whole, in one process, and once begun there, continued by two processes, and
+    where they are told to stop, ended by four."""
     folder = tmp_path_factory.mktemp("processes")
     tiny.write_data(folder / "data", rows=21)
     one, two, four = [], [], []
@@ -72,8 +72,8 @@ def home(tmp_path_factory):
         one.append(run | plain | {"workdir": str(folder / f"{name}-one"), "stop": None})
         one.append(run | plain | {"stop": [0, 1]})
         meshes = [{"values": values(folder, name) | {"mesh": mesh}} for mesh in MESHES[name]]
-        two.append(run | meshes[0] | {"stop": [1, 3]})
-        four.append(run | meshes[1] | {"stop": None})
+        two.append(run | meshes[0] | {"stop": [1, 3] if meshes[1:] else None})
+        four += [run | mesh | {"stop": None} for mesh in meshes[1:]]
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
     asked = {"model": str(folder / "qformer"), "images": images}
     in_processes(folder, 1, 1, {"runs": one, "answers": asked | {"mesh": None}})
@@ -88,7 +88,7 @@ def in_processes(folder: Path, count: int, devices: int, jobs: dict) -> None:
     command = [HERE / "process_runs.py", folder, at, count]
     started = [begin([*command, index], devices) for index in range(count)]
     for index, process in enumerate(started):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         (folder / f"{index}-of-{count}.log").write_text(out)
         assert process.returncode == 0, f"process {index}: {out[-2000:]}{err[-4000:]}"
 
@@ -122,18 +122,24 @@ def noted(home: Path, count: int) -> list[dict]:
 
 @pytest.mark.slow
 def test_each_process_reads_its_own_rows_and_all_of_them_the_batch(home):
-    two, four = ([p["rows"] for p in noted(home, count)] for count in (2, 4))
-    for steps in zip(*(p["patches"] for p in two), strict=True):  # over two processes
-        assert [len(rows) for rows in steps] == [4, 4]
-        assert len(set().union(*steps)) == 8
-    for steps in zip(*(p["qformer"] for p in four), strict=True):
-        assert [len(rows) for rows in steps] == [2] * 4
-        assert len(set().union(*steps)) == 8
-    for steps in zip(*(p["v2"] for p in two), strict=True):  # the model is over all, rows are not
-        assert len(steps[0]) == 8 and steps[0] == steps[1]
-    for steps in zip(*(p["v2"] for p in four), strict=True):  # two hold the same rows
-        assert steps[0] == steps[1] and steps[2] == steps[3]
-        assert len({*steps[0], *steps[2]}) == 8
+    """As digests of rows; a run of two processes began behind step 2, of four behind step 6."""
+    one, two, four = (noted(home, count) for count in (1, 2, 4))
+    whole = {name: one[0]["rows"][name][:STEPS] for name in MODELS}
+
+    def shares(processes: list[dict], name: str, begin: int) -> list:
+        """(rows of a batch, for each process its share) for every step"""
+        steps = [process["rows"][name] for process in processes]
+        return list(zip(whole[name][begin:], zip(*steps, strict=True), strict=False))
+
+    for batch, (a, b) in shares(two, "patches", 2):  # rows are over both
+        assert a + b == batch
+    for batch, (a, b, c, d) in shares(four, "qformer", 6):
+        assert [*a, *b, *c, *d] == batch and len(d) == 2
+    for batch, (a, b) in shares(two, "v2", 2):  # the model is over both, rows are not
+        assert a == b == batch
+    for batch, (a, b, c, d) in shares(four, "v2", 6):
+        assert a == b and c == d and a + c == batch
+    assert len(shares(two, "patches", 2)) == 6 and len(shares(four, "v2", 6)) == 2
 
 
 def log(home: Path, process: int, count: int) -> list[str]:
@@ -146,10 +152,8 @@ def log(home: Path, process: int, count: int) -> list[str]:
 def test_all_stop_when_one_is_told_and_one_writes(home):
     two, four = "\n".join(log(home, 0, 2)), "\n".join(log(home, 0, 4))
     told = "stopped by a signal to another process; step 6 is saved: start the same command again"
-    assert two.count(told) == len(MODELS)
-    for name in MODELS:
-        assert f"continuing at step 2: {home / name}" in two
-        assert f"continuing at step 6: {home / name}" in four
+    assert two.count(told) == four.count("continuing at step 6: ") == 2
+    assert two.count("continuing at step 2: ") == 3
     assert "device cpu, 2 processes; log in" in two
     assert "mesh fsdp:4 of 4 devices, as asked for" in two
     assert [log(home, n, c) for c in (2, 4) for n in range(1, c)] == [[]] * 4
@@ -169,7 +173,7 @@ def test_answers_of_two_processes_are_those_of_one(home):
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     """-> (exit code, what it wrote to stderr, of which the last line is shown to the user)"""
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     return process.returncode, err
 
 
@@ -186,7 +190,7 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
     given = values(tmp_path, "qformer") | {"steps": 10_000, "save_every": 2, "eval_every": 0}
     (tmp_path / "long.py").write_text(f"def get_config():\n    return {given!r}\n")
     command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'long.py'}"]
-    command += ["--config.heartbeat_timeout=6", "--config.sample_every=0"]
+    command += ["--config.heartbeat_timeout=10", "--config.sample_every=0"]
 
     def pair(name: str) -> list[subprocess.Popen]:
         others = [f"--coordinator_address={address()}", "--num_processes=2"]
@@ -199,9 +203,10 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
     code, err = ended(alone)
     assert code == 2 and f"error: process 0 does not answer at {late[1]} within 2 s" in err
     assert not (tmp_path / "w").exists()
-    for name, processes, ill, sent in (
-        ("killed", killed, 1, signal.SIGKILL), ("stopped", stopped, 0, signal.SIGSTOP),
-    ):  # fmt: skip
+    for name, processes, ill, sent, words in (
+        ("killed", killed, 1, signal.SIGKILL, "a connection to another of the 2 processes broke"),
+        ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is gone or cannot"),
+    ):
         while not (tmp_path / name / "checkpoints" / "00000002").exists():
             assert processes[0].poll() is None, ended(processes[0])
             time.sleep(0.05)
@@ -211,7 +216,7 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
         processes[ill].communicate()
         assert code == 75, err
         line = err.splitlines()[-1]
-        assert line.startswith("error: ") and " is gone" in line, err
+        assert line.startswith(f"error: {words}"), err
         last = max(p.name for p in (tmp_path / name / "checkpoints").glob("0*[0-9]"))
         assert f"the last good checkpoint, of step {int(last)}, is kept in {tmp_path}" in line
 
