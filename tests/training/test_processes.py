@@ -1,7 +1,9 @@
 """Several processes, as on several hosts: the same run as in one, and an end to it when one is gone."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -38,9 +40,28 @@ def address() -> str:
         return f"localhost:{s.getsockname()[1]}"
 
 
-def begin(command: list[object], devices: int = 1) -> subprocess.Popen:
+def slurm(process: int, job: int) -> dict[str, str]:
+    """The variables that srun sets for one of two tasks on a node."""
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }  # fmt: skip
+
+
+def free_job() -> int:
+    """A number of a SLURM job for which JAX takes a port that is free."""
+    for job in random.sample(range(4096), 4096):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", 61440 + job))
+            return job
+    raise AssertionError("no port is free")
+
+
+def begin(command: list[object], devices: int = 1, **variables: str) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -53,8 +74,8 @@ def values(home: Path, name: str) -> dict:
     return {
         "model": str(home / name), "steps": STEPS, "batch_size": 8, "init_lr": 1e-3,
         "data": {"path": rows, "val_path": rows, "prompts": prompts}, "dtype": "float32",
-        "warmup_steps": 1, "save_every": 100, "log_every": 1, "eval_every": 8,
-        "sample_every": 8 if name == "qformer" else 0, "sample_images": 1, "sample_tokens": 3,
+        "warmup_steps": 1, "save_every": 100, "log_every": 1, "sample_images": 1, "sample_tokens": 3,
+        "eval_every": 8 if name == "patches" else 0, "sample_every": 8 if name == "patches" else 0,
     }  # fmt: skip
 
 
@@ -192,12 +213,11 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
     command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'long.py'}"]
     command += ["--config.heartbeat_timeout=10", "--config.sample_every=0"]
 
-    def pair(name: str) -> list[subprocess.Popen]:
-        others = [f"--coordinator_address={address()}", "--num_processes=2"]
-        workdir = f"--workdir={tmp_path / name}"
-        return [begin([*command, workdir, *others, f"--process_id={n}"]) for n in (0, 1)]
-
-    killed, stopped = pair("killed"), pair("stopped")
+    at, job = [f"--coordinator_address={address()}", "--num_processes=2"], free_job()
+    here = [*command, f"--workdir={tmp_path / 'killed'}", *at]
+    killed = [begin([*here, f"--process_id={n}"]) for n in (0, 1)]
+    here = [*command, f"--workdir={tmp_path / 'stopped'}"]
+    stopped = [begin(here, **slurm(n, job)) for n in (0, 1)]
     late = ["--coordinator_address", address(), "--num_processes=2", "--process_id=1"]
     alone = begin([*command, f"--workdir={tmp_path / 'w'}", *late, "--initialization_timeout=2"])
     code, err = ended(alone)
