@@ -45,6 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
     config, workdir = configs.parse(args)
     if joining.are_several(others):
         all_came = joining.watched(others, lambda: _kept(workdir))
+        # imported now: from joining on until the run listens, JAX swallows a SIGTERM
+        from minigpt4_jax.training import loop  # noqa: F401
+
         joining.join(others, config.heartbeat_timeout)
         all_came()
     train(config, workdir)
