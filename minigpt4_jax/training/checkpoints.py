@@ -48,6 +48,8 @@ class Checkpoints:
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
                     cleanup_tmp_directories=True,
+                    # where a folder cannot be made, threads wait twenty minutes to hear that it is
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                     lightweight_initialize=True,  # reads none of them: a damaged one may be there
                 ),
             )
