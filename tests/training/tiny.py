@@ -31,11 +31,11 @@ def write_model(out: Path, seed: int = 0, **changes) -> Path:
     return weights.write_model(out, c, weights.tensors_of(nnx.state(model)), tokenizer=files)
 
 
-def write_random_model(out: Path, **changes) -> Path:
+def write_random_model(out: Path, scale: float = 0.3, **changes) -> Path:
     """As write_model, with larger weights, so that inputs matter; nothing is compiled to make it."""
     c, rng = config(**changes), np.random.default_rng(0)
     tensors = {
-        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
+        name: (rng.normal(0, scale, shape) + name.endswith("scale")).astype(np.float32)
         for name, shape in weights.parameter_shapes(c).items()
     }
     files = {p.name: p for p in TOKENIZER.iterdir()}
