@@ -73,19 +73,20 @@ class Cost:
 def cost_of(module: Module) -> Cost:
     """Count a whole program."""
     steps: list[Step] = []
-    found: dict[tuple, int] = defaultdict(int)
+    found: dict[tuple, int] = {}
     for name, times in module.runs.items():
         body = module.computations[name]
         table = {i.name: i for i in body}
         fused = module.caller.get(name) == "fusion"
         for i in filter(is_collective, body):
-            # One that runs beside products is in the fusions of these, piece by piece.
+            # One that runs beside products is in the fusions of these, piece by piece; it may begin
+            # before a loop, whose every turn advances it, and end behind it.
             ahead = fused or i.opcode.endswith("-start") or module.caller.get(name) == "async-start"
             channel = i.attribute("channel_id") if fused else i.name
             if not (group := _group(i)):
                 raise ValueError(f"the groups of {i.name} in the compiled program: {i.attributes}")
             key = (i.opcode.removesuffix("-start"), group, _size(i, table), ahead, channel)
-            found[key] = max(found[key], times)
+            found[key] = min(found.get(key, times), times)
         if not fused and module.caller.get(name) in _STEPS:
             steps += [s for i in body if (s := _step(i, table, module, times))]
     alike: dict[tuple, int] = defaultdict(int)
