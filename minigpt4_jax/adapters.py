@@ -14,6 +14,7 @@ class Readable(Protocol):
 
     def __iter__(self) -> Iterator[str]: ...
     def __getitem__(self, name: str) -> np.ndarray: ...
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
     def shape(self, name: str) -> Shape: ...
 
 
@@ -44,6 +45,10 @@ class WithNewLora(Mapping[str, np.ndarray]):
             return self._tensors[name]
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         return first_values(name, self._adapters[name], rng)
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index], of which no more is read where there is a file."""
+        return self[name][index] if name in self._adapters else self._tensors.part(name, index)
 
     def shape(self, name: str) -> Shape:
         return self._adapters[name] if name in self._adapters else self._tensors.shape(name)

@@ -10,6 +10,8 @@ class UserError(Exception):
     """A mistake in what the user gave: the message names the thing, its value, what was expected
     and what to do. Entry points print it as one line; library callers can catch it."""
 
+    code = 2  # of the exit of an entry point
+
 
 class DataError(UserError):
     """A fault in one image, row or file of a dataset, which training can go on without.
@@ -31,14 +33,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run an entry point: UserError becomes one line on stderr and exit code 2, Ctrl-C code 130."""
+def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run an entry point: UserError becomes one line on stderr and its code, Ctrl-C code 130.
+    leave: ends the process with a code."""
     try:
         code = main() or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        code = 2
+        code = e.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    leave(code)

@@ -96,6 +96,11 @@ class Tensors(Mapping[str, np.ndarray]):
         with _opened(self._stored[name].path) as file:
             return file.get_tensor(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index], of which no more is read."""
+        with _opened(self._stored[name].path) as file:
+            return file.get_slice(name)[index]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 

@@ -261,6 +261,10 @@ class QuantizedView(Mapping[str, np.ndarray]):
             self._round(weight)
         return self._scales.pop(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index]; all of it is read, as a scale is of whole rows."""
+        return self[name][index]
+
     def _round(self, name: str) -> np.ndarray:
         weight, scale = self._tensors[name], f"{name}_scale"
         if scale in self._stored:

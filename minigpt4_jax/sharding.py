@@ -182,21 +182,49 @@ def fitting(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
     return found
 
 
+def placed(
+    shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], Any]
+) -> jax.Array:
+    """An array of which every device of this process gets its part; each part is read once, and the
+    host holds one of them at a time. (jax.make_array_from_callback asks once for each device.)"""
+    holders: dict[str, tuple[tuple[slice, ...], list[Any]]] = {}
+    devices: Any = sharding.addressable_devices_indices_map(shape)
+    for device, index in devices.items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    arrays = []
+    for index, sharers in holders.values():
+        part = read(index)
+        arrays += [jax.device_put(part, device) for device in sharers]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
 # --- batches and activations -----------------------------------------------------------------
 
 
-def put_rows(batch: Any, mesh: Mesh | None) -> Any:
-    """Arrays [B, ...] of the host, split by rows over the devices."""
-    if (
-        mesh is None or mesh.size == 1
-    ):  # as they are: a compiled program takes them faster than this function
-        return batch
+def rows_over(mesh: Mesh, rows: int) -> NamedSharding:
+    """How arrays [B, ...] of so many rows are split."""
+    return NamedSharding(mesh, P(*fitting((rows,), (ROWS,), mesh.shape)))
+
+
+def put_rows(batch: Any, mesh: Mesh | None, rows: int | None = None) -> Any:
+    """Arrays [B, ...] of the host, split by rows over the devices. rows: B of the whole batch where
+    the arrays are of those rows alone that the devices of this process hold."""
+    if mesh is None or mesh.size == 1:
+        return batch  # as it is: a compiled program takes it faster than this function
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda a: jax.device_put(a, rows_over(mesh, len(a))), batch)
 
     def put(a: Any) -> jax.Array:
-        where = NamedSharding(mesh, P(*fitting(a.shape[:1], (ROWS,), mesh.shape)))
-        return jax.device_put(a, where)
+        whole_shape = (rows or len(a), *a.shape[1:])
+        where = rows_over(mesh, whole_shape[0])
+        return jax.make_array_from_process_local_data(where, a, whole_shape)
 
     return jax.tree.map(put, batch)
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of the host, the same in every process, onto every device."""
+    return jax.tree.map(lambda a: placed(a.shape, whole(mesh), a.__getitem__), tree)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

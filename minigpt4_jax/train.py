@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt4_jax import errors
+from minigpt4_jax import errors, joining
 from minigpt4_jax.training import config as configs
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ usage: python -m minigpt4_jax.train --config=NAME[:ARG] --workdir=DIR [--config.
   --config      {known}, or the path of a .py file with get_config()
   --workdir     where checkpoints, logs and the trained model go; a run begun there is continued
   --config.KEY  changes a value, for instance --config.batch_size=4 --config.data.path=my.jsonl
+
+On several hosts the same command runs on each:
+
+{joining}
 
 A model directory (--config.model) comes from `python -m convert build`. The keys:
 """
@@ -31,12 +36,28 @@ def train(config: Any, workdir: Any, **options: Any) -> "Result":
 def main(args: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
+    others, args = joining.take_options(args)
     if not args or {"-h", "--help", "-help"} & set(args):
-        print(USAGE.format(known=", ".join(configs.known_configs())) + _keys())
+        print(
+            USAGE.format(known=", ".join(configs.known_configs()), joining=joining.USAGE) + _keys()
+        )
         return 0 if args else 2
     config, workdir = configs.parse(args)
+    if joining.are_several(others):
+        all_came = joining.watched(others, lambda: _kept(workdir))
+        # imported now: from joining on until the run listens, JAX swallows a SIGTERM
+        from minigpt4_jax.training import loop  # noqa: F401
+
+        joining.join(others, config.heartbeat_timeout)
+        all_came()
     train(config, workdir)
     return 0
+
+
+def _kept(workdir: str) -> str:
+    from minigpt4_jax.training import run  # imports JAX
+
+    return run.kept(Path(workdir))
 
 
 def _keys() -> str:
@@ -51,4 +72,4 @@ def _keys() -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, joining.leave)

@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
@@ -35,8 +35,15 @@ from minigpt4_jax.model_dir import tokenizer_dir as tokenizer_dir
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.paths import local_path
-from minigpt4_jax.quant import GGUF, QuantizedView, as_held, as_stored, stored_shape
-from minigpt4_jax.sharding import one_device, parameter_sharding, whole
+from minigpt4_jax.quant import (
+    GGUF,
+    QuantizedView,
+    as_held,
+    as_stored,
+    is_turned,
+    stored_shape,
+)
+from minigpt4_jax.sharding import one_device, parameter_sharding, placed, whole
 
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
 STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
@@ -251,7 +258,7 @@ def load_model(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[MiniGpt, ModelConfig]:
-    """Read a model directory into arrays, tensor by tensor.
+    """Read a model directory into arrays, for each device what it is to hold, tensor by tensor.
 
     dtype: "float32" or "bfloat16". stacked: layers of the language model as one array [L, ...]
     (training), else as a list (generation). masters: parts that stay float32 because they are
@@ -283,7 +290,10 @@ def load_model(
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             kind = leaf.dtype
         where = sharding(".".join(map(str, path)), leaf, exact)
-        filled.append((path, leaf.replace(_read(tensors, path, leaf.shape, kind, where))))
+        read: Callable = partial(_read, tensors, path, leaf.shape, kind)
+        if config.quantize is not None:  # rounded and turned once, not once for each device
+            read = read((slice(None),) * len(leaf.shape)).__getitem__
+        filled.append((path, leaf.replace(placed(leaf.shape, where, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 
 
@@ -309,19 +319,22 @@ def _in_scheme(tensors: Tensors, config: ModelConfig) -> Any:
 
 
 def _read(
-    tensors: Any,
-    path: tuple,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    sharding: NamedSharding,
-) -> jax.Array:
+    tensors: Any, path: tuple, shape: tuple[int, ...], dtype: jnp.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part `index` of a parameter of this shape."""
     names = _layer_names(path, shape)
     if len(names) == 1 and names[0][1] == shape:
-        name = names[0][0]
-        array = as_held(name, tensors[name], shape).astype(dtype, copy=False)
-    else:
-        array = np.empty(shape, dtype)
-        for i, (name, _) in enumerate(names):
-            array[i] = as_held(name, tensors[name], shape[1:])
-    # not device_put, which lets processes compare the values of all of it
-    return jax.make_array_from_callback(shape, sharding, lambda part: array[part])
+        return _part(tensors, names[0][0], shape, index).astype(dtype, copy=False)
+    layers, rest = names[index[0]], index[1:]
+    sizes = (len(range(n)[part]) for n, part in zip(shape[1:], rest, strict=True))
+    out = np.empty((len(layers), *sizes), dtype)
+    for i, (name, layer) in enumerate(layers):
+        out[i] = _part(tensors, name, layer, rest)
+    return out
+
+
+def _part(tensors: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of a parameter (of one layer) as it is held, in this shape."""
+    if is_turned(name, len(shape)):
+        return as_held(name, tensors[name], shape)[index]
+    return tensors.part(name, index)

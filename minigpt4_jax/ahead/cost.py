@@ -31,7 +31,7 @@ class Collective:
     def sent(self) -> float:
         """Bytes that a chip passes on each time, in a ring."""
         n, kind = self.group, self.kind
-        if n == 1:
+        if n <= 1:
             return 0.0
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
         return self.bytes * share.get(kind, (n - 1) / n)
@@ -73,17 +73,20 @@ class Cost:
 def cost_of(module: Module) -> Cost:
     """Count a whole program."""
     steps: list[Step] = []
-    found: dict[tuple, int] = defaultdict(int)
+    found: dict[tuple, int] = {}
     for name, times in module.runs.items():
         body = module.computations[name]
         table = {i.name: i for i in body}
         fused = module.caller.get(name) == "fusion"
         for i in filter(is_collective, body):
-            # One that runs beside products is in the fusions of these, piece by piece.
+            # One that runs beside products is in the fusions of these, piece by piece; it may begin
+            # before a loop, whose every turn advances it, and end behind it.
             ahead = fused or i.opcode.endswith("-start") or module.caller.get(name) == "async-start"
             channel = i.attribute("channel_id") if fused else i.name
-            key = (i.opcode.removesuffix("-start"), _group(i), _size(i, table), ahead, channel)
-            found[key] = max(found[key], times)
+            if not (group := _group(i)):
+                raise ValueError(f"the groups of {i.name} in the compiled program: {i.attributes}")
+            key = (i.opcode.removesuffix("-start"), group, _size(i, table), ahead, channel)
+            found[key] = min(found.get(key, times), times)
         if not fused and module.caller.get(name) in _STEPS:
             steps += [s for i in body if (s := _step(i, table, module, times))]
     alike: dict[tuple, int] = defaultdict(int)
@@ -105,9 +108,9 @@ def _step(i: Instruction, table: Table, module: Module, times: int) -> Step | No
 
 def _group(i: Instruction) -> int:
     """Chips in a group, of replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=4] {'b'}; of a
-    permutation 2; 0: not said, so all."""
+    permutation 2; 0: not said in a known way."""
     text = i.attributes
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", m[2]))
     if m := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):

@@ -93,6 +93,22 @@ def arrays_in(name: str, table: Table) -> list[Array]:
     return table[name].arrays if name in table else []
 
 
+def source(name: str, table: Table) -> Instruction | None:
+    """What a name stands for, seen through copies."""
+    found = table.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        found = table.get(found.operands[0])
+    return found
+
+
+def constant_of(name: str, table: Table) -> int | None:
+    """The whole number that a name stands for; None: it is no constant."""
+    found = source(name, table)
+    if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.text):
+        return None
+    return int(found.text)
+
+
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
@@ -122,25 +138,58 @@ class Module:
         runs: dict[str, int] = defaultdict(int)
         runs[self.entry] = 1
         for name in reversed(order):  # callers first
+            table = self._table(name)
             for instruction in self.computations[name]:
-                times = (self.trips(instruction) or 1) if instruction.opcode == "while" else 1
+                loops = instruction.opcode == "while"
+                known = self.trips(instruction, table) if loops else None
+                times = 1 if known is None else known
                 for called in instruction.called:
                     if called in self.computations:
                         runs[called] += runs[name] * times
                         self.caller.setdefault(called, instruction.opcode)
         return dict(runs)
 
-    def trips(self, loop: Instruction) -> int | None:
-        """How many times a loop runs: as noted on it, or else by its condition, `n < constant`, as a
-        scan's is, which counts from 0. None: it depends on what is computed."""
+    def trips(self, loop: Instruction, within: "Table") -> int | None:
+        """How many times a loop runs: as noted on it, or else by its condition, `n < constant`, where
+        n starts from a constant and grows by one. None: it depends on what is computed.
+        within: the computation that the loop is in."""
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
-        table = {i.name: i for i in self.computations.get(loop.attribute("condition")[1:], ())}
+        table = self._table(loop.attribute("condition")[1:])
         test = next(reversed(table.values()), None)
         if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
-        bound = table.get(test.operands[1])
-        return int(bound.text) if bound is not None and bound.opcode == "constant" else None
+        counter, bound = (source(name, table) for name in test.operands)
+        index = counter.attribute("index") if counter else ""
+        if bound is None or bound.opcode != "constant" or not index:
+            return None
+        first = self._first(loop, int(index), within)
+        growth = self._growth(loop, int(index))
+        if first is None or not growth:
+            return None
+        return max(0, -(-(int(bound.text) - first) // growth))
+
+    def _table(self, name: str) -> "Table":
+        return {i.name: i for i in self.computations.get(name, ())}
+
+    def _first(self, loop: Instruction, index: int, within: "Table") -> int | None:
+        """What the counter, an element of the loop's state, starts from."""
+        state = within.get(loop.operands[0])
+        if state is None or state.opcode != "tuple":
+            return None
+        return constant_of(state.operands[index], within)
+
+    def _growth(self, loop: Instruction, index: int) -> int | None:
+        """By how much the counter grows each time."""
+        body = self._table(loop.attribute("body")[1:])
+        state = next(reversed(body.values()), None)
+        if state is None or state.opcode != "tuple":
+            return None
+        after = source(state.operands[index], body)
+        if after is None or after.opcode != "add":
+            return None
+        found = [constant_of(name, body) for name in after.operands]
+        return next((n for n in found if n is not None), None)
 
     def _visit(self, name: str, order: list[str], seen: set[str]) -> None:
         if name in seen:
@@ -156,7 +205,7 @@ class Module:
     def open_loops(self) -> int:
         """Loops whose number of turns the compiler does not know."""
         return sum(
-            i.opcode == "while" and self.trips(i) is None
+            i.opcode == "while" and self.trips(i, self._table(name)) is None
             for name, body in self.computations.items()
             if name in self.runs
             for i in body

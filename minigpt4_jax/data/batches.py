@@ -1,8 +1,8 @@
 """From examples to padded arrays: text rows, images, one prompt a batch. NumPy alone, so that input
 processes start without JAX."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,12 +103,19 @@ def _round_up(n: int, multiple: int) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
+class Share(NamedTuple):
+    """The rows of a batch that one of several processes makes: those its devices take."""
+
+    rows: tuple[int, ...]  # their numbers, ascending
+    counted: frozenset[int]  # of these the ones that no process before it makes as well
+
+
 class Made(NamedTuple):
     """A batch on its way from a process that makes batches."""
 
     arrays: Any  # Arrays, or what packing makes of them; None: there is nothing to read for a row
-    broken: tuple[Broken, ...]  # rows left out of this process's share
-    rows: int  # this process's rows
+    broken: tuple[Broken, ...]  # rows left out of those that this process counts
+    rows: int  # how many it counts
 
 
 class _Loaded(NamedTuple):
@@ -142,32 +149,33 @@ class BatchMaker:
     seed: int
     padding: Padding = PADDING
     crop: bool = False  # random resized crop instead of the plain resize
-    shard: tuple[int, int] = (0, 1)  # this process and how many there are: each makes its rows
+    # of a batch of so many rows, what this process makes; by default all of it
+    shares: Mapping[int, Share] = field(default_factory=dict)
 
     def __call__(self, step: int) -> Made:
         """-> this process's rows of the batch. Rows that are missing repeat the first without its
         labels."""
         size = self.order.size(step)
         places = [self._place(pick, step) for pick in self.order.batch(step)]
-        process, processes = self.shard
-        mine = slice(size * process // processes, size * (process + 1) // processes)
-        rows = mine.stop - mine.start
+        share = self.shares.get(size) or Share(tuple(range(size)), frozenset(range(size)))
         loaded = [place.loaded for place in places if place.loaded is not None]
         if len(loaded) < len(places):
-            return Made(None, tuple(b for place in places for b in place.found), rows)
+            found = tuple(b for place in places for b in place.found)
+            return Made(None, found, len(share.counted))
         fill = size - len(places)
         places += [_Place(places[0].dataset, None, iter(()), [])] * fill
         loaded += [_unlabelled(loaded[0])] * fill
         shape = _Shape.of([one.row for one in loaded], self.padding)
         most = max(len(one.example.images) for one in loaded)
         edge = self.config.vision.image_size
-        pixels = np.zeros((rows, most, edge, edge, 3), np.float32)
+        pixels = np.zeros((len(share.rows), most, edge, edge, 3), np.float32)
         made = [
-            self._open(pixels[n - mine.start], places[n], loaded[n], shape, (step, n))
-            for n in range(mine.start, mine.stop)
+            self._open(out, places[n], loaded[n], shape, (step, n))
+            for out, n in zip(pixels, share.rows, strict=True)
         ]
-        found = tuple(b for place in places[mine] for b in place.found)
-        return Made(Arrays(pixels, *shape.fill(made, self.tokenizer.pad_id)), found, rows)
+        arrays = Arrays(pixels, *shape.fill(made, self.tokenizer.pad_id))
+        found = tuple(b for n in sorted(share.counted) for b in places[n].found)
+        return Made(arrays, found, len(share.counted))
 
     def row(self, example: Example, prompt: str | None) -> Row:
         return example_row(example, self.tokenizer, self.config, prompt)

@@ -62,6 +62,20 @@ class Tally:
         """JSON values; `restore` takes them."""
         return {"rows": self.rows, "skipped": dict(self.causes)}
 
+    def report(self) -> dict[str, Any]:
+        """JSON values for `total`."""
+        return {**self.state(), "last": self._last}
+
+    @classmethod
+    def total(cls, reports: Iterable[dict[str, Any]]) -> "Tally":
+        """What several processes counted, each its own rows."""
+        all_of_them = cls(1.0)
+        for report in reports:
+            all_of_them.rows += report["rows"]
+            all_of_them.causes += Counter(report["skipped"])
+            all_of_them._last = report["last"] or all_of_them._last
+        return all_of_them
+
     def restore(self, state: dict[str, Any]) -> None:
         self.rows = int(state.get("rows", 0))
         self.causes = Counter(state.get("skipped", {}))

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Made, Padding
+from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Made, Padding, Share
 from minigpt4_jax.data.broken import Tally
 from minigpt4_jax.data.mixing import MIXED_BY, Order, Part
 from minigpt4_jax.data.packing import Packed
@@ -51,16 +51,16 @@ def make_loader(
     workers: int = 0,
     threads: int = 2,
     timeout: float = 0.0,
-    shard: tuple[int, int] = (0, 1),
+    share: Callable[[int], Share] | None = None,
     multiple: int = 1,
     pack: Callable[[Arrays], Packed] | None = None,
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources) or over a mixture of parts.
 
-    batch_size: rows of the whole batch, of parts that have no size of their own; shard (index,
-    count) makes one process's equal share of it. prompts: for examples, as Part.prompts:
-    instructions with `<Img><ImageHere></Img>`, without template; none of them: bare visual tokens
-    (stage 1). mix_by: what a turn of a part is, a batch ("step") or a row ("example").
+    batch_size: rows of the whole batch, of parts that have no size of their own. share: which rows
+    this process makes of a batch of so many; by default all. prompts: for examples, as
+    Part.prompts: instructions with `<Img><ImageHere></Img>`, without template; none of them: bare
+    visual tokens (stage 1). mix_by: what a turn of a part is, a batch ("step") or a row ("example").
     epochs: None goes on for ever, as a mixture always does. keep_remainder: the last batch of the
     last epoch is filled up with rows that have no labels, instead of being left out.
     crop: version 1's random resized crop. max_broken: the share of rows that may be left out because
@@ -72,15 +72,17 @@ def make_loader(
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, mix_by,
     shuffle, crop, padding and pack alone. UserError: a value out of range, no data, not even one batch.
     """
-    if pack is not None and shard[1] > 1:  # each would make another number of rows
-        raise UserError(f"data: packed rows are for one process, not for {shard[1]}: pack_tokens=0")
+    if pack is not None and share is not None:  # each would make another number of rows
+        raise UserError(
+            "data: rows are not packed where several processes share them: pack_tokens=0"
+        )
     parts = _parts(data, tuple(prompts), batch_size)
     order = Order([1], [1], [1])  # enough to make rows
     parts = tuple(
-        _sized(p, BatchMaker((p,), order, tokenizer, config, seed, padding), multiple * shard[1])
+        _sized(p, BatchMaker((p,), order, tokenizer, config, seed, padding), multiple)
         for p in parts
     )
-    _check(parts, seed, mix_by, epochs, max_broken, workers, threads, shard)
+    _check(parts, seed, mix_by, epochs, max_broken, workers, threads)
     order = Order(
         [len(p.source) for p in parts], [p.ratio for p in parts], [p.batch_size for p in parts],
         by=mix_by, seed=seed, shuffle=shuffle, epochs=epochs, keep_remainder=keep_remainder,
@@ -90,7 +92,8 @@ def make_loader(
             f"data: {len(parts[0].source)} examples do not fill one batch of {batch_size}; "
             "lower batch_size"
         )
-    maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shard)
+    shares = {size: share(size) for size in set(order.sizes)} if share else {}
+    maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shares)
     _warn_of_cut_answers(maker)
     tally = Tally(max_broken, sum(len(p.source) for p in parts))
     return Loader(
@@ -102,8 +105,9 @@ class Loader:
     """An iterator of Batch whose position can be saved (`state`) and gone back to (`restore`).
 
     steps: how many batches there are, None without end; batches_per_epoch: how many of the first
-    part, rounded down, go through its examples once; tally: rows so far, and those left out.
-    `close` ends its threads and worker processes.
+    part, rounded down, go through its examples once; tally: rows so far, and those left out; size:
+    rows of the whole batch that was given last, of which these may be a share. `close` ends its
+    threads and worker processes.
     """
 
     def __init__(
@@ -117,14 +121,14 @@ class Loader:
         pack: Callable[[Arrays], Packed] | None,
     ):
         first = maker.parts[0]
-        self.steps, self.tally = maker.order.steps, tally
+        self.steps, self.tally, self.size = maker.order.steps, tally, 0
         self.batches_per_epoch = len(first.source) // first.batch_size
         steps = _ENDLESS if self.steps is None else self.steps
         batches = grain.MapDataset.range(steps).map(maker)
         if pack is not None:
             batches = batches.map(functools.partial(_packed, pack))
         self._identity = _identity(maker, shuffle)
-        self._step = 0
+        self._step, self._size_of = 0, maker.order.size
         self._reader = Reader(
             functools.partial(_from, batches, readers), workers=readers[0], timeout=timeout
         )
@@ -146,6 +150,7 @@ class Loader:
         except UserError:  # this batch is not given: it counts when it is, after a repair
             self.tally.restore(before)
             raise
+        self.size = self._size_of(self._step)
         self._step += 1
         return Batch(*made.arrays)
 
@@ -235,9 +240,7 @@ def _check(
     max_broken: float,
     workers: int,
     threads: int,
-    shard: tuple[int, int],
 ) -> None:
-    index, count = shard
     rules = [
         (seed >= 0, f"seed {seed} must not be negative"),
         (mix_by in MIXED_BY, f"mix_by {mix_by!r} is none of {', '.join(MIXED_BY)}"),
@@ -246,15 +249,12 @@ def _check(
         (0 <= max_broken <= 1, f"max_broken {max_broken} must be from 0 to 1"),
         (workers >= 0, f"workers {workers} must not be negative"),
         (threads >= 0, f"threads {threads} must not be negative"),
-        (0 <= index < count, f"shard {shard}: expected (index, count) with index below count"),
     ]
     for part in parts:
         at, size = f"{part.name}: " if part.name else "", part.batch_size
         rules += [
             (len(part.source) > 0, f"{at}the dataset is empty"),
             (size >= 1, f"{at}batch_size {size} must be 1 or more"),
-            (count < 1 or size % count == 0,
-             f"{at}batch_size {size} does not divide among {count} processes"),
             (part.ratio > 0, f"{at}ratio {part.ratio} must be above 0"),
             (mix_by == "step" or size == parts[0].batch_size,
              f"{at}a batch size of its own, {size}, needs mix_by step"),

@@ -44,7 +44,7 @@ from minigpt4_jax.generate.slots import (
 from minigpt4_jax.generate.stopping import power_of_two, stack_stops
 from minigpt4_jax.models.cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.sharding import mesh_of, on_mesh
+from minigpt4_jax.sharding import constrain, mesh_of, on_mesh
 
 BATCH_SIZE = 32  # rows decoded together
 CHUNK = 16  # steps between two looks of the host, where it has something to decide
@@ -299,7 +299,7 @@ class Engine:
         return placed(advance(state, model.llm.logits(last), plan))
 
     def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
-        return search(self._model(leaves), *args)
+        return jax.tree.map(constrain, search(self._model(leaves), *args))
 
     def _decode_program(
         self, leaves: list[jax.Array], state: State, steps: jax.Array, plan: Plan

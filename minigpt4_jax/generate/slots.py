@@ -107,7 +107,7 @@ def report(s: State) -> tuple[jax.Array, jax.Array]:
     New arrays, as the state is given up to the next chunk before they are read.
     """
     head = [a.astype(jnp.int32)[:, None] for a in (s.made, s.done, s.stopped)]
-    return jnp.concatenate([*head, s.ids], axis=1), jnp.copy(s.logprobs)
+    return constrain(jnp.concatenate([*head, s.ids], axis=1)), constrain(jnp.copy(s.logprobs))
 
 
 def read(owners: list[int], report: Any) -> Iterator[tuple[int, int, Answer, bool]]:

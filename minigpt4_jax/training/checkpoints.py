@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processes import is_broken
 from minigpt4_jax.training.step import Trainable
 
 
@@ -47,6 +48,8 @@ class Checkpoints:
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
                     cleanup_tmp_directories=True,
+                    # where a folder cannot be made, threads wait twenty minutes to hear that it is
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                     lightweight_initialize=True,  # reads none of them: a damaged one may be there
                 ),
             )
@@ -157,8 +160,11 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # reported by save or wait already
             self._manager.close()
 
-    def _failed(self, what: str, e: Exception) -> UserError:
-        for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
+    def _failed(self, what: str, e: Exception) -> Exception:
+        if is_broken(e):  # it is not the disk that failed
+            return RuntimeError(str(e))
+        mine = self._folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ()
+        for half_written in mine:
             shutil.rmtree(half_written, ignore_errors=True)
         causes = [e, e.__cause__, e.__context__]
         numbers = {c.errno for c in causes if isinstance(c, OSError)}

@@ -99,6 +99,8 @@ class TrainConfig:
     sample_tokens: int = 60
     save_every: int = 100  # checkpoint
     keep: int = 3  # checkpoints on disk
+    # of several processes: seconds without a sign of one until the others end, as it is gone
+    heartbeat_timeout: float = 100.0
 
 
 # Those of minigpt4_jax.optim, which is not imported here: it would bring JAX with it.
@@ -108,7 +110,7 @@ SCHEDULES = ("cosine", "step")
 _FREE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
     "save_every", "keep", "mesh", "data.workers", "data.threads", "data.timeout", "data.val_path",
-    "data.max_broken",
+    "data.max_broken", "heartbeat_timeout",
 }  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def check(c: TrainConfig, *, model: bool = True, data: bool = True) -> TrainConf
     model, data: one must be named."""
     positive = (
         "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "eval_examples",
-        "sample_images", "sample_tokens", "init_lr", "eps",
+        "sample_images", "sample_tokens", "init_lr", "eps", "heartbeat_timeout",
     )  # fmt: skip
     non_negative = (
         "llm_width", "max_text_length", "min_lr", "warmup_lr", "warmup_steps", "steps_per_epoch",

@@ -7,8 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.batches import Share
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.sharding import describe, make_mesh, parse_mesh
+from minigpt4_jax.sharding import describe, make_mesh, parse_mesh, rows_over
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.weights import DTYPES, parameter_shapes
 
@@ -55,6 +56,18 @@ def choose_sizes(
     if sizes["model"] > 1:
         why += f"; {rows} rows divide among {split} of {devices} devices, so matrices are split too"
     return sizes, f"chosen because {why}"
+
+
+def share_of(mesh: Mesh, rows: int) -> Share:
+    """The rows of a batch of so many that the devices of this process hold."""
+    holders: dict[int, set[int]] = {}  # row -> processes
+    devices: Any = rows_over(mesh, rows).devices_indices_map((rows,))
+    for device, index in devices.items():
+        for row in range(rows)[index[0]]:
+            holders.setdefault(row, set()).add(device.process_index)
+    me = jax.process_index()
+    mine = tuple(row for row in range(rows) if me in holders[row])
+    return Share(mine, frozenset(row for row in mine if min(holders[row]) == me))
 
 
 def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: Any) -> str:

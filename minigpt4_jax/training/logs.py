@@ -135,6 +135,22 @@ class RunLog:
             raise cannot_write(self._workdir, e) from e
 
 
+class NoLog(RunLog):
+    """The log of a process that shows nothing, since another does."""
+
+    def __init__(self) -> None:
+        self._bar, self._files, self._writer = None, {}, None
+
+    def line(self, text: str) -> None:
+        pass
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sample(self, record: dict[str, Any]) -> None:
+        pass
+
+
 def cannot_write(path: Path, e: OSError) -> UserError:
     """One line for a failed write into the working directory."""
     full = e.errno in (errno.ENOSPC, errno.EDQUOT)

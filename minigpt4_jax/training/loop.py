@@ -14,36 +14,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax import optim, weights
+from minigpt4_jax import weights
 from minigpt4_jax.compilation import enable_compilation_cache
-from minigpt4_jax.data.batches import Arrays, Padding
-from minigpt4_jax.data.loader import Loader, make_loader
-from minigpt4_jax.data.packing import Packed, pack
-from minigpt4_jax.data.sources import read_sources
+from minigpt4_jax.data.broken import Tally
+from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.paths import local_path
-from minigpt4_jax.sharding import put_rows, whole
+from minigpt4_jax.processes import Sums, any_of, gathered, is_first, noticing, several, together
+from minigpt4_jax.sharding import put_rows, put_whole
 from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
+from minigpt4_jax.training.build import build, open_loader
 from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig, from_mapping
-from minigpt4_jax.training.datasets import open_parts
 from minigpt4_jax.training.devices import choose_mesh, describe_run
 from minigpt4_jax.training.logs import (
     METRICS,
     SAMPLES,
     VAL_LOSS,
+    NoLog,
     RunLog,
     duration,
     import_tensorboard,
     read_metrics,
 )
-from minigpt4_jax.training.step import Metrics, make_step, split_model, trained_parts
+from minigpt4_jax.training.step import Metrics, trained_parts
 from minigpt4_jax.training.stopping import Stop, listen
 from minigpt4_jax.training.validation import Validation, read_validation
 
@@ -68,10 +67,23 @@ def train(
     on_metrics: called with every record of metrics.jsonl. UserError: anything wrong with what was
     given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM
     (143) or Ctrl-C (130), once the state is saved.
+    Where jax.distributed is initialized, every process calls this alike, with one workdir that all
+    of them see; if one is gone, the others raise processes.Gone, or are aborted by JAX.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
+    folder = local_path("workdir", workdir)
     with listen() as stop, ExitStack() as closing:
-        return _Loop(c, local_path("workdir", workdir), stop, on_metrics, closing).run()
+        stop.running = several()  # then all stop together, at a step
+        with noticing(partial(run.kept, folder), closing):
+            return _Loop(c, folder, stop, on_metrics, closing).run()
+
+
+class _Dispatched(NamedTuple):
+    """A step on its way, and what the processes told with it."""
+
+    step: int
+    metrics: Metrics
+    sums: Any  # int32 [3]: processes that are told to stop; rows read, and left out, so far
 
 
 class _Speed(NamedTuple):
@@ -93,114 +105,90 @@ class _Loop:
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         enable_compilation_cache()
-        import_tensorboard()
+        if is_first():
+            import_tensorboard()
         self.c, self.workdir, self.stop = c, workdir, stop
         self.on_metrics, self.closing = on_metrics, closing
+        with together():
+            held_out = self._look_at_everything()
+        with together():  # what is written once
+            if is_first():
+                run.open_workdir(workdir, c)
+        with together():
+            run.check_shared(workdir)
+        self.done = gathered(run.is_done(workdir, c))[0]
+        if self.done:
+            return
+        self.checkpoints = Checkpoints(workdir / run.CHECKPOINTS, c.keep)
+        closing.callback(self.checkpoints.close)
+        with together():
+            built = build(c, self.model_config, self.parts, self.mesh)
+        self.split, self.trainable, self.opt_state, self.rate, self.update = built
+        del built
+        self._restore()
+        self.validation = None
+        if held_out:
+            self.validation = Validation(c, self.model_config, self.tokenizer, self.split, held_out)
+
+    def _look_at_everything(self) -> list[Example]:
+        """Of what the user gave, before anything is written; of the weights the heads. -> the
+        held-out rows."""
+        c = self.c
         self.model_config = run.model_config(c)
         self.tokenizer = load_tokenizer(
             weights.tokenizer_dir(c.model), self.model_config.tokenizer.kind
         )
         self.parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
         self.mesh, self.why = choose_mesh(c, self.model_config)
-        # Everything the user gave is looked at before anything is written, of the weights the heads.
-        self.loader = self._make_loader()
+        self.sums = Sums(self.mesh)
+        self.loader = open_loader(c, self.model_config, self.tokenizer, self.mesh)
         self.closing.callback(self.loader.close)
         held_out = read_validation(c)
         weights.check_masters(c.model, self.model_config, self.parts)
         weights.check_tensors(c.model, self.model_config)
-        run.open_workdir(workdir, c)
-        self.done = run.is_done(workdir, c)
-        if self.done:
-            return
-        self.checkpoints = Checkpoints(workdir / run.CHECKPOINTS, c.keep)
-        closing.callback(self.checkpoints.close)
-        self._build()
-        self._restore()
-        self.validation = None
-        if held_out:
-            self.validation = Validation(c, self.model_config, self.tokenizer, self.split, held_out)
-
-    def _make_loader(self) -> Loader:
-        c, d = self.c, self.c.data
-        return make_loader(
-            open_parts(d) if d.mix else read_sources(d.path, clean_captions=d.clean_captions),
-            self.model_config, self.tokenizer,
-            batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
-            padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
-            timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
-            pack=self._pack(),
-        )  # fmt: skip
-
-    def _pack(self) -> Callable[[Arrays], Packed] | None:
-        c, d = self.c, self.c.data
-        if d.pack_tokens == 0:
-            return None
-        return partial(
-            pack, width=d.pack_tokens, visual_tokens=self.model_config.visual_tokens,
-            pad_id=self.tokenizer.pad_id, micro_batches=c.accumulate,
-            padding=Padding(d.pad_tokens, d.pad_answers),
-        )  # fmt: skip
-
-    def _build(self) -> None:
-        """Weights onto the device, the optimizer and the programs."""
-        c = self.c
-        model, _ = weights.load_model(
-            c.model, c.dtype, masters=self.parts, lora=self.model_config.lora, seed=c.seed,
-            mesh=self.mesh,
-        )  # fmt: skip
-        self.split = split_model(model, self.parts, jnp.dtype(weights.DTYPES[c.dtype]))
-        self.trainable = self.split.trainable
-        self.split = self.split._replace(trainable={})  # donated by the first step
-        tx = optim.adamw(
-            self.split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay,
-            clip=c.clip,
-        )  # fmt: skip
-        self.opt_state = jax.device_put(tx.init(self.trainable), whole(self.mesh))
-        self.rate = optim.make_schedule(
-            c.schedule, init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
-            warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
-            decay_rate=c.decay_rate,
-        )  # fmt: skip
-        dropout_in = self._dropout_in()
-        self.update = make_step(
-            self.split, tx, accumulate=c.accumulate, remat=c.remat,
-            dropout_seed=c.seed if dropout_in else None, dropout_in=dropout_in,
-        )  # fmt: skip
-
-    def _dropout_in(self) -> set[str]:
-        """The trained parts that have dropout."""
-        q, lora = self.model_config.qformer, self.model_config.lora
-        rates = {"qformer": q.dropout if q else 0.0, "lora": lora.dropout if lora else 0.0}
-        return {part for part, rate in rates.items() if rate > 0 and part in self.parts}
+        return held_out
 
     def _restore(self) -> None:
         found = self.checkpoints.restore(self.trainable, self.opt_state)
         self.step = 0
         if found is not None:
             self.step = found.step
-            self.trainable = jax.device_put(found.trainable, whole(self.mesh))
-            self.opt_state = jax.device_put(found.opt_state, whole(self.mesh))
-            self.loader.restore(found.extra["loader"])
+            self.trainable, self.opt_state = put_whole(
+                (found.trainable, found.opt_state), self.mesh
+            )
+            loader = found.extra["loader"]
+            with together():  # all counts are the first process's, for their sum to be right
+                self.loader.restore(loader if is_first() else loader | {"tally": {}})
         # Of this step's validation and samples, what a stop left undone.
         self.owed: list[str] = found.extra["owed"] if found else []
-        self.log = RunLog(self.workdir, self.step, self.c.steps, self.owed)
+        with together():
+            log = (self.workdir, self.step, self.c.steps, self.owed)
+            self.log = RunLog(*log) if is_first() else NoLog()
         self.closing.callback(self.log.close)
         for line in found.damaged if found else ():
             self.log.line(line)
-        self.pending: list[tuple[int, Metrics, int, int]] = []  # and rows read and left out so far
+        self.pending: list[_Dispatched] = []
+        self.told = False  # that the run is to stop, as all processes know
         self.clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
-        self.skipped = self.loader.tally.skipped  # rows, of which the log has told
+        self.skipped = self._tally().skipped  # rows, of which the log has told
 
     # --- running --------------------------------------------------------------------------------
 
     def run(self) -> Result:
         if self.done:
-            print(f"{self.workdir} is done: its model is in {self.workdir / run.MODEL}", flush=True)
+            if is_first():
+                print(
+                    f"{self.workdir} is done: its model is in {self.workdir / run.MODEL}",
+                    flush=True,
+                )
             return self._result()
         self._introduce()
         self.stop.running = True
         self._look()
+        self._is_told()  # while it started, say
         while self.step < self.c.steps:
+            if self.told:
+                self._stop()
             self._dispatch()
             if self._is_time():
                 self._at_period()
@@ -213,7 +201,7 @@ class _Loop:
         begin = f"continuing at step {self.step}" if self.step else "starting"
         self.log.line(
             f"{begin}: {c.model}, {trained:,} of {total:,} parameters trained, {c.dtype}; "
-            f"batch {c.batch_size}, {c.steps} steps; device {jax.devices()[0].device_kind}; "
+            f"batch {c.batch_size}, {c.steps} steps; {self._devices()}; "
             f"log in {self.workdir}"
         )
         if self.mesh.size > 1:
@@ -221,30 +209,37 @@ class _Loop:
                 describe_run(self.mesh, self.why, self.split.frozen, self.trainable, self.opt_state)
             )
 
+    def _devices(self) -> str:
+        kind = f"device {jax.devices()[0].device_kind}"
+        return f"{kind}, {jax.process_count()} processes" if several() else kind
+
     def _counts(self) -> tuple[int, int]:
         trained = sum(a.size for a in self.trainable.values())
         return trained, trained + sum(a.size for a in self.split.frozen)
 
     def _next_batch(self) -> Batch:
-        """Waits for it, unless the run is told to stop meanwhile."""
-        while not self.loader.ready(seconds=1.0) and not self.stop:
+        """Waits for it, unless the run is told to stop meanwhile: of several processes, each must
+        take the step that the others take."""
+        alone = not several()
+        while not self.loader.ready(seconds=1.0) and not (alone and self.stop):
             pass
-        if self.stop:
+        if alone and self.stop:
             self._stop()
         try:
             return next(self.loader)
         except UserError as e:
-            raise UserError(f"{e}; {self._keep()}") from e
+            raise UserError(f"{e}; {self._keep() if alone else run.kept(self.workdir)}") from e
 
     def _dispatch(self) -> None:
-        batch = put_rows(self._next_batch(), self.mesh)
+        batch = put_rows(self._next_batch(), self.mesh, self.loader.size)
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
         )
         self.step += 1
         tally = self.loader.tally
-        self.pending.append((self.step, metrics, tally.rows, tally.skipped))
+        sums = self.sums(bool(self.stop), tally.rows, tally.skipped)
+        self.pending.append(_Dispatched(self.step, metrics, sums))
 
     def _is_time(self) -> bool:
         """Whether something is due after this step that needs its result."""
@@ -274,13 +269,13 @@ class _Loop:
             self.owed = []
             return
         if VAL_LOSS in self.owed:
-            loss = held_out.loss(self.trainable, self.stop)
+            loss = held_out.loss(self.trainable, self._is_told)
             if loss is None:
                 return
             self._record({"step": self.step, VAL_LOSS: loss})
             self.log.line(f"step {self.step}/{self.c.steps}  val_loss {loss:.4f}")
             self.owed.remove(VAL_LOSS)
-        if SAMPLES in self.owed and not self.stop:
+        if SAMPLES in self.owed and not self._is_told():
             for sample in held_out.captions(self.trainable):
                 self.log.sample({"step": self.step, **sample})
             self.owed.remove(SAMPLES)
@@ -288,7 +283,9 @@ class _Loop:
     def _drain(self, leave: int = 0) -> None:
         """Read the results of dispatched steps, all but the last `leave`."""
         while len(self.pending) > leave:
-            step, metrics, rows, skipped = self.pending.pop(0)
+            step, metrics, sums = self.pending.pop(0)
+            told, rows, skipped = np.asarray(sums).tolist()
+            self.told |= several() and told > 0
             loss, norm, tokens = (float(m) for m in metrics)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._not_finite(step, loss, norm)
@@ -308,7 +305,7 @@ class _Loop:
             record |= speed.record
             if record.get("skipped", 0) > self.skipped:
                 self.skipped = record["skipped"]
-                self.log.line(str(self.loader.tally))
+                self.log.line(str(self._tally()))
         elif self.clock is None:
             self._speed(step, rows)
         self._record(record)
@@ -330,19 +327,16 @@ class _Loop:
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         self.checkpoints.wait()
         self.log.flush()
-        good = self.checkpoints.latest
-        kept = "no checkpoint was written yet" if good is None else (
-            f"the last good checkpoint, of step {good}, is kept in {self.workdir / run.CHECKPOINTS}"
-        )  # fmt: skip
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         raise UserError(
-            f"step {step}: {what} is not finite; {kept}. Lower init_lr, set clip, or look at the "
-            "data, in another --workdir"
+            f"step {step}: {what} is not finite; {run.kept(self.workdir)}. Lower init_lr, set clip, "
+            "or look at the data, in another --workdir"
         )
 
     def _save(self) -> None:
         self.log.flush()
-        extra = {"loader": self.loader.state(), "owed": self.owed}
+        position = self.loader.state() | {"tally": self._tally().state()}
+        extra = {"loader": position, "owed": self.owed}
         self.checkpoints.save(self.step, self.trainable, self.opt_state, extra)
 
     def _keep(self) -> str:
@@ -352,6 +346,20 @@ class _Loop:
             self._save()
         self.checkpoints.wait()
         return f"step {self.step} is saved" if self.step else "no step was done yet"
+
+    def _tally(self) -> Tally:
+        """Of the rows of all processes; waits for these."""
+        if not several():
+            return self.loader.tally
+        return Tally.total(gathered(self.loader.tally.report()))
+
+    def _is_told(self) -> bool:
+        """Whether the run is to stop: of several processes, whether one of them is told; then all
+        must ask at the same place, and know it from there on."""
+        if not several():
+            return bool(self.stop)
+        self.told = self.told or any_of(self.stop)
+        return self.told
 
     def _stop(self) -> None:
         """Save where the run stands and leave."""
@@ -367,10 +375,17 @@ class _Loop:
     def _finish(self) -> Result:
         self.checkpoints.wait()
         self.log.flush()
-        if self.stop:
+        if self._is_told():
             self._stop()
         done = self._result()
         loss = done.metrics["loss"]
+        with together():
+            if is_first():
+                self._write(loss)
+        self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
+        return done
+
+    def _write(self, loss: float) -> None:
         from minigpt4_jax.plots import loss_plot  # matplotlib
 
         loss_plot(self.workdir / METRICS, self.workdir / "loss.png")
@@ -378,8 +393,6 @@ class _Loop:
             self.workdir, self.c, self.model_config, self.trainable,
             {"steps": self.step, "loss": loss, "seed": self.c.seed},
         )  # fmt: skip
-        self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
-        return done
 
     def _result(self) -> Result:
         last: dict[str, float] = {}

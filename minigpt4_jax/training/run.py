@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from minigpt4_jax import weights
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processes import gathered, several
 from minigpt4_jax.training.config import TrainConfig, differences, to_dict
 from minigpt4_jax.training.logs import cannot_write
 from minigpt4_jax.training.step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+_APPEARS = 10.0  # seconds until a file of one host is seen by the others
 _HASHED_BYTES = 1 << 20  # of each file of the model: tells models apart in milliseconds
 
 
@@ -47,6 +50,30 @@ def _write_whole(path: Path, text: str) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def check_shared(workdir: Path) -> None:
+    """UserError where the processes of this run see different folders by this path."""
+    path, until = workdir / CONFIG, time.monotonic() + _APPEARS
+    while several() and not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)  # network file systems may take a moment
+    text = path.read_text() if path.exists() else ""
+    seen = gathered(hashlib.sha256(text.encode()).hexdigest())
+    other = [process for process, digest in enumerate(seen) if digest != seen[0]]
+    if other:
+        raise UserError(
+            f"workdir {workdir} is another folder for process {other[0]} than for process 0: give "
+            "one that all hosts share (a network file system, a mounted bucket)"
+        )
+
+
+def kept(workdir: Path) -> str:
+    """What is left of a run that ended here."""
+    folder = workdir / CHECKPOINTS
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps:
+        return "no checkpoint was written yet"
+    return f"the last good checkpoint, of step {max(steps)}, is kept in {folder}"
 
 
 def is_done(workdir: Path, c: TrainConfig) -> bool:

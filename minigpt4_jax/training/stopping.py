@@ -32,7 +32,9 @@ class Stop:
     @property
     def name(self) -> str:
         """SIGTERM or SIGINT."""
-        return signal.Signals(self._first or signal.SIGTERM).name
+        if self._first is None:
+            return "a signal to another process"
+        return signal.Signals(self._first).name
 
     def end(self) -> Stopped:
         """What to raise when everything is saved."""
@@ -59,4 +61,5 @@ def listen() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            # None: of no Python code, such as JAX's own, which asks for nothing that is done here
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,6 +1,7 @@
 """Looking at a run from outside: the loss on held-out rows, captions of a few held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,10 +11,12 @@ from minigpt4_jax.data.batches import Padding
 from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.sources import Example, read_sources
 from minigpt4_jax.images import name_of
+from minigpt4_jax.processes import several
 from minigpt4_jax.prompts import IMAGE_TAG, fill_template, with_images
 from minigpt4_jax.sharding import mesh_of, put_rows
 from minigpt4_jax.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.devices import share_of
 from minigpt4_jax.training.step import Split, Trainable, make_evaluation
 
 if TYPE_CHECKING:
@@ -43,25 +46,26 @@ class Validation:
         self._evaluate = make_evaluation(split)
         self._model: Model | None = None
 
-    def loss(self, trainable: Trainable, stop: object = False) -> float | None:
+    def loss(self, trainable: Trainable, stop: Callable[[], bool]) -> float | None:
         """Mean negative log-likelihood of a labelled token over the first `eval_examples` rows.
         None when `stop` becomes true meanwhile."""
-        c = self._c
+        c, mesh = self._c, mesh_of(self._split.frozen)
         loader = make_loader(
             self._examples[: c.eval_examples], self._config, self._tokenizer,
             batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed, prompts=c.data.prompts,
             shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
             padding=Padding(c.data.pad_tokens, c.data.pad_answers), timeout=c.data.timeout,
+            share=partial(share_of, mesh) if mesh is not None and several() else None,
         )  # fmt: skip
-        mesh = mesh_of(self._split.frozen)
         sums: list[tuple[jax.Array, jax.Array]] = []
         for batch in loader:
             jax.block_until_ready(sums[-1:])  # else a stop would wait for all that is dispatched
-            if stop:
+            if stop():
                 break
-            sums.append(self._evaluate(trainable, self._split.frozen, put_rows(batch, mesh)))
+            rows = put_rows(batch, mesh, loader.size)
+            sums.append(self._evaluate(trainable, self._split.frozen, rows))
         loader.close()
-        if stop:
+        if stop():
             return None
         total, count = (sum(float(s[i]) for s in sums) for i in range(2))
         return total / max(count, 1)

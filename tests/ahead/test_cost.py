@@ -22,11 +22,11 @@ def test_the_text_of_a_tpu_program():
     assert cost.open_loops == 0
     matrix = 64 * 256 * 2  # bytes of the gathered matrix
     assert {(c.kind, c.group, c.bytes, c.count, c.ahead) for c in cost.collectives} == {
-        ("all-gather", 8, matrix, 32, True),  # its two pieces are one exchange
+        ("all-gather", 8, matrix, 33, True),  # its two pieces are one exchange; one spans the loop
         ("all-gather", 8, matrix, 32, False),
         ("all-reduce", 2, 768 * 4, 1, False),
     }
-    assert cost.sent == 64 * matrix * 7 / 8 + 768 * 4
+    assert cost.sent == 65 * matrix * 7 / 8 + 768 * 4
     product = 2 * (2 * 8) * 64 * 256
     scores = 2 * (2 * 4) * 8 * 8 * 16  # of the dilated positions only those of one head meet
     assert cost.flops == 32 * (product + scores)

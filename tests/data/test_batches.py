@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minigpt4_jax import images
 from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.data.batches import BatchMaker, Padding, example_row, pad_rows
+from minigpt4_jax.data.batches import BatchMaker, Padding, Share, example_row, pad_rows
 from minigpt4_jax.data.mixing import Order, Part
 from minigpt4_jax.data.source import ExampleList
 from minigpt4_jax.data.sources import Example
@@ -115,11 +115,17 @@ def test_missing_rows_have_no_labels(photos):
     assert (batch.lengths > 0).all()
 
 
-def test_shards_are_the_rows_of_the_whole_batch(photos):
+def half(n: int, size: int) -> Share:
+    """The rows of the first process of two, or of the second."""
+    rows = range(size * n // 2, size * (n + 1) // 2)
+    return Share(tuple(rows), frozenset(rows))
+
+
+def test_shares_are_the_rows_of_the_whole_batch(photos):
     """Rows of one process are short, yet padded as the longest of all."""
     examples = [Example((p,), (), ("a dog " * n,)) for n, p in enumerate(photos[:4], 1)]
     whole = arrays(maker(examples, crop=True), 5)
-    parts = [arrays(maker(examples, crop=True, shard=(n, 2)), 5) for n in (0, 1)]
+    parts = [arrays(maker(examples, crop=True, shares={4: half(n, 4)}), 5) for n in (0, 1)]
     for field, first, second in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(field, np.concatenate([first, second]))
 

@@ -171,8 +171,6 @@ def test_a_state_of_other_data_is_refused(examples):
         ({"epochs": 0}, "epochs 0"),
         ({"workers": -1}, "workers -1"),
         ({"threads": -1}, "threads -1"),
-        ({"shard": (2, 2)}, "shard"),
-        ({"shard": (0, 3)}, "batch_size 4 does not divide among 3"),
     ],
 )
 def test_wrong_settings(examples, changes, message):

@@ -19,10 +19,8 @@ def config(*, qformer: bool = True, **changes) -> ModelConfig:
     vision = VisionConfig(image_size=28, patch_size=14, width=16, depth=2, heads=2, mlp=24)
     q = QFormerConfig(queries=3, hidden=16, layers=2, heads=2, ffn=24, vision_width=16, dropout=0.1)
     llm = LlmConfig(vocab=785, width=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn=32)
-    variant = "minigpt4-vicuna" if qformer else "minigpt4-llama2"
-    return ModelConfig(
-        variant=variant, vision=vision, qformer=q if qformer else None, llm=llm, **changes
-    ).check()
+    made = {"variant": "minigpt4-vicuna" if qformer else "minigpt4-llama2"} | changes
+    return ModelConfig(vision=vision, qformer=q if qformer else None, llm=llm, **made).check()
 
 
 def write_model(out: Path, seed: int = 0, **changes) -> Path:
@@ -33,11 +31,11 @@ def write_model(out: Path, seed: int = 0, **changes) -> Path:
     return weights.write_model(out, c, weights.tensors_of(nnx.state(model)), tokenizer=files)
 
 
-def write_random_model(out: Path, **changes) -> Path:
+def write_random_model(out: Path, scale: float = 0.3, **changes) -> Path:
     """As write_model, with larger weights, so that inputs matter; nothing is compiled to make it."""
     c, rng = config(**changes), np.random.default_rng(0)
     tensors = {
-        name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
+        name: (rng.normal(0, scale, shape) + name.endswith("scale")).astype(np.float32)
         for name, shape in weights.parameter_shapes(c).items()
     }
     files = {p.name: p for p in TOKENIZER.iterdir()}
