@@ -6,12 +6,17 @@ DIR is a model directory whose language model is LLaMA-like (the quickstart's ba
 sides continue the same random prompts, and nothing ends an answer but its limit, so both do the same
 work; they take turns. `decode` is the time of 64 tokens without the first one; `mixed` is
 200 answers of 8 to 128 tokens, ours refilling finished rows, PyTorch's in left-padded batches of 32
-that run to their longest, as the original's. The floor of a decoding step is its bytes (every weight
-once, and the cache) over the measured bandwidth.
+that run to their longest, as the original's. `compile` is the first answer of a new process, with
+nothing compiled yet and again with what the first one left on disk. The floor of a decoding step is
+its bytes (every weight once, and the cache) over the measured bandwidth.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +27,10 @@ import torch
 from full_size_7b import memory_bandwidth
 from torch_peer import hf_config, hf_name
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 from minigpt4_jax import weights
-from minigpt4_jax.compilation import enable_compilation_cache
+from minigpt4_jax.compilation import VARIABLE, enable_compilation_cache
 from minigpt4_jax.errors import Parser, run
 from minigpt4_jax.generate.beams import Beams
 from minigpt4_jax.generate.engine import Engine
@@ -32,7 +38,7 @@ from minigpt4_jax.generate.requests import Request
 from minigpt4_jax.models.minigpt import MiniGpt
 
 PROMPT, NEW = 64, 64  # tokens
-PARTS = ("prefill", "decode", "answers", "beams", "mixed")
+PARTS = ("prefill", "decode", "answers", "beams", "mixed", "compile")
 
 
 class Both:
@@ -112,13 +118,40 @@ def decoding(both: Both, rows: int, rounds: int, floor: float) -> None:
     show(f"decode, batch {rows}", a, b, rows * (NEW - 1), f"{share:.0%} of the bandwidth")
 
 
+def first_answer(folder: Path, dtype: str) -> None:
+    """Print the seconds that a process's first answer takes, behind the loading of the weights."""
+    enable_compilation_cache()
+    model, _ = weights.load_model(folder, dtype, stacked=False)
+    assert isinstance(model, MiniGpt)
+    engine, begin = Engine(model), time.perf_counter()
+    engine.answer([Request(list(range(5, 5 + PROMPT)), max_new_tokens=NEW)], 1)
+    print(time.perf_counter() - begin)
+
+
+def compiling(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, f"--model={args.model}", f"--dtype={args.dtype}"]
+        for kind in ("nothing compiled yet", "compiled before"):
+            told = subprocess.run(
+                [*command, "--first-answer"], env=os.environ | {VARIABLE: cache},
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            title = f"first answer, {kind}"
+            print(f"{title:34}{float(told.stdout.split()[-1]):9.3f}", flush=True)
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    parser.add_argument("--first-answer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.first_answer:
+        first_answer(args.model, args.dtype)
+        return 0
+    logging.set_verbosity_error()  # of an end token that cannot occur, once a call
     enable_compilation_cache()
     both, bandwidth = Both(args.model, args.dtype), memory_bandwidth()
     print(f"weights {both.weight_bytes / 1e9:.2f} GB, memory {bandwidth / 1e9:.1f} GB/s")
@@ -154,6 +187,8 @@ def main() -> int:
         ]
         times = turns(1, lambda: both.ours(prompts, new), padded)
         show("200 answers of mixed length", *times, sum(new))
+    if "compile" in parts:
+        compiling(args)
     return 0
 
 
