@@ -16,7 +16,7 @@ quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
 
 tiny_v2: $(VENV)/.package $(VENV)/.smollm2
-	$(BIN)/python -m minigpt4_jax.tiny_v2
+	$(BIN)/python -m minigpt4_jax.tiny_v2 $(ARGS)
 
 # Two workers: most of a test's time is compilation, which uses one core.
 test: $(VENV)/.dev $(VENV)/.smollm2

@@ -7,11 +7,13 @@ sides continue the same random prompts, and nothing ends an answer but its limit
 work; they take turns. `decode` is the time of 64 tokens without the first one; `mixed` is
 200 answers of 8 to 128 tokens, ours refilling finished rows, PyTorch's in left-padded batches of 32
 that run to their longest, as the original's. `compile` is the first answer of a new process, with
-nothing compiled yet and again with what the first one left on disk. The floor of a decoding step is
-its bytes (every weight once, and the cache) over the measured bandwidth.
+nothing compiled yet and again with what the first one left on disk. --easydel=PYTHON, an interpreter
+that has EasyDeL, adds whole answers beside that library's, random weights, in turns. The floor of a
+decoding step is its bytes (every weight once, and the cache) over the measured bandwidth.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ from transformers.utils import logging
 
 from minigpt4_jax import weights
 from minigpt4_jax.compilation import VARIABLE, enable_compilation_cache
-from minigpt4_jax.errors import Parser, run
+from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.generate.beams import Beams
 from minigpt4_jax.generate.engine import Engine
 from minigpt4_jax.generate.requests import Request
@@ -140,12 +142,43 @@ def compiling(args: argparse.Namespace) -> None:
             print(f"{title:34}{float(told.stdout.split()[-1]):9.3f}", flush=True)
 
 
+def beside_easydel(both: Both, python: str, rounds: int) -> None:
+    c = both.config
+    sizes = {
+        "vocab_size": c.vocab, "hidden_size": c.width, "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim, "tie_word_embeddings": c.tie,
+        "max_position_embeddings": 2048,
+    }  # fmt: skip
+    command = [python, str(Path(__file__).with_name("easydel_peer.py")), json.dumps(sizes)]
+    peer = subprocess.Popen(
+        [*command, str(PROMPT)], text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert peer.stdin is not None and peer.stdout is not None
+    while peer.stdout.readline().strip() != "ready":
+        if peer.poll() is not None:
+            raise UserError(f"--easydel={python}: it has no EasyDeL that runs")
+    for rows in (1, 8):
+        prompts, taken = both.prompts([PROMPT] * rows), []
+        for i in range(rounds + 1):
+            begin = time.perf_counter()
+            both.ours(prompts, [NEW] * rows)
+            ours = time.perf_counter() - begin
+            peer.stdin.write(f"{rows} {NEW}\n")
+            theirs = float(peer.stdout.readline().split()[-1])
+            taken += [(ours, theirs)] if i else []
+        show(f"beside EasyDeL, batch {rows}", *map(list, zip(*taken, strict=True)), rows * NEW)
+    peer.terminate()
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    parser.add_argument("--easydel", metavar="PYTHON", help="an interpreter that has EasyDeL")
     parser.add_argument("--first-answer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.first_answer:
@@ -189,6 +222,8 @@ def main() -> int:
         show("200 answers of mixed length", *times, sum(new))
     if "compile" in parts:
         compiling(args)
+    if args.easydel:
+        beside_easydel(both, args.easydel, rounds)
     return 0
 
 
