@@ -81,13 +81,22 @@ def test_cached_decoding_equals_a_whole_forward_pass():
         for i, (row, _) in enumerate(prompts):
             tokens[i, : len(row)] = longer[i, : len(row)] = row
         visual = stack_visual([v for _, v in prompts] + [np.zeros((2 * P, 16))], 16)[:4]
-        expected = whole(module.merge(longer, visual), lengths + 8)
+        embeds = module.merge(longer, visual)
+        expected = np.asarray(whole(embeds, lengths + 8))
+        # Weights this large magnify rounding in places: what a change of the embeddings' last bits
+        # does to a hidden state is no difference.
+        moved = np.zeros((4, 64, 1), np.float32)
+        for _ in range(4):
+            last_bits = (1 + rng.choice([-1, 1], embeds.shape) * 2.0**-23).astype(np.float32)
+            changed = np.abs(np.asarray(whole(embeds * last_bits, lengths + 8)) - expected)
+            moved = np.maximum(moved, changed.max(-1, keepdims=True))
         hidden, cache = prefill(module.merge(tokens, visual), lengths)
         rows = np.arange(4)
         for step in range(8):
             last = hidden[rows, lengths - 1] if step == 0 else hidden[:, 0]
-            wanted = expected[rows, lengths + step - 1]
-            np.testing.assert_allclose(last, wanted, rtol=2e-4, atol=2e-4)
+            at = lengths + step - 1
+            allowed = 2e-4 * (1 + np.abs(expected[rows, at])) + 2 * moved[rows, at]
+            assert np.all(np.abs(last - expected[rows, at]) <= allowed)
             at = (lengths + step)[:, None]
             embeds = module.llm.embed_tokens(np.take_along_axis(longer, at, axis=1))
             hidden, cache = decode(embeds, at, cache)
