@@ -235,7 +235,7 @@ def write_sheet(found: list[Judged], out: Path) -> None:
     ]
     contact_sheet(
         [_picture(j) for j in shown],
-        [f"{j.asked.question} → {j.answer}" for j in shown],
+        [f"{j.asked.question}: {j.answer}" for j in shown],
         [j.score == 1 for j in shown],
         out, truths=[j.asked.answer for j in shown], title="Images never seen in training", side=240,
     )  # fmt: skip
