@@ -1,5 +1,6 @@
 """Low-rank adapters on linear maps (LoRA paper; peft's lora.Linear)."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.layers import Linear
 from minigpt4_jax.models.products import linear, precision
+from minigpt4_jax.topology import backend
 
 
 class LoraLinear(Linear):
@@ -46,7 +48,8 @@ class LoraLinear(Linear):
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         low = linear(x, self.lora_a[...].astype(dtype))
-        low = _raised(low, self.lora_b[...].astype(dtype))
+        raised = _raised if _wide(low) else _raised_plainly
+        low = raised(low, self.lora_b[...].astype(dtype))
         return y + (self.scale * low).astype(y.dtype)
 
     def merge(self) -> None:
@@ -76,14 +79,21 @@ class LoraLinear(Linear):
         self.merged = sign > 0
 
 
-@jax.custom_vjp
-def _raised(low: jax.Array, b: jax.Array) -> jax.Array:
+def _wide(low: jax.Array) -> bool:
+    """Whether the copies that `_raised` avoids would be large."""
+    return backend() == "cpu" and math.prod(low.shape[:-1]) > 256
+
+
+def _raised_plainly(low: jax.Array, b: jax.Array) -> jax.Array:
     """low [..., r], b [out, r] -> [..., out] float32."""
     return linear(low, b, out=jnp.float32)
 
 
+_raised = jax.custom_vjp(_raised_plainly)
+
+
 def _raised_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    return _raised(low, b), (low, b)
+    return _raised_plainly(low, b), (low, b)
 
 
 def _raised_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -143,3 +143,26 @@ def test_quantized_weights_take_adapters_but_no_merging():
 def test_wrong_values_are_named(changes, word):
     with pytest.raises(UserError, match=word):
         ModelConfig(lora=dataclasses.replace(LORA, **changes)).check()
+
+
+def test_gradients_of_many_rows_are_those_of_few():
+    rng = np.random.default_rng(0)
+    layer = LoraLinear(
+        12,
+        20,
+        bias=False,
+        lora=LoraConfig(rank=3, alpha=6, dropout=0, targets=("q",)),
+        rngs=nnx.Rngs(0),
+    )
+    layer.lora_b.set_value(jnp.asarray(rng.normal(size=(20, 3)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(2, 160, 12)), jnp.float32)  # 320 rows: by the other product
+
+    def gradients(parts):
+        def loss(layer):
+            return sum(jnp.square(layer(part)).sum() for part in parts)
+
+        return jax.tree.leaves(nnx.grad(loss)(layer))
+
+    many, few = gradients([x]), gradients(jnp.split(x, 2, axis=1))
+    for a, b in zip(many, few, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
