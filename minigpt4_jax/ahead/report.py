@@ -11,6 +11,7 @@ from minigpt4_jax.ahead.chips import Chip, chip_of, sides_of
 from minigpt4_jax.ahead.cost import Collective, Cost, cost_of
 from minigpt4_jax.ahead.programs import Memory, TooLarge, compile_for_chip
 from minigpt4_jax.ahead.roofline import Prediction, predict
+from minigpt4_jax.training.devices import size_text
 
 SHOWN = 8  # kinds of collectives in the text
 
@@ -115,14 +116,14 @@ def lines(f: Figures, where: Slice) -> list[str]:
 def exchanges(c: Cost) -> list[str]:
     """The collectives, those that send most first."""
     found = [
-        f"{x.count:6} x {x.kind} of {_size(x.bytes)} among {x.group} chips, "
+        f"{x.count:6} x {x.kind} of {size_text(x.bytes)} among {x.group} chips, "
         f"{'beside other work' if x.ahead else 'waited for'}"
         for x in c.collectives[:SHOWN]
     ]
     rest = c.collectives[SHOWN:]
     if rest:
         sent = sum(x.sent * x.count for x in rest)
-        found.append(f"{sum(x.count for x in rest):6} x others, {_size(sent)} sent together")
+        found.append(f"{sum(x.count for x in rest):6} x others, {size_text(sent)} sent together")
     return found
 
 
@@ -141,14 +142,6 @@ def _gb(count: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 # --- JSON ---------------------------------------------------------------------------------------

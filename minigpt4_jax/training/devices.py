@@ -48,11 +48,13 @@ def choose_sizes(
     size = bits * sum(math.prod(shape) for shape in parameter_shapes(config).values())
     if memory and size / sizes["model"] < ROOM * memory:
         sizes["data"] = split
-        why = f"weights of {_size(size)} leave room on devices of {_size(memory)}"
+        why = f"weights of {size_text(size)} leave room on devices of {size_text(memory)}"
     else:
         sizes["fsdp"] = split
-        told = f"devices of {_size(memory)} are small" if memory else "it is not known to be ample"
-        why = f"memory is saved, as for weights of {_size(size)} {told}"
+        told = (
+            f"devices of {size_text(memory)} are small" if memory else "it is not known to be ample"
+        )
+        why = f"memory is saved, as for weights of {size_text(size)} {told}"
     if sizes["model"] > 1:
         why += f"; {rows} rows divide among {split} of {devices} devices, so matrices are split too"
     return sizes, f"chosen because {why}"
@@ -80,9 +82,9 @@ def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: A
         f"{len(cut)} of {len(arrays)} arrays are split over {' and '.join(axes)}"
     )  # fmt: skip
     return (
-        f"mesh {describe(mesh)} of {mesh.size} devices, {why}. Frozen weights: {_size(total)}, of "
-        f"which a device holds {_size(here)} ({how}); trained part {_size(_total(trainable))} and "
-        f"optimizer {_size(_total(opt_state))}, whole on each; rows go over data and fsdp"
+        f"mesh {describe(mesh)} of {mesh.size} devices, {why}. Frozen weights: {size_text(total)}, of "
+        f"which a device holds {size_text(here)} ({how}); trained part {size_text(_total(trainable))} and "
+        f"optimizer {size_text(_total(opt_state))}, whole on each; rows go over data and fsdp"
     )
 
 
@@ -101,7 +103,8 @@ def _total(tree: Any) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for a reader, for instance "13.2 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
