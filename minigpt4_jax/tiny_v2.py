@@ -37,7 +37,7 @@ PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # questions, obj
         (1, 2, 2),
     ),
     (
-        {"caption": 600, "vqa": 3400, "refer": 4600, "identify": 2800, "grounding": 640,
+        {"caption": 700, "vqa": 2800, "refer": 3600, "identify": 2200, "grounding": 560,
          "detection": 160},
         (1, 2, 3),
     ),
