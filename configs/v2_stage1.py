@@ -11,68 +11,19 @@ out by --config.data.mix.gqa.ratio=0.
 
 from ml_collections import ConfigDict
 
+from minigpt4_jax.training.v2_recipe import TASKS, WEB, recipe
+
 
 def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"unknown argument {arg!r}; v2_stage1 takes none")
-    c = ConfigDict()
-
-    c.model = ""  # model directory, made by `python -m convert build --variant=minigpt-v2`
-    c.variant = "minigpt-v2"
-
-    coco = "coco/images"  # train2014
-    c.data = ConfigDict()
-    c.data.root = ""
-    c.data.mix_by = "step"  # one dataset a batch, drawn by its ratio
-    c.data.mix = ConfigDict()
     # The paper gives no ratios for this stage. Web captions: as in stage 1 of MiniGPT-4; the rest: as in the
     # released mixture. The paper also has GRIT-20M, which has no reader here.
-    for name, ratio, path, images in (
-        ("laion", 115, "laion/laion_dataset/{00000..10488}.tar", ""),
-        ("cc_sbu", 14, "cc_sbu/cc_sbu_dataset/{00000..01255}.tar", ""),
-        ("coco_caption", 10, "coco_captions/annotations", coco),
-        ("textcaps_caption", 30, "textcaps", ""),
-        ("refcoco", 25, "refcoco_annotations", coco),
-        ("refcocop", 25, "refcoco_annotations", coco),
-        ("refcocog", 25, "refcoco_annotations", coco),
-        ("invrefcoco", 10, "refcoco_annotations", coco),
-        ("invrefcocop", 10, "refcoco_annotations", coco),
-        ("invrefcocog", 10, "refcoco_annotations", coco),
-        ("refvg", 40, "visual_genome", ""),
-        ("coco_vqa", 15, "vqav2", coco),
-        ("ok_vqa", 8, "okvqa", coco),
-        ("aok_vqa", 12, "aokvqa", coco),
-        ("gqa", 50, "gqa", ""),
-        ("ocrvqa", 30, "ocrvqa", ""),
-    ):
-        c.data.mix[name] = {"ratio": float(ratio), "path": path, "images": images}
-    c.data.workers = 8
-
-    c.end_symbol = "</s>"
-    c.max_text_length = 1024
-
-    c.freeze_vit = True  # LoRA on q and v of the model, and the projection, are trained
-    c.dtype = "bfloat16"
-    c.remat = True
-
+    c = recipe(WEB + TASKS)
+    c.model = ""  # made by `python -m convert build --variant=minigpt-v2`
     c.steps = 400_000
     c.batch_size = 96
     c.accumulate = 16  # parts of 6 rows; 1 where the devices hold 96 together
-    c.seed = 42
-
-    c.schedule = "cosine"
     c.init_lr = 1e-4
     c.min_lr = 1e-5  # the paper names the highest rate alone
-    c.warmup_lr = 1e-6
-    c.warmup_steps = 1000
-    c.steps_per_epoch = 1000
-    c.weight_decay = 0.05
-    c.beta1 = 0.9
-    c.beta2 = 0.999
-
-    c.log_every = 50
-    c.eval_every = 0
-    c.sample_every = 0
-    c.save_every = 1000
-    c.keep = 3
     return c
