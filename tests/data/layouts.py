@@ -1,6 +1,9 @@
 """Miniatures of published datasets, written as their authors lay them out."""
 
+import io
 import json
+import pickle
+import tarfile
 
 from PIL import Image
 
@@ -28,11 +31,23 @@ class Disk:
         path.write_bytes(data)
         return path
 
-    def picture(self, name, size=(8, 6)):
+    def picture(self, name, size=(8, 6), color=0):
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size).save(path)
+        Image.new("RGB", size, color).save(path)
         return str(path)
+
+    def tar(self, name, rows):
+        """A tar of rows {member ending: bytes}, in webdataset's layout."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w:gz" if name.endswith(".gz") else "w") as tar:
+            for n, row in enumerate(rows):
+                for ending, data in row.items():
+                    member = tarfile.TarInfo(f"{n:09d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        return path
 
     def open(self, name, annotations, images=None, **options):
         return open_dataset(
@@ -65,3 +80,88 @@ def choices(source, index, draws):
     source.example(index, rng)
     assert not rng.numbers
     return rng.limits
+
+
+def write_everything(disk, count=1):
+    """So many rows of each published dataset, below one folder, that differ in text and picture."""
+    ids = range(7, 7 + count)
+    for n in ids:
+        color = (40 * n % 256, 90 * n % 256, 10 * n)
+        for name in (
+            f"coco/images/COCO_train2014_{n:012d}.jpg", f"textcaps/train_images/{n}.jpg",
+            f"gqa/images/{n}.jpg", f"ocrvqa/images/{n}.jpg", f"visual_genome/VG_100K/{n}.jpg",
+            f"filtered_flickr/images/{n}.jpg", f"cc_sbu_align/image/{n}.jpg",
+        ):  # fmt: skip
+            disk.picture(name, color=color)
+    _write_captions(disk, ids)
+    _write_questions(disk, ids)
+    _write_boxes(disk, ids)
+    _write_dialogues(disk, ids)
+
+
+def _coco(n):
+    return {"image": f"train2014/COCO_train2014_{n:012d}.jpg", "question": f"What is {n}?"}
+
+
+def _write_captions(disk, ids):
+    told = [{"image_id": str(n), "caption": f"A cat, {n}."} for n in ids]
+    disk.json("cc_sbu_align/filter_cap.json", {"annotations": told})
+    disk.json(
+        "coco_captions/annotations/coco_karpathy_train.json",
+        [{**_coco(n), "caption": f"A cat {n}"} for n in ids],
+    )
+    texts = [{"image_id": str(n), "caption_str": f"A {n}"} for n in ids]
+    disk.json("textcaps/TextCaps_0.1_train.json", {"data": texts})
+
+
+def _write_questions(disk, ids):
+    for name in ("vqav2/vqa_train", "vqav2/vqa_val", "okvqa/okvqa_train"):
+        disk.json(f"{name}.json", [{**_coco(n), "answer": ["cat", "dog", f"{n}"]} for n in ids])
+    direct = [{**_coco(n), "direct_answers": ["cat", f"{n}"]} for n in ids]
+    disk.json("aokvqa/aokvqa_v1p0_train.json", direct)
+    gqa = [{**_coco(n), "image": f"{n}.jpg", "answer": "cat"} for n in ids]
+    disk.json("gqa/train_balanced_questions.json", gqa)
+    book = {"imageURL": "a/b.jpg", "split": 1, "questions": ["What?"]}
+    disk.json("ocrvqa/dataset.json", {str(n): {**book, "answers": [f"cat {n}"]} for n in ids})
+
+
+def _write_boxes(disk, ids):
+    sizes = [{"id": n, "width": 80, "height": 60} for n in ids]
+    boxes = [{"id": n, "bbox": [n, 1, 40, 4]} for n in ids]
+    refs = [
+        {
+            "image_id": n,
+            "ann_id": n,
+            "split": "train",
+            "sentences": [{"raw": "it"}, {"raw": f"{n}"}],
+        }
+        for n in ids
+    ]
+    for name, split in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
+        folder = f"refcoco_annotations/{name}"
+        disk.json(f"{folder}/instances.json", {"images": sizes, "annotations": boxes})
+        disk.bytes(f"{folder}/refs({split}).p", pickle.dumps(refs))
+    region = {"x": 1, "y": 1, "width": 40, "height": 40}
+    told = [{"id": n, "regions": [{**region, "phrase": f"it {n}"}]} for n in ids]
+    disk.json("visual_genome/region_descriptions.json", told)
+    sizes = [
+        {"image_id": n, "width": 80, "height": 60, "url": f"http://a/VG_100K/{n}.jpg"} for n in ids
+    ]
+    disk.json("visual_genome/image_data.json", sizes)
+    texts = ("grounded_caption", "caption", "output", "phrase", "bbox")
+    flickr = [{"image_id": str(n), **dict.fromkeys(texts, f"a {n}")} for n in ids]
+    for name in ("groundedcaption", "captiontobbox", "phrasetobbox"):
+        disk.json(f"filtered_flickr/{name}.json", flickr)
+
+
+def _write_dialogues(disk, ids):
+    def turns(n):
+        return [{"from": "human", "value": f"What {n}?"}, {"from": "gpt", "value": f"A cat {n}."}]
+
+    talk = [{"id": f"{n:012d}", "conversations": turns(n)} for n in ids]
+    for name in ("detail_23k", "complex_reasoning_77k", "conversation_58k"):
+        disk.json(f"llava/{name}.json", talk)
+    disk.json("multitask_conversation/multi_task_conversation.json", talk)
+    task = {"constraints": None, "output": "a"}
+    tasks = [{"instances": [{**task, "instruction_with_input": f"Say {n}."}]} for n in ids]
+    disk.json("unnatural_instructions/filtered_unnatural_instruction.json", tasks)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import Disk
 from PIL import Image
 
 from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
@@ -37,15 +38,8 @@ def jpeg(shade):
     return out.getvalue()
 
 
-def write(path, rows, extra=()):
-    """A tar of rows {member ending: bytes}, in webdataset's layout."""
-    with tarfile.open(path, "w") as tar:
-        for n, row in enumerate([*rows, *extra]):
-            for ending, data in row.items():
-                member = tarfile.TarInfo(f"{n:09d}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return path
+def write(path, rows):
+    return Disk(path.parent).tar(path.name, rows)
 
 
 def rows(names, first=0):
