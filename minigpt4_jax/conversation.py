@@ -2,22 +2,47 @@
 
 import os
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from minigpt4_jax import prompts as texts
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.generate.engine import Engine
+from minigpt4_jax.generate.requests import Answer, Request
 from minigpt4_jax.generate.reuse import Kept
-from minigpt4_jax.generate.wishes import Wishes
+from minigpt4_jax.generate.wishes import Generation, Wishes
 from minigpt4_jax.images import ImageSource
+from minigpt4_jax.inputs import Images
+from minigpt4_jax.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from minigpt4_jax.api import Model
+
+class _Model(Protocol):
+    """What a dialogue needs of `minigpt4_jax.Model`."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    _engine: Engine
+
+    def _requests(
+        self,
+        images: Images | None,
+        prompts: Sequence[str],
+        wishes: Wishes,
+        visual: list[np.ndarray | None] | None = None,
+    ) -> list[Request]: ...
+
+    def _pieces(
+        self, requests: list[Request], stop: Sequence[str], kept: Kept | None = None
+    ) -> Iterator[str]: ...
+
+    def _generation(self, answer: Answer, stop: Sequence[str]) -> Generation: ...
+
+    def _encode_all(self, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: "Model",
+        model: _Model,
         system: str | None = None,
         template: str | texts.ChatTemplate | None = None,
     ):
