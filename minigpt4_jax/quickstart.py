@@ -94,7 +94,8 @@ class Quickstart:
             write_rows(out / "train", stage)
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
-        from minigpt4_jax.training.config import from_mapping, read_config_file
+        from minigpt4_jax.training.config_files import read_config_file
+        from minigpt4_jax.training.config_values import from_mapping
         from minigpt4_jax.training.loop import train
 
         self.say(f"training the projection, {stage}")

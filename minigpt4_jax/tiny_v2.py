@@ -98,7 +98,8 @@ class TinyV2:
         self.finish(model, found)
 
     def train(self, base: Path) -> Path:
-        from minigpt4_jax.training.config import from_mapping, read_config_file
+        from minigpt4_jax.training.config_files import read_config_file
+        from minigpt4_jax.training.config_values import from_mapping
         from minigpt4_jax.training.loop import train
 
         values = read_config_file("tiny_v2")
@@ -144,7 +145,7 @@ def write_rows(train_dir: Path, out: Path, seed: int) -> int:
     """Write what training asks, a row {"image", "conversations"} each, in its order; returns how many."""
     from minigpt4_jax.data.shapes import read_scenes
     from minigpt4_jax.data.shapes_tasks import Phase, training_rows
-    from minigpt4_jax.training.config import read_config_file
+    from minigpt4_jax.training.config_files import read_config_file
 
     known = read_scenes(train_dir)
     phases = [Phase(questions, counts) for questions, counts in PHASES]

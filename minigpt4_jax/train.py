@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax import errors, joining
-from minigpt4_jax.training import config as configs
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_files import known_configs, parse
+from minigpt4_jax.training.config_values import known_keys, to_dict
 
 if TYPE_CHECKING:
     from minigpt4_jax.training.loop import Result
@@ -38,11 +40,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     others, args = joining.take_options(args)
     if not args or {"-h", "--help", "-help"} & set(args):
-        print(
-            USAGE.format(known=", ".join(configs.known_configs()), joining=joining.USAGE) + _keys()
-        )
+        print(USAGE.format(known=", ".join(known_configs()), joining=joining.USAGE) + _keys())
         return 0 if args else 2
-    config, workdir = configs.parse(args)
+    config, workdir = parse(args)
     if joining.are_several(others):
         all_came = joining.watched(others, lambda: _kept(workdir))
         # imported now: from joining on until the run listens, JAX swallows a SIGTERM
@@ -61,9 +61,9 @@ def _kept(workdir: str) -> str:
 
 
 def _keys() -> str:
-    values = configs.to_dict(configs.TrainConfig())
+    values = to_dict(TrainConfig())
     lines = []
-    for key in configs.known_keys():
+    for key in known_keys():
         value: Any = values
         for part in key.split("."):
             value = value[part]

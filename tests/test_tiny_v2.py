@@ -13,7 +13,8 @@ from minigpt4_jax.data.shapes import read_scenes, scene_at, write_dataset
 from minigpt4_jax.data.shapes_tasks import Asked, asked
 from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.config import from_mapping, read_config_file
+from minigpt4_jax.training.config_files import read_config_file
+from minigpt4_jax.training.config_values import from_mapping
 
 SCENE = scene_at(3, 1, counts=(3,))
 

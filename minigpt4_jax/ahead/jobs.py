@@ -26,7 +26,7 @@ from minigpt4_jax.sharding import (
     parse_mesh,
     sizes_for_inference,
 )
-from minigpt4_jax.training import config as configs
+from minigpt4_jax.training import config_files
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.devices import choose_sizes
 from minigpt4_jax.training.step import trained_parts
@@ -176,7 +176,7 @@ def read(options: argparse.Namespace, rest: Sequence[str]) -> Job:
             raise UserError(f"--{name}={value}: expected a number above 0")
     given = any(arg.partition("=")[0] in ("--config", "-config") for arg in rest)
     rest = list(rest) if given else ["--config=stage2", *rest]
-    c, _ = configs.parse(rest, sizes_only=True)
+    c, _ = config_files.parse(rest, sizes_only=True)
     if c.dtype != "bfloat16":
         raise UserError(f"config.dtype is {c.dtype!r}: expected bfloat16, which TPUs are made for")
     size, config = size_of(c, options.size)

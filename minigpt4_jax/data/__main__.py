@@ -21,8 +21,9 @@ from minigpt4_jax.data.source import ExampleList, Source
 from minigpt4_jax.data.sources import Example, read_sources
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.images import open_image
-from minigpt4_jax.training import config as configs
 from minigpt4_jax.training import datasets
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_files import parse as parse_config
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +43,10 @@ class Report:
     name: str
     turns: str = ""  # its share of them
     rows: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # by cause
+    dropped: dict[str, int] = field(default_factory=dict)  # faulty ones, by cause
+    unused: dict[str, int] = field(
+        default_factory=dict
+    )  # by the dataset's own rule, such as a split
     opened: int = 0
     broken: Counter[str] = field(default_factory=Counter)  # of those opened, by cause
     error: str = ""  # why it cannot be opened, or the last broken row
@@ -66,7 +70,7 @@ def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parse(argv)
-    c, _ = configs.parse([f"--config={args.config}", *overrides], data_only=True)
+    c, _ = parse_config([f"--config={args.config}", *overrides], data_only=True)
     reports = []
     for name, turns, opening in _datasets(c):
         report = check(name, opening, args.look, args.samples, c.seed)
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(report.error for report in reports))
 
 
-def _datasets(c: configs.TrainConfig) -> list[tuple[str, str, Callable[[], Source]]]:
+def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source]]]:
     """(name, share of the turns, what opens it) of each."""
     total = sum(d.ratio for d in c.data.mix.values())
     found: list[tuple[str, str, Callable[[], Source]]] = []
@@ -108,6 +112,7 @@ def check(name: str, opening: Callable[[], Source], look: int, samples: int, see
         report.error = str(e)
         return report
     report.rows, report.dropped = len(source), dict(source.dropped)
+    report.unused = dict(source.left_out)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(source))[: max(look, samples)]
     for index in chosen:
@@ -159,6 +164,7 @@ def _table(reports: Sequence[Report]) -> str:
             f"{r.name:{width}}  {r.rows:11,}  {out:9,}  {r.turns:>6}  {r.opened:6}  {broken_:6}"
         )
         lines += [f"  {n:,} {cause}" for cause, n in [*r.dropped.items(), *r.broken.items()]]
+        lines += [f"  {n:,} {cause}, as is its rule" for cause, n in r.unused.items()]
         lines += [f"  {r.error}"] if r.error else []
     return "\n".join(lines)
 

@@ -30,7 +30,8 @@ from minigpt4_jax.tokenizer import load_tokenizer
 from minigpt4_jax.training import run
 from minigpt4_jax.training.build import build, open_loader
 from minigpt4_jax.training.checkpoints import Checkpoints
-from minigpt4_jax.training.config import TrainConfig, from_mapping
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_values import from_mapping
 from minigpt4_jax.training.devices import choose_mesh, describe_run
 from minigpt4_jax.training.logs import (
     METRICS,
@@ -38,10 +39,10 @@ from minigpt4_jax.training.logs import (
     VAL_LOSS,
     NoLog,
     RunLog,
-    duration,
     import_tensorboard,
     read_metrics,
 )
+from minigpt4_jax.training.progress import Progress
 from minigpt4_jax.training.step import Metrics, trained_parts
 from minigpt4_jax.training.stopping import Stop, listen
 from minigpt4_jax.training.validation import Validation, read_validation
@@ -84,11 +85,6 @@ class _Dispatched(NamedTuple):
     step: int
     metrics: Metrics
     sums: Any  # int32 [3]: processes that are told to stop; rows read, and left out, so far
-
-
-class _Speed(NamedTuple):
-    text: str
-    record: dict[str, float]
 
 
 class _Loop:
@@ -169,8 +165,7 @@ class _Loop:
             self.log.line(line)
         self.pending: list[_Dispatched] = []
         self.told = False  # that the run is to stop, as all processes know
-        self.clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
-        self.skipped = self._tally().skipped  # rows, of which the log has told
+        self.progress = Progress(self.c, self.log, self._tally, self.on_metrics)
 
     # --- running --------------------------------------------------------------------------------
 
@@ -259,8 +254,7 @@ class _Loop:
         self._look()
         if last or self._due(c.save_every):
             self._save()
-        if self.clock is not None:  # the rate is of training alone
-            self.clock = (self.clock[0] + time.perf_counter() - begun, *self.clock[1:])
+        self.progress.leave_out(time.perf_counter() - begun)
 
     def _look(self) -> None:
         """Validation and samples that are owed at this step, until the run is told to stop."""
@@ -272,7 +266,7 @@ class _Loop:
             loss = held_out.loss(self.trainable, self._is_told)
             if loss is None:
                 return
-            self._record({"step": self.step, VAL_LOSS: loss})
+            self.progress.record({"step": self.step, VAL_LOSS: loss})
             self.log.line(f"step {self.step}/{self.c.steps}  val_loss {loss:.4f}")
             self.owed.remove(VAL_LOSS)
         if SAMPLES in self.owed and not self._is_told():
@@ -293,36 +287,7 @@ class _Loop:
             record["tokens"] = int(tokens)
             if skipped:
                 record["skipped"] = skipped
-            self._report(record, rows)
-
-    def _report(self, record: dict[str, Any], rows: int) -> None:
-        """Metrics of a step, after which so many rows had been read."""
-        c, step, loss = self.c, record["step"], record["loss"]
-        self.log.advance(step, loss)
-        if step % c.log_every == 0 or step == c.steps:
-            speed, rate = self._speed(step, rows), record["lr"]
-            self.log.line(f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}" + speed.text)
-            record |= speed.record
-            if record.get("skipped", 0) > self.skipped:
-                self.skipped = record["skipped"]
-                self.log.line(str(self._tally()))
-        elif self.clock is None:
-            self._speed(step, rows)
-        self._record(record)
-
-    def _speed(self, step: int, rows: int) -> "_Speed":
-        """Since the last log line; nothing after the first step, which compiles the program."""
-        now, last, self.clock = time.perf_counter(), self.clock, (time.perf_counter(), step, rows)
-        if last is None:
-            return _Speed("", {})
-        each, rate = (now - last[0]) / (step - last[1]), (rows - last[2]) / (now - last[0])
-        left = duration((self.c.steps - step) * each)
-        return _Speed(f"  {rate:.3g} examples/s  {left} left", {"examples_per_second": rate})
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self.log.metrics(record)
-        if self.on_metrics is not None:
-            self.on_metrics(record)
+            self.progress.step(record, rows)
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         self.checkpoints.wait()

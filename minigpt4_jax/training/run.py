@@ -14,7 +14,8 @@ from minigpt4_jax import weights
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processes import gathered, several
-from minigpt4_jax.training.config import TrainConfig, differences, to_dict
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_values import differences, to_dict
 from minigpt4_jax.training.logs import cannot_write
 from minigpt4_jax.training.step import Trainable
 

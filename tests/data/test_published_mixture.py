@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from layouts import Disk, write_everything
 
-from minigpt4_jax.training import config as configs
+from minigpt4_jax.training.config_files import parse as parse_config
 from minigpt4_jax.training.datasets import open_parts
 
 pytestmark = pytest.mark.smoke
@@ -28,7 +28,7 @@ WEB = {"laion": (115, 64), "cc_sbu": (14, 64)}
 
 def parse(name, *args):
     args = [f"--config={name}", "--workdir=w", "--config.model=m", "--config.data.root=d", *args]
-    return configs.parse(args)[0]
+    return parse_config(args)[0]
 
 
 def test_the_released_mixture():

@@ -18,9 +18,9 @@ from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.prompts import STAGE2_PROMPTS
 from minigpt4_jax.tokenizer import load_tokenizer
-from minigpt4_jax.training import config as configs
-from minigpt4_jax.training.config import DataConfig
-from minigpt4_jax.training.datasets import DatasetConfig, open_parts
+from minigpt4_jax.training.config import DataConfig, DatasetConfig
+from minigpt4_jax.training.config_files import read_config_file
+from minigpt4_jax.training.datasets import open_parts
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "llama_tokenizer")
 CONFIG = ModelConfig(vision=VisionConfig(image_size=14), qformer=QFormerConfig(queries=4))
@@ -59,7 +59,7 @@ def png(n):
 
 def mixture(root, *names, mix_by="step"):
     """The parts of a training run, opened; batch sizes as the mixture allows."""
-    published = configs.read_config_file("v2_stage3")["data"]["mix"]
+    published = read_config_file("v2_stage3")["data"]["mix"]
     every = {n: DatasetConfig(**{**d, "path": (d["path"],)}) for n, d in published.items()} | OWN
     return open_parts(DataConfig(root=str(root), mix_by=mix_by, mix={n: every[n] for n in names}))
 

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training import config as configs
+from minigpt4_jax.training import config_files, config_values
 from minigpt4_jax.training.config import DataConfig, TrainConfig
 
 BASE = ["--workdir=w", "--config.model=m", "--config.data.path=d.jsonl"]
 
 
 def parse(*args, config="stage2"):
-    return configs.parse([f"--config={config}", *BASE, *args])[0]
+    return config_files.parse([f"--config={config}", *BASE, *args])[0]
 
 
 # --- the recipe (SPEC 10) ----------------------------------------------------------------------
@@ -58,8 +58,8 @@ def test_adapters_and_packing_from_the_command_line():
 
 
 def test_every_shipped_config_names_only_fields_that_exist():
-    for name in configs.known_configs():
-        configs._build(TrainConfig, configs.read_config_file(name), name)
+    for name in config_files.known_configs():
+        config_values.build(TrainConfig, config_files.read_config_file(name), name)
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -167,11 +167,11 @@ def test_refused_config(config, message, tmp_path):
 
 def test_missing_flags():
     with pytest.raises(UserError, match="--config is missing: one of finetune"):
-        configs.parse(BASE)
+        config_files.parse(BASE)
     with pytest.raises(UserError, match="--workdir is missing"):
-        configs.parse(["--config=stage2"])
+        config_files.parse(["--config=stage2"])
     with pytest.raises(UserError, match=r"data\.path"):
-        configs.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
+        config_files.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_what_is_given_is_what_comes_out(steps, rate, remat, paths):
 @given(steps=st.integers(1, 10**6), prompts=st.lists(st.text(min_size=1), max_size=3))
 def test_to_dict_and_back(steps, prompts):
     c = TrainConfig(model="m", steps=steps, data=DataConfig(path=("d",), prompts=tuple(prompts)))
-    assert configs.from_mapping(configs.to_dict(c)) == c
+    assert config_values.from_mapping(config_values.to_dict(c)) == c
 
 
 def test_differences_leave_out_what_does_not_change_the_result():
@@ -205,10 +205,10 @@ def test_differences_leave_out_what_does_not_change_the_result():
     other = dataclasses.replace(
         c, log_every=3, save_every=7, keep=9, data=dataclasses.replace(c.data, workers=4)
     )
-    as_dict = configs.to_dict
-    assert configs.differences(as_dict(c), as_dict(other)) == []
+    as_dict = config_values.to_dict
+    assert config_values.differences(as_dict(c), as_dict(other)) == []
     changed = dataclasses.replace(c, seed=3, data=dataclasses.replace(c.data, path=("e",)))
-    found = configs.differences(as_dict(c), as_dict(changed))
+    found = config_values.differences(as_dict(c), as_dict(changed))
     assert found == ["data.path: ['d'] -> ['e']", "seed: 42 -> 3"]
 
 
@@ -227,7 +227,7 @@ def mixed(tmp_path, *args, **data):
         "def get_config():\n"
         f"    return ConfigDict({ {'data': {'mix': values, **data}}!r})\n"
     )
-    return configs.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
+    return config_files.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
 
 
 def test_a_mixture_from_a_file_and_the_command_line(tmp_path):
@@ -237,9 +237,11 @@ def test_a_mixture_from_a_file_and_the_command_line(tmp_path):
     assert (a.path, a.ratio, a.batch_size, a.reader) == (("x", "y"), 3.0, 4, "files")
     assert (b.path, b.ratio, b.images, b.batch_size) == (("vqav2",), 2.0, "coco", 0)
     assert (c.data.root, c.data.max_broken) == ("/data", 0.01)
-    assert configs.from_mapping(configs.to_dict(c)) == c
+    assert config_values.from_mapping(config_values.to_dict(c)) == c
     other = mixed(tmp_path, "--config.data.mix.a.ratio=4", "--config.data.max_broken=0.5")
-    found = configs.differences(configs.to_dict(mixed(tmp_path)), configs.to_dict(other))
+    found = config_values.differences(
+        config_values.to_dict(mixed(tmp_path)), config_values.to_dict(other)
+    )
     assert found == ["data.mix.a.ratio: 3.0 -> 4.0"]
 
 
@@ -265,4 +267,4 @@ def test_a_mixture_is_refused(args, message, tmp_path):
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match=r"data\.mix\.a\.img is not a configuration key; did"):
-        configs.from_mapping({"model": "m", "data": {"mix": {"a": {"img": "x"}}}})
+        config_values.from_mapping({"model": "m", "data": {"mix": {"a": {"img": "x"}}}})
