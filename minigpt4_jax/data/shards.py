@@ -64,6 +64,7 @@ class Shards:
         dropped = sum((Counter(shard.dropped) for shard in shards), Counter[str]())
         dropped += Counter({BROKEN: sum(bool(s.damage) for s in shards), MISSING: missing})
         self.dropped: dict[str, int] = dict(dropped)
+        self.left_out: dict[str, int] = {}
         self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._open: dict[int, np.ndarray] = {}  # rows of shards, mapped into memory
 

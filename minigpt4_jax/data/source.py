@@ -12,7 +12,8 @@ class Source(Protocol):
     """A dataset opened for training.
 
     name: what logs and errors call it. dropped: rows of the files that are not among the examples,
-    counted by cause when the dataset was opened, such as {"no such image": 12}.
+    counted by cause when the dataset was opened, such as {"no such image": 12}. left_out: the same of
+    rows that nothing is wrong with and that the dataset's own rule leaves out, such as another split.
     """
 
     @property
@@ -20,6 +21,9 @@ class Source(Protocol):
 
     @property
     def dropped(self) -> Mapping[str, int]: ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]: ...
 
     def __len__(self) -> int: ...
 
@@ -38,6 +42,7 @@ class ExampleList:
     def __init__(self, name: str, examples: Sequence[Example]):
         self.name = name
         self.dropped: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
         self.examples = examples
 
     def __len__(self) -> int:

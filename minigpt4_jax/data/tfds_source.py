@@ -28,6 +28,7 @@ class TfdsSource:
         its features are not those of pictures with texts."""
         self.name, self._clean = name, clean
         self.dropped: dict[str, int] = {}
+        self.left_out: dict[str, int] = {}
         self._asked = (dataset, split, data_dir)
         self._rows: Any = None  # opened in each process
         features = self._open()

@@ -1,8 +1,10 @@
 """`python -m minigpt4_jax.data check`: counts, faults and the sheet."""
 
 import json
+import pickle
 
 import pytest
+from layouts import Disk, write_everything
 from PIL import Image
 
 from minigpt4_jax.data.__main__ import main
@@ -64,6 +66,35 @@ def test_plain_files_and_boxes_on_the_sheet(tmp_path, photos, capsys):
     main(["check", "finetune", f"--config.data.path={plain}", f"--sheet={sheet}"])
     without = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
     assert colors - without
+
+
+def test_rows_that_are_not_used_are_counted_by_cause(tmp_path, capsys):
+    disk = Disk(tmp_path)
+    write_everything(disk, 6)
+    (tmp_path / "coco/images/COCO_train2014_000000000009.jpg").unlink()
+    refs = tmp_path / "refcoco_annotations/refcoco/refs(unc).p"
+    rows = pickle.loads(refs.read_bytes())
+    rows[0]["split"] = rows[1]["split"] = "val"
+    rows[4]["sentences"] = []
+    refs.write_bytes(pickle.dumps(rows))
+    mix = {
+        "refcoco": {"path": "refcoco_annotations", "images": "coco/images"},
+        "gqa": {"path": "gqa"},
+    }
+    sheet = tmp_path / "sheet.png"
+    path = config(tmp_path, {"root": str(tmp_path), "mix": mix})
+    assert main(["check", path, f"--sheet={sheet}", "--samples=2"]) == 0
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert out[1:-1] == [
+        ["gqa", "6", "0", "50.0%", "6", "0"],
+        ["refcoco", "2", "2", "50.0%", "2", "0"],
+        ["1", "without", "words"],
+        ["1", "without", "their", "image"],
+        ["2", "of", "another", "split,", "as", "is", "its", "rule"],
+    ]
+    four, two = Image.open(sheet), tmp_path / "two.png"
+    main(["check", path, f"--sheet={two}", "--samples=1"])
+    assert four.width * four.height > 1.5 * Image.open(two).width * Image.open(two).height
 
 
 @pytest.mark.parametrize(
