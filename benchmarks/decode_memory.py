@@ -97,7 +97,7 @@ class Programs:
 
     def encode(self) -> Any:
         s = self.config.vision.image_size
-        pixels = jax.ShapeDtypeStruct((1, 1, s, s, 3), jnp.float32)
+        pixels = jax.ShapeDtypeStruct((1, 1, s, s, 3), jnp.uint8)
         return self.compile(lambda leaves, p: self._model(leaves).encode(p), pixels)
 
     def prefill(self, context: int) -> Any:

@@ -45,7 +45,7 @@ def batch_shapes(config: ModelConfig, rows: int, text: int, packed: bool) -> Bat
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    pixels: Any = jax.ShapeDtypeStruct((rows, 1, edge, edge, 3), jnp.float32)
+    pixels: Any = jax.ShapeDtypeStruct((rows, 1, edge, edge, 3), jnp.uint8)
     extra = [ints(rows, t)] * 3 if packed else []
     return Batch(pixels, ints(rows, t), ints(rows), ints(rows, text // 2), *extra)
 

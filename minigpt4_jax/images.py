@@ -1,4 +1,6 @@
-"""Images: open and check, resize, normalize, as the vision encoder was trained to see them."""
+"""Images: open and check, resize, normalize, as the vision encoder was trained to see them.
+
+What travels, between processes and to the device, is uint8; the model normalizes as it begins."""
 
 import io
 import os
@@ -59,7 +61,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
     except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
         raise DataError(f"{name}: {_not_an_image(data, e)}", "file that is no image") from None
-    return _decode(opened, name)
+    return _decode(opened, name, copied=False)
 
 
 def name_of(source: ImageSource) -> str:
@@ -133,8 +135,8 @@ def normalize(image: np.ndarray) -> np.ndarray:
 
 
 def load_pixels(source: ImageSource, size: int) -> np.ndarray:
-    """Open, resize and normalize: float32 [size, size, 3]."""
-    return normalize(resize(open_image(source), size))
+    """Open and resize: uint8 [size, size, 3], as the model takes them."""
+    return resize(open_image(source), size)
 
 
 def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -173,7 +175,8 @@ def _check_size(name: str, width: int, height: int) -> None:
         )
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Image:
+    """As RGB. copied: another image than the one given, even where that is RGB."""
     _check_size(name, *image.size)
     if image.mode == "F":
         raise DataError(
@@ -182,7 +185,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         )
     try:
         image.load()
-        return _sixteen_to_eight(image).convert("RGB")
+        return (
+            image if image.mode == "RGB" and not copied else _sixteen_to_eight(image).convert("RGB")
+        )
     except Image.DecompressionBombError as e:
         raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
     except Exception as e:  # as above

@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from PIL import Image
 
 from minigpt4_jax import images
 from minigpt4_jax.errors import DataError, UserError
+from minigpt4_jax.models.minigpt import normalized
 
 pytestmark = pytest.mark.smoke
 
@@ -39,7 +41,7 @@ def write(path, data):
 
 def test_pixels_equal_the_original():
     case = np.load(FIXTURES / "pixels.npz")
-    pixels = images.load_pixels(case["image"], 56)
+    pixels = images.normalize(images.load_pixels(case["image"], 56))
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels.transpose(2, 0, 1), case["pixel_values"])
 
@@ -51,8 +53,19 @@ def test_pixels_equal_every_dump(variant):
         pytest.skip("the reference dumps are not here")
     case = np.load(path)
     for n, expected in enumerate(case["pixel_values"]):
-        pixels = images.load_pixels(case[f"image_uint8_{n}"], expected.shape[-1])
+        small = images.load_pixels(case[f"image_uint8_{n}"], expected.shape[-1])
+        pixels = images.normalize(small)
         np.testing.assert_array_equal(pixels.transpose(2, 0, 1), expected)
+
+
+def test_the_model_normalizes_as_the_host_does():
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    on_device = jax.jit(normalized)(every)
+    assert on_device.dtype == np.float32
+    np.testing.assert_allclose(
+        on_device, images.normalize(every), rtol=0, atol=4e-7
+    )  # 2 bits of 2.6
+    assert normalized(on_device) is on_device
 
 
 def test_normalize_equals_torchvision_arithmetic():

@@ -11,7 +11,7 @@ from flax import nnx
 from minigpt4_jax import api, weights
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.generate import engine
-from minigpt4_jax.images import load_pixels
+from minigpt4_jax.images import load_pixels, normalize
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.prompts import build_row, prompt_tokens
 
@@ -64,7 +64,7 @@ def test_oracle_encodes_scores_and_generates_the_same(small):
     images = pictures(3)
     visual = model.encode_images(images)
     assert visual.dtype == np.float32
-    wanted = [oracle.encode(tensors, model.config, load_pixels(i, 28)) for i in images]
+    wanted = [oracle.encode(tensors, model.config, normalize(load_pixels(i, 28))) for i in images]
     assert relative(visual, np.stack(wanted)) < 1e-5
     prompts = [
         "###Human: <Img><ImageHere></Img> what color is it ###Assistant: ",

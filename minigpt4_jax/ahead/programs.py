@@ -151,7 +151,7 @@ def train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Shape) ->
     )  # fmt: skip
     b, edge = shape.rows, config.vision.image_size
     batch = Batch(
-        by_rows((b, 1, edge, edge, 3), jnp.float32, mesh), by_rows((b, shape.tokens), jnp.int32, mesh),
+        by_rows((b, 1, edge, edge, 3), jnp.uint8, mesh), by_rows((b, shape.tokens), jnp.int32, mesh),
         by_rows((b,), jnp.int32, mesh), by_rows((b, shape.labels), jnp.int32, mesh),
     )  # fmt: skip
     opt_state = lies_whole(jax.eval_shape(tx.init, split.trainable), mesh)
@@ -176,7 +176,7 @@ class Answering(Engine):
         """The vision side on so many images."""
         graphdef, state = nnx.split(self.model)
         edge = self.config.vision.image_size
-        pixels = shape_of((images, edge, edge, 3), jnp.float32, whole(self.mesh))
+        pixels = shape_of((images, edge, edge, 3), jnp.uint8, whole(self.mesh))
 
         def program(state: Any, pixels: jax.Array) -> jax.Array:  # as api.Model's
             model: Any = nnx.merge(graphdef, state)

@@ -38,7 +38,7 @@ _ATTEMPTS = 8  # examples looked at for one place of a batch
 class Arrays(NamedTuple):
     """The fields of models.minigpt.Batch, in its order."""
 
-    pixels: np.ndarray  # [B, I, S, S, 3] float32
+    pixels: np.ndarray  # [B, I, S, S, 3] uint8
     tokens: np.ndarray  # [B, T] int32
     lengths: np.ndarray  # [B] int32
     answers: np.ndarray  # [B, A] int32
@@ -168,7 +168,7 @@ class BatchMaker:
         shape = _Shape.of([one.row for one in loaded], self.padding)
         most = max(len(one.example.images) for one in loaded)
         edge = self.config.vision.image_size
-        pixels = np.zeros((len(share.rows), most, edge, edge, 3), np.float32)
+        pixels = np.zeros((len(share.rows), most, edge, edge, 3), np.uint8)
         made = [
             self._open(out, places[n], loaded[n], shape, (step, n))
             for out, n in zip(pixels, share.rows, strict=True)
@@ -209,7 +209,7 @@ class BatchMaker:
 
     def _open(
         self,
-        out: np.ndarray,  # [I, S, S, 3] float32, zeros; filled
+        out: np.ndarray,  # [I, S, S, 3] uint8, zeros; filled
         place: _Place,
         loaded: _Loaded,  # what is there
         shape: _Shape,
@@ -231,12 +231,12 @@ class BatchMaker:
         return _unlabelled(loaded).row
 
     def _pixels(self, image: images.ImageSource, at: tuple[int, int, int]) -> np.ndarray:
-        """[S, S, 3] float32 of image k of a row of a step."""
+        """[S, S, 3] uint8 of image k of a row of a step."""
         opened, size = images.open_image(image), self.config.vision.image_size
         if not self.crop:
-            return images.normalize(images.resize(opened, size))
+            return images.resize(opened, size)
         rng = np.random.default_rng([self.seed, *at])
-        return images.normalize(images.random_crop(opened, size, rng))
+        return images.random_crop(opened, size, rng)
 
 
 def _unlabelled(loaded: _Loaded) -> _Loaded:

@@ -19,9 +19,7 @@ from minigpt4_jax.data.batches import PADDING, Arrays, Padding
 class Packed(NamedTuple):
     """The fields of models.minigpt.Batch, in its order; R rows hold the B examples of a batch."""
 
-    pixels: (
-        np.ndarray
-    )  # [B * I, 1, S, S, 3] float32, in their order; [M, 0, S, S, 3] without images
+    pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8, in their order; [M, 0, S, S, 3] without images
     tokens: np.ndarray  # [R, T] int32
     lengths: np.ndarray  # [R] int32; tokens of a row that are not padding
     answers: np.ndarray  # [R, A] int32

@@ -10,6 +10,7 @@ from flax import nnx
 
 from minigpt4_jax import quant
 from minigpt4_jax.config import IMAGE, ModelConfig
+from minigpt4_jax.images import MEAN, STD
 from minigpt4_jax.models.layers import LayerNorm, Linear
 from minigpt4_jax.models.llm import Llm
 from minigpt4_jax.models.qformer import QFormer
@@ -21,7 +22,8 @@ LN_VISION_EPS = 1e-5
 class Batch(NamedTuple):
     """Rows padded on the right; arrays of NumPy or JAX."""
 
-    pixels: jax.Array | np.ndarray  # [B, I, S, S, 3] float32, normalized; I is 0 for text alone
+    # [B, I, S, S, 3] uint8, or float32 that is normalized already; I is 0 for text alone
+    pixels: jax.Array | np.ndarray
     tokens: jax.Array | np.ndarray  # [B, T] int32; IMAGE where a visual token goes
     lengths: jax.Array | np.ndarray  # [B] int32; tokens of a row that are not padding
     answers: jax.Array | np.ndarray  # [B, A] int32; indices of the labelled tokens, -1 is padding
@@ -39,6 +41,14 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout()
+
+
+def normalized(pixels: jax.Array) -> jax.Array:
+    """uint8 [..., 3] -> float32 as `images.normalize` computes it, to the last bit or two (XLA
+    multiplies by 1 / 255); float32 is left as it is."""
+    if pixels.dtype != jnp.uint8:
+        return pixels
+    return (pixels.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 class MiniGpt(nnx.Module):
@@ -61,11 +71,11 @@ class MiniGpt(nnx.Module):
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """pixels [B, I, S, S, 3] -> visual tokens [B, I * P, D] float32, in image order."""
+        """pixels [B, I, S, S, 3], see Batch -> visual tokens [B, I * P, D] float32, in image order."""
         b, i = pixels.shape[:2]
         if i == 0:  # text alone
             return jnp.zeros((b, 0, self.config.llm.width))
-        x = self.vit(pixels.reshape(b * i, *pixels.shape[2:]), remat=remat)
+        x = self.vit(normalized(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
         if self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)

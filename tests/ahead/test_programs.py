@@ -36,7 +36,7 @@ def test_a_step_from_shapes_counts_what_it_needs():
         for n, s, k in programs.parameters(config)
         if not n.startswith("projection")
     )
-    pixels = 2 * 28 * 28 * 3 * 4
+    pixels = 2 * 28 * 28 * 3
     rest = found.memory.arguments - weights - 3 * 4 * trained - pixels
     assert 0 < rest < 2000  # tokens, answers, lengths, numbers
     # causal attention is computed whole, of which the step needs half, and again for its gradient;

@@ -73,7 +73,7 @@ def test_pixels_follow_rows_and_images(photos):
     ]
     batch = arrays(maker(examples), 0)
     assert batch.pixels.shape == (3, 2, 28, 28, 3)
-    assert batch.pixels.dtype == np.float32
+    assert batch.pixels.dtype == np.uint8
     for row, column, n in ((0, 0, 0), (1, 0, 1), (1, 1, 2)):
         np.testing.assert_array_equal(batch.pixels[row, column], images.load_pixels(photos[n], 28))
     assert not batch.pixels[0, 1].any()
