@@ -62,9 +62,8 @@ def test_the_model_normalizes_as_the_host_does():
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     on_device = jax.jit(normalized)(every)
     assert on_device.dtype == np.float32
-    np.testing.assert_allclose(
-        on_device, images.normalize(every), rtol=0, atol=4e-7
-    )  # 2 bits of 2.6
+    # two units in the last place of the largest values, which are above 2
+    np.testing.assert_allclose(on_device, images.normalize(every), rtol=0, atol=4.8e-7)
     assert normalized(on_device) is on_device
 
 
