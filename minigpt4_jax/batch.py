@@ -192,7 +192,7 @@ class Output:
         if not path.parent.is_dir():
             raise UserError(f"--output={path}: there is no directory {path.parent}")
         try:
-            lines = self._lines() if path.exists() else []
+            lines = self._lines() if path.exists() and path.stat().st_size else []
         except (OSError, ValueError) as e:
             raise UserError(f"--output={path}: cannot be read ({e})") from None
         for n, line in enumerate(lines):
@@ -217,10 +217,12 @@ class Output:
 
     def __enter__(self) -> "Output":
         """Begin to write. UserError: that cannot be."""
-        try:
+        temporary = self._settings_file.with_name(f".{self._settings_file.name}.{os.getpid()}")
+        try:  # the settings first, and whole: without them answers could not be gone on with
+            temporary.write_text(json.dumps(self._settings, indent=1) + "\n")
+            temporary.replace(self._settings_file)
             self._file = self._path.open("ab")
             self._file.truncate(self._bytes)
-            self._settings_file.write_text(json.dumps(self._settings, indent=1) + "\n")
         except OSError as e:
             raise UserError(f"--output={self._path}: cannot be written ({e.strerror})") from None
         return self

@@ -6,10 +6,13 @@ a pipe, and make one conversation; a line that begins with `/` is a command.
 
 import argparse
 import contextlib
+import io
 import json
+import math
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +40,7 @@ HELP = """\
 /save FILE           write the conversation as JSON
 /boxes FILE          draw the boxes of the last answer into the last image, for instance boxes.png
 /help                this
-/quit                or Ctrl-D; Ctrl-C stops an answer
+/quit                or Ctrl-D; Ctrl-C stops an answer, twice within a second also a pipe
 //text               a question that begins with /text"""
 
 
@@ -164,7 +167,9 @@ class Session:
         document = json.dumps(self.talk.transcript(), indent=1, ensure_ascii=False) + "\n"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(document, encoding="utf-8")
+            temporary.write_text(
+                document, encoding="utf-8", errors="backslashreplace"
+            )  # file names
             temporary.replace(path)
         except OSError as e:
             temporary.unlink(missing_ok=True)
@@ -244,8 +249,9 @@ def terminal(session: Session) -> int:
 
 
 def pipe(session: Session) -> int:
-    """One line of standard input after the other; exit code 2 when one of them went wrong."""
-    code = 0
+    """One line of standard input after the other; exit code 2 when one of them went wrong. Ctrl-C
+    stops an answer; between answers, and soon after another, it ends the program."""
+    code, stopped = 0, -math.inf
     for line in sys.stdin:
         try:
             if line.strip() and not session.handle(line.strip()):
@@ -253,6 +259,10 @@ def pipe(session: Session) -> int:
         except UserError as e:
             note(f"error: {e}")
             code = 2
+        except KeyboardInterrupt:
+            before, stopped = stopped, time.monotonic()
+            if stopped - before < 1:
+                raise
     return code
 
 
@@ -308,6 +318,9 @@ def _question(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # what is not in its encoding ends no conversation
+            stream.reconfigure(errors="replace")
     from minigpt4_jax.images import open_image
 
     for path in args.image:  # before the model is read, which may take minutes

@@ -1,6 +1,8 @@
 """User-facing errors: one clear line and an exit code instead of a traceback."""
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -34,14 +36,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run an entry point: UserError becomes one line on stderr and its code, Ctrl-C code 130.
-    leave: ends the process with a code."""
+    """Run an entry point: UserError becomes one line on stderr and its code, Ctrl-C code 130, and code
+    141 says that nobody reads stdout any more. leave: ends the process with a code."""
     try:
         code = main() or 0
+        sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        code = 141  # as a shell reports SIGPIPE
     leave(code)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether what reads stdout is gone, as with `| head`; nothing more is written to it then."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError):  # no poll() on Windows, no descriptor in a notebook
+        return False
+    return True

@@ -33,13 +33,23 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of one text; with `bos` the beginning-of-sequence id comes first, as the model's own
-        tokenizer adds it."""
+        tokenizer adds it. UserError: half of a character."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; special tokens are left out or written as they are. An id that the
         vocabulary lacks (a padded embedding row) is left out."""
         ...
+
+
+def _check(text: str) -> None:
+    """UserError: half of a character, as JSON's \\ud83d alone or undecodable bytes of a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"the text {text[:40]!a} has half of a character at {e.start}; expected whole ones (UTF-8)"
+        ) from None
 
 
 def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
@@ -122,6 +132,7 @@ class SentencePieceTokenizer:
         self._spelled = {*self._special, PAD_PIECE}
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
+        _check(text)
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         parts = self._split.split(text)  # odd places hold the special and added tokens
         for n, part in enumerate(parts):
@@ -192,6 +203,7 @@ class HfTokenizer:
         self.bos: str = self._model.bos_token or ""
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
+        _check(text)
         ids = list(self._model.encode(text, add_special_tokens=False)) if text else []
         # a chat template of these families begins with the BOS token itself: never two of them
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:

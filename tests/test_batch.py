@@ -108,21 +108,23 @@ def test_broken_rows_are_reported_in_their_place(home, command, tmp_path):
         json.dumps(good | {"image": ["1.png", "half.png"]}), json.dumps(good | {"image": 3}),
         json.dumps(good | {"prompt": "<ImageHere> <ImageHere>"}), "\x00",
         json.dumps(good | {"prompt": "long " * 3000}), json.dumps(good | {"response": "x"}),
+        json.dumps(good | {"prompt": "\ud83d"}),
     ]  # fmt: skip
     lines = [line for wrong in broken for line in (wrong, json.dumps(good))]
     (home / "broken.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
     code, said, _ = command(*arguments(home, out, rows="broken.jsonl"))
-    assert code == 0 and "24 rows, 12 of them with an error" in said
+    assert code == 0 and "26 rows, 13 of them with an error" in said
     found = read(out)
     assert len({row["response"] for row in found[1::2]}) == 1
     wanted = [
         "not JSON", "expected an object", 'has no "prompt"', "prompt is ''", "prompt is 3", "none.png",
         "half.png", "expected a path", "2 <ImageHere> and 1 images", "not JSON", "context", "rename",
+        "half of a character",
     ]  # fmt: skip
     for row, message in zip(found[::2], wanted, strict=True):
         assert message in row["error"] and (set(row) & {"tokens"}) == set(), row
-    assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 24 rows")
+    assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 26 rows")
 
 
 def test_a_prompt_for_all_and_whole_prompts(home, model, command, tmp_path):
@@ -170,6 +172,18 @@ def test_killed_while_it_writes(home, tmp_path):
     whole = (tmp_path / "out").read_bytes()
     assert whole.startswith(before[: before.rfind(b"\n") + 1])
     assert [row["id"] for row in read(tmp_path / "out")] == list(range(COUNT))
+
+
+def test_killed_before_its_first_answer(home, command, tmp_path):
+    """The settings are written before the answers' file is there, and an empty one is nobody's."""
+    out = tmp_path / "out"
+    out.touch()
+    assert command(*arguments(home, out))[0] == 0
+    answers = out.read_bytes()
+    out.unlink()
+    assert command(*arguments(home, out))[0] == 0
+    assert out.read_bytes() == answers
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.settings.json"]
 
 
 def read_some(path):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -258,6 +259,28 @@ def test_as_a_program(home):
     )
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == "error: image /no/such.png: there is no such file\n"
+
+
+def test_a_pipe_that_breaks_on_either_side(home):
+    """Bytes that are no text, Ctrl-C in an answer, and a reader that leaves."""
+    program = [sys.executable, "-m", "minigpt4_jax.chat", f"--model={home / 'model'}"]
+    program += ["--dtype=float32", "--temperature=0", "--max_new_tokens=1500"]
+    program += ["--min_new_tokens=1500"]
+    flags = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, **flags) as child:
+        child.stdin.write(b"what is it \xff\n")
+        child.stdin.flush()
+        first = child.stdout.read(1)  # the answer has begun
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(b"/set max_new_tokens=3\nwhat is it\n", timeout=120)
+    assert child.returncode == 0, err
+    assert len((first + out).splitlines()) == 2 and b"max_new_tokens=3" in err
+    with subprocess.Popen(program, **flags) as child:
+        child.stdout.close()
+        child.stdin.write(b"/set max_new_tokens=3\nwhat is it\none\n")
+        child.stdin.close()
+        err = child.stderr.read()
+    assert child.returncode == 141 and b"Traceback" not in err and b"Broken" not in err, err
 
 
 # --- boxes ------------------------------------------------------------------------------------
