@@ -27,7 +27,7 @@ def pieces(
     stop: Sequence[str],
 ) -> Iterator[str]:
     """What is new in an answer as it grows. progress: as `Engine.run` yields it, of one request."""
-    shown, endings = "", _endings(config, stop)
+    shown, endings = "", [*_endings(config, stop), "<s>"]  # "<s>" is taken out of the text
     for _, answer, over in progress:
         text = _cut(tokenizer, config, answer.ids, stop).replace("<s>", "").lstrip()
         text = text.rstrip() if over else certain_part(text, endings)

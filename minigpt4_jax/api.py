@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 
 from minigpt4_jax import answers as written
 from minigpt4_jax import prompts as texts
@@ -23,7 +22,7 @@ from minigpt4_jax.generate.requests import Answer, Request
 from minigpt4_jax.generate.reuse import Kept
 from minigpt4_jax.generate.stopping import power_of_two
 from minigpt4_jax.generate.wishes import Generation, Wishes
-from minigpt4_jax.images import FilePart, ImageSource, load_pixels
+from minigpt4_jax.images import ImageSource, is_image, load_pixels
 from minigpt4_jax.inputs import Images, identity, make_requests, naming, paired
 from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
@@ -100,9 +99,7 @@ class Model:
 
     def encode_images(self, images: Iterable[ImageSource] | ImageSource) -> np.ndarray:
         """Projected visual tokens, float32 [B, P, D], of B images. UserError names a bad image."""
-        if isinstance(images, (str, os.PathLike, Image.Image, FilePart, bytes)):
-            images = [images]
-        flat = list(images)
+        flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
         return self._encode_all(flat, [f"image {i}" for i in range(len(flat))])
 
     def score(
@@ -139,10 +136,12 @@ class Model:
         length_penalty: float = 1.0,
         early_stopping: bool = False,
         num_return_sequences: int = 1,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
         seed: int | Sequence[int] = 0,
         template: bool = False,
         extra_bos: bool = True,
+        compat: bool = False,
         context: int | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> list[str]:
@@ -152,17 +151,19 @@ class Model:
         template=True, plain questions, put into the template the model was trained with.
         temperature: 0 is greedy. top_k, top_p and min_p: 0, 1 and 0 keep every token.
         repetition_penalty: on generated tokens. An answer ends at the model's end symbol, at EOS,
-        at a text in `stop` (which is cut off) or after max_new_tokens. A search knows a stop text
-        by its usual tokens only.
+        at a text in `stop` (which is cut off), behind a token in stop_ids or after max_new_tokens; a
+        list of lists says what ends each prompt's answer. A search knows a stop text by its usual
+        tokens only.
         num_beams: more than 1 searches, by transformers' rules: finished answers are compared by
         their log-probability / length ** length_penalty, early_stopping ends the search at the
         first num_beams of them, and num_return_sequences answers of each prompt follow each other,
-        the best first. Lengths count a BOS before the answer, as the original's do; its min_length
-        counts it too, and is min_new_tokens + 1.
+        the best first. Lengths count a BOS before the answer, as the original's do.
         seed: a row's text depends on its own prompt and seed alone, so rows with equal prompts
         answer alike under one seed; give a list for one seed a row.
         extra_bos: released Llama-2 and MiniGPT-v2 weights were used with a BOS in addition to the
-        `<s>` that their prompts begin with; False leaves one. context: cut prompts on the left so
+        `<s>` that their prompts begin with; False leaves one. compat: the original's answers begin with
+        a BOS; True counts it, so that repetition_penalty falls on it and min_new_tokens is the
+        original's min_length. context: cut prompts on the left so
         that prompt and answer fit (the original's chat: 2000); by default a long one is an error.
         UserError: an option out of its range, beams beside random choice, `<ImageHere>` and images
         that do not agree, empty or too long prompt, empty stop, unreadable image.
@@ -172,8 +173,8 @@ class Model:
             top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
             min_new_tokens=min_new_tokens, num_beams=num_beams, length_penalty=length_penalty,
             early_stopping=early_stopping, num_return_sequences=num_return_sequences, stop=stop,
-            seed=seed, template=template, extra_bos=extra_bos, context=context,
-            batch_size=batch_size,
+            stop_ids=stop_ids, seed=seed, template=template, extra_bos=extra_bos, compat=compat,
+            context=context, batch_size=batch_size,
         )  # fmt: skip
         return [generation.text for found in details for generation in found]
 
@@ -188,9 +189,14 @@ class Model:
         """As `generate`, with its options: for each prompt its num_return_sequences answers, with
         their ids, log-probabilities, and why they ended."""
         wishes = Wishes.of(options)
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: expected at least 1")
         requests = self._requests(images, prompts, wishes)
         found = self._engine.answer(requests, batch_size)
-        return [[self._generation(answer, wishes.stop) for answer in some] for some in found]
+        return [
+            [self._generation(answer, stop) for answer in some]
+            for some, stop in zip(found, wishes.stop_texts(len(found)), strict=True)
+        ]
 
     def stream(
         self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any
@@ -205,7 +211,8 @@ class Model:
         wishes = Wishes.of(options)
         if wishes.num_beams != 1:
             raise UserError(f"num_beams {wishes.num_beams}: a stream cannot search; set it to 1")
-        return self._pieces(self._requests([image], [prompt], wishes), wishes.stop)
+        requests = self._requests([image], [prompt], wishes)
+        return self._pieces(requests, wishes.stop_texts(1)[0])
 
     def conversation(
         self, system: str | None = None, template: str | texts.ChatTemplate | None = None

@@ -4,10 +4,10 @@ import os
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.config import ModelConfig
@@ -16,7 +16,7 @@ from minigpt4_jax.generate.engine import Engine
 from minigpt4_jax.generate.requests import Answer, Request
 from minigpt4_jax.generate.reuse import Kept
 from minigpt4_jax.generate.wishes import Generation, Wishes
-from minigpt4_jax.images import ImageSource
+from minigpt4_jax.images import ImageSource, is_image
 from minigpt4_jax.inputs import Images
 from minigpt4_jax.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ class Conversation:
         self._visual: dict[Any, tuple[ImageSource, np.ndarray]] = {}  # [P, D] of each image
 
     def ask(
-        self, text: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any
+        self, text: str, images: ImageSource | Sequence[ImageSource] | None = (), **options: Any
     ) -> str:
         """The answer to the next question.
 
@@ -90,12 +90,12 @@ class Conversation:
         """
         turn, request, wishes = self._prepare(text, images, options)
         answers = self.model._engine.answer([request], kept=self._kept)[0]
-        answer = self.model._generation(answers[0], wishes.stop).text
+        answer = self.model._generation(answers[0], wishes.stop_texts(1)[0]).text
         self._keep(turn, answer, options)
         return answer
 
     def stream(
-        self, text: str, images: ImageSource | Sequence[ImageSource] = (), **options: Any
+        self, text: str, images: ImageSource | Sequence[ImageSource] | None = (), **options: Any
     ) -> Generator[str]:
         """Pieces of the answer to the next question, as `Model.stream` yields them.
 
@@ -120,9 +120,8 @@ class Conversation:
         turn = self.undo()
         try:
             return self._stream(turn, turn.question, turn.images, options)
-        except BaseException:
-            self.turns.append(turn)
-            raise
+        finally:
+            self.turns.append(turn)  # until the first piece; a stream that is not begun has none
 
     def undo(self) -> Turn:
         """Take back the last question and its answer, and return them."""
@@ -138,7 +137,7 @@ class Conversation:
     def retry_options(self) -> dict[str, Any]:
         """The options of the last question with the next seed."""
         seed = self._options.get("seed", 0)
-        return self._options | {"seed": seed + 1 if isinstance(seed, int) else seed}
+        return self._options | {"seed": seed + 1 if isinstance(seed, Integral) else seed}
 
     def transcript(self) -> dict[str, Any]:
         """What was said, for JSON; an image that is not a file is named by its type."""
@@ -152,7 +151,7 @@ class Conversation:
     # --- a question ---------------------------------------------------------------------------
 
     def _prepare(
-        self, text: str, images: ImageSource | Sequence[ImageSource], options: dict[str, Any]
+        self, text: str, images: ImageSource | Sequence[ImageSource] | None, options: dict[str, Any]
     ) -> tuple[Turn, Request, Wishes]:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"the question is {text!r}; expected text")
@@ -189,7 +188,7 @@ class Conversation:
         self,
         old: Turn | None,
         text: str,
-        images: ImageSource | Sequence[ImageSource],
+        images: ImageSource | Sequence[ImageSource] | None,
         options: dict[str, Any],
     ) -> Generator[str]:
         """old: the turn that this one replaces, if it comes to a first piece."""
@@ -208,15 +207,15 @@ class Conversation:
     ) -> Generator[str]:
         shown, over = "", False
         try:
-            for piece in self.model._pieces([request], wishes.stop, self._kept):
+            for piece in self.model._pieces([request], wishes.stop_texts(1)[0], self._kept):
                 shown += piece
                 yield piece
             over = True
         finally:
             if over or shown:
+                if old is not None and self.turns and self.turns[-1] is old:
+                    self.turns.pop()
                 self._keep(turn, texts.clean_answer(shown), options)
-            elif old is not None:
-                self.turns.append(old)
 
     def _warn_of_cut(self, prompt: str, images: int, wishes: Wishes) -> None:
         tokens = texts.prompt_tokens(
@@ -247,11 +246,10 @@ class Conversation:
         return [np.concatenate(found) if found else None]
 
 
-def _images(images: ImageSource | Sequence[ImageSource]) -> tuple[ImageSource, ...]:
-    single = isinstance(images, (str, os.PathLike, Image.Image))
-    if single or getattr(images, "ndim", 0) == 3:
+def _images(images: ImageSource | Sequence[ImageSource] | None) -> tuple[ImageSource, ...]:
+    if is_image(images):
         return (images,)  # type: ignore[return-value]
-    return tuple(images)  # type: ignore[arg-type]
+    return () if images is None else tuple(images)  # type: ignore[arg-type]
 
 
 def _question(turn: Turn) -> str:

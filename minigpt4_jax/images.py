@@ -39,6 +39,12 @@ class FilePart:
 ImageSource = str | PathLike[str] | FilePart | bytes | Image.Image | np.ndarray
 
 
+def is_image(value: Any) -> bool:
+    """Whether a value is meant as one image, and not as several."""
+    one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image))
+    return one or getattr(value, "ndim", 0) == 3
+
+
 def open_image(source: ImageSource) -> Image.Image:
     """Read one image as RGB.
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.answers import halting
@@ -14,7 +13,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.generate.requests import Request
 from minigpt4_jax.generate.wishes import Wishes
-from minigpt4_jax.images import ImageSource
+from minigpt4_jax.images import ImageSource, is_image
 from minigpt4_jax.tokenizer import Tokenizer
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
@@ -65,27 +64,30 @@ def make_requests(
     filled, groups = paired(
         config, images, prompts, template=wishes.template, extra_bos=wishes.extra_bos
     )
-    seed = wishes.seed
-    seeds = [seed] * len(filled) if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != len(filled):
-        raise UserError(f"{len(seeds)} seeds for {len(filled)} prompts; expected as many or one")
+    seeds = wishes.seeds(len(filled))
     fitted = []
     for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
         with naming(f"prompt {i}"):
             fitted.append(_fitting_prompt(tokenizer, config, prompt or "", len(group), wishes))
-    stops: list[list[int]] = []
-    for text in (config.end_symbol, *wishes.stop):
-        found = texts.stop_sequences(tokenizer, text)
-        stops += [ids for ids in found if ids not in stops]
-    halt = halting(tokenizer, wishes.stop) if wishes.stop else None
-    options, beams = wishes.sampling(), wishes.beams()
+    stops, tokens_of = wishes.stop_texts(len(filled)), wishes.stop_tokens(len(filled))
+    sequences = {row: _sequences(tokenizer, (config.end_symbol, *row)) for row in set(stops)}
+    halts = {row: halting(tokenizer, row) if row else None for row in set(stops)}
+    options, beams = wishes.sampling(tokenizer.bos_id), wishes.beams()
     return [
         Request(
-            tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s, stops,
-            beams, halt,
+            tokens, v if v is None else v[lost:], wishes.max_new_tokens, options, s,
+            [*sequences[row], *([i] for i in ids)], beams, halts[row],
         )
-        for (tokens, lost), v, s in zip(fitted, encode(groups), seeds, strict=True)
+        for (tokens, lost), v, s, row, ids in zip(
+            fitted, encode(groups), seeds, stops, tokens_of, strict=True
+        )
     ]  # fmt: skip
+
+
+def _sequences(tokenizer: Tokenizer, stops: Sequence[str]) -> list[list[int]]:
+    """The id sequences that end an answer at any of these texts."""
+    found = [ids for text in stops for ids in texts.stop_sequences(tokenizer, text)]
+    return [ids for n, ids in enumerate(found) if ids not in found[:n]]
 
 
 def _fitting_prompt(
@@ -110,7 +112,7 @@ def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
     """The images of each of `count` prompts."""
     if images is None:
         return [[] for _ in range(count)]
-    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 0) == 3:
+    if is_image(images):
         images = [images]  # type: ignore[list-item]
     entries = list(images)
     if len(entries) != count:

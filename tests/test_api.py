@@ -59,7 +59,10 @@ def test_one_image_a_stack_and_none(model, tmp_path):
     visual = model.encode_images(stack)
     np.testing.assert_allclose(model.encode_images(path), visual[:1], **CLOSE)
     np.testing.assert_allclose(model.encode_images(Image.open(path)), visual[:1], **CLOSE)
+    np.testing.assert_allclose(model.encode_images(picture(0)), visual[:1], **CLOSE)
     assert model.encode_images([]).shape == (0, *visual.shape[1:])
+    answers = [model.generate(i, [ASK], max_new_tokens=4) for i in (path, path.read_bytes())]
+    assert answers[0] == answers[1]
 
 
 def test_more_images_than_are_encoded_at_a_time_stay_in_order(model):
@@ -134,6 +137,9 @@ def test_seeds(model):
     drawn = model.generate(images, prompts, seed=range(4), **options)
     assert drawn[3] == equal[0] and len(set(drawn)) > 1
     assert model.generate(images, prompts, seed=range(4), **options) == drawn
+    assert model.generate(images, prompts, seed=np.int64(3), **options) == equal
+    coldest = model.generate(images, prompts, max_new_tokens=6, temperature=1e-40, seed=range(4))
+    assert coldest == model.generate(images, prompts, max_new_tokens=6)
 
 
 def test_a_long_prompt_is_cut_on_the_left_where_that_is_asked_for(model):
@@ -179,6 +185,7 @@ def test_lengths_that_differ(model):
     assert "answer 0: got NoneType" in refused(model.score, None, ["a"], [None])
     assert "1 seeds for 2 prompts" in refused(model.generate, None, ["a", "b"], seed=[1])
     assert "prompt 0: got NoneType" in refused(model.generate, [picture(0)], [None])
+    assert "prompt 1: " in refused(model.generate, None, ["x", "\ud83d"])
 
 
 @pytest.mark.parametrize(
@@ -188,6 +195,13 @@ def test_lengths_that_differ(model):
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0}, "top_p 0"),
         ({"top_k": -1}, "top_k -1"),
+        ({"top_k": 2.5}, "top_k 2.5: expected a whole number"),
+        ({"top_k": 1 << 40}, "expected less than 2^31"),
+        ({"temperature": "warm"}, "temperature 'warm': expected a number"),
+        ({"context": "long"}, "context 'long'"),
+        ({"seed": 1.5}, "seed 1.5: expected a whole number"),
+        ({"seed": ["a"]}, "seed ['a']"),
+        ({"batch_size": 0}, "batch_size 0"),
         ({"repetition_penalty": 0}, "repetition_penalty 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"max_new_tokens": 10**6}, "max_new_tokens 1000000"),

@@ -50,6 +50,7 @@ def test_stream_retry_undo_reset(model):
     assert len(set(drawn)) > 1 and len(talk.turns) == 1
     talk.reset()
     assert talk.turns == [] and talk.ask("what is it", picture(0), **FEW) == first
+    assert talk.ask("and now", None, **FEW) == talk.retry()
 
 
 def test_a_stopped_stream_keeps_what_was_shown(model):
@@ -58,6 +59,10 @@ def test_a_stopped_stream_keeps_what_was_shown(model):
     shown = next(pieces)
     pieces.close()
     assert [t.answer for t in talk.turns] == [shown.strip()]
+    talk.stream_retry(seed=1).close()
+    assert [t.answer for t in talk.turns] == [shown.strip()]
+    again = "".join(talk.stream_retry(max_new_tokens=6))
+    assert [t.answer for t in talk.turns] == [again]
 
 
 def test_errors_leave_the_conversation_as_it_was(model, tmp_path):

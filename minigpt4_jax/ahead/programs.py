@@ -212,7 +212,7 @@ class Answering(Engine):
             jax.ShapeDtypeStruct((rows, tokens), jnp.int32), number,
             jax.ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), number,
             jax.ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
-            Options(real, number, real, real, number, real),
+            Options(real, number, real, real, number, real, number),
         )  # fmt: skip
         return lies_whole(found, self.mesh)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.generate.sampling import Options, Plan, forbid, penalize
+from minigpt4_jax.generate.sampling import Options, Plan, forbid, penalize, with_before
 from minigpt4_jax.generate.stopping import completing
 from minigpt4_jax.models.cache import KVCache, Place
 from minigpt4_jax.models.minigpt import MiniGpt
@@ -200,8 +200,9 @@ def _process(
     b, q, v = scores.shape
     flat = scores.reshape(b * q, v)
     if plan.penalty:
-        penalty = jnp.repeat(options.repetition_penalty, q)
-        flat = penalize(flat, s.ids.reshape(b * q, -1), penalty)
+        each = jax.tree.map(lambda a: jnp.repeat(a, q), options)
+        used = with_before(s.ids.reshape(b * q, -1), each)
+        flat = penalize(flat, used, each.repetition_penalty)
     if plan.minimum:
         early = jnp.repeat(s.made < options.min_new_tokens, q)
         flat = forbid(flat, ends.reshape(b * q, -1), early)

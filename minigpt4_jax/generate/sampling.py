@@ -14,6 +14,8 @@ import numpy as np
 
 from minigpt4_jax.errors import UserError
 
+COLDEST = 1e-30  # temperature; scores divided by less would not be finite
+
 
 class Options(NamedTuple):
     """How the tokens of each row are chosen: arrays [B], or plain numbers for one row."""
@@ -24,6 +26,7 @@ class Options(NamedTuple):
     repetition_penalty: Any = 1.0  # on generated tokens alone, not on the prompt's
     min_new_tokens: Any = 0  # no stop token before this many
     min_p: Any = 0.0  # 0 keeps every token; else those at least min_p times as likely as the first
+    before: Any = -1  # a token that is penalized as if it were generated; -1 is none
 
     def check(self) -> "Options":
         """Return self (plain numbers). UserError names the value that is out of its range."""
@@ -65,10 +68,15 @@ def plan_of(options: list[Options], vocab: int) -> Plan:
 
 def stack_options(options: list[Options]) -> Options:
     """Options of single rows -> arrays [B]."""
-    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32, np.float32)
+    kinds = Options(np.float32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int32)
     return Options(
         *(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True))
     )
+
+
+def with_before(generated: jax.Array, options: Options) -> jax.Array:
+    """Ids [B, N] behind the one that counts as generated before them: [B, 1 + N]."""
+    return jnp.concatenate([jnp.asarray(options.before)[:, None], generated], axis=1)
 
 
 def penalize(logits: jax.Array, generated: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -97,7 +105,7 @@ def keep_likely(
     What a filter removed has the score -inf. C is `candidates`, or V when that is 0; no row's top_k
     may exceed it. A row of temperature 0 is left as if it were 1.
     """
-    warm = jnp.where(options.temperature > 0, options.temperature, 1.0)
+    warm = jnp.where(options.temperature > 0, jnp.maximum(options.temperature, COLDEST), 1.0)
     scores, ids = jax.lax.top_k(logits / warm[:, None], candidates or logits.shape[1])
     rank = jnp.arange(scores.shape[1])
     top_k = jnp.asarray(options.top_k)[:, None]
@@ -139,7 +147,7 @@ def choose(
     stop_ids [B, E]: those that would end it, -1 is none; keys [B] random streams; options: arrays [B].
     """
     if plan.penalty:
-        logits = penalize(logits, generated, options.repetition_penalty)
+        logits = penalize(logits, with_before(generated, options), options.repetition_penalty)
     if plan.minimum:
         logits = forbid(logits, stop_ids, made < options.min_new_tokens)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -6,8 +6,11 @@ from training import tiny
 
 import minigpt4_jax
 from minigpt4_jax import weights
+from minigpt4_jax.answers import generation, pieces
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.generate.requests import Answer
 from minigpt4_jax.generate.stopping import certain_part
+from minigpt4_jax.generate.wishes import Wishes
 
 PROMPTS = ["what is it", "which colour", "a"]
 
@@ -45,6 +48,24 @@ def test_a_stop_text_ends_an_answer_wherever_tokens_begin(model):
     assert stop not in model.tokenizer.decode(first.ids[:-1])  # and no token more
 
 
+def test_every_row_may_have_stops_of_its_own(model):
+    details = [some[0] for some in model.generate_details(None, PROMPTS, max_new_tokens=24)]
+    ids = [[details[0].ids[5]], [], [details[2].ids[7], 3]]
+    found = [
+        some[0] for some in model.generate_details(None, PROMPTS, max_new_tokens=24, stop_ids=ids)
+    ]
+    for one, whole, ends in zip(found, details, ids, strict=True):
+        at = min((whole.ids.index(i) + 1 for i in ends if i in whole.ids), default=24)
+        assert one.ids == whole.ids[:at] and one.finish_reason == ("stop" if ends else "length")
+    assert answers(model, stop_ids=ids[0])[0] == found[0].text
+    stop = [[details[0].text[4:7]], [details[1].text[4:7], "never"], []]
+    cut = [
+        d.text.split(row[0])[0].strip() if row else d.text
+        for d, row in zip(details, stop, strict=True)
+    ]
+    assert answers(model, stop=stop) == cut
+
+
 def test_details(model):
     details = model.generate_details(None, PROMPTS, max_new_tokens=24)
     assert [some[0].text for some in details] == answers(model)
@@ -57,12 +78,32 @@ def test_details(model):
 
 def test_pieces_of_a_stream_make_the_answer(model):
     whole = answers(model)
-    pieces = list(model.stream(None, PROMPTS[0], max_new_tokens=24))
-    assert "".join(pieces) == whole[0]
-    assert len(pieces) > 2
+    shown = list(model.stream(None, PROMPTS[0], max_new_tokens=24))
+    assert "".join(shown) == whole[0]
+    assert len(shown) > 2
     stop = whole[0][4:7]
     shown = list(model.stream(None, PROMPTS[0], max_new_tokens=24, stop=[stop]))
     assert "".join(shown) == whole[0].split(stop)[0].strip()
+
+
+def test_a_spelled_bos_is_taken_out_of_a_stream_too(model):
+    piece = model.tokenizer._model.piece_to_id
+    ids = [*model.tokenizer.encode("a"), *map(piece, "<s>"), *model.tokenizer.encode("dog")]
+    assert "<s>" in model.tokenizer.decode(ids)
+    grown = [Answer(ids[:n], [0.0] * n, False, 0.0) for n in range(1, len(ids) + 1)]
+    progress = [(0, answer, answer is grown[-1]) for answer in grown]
+    shown = list(pieces(model.tokenizer, model.config, progress, []))
+    assert "".join(shown) == generation(model.tokenizer, model.config, grown[-1], []).text
+
+
+def test_compat_counts_the_bos_that_the_originals_ids_begin_with(model):
+    def requests(**options):
+        return model._requests(None, ["what is it"], Wishes.of(options))[0].options
+
+    plain, counted = (requests(min_new_tokens=6, compat=c) for c in (False, True))
+    assert (plain.min_new_tokens, plain.before) == (6, -1)
+    assert (counted.min_new_tokens, counted.before) == (5, model.tokenizer.bos_id)
+    answers(model, compat=True, repetition_penalty=1.5)
 
 
 def test_several_answers_of_a_search(model):
@@ -90,6 +131,10 @@ def test_what_is_certain_of_a_text():
         ({"stop": [""]}, "stop 0"),
         ({"stop": ["a", 3]}, "stop 1"),
         ({"stop": "###"}, "expected a list"),
+        ({"stop": [["a"], ["b"]]}, "2 lists of stop for 3 prompts"),
+        ({"stop": [["a"], "b", []]}, "stop 'b': expected a list"),
+        ({"stop_ids": 2}, "stop_ids 2: expected a list"),
+        ({"stop_ids": ["a"]}, "stop_ids 0 is 'a'"),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams 2 with temperature 1.0"),
         ({"num_return_sequences": 2}, "num_return_sequences 2"),
         ({"min_p": 1.5}, "min_p 1.5"),

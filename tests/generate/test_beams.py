@@ -62,7 +62,7 @@ def expected(prompt, limit, stops, beams, options):
     for made in range(limit):
         scores = log_probs([prompt + ids for ids, _ in running]).copy()
         for row, (ids, _) in zip(scores, running, strict=True):
-            used = list(set(ids))
+            used = list({*ids, *([options.before] if options.before >= 0 else [])})
             row[used] *= options.repetition_penalty
             for stop in stops:
                 if made < options.min_new_tokens and ids[len(ids) - len(stop) + 1 :] == stop[:-1]:
@@ -96,7 +96,7 @@ def prompts():
 
 RULES = [
     (Beams(3, returned=3), Options()),
-    (Beams(3, 2.0, returned=2), Options(repetition_penalty=1.5, min_new_tokens=3)),
+    (Beams(3, 2.0, returned=2), Options(repetition_penalty=1.5, min_new_tokens=3, before=7)),
     (Beams(3, -1.0, True, returned=3), Options()),
     (Beams(3, 0.0, True), Options(min_new_tokens=2, repetition_penalty=0.9)),
 ]

@@ -59,6 +59,15 @@ def test_penalty_leaves_other_tokens_and_empty_slots_alone():
     np.testing.assert_allclose(out, [[1.0, -4.0, 1.0, 3.0]])
 
 
+def test_a_token_before_the_generated_ones_is_penalized_too():
+    logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0]] * 2)
+    options = stack_options([Options(repetition_penalty=2.0, before=b) for b in (-1, 1)])
+    plan = plan_of([Options(repetition_penalty=2.0)], 4)
+    none = jnp.full((2, 3), -1)
+    found = choose(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), options, plan)
+    assert found.tolist() == [1, 2]
+
+
 def test_top_k_and_the_window_of_candidates():
     logits = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
     whole = filtered(logits, rows(4, temperature=1.0, top_k=5))
