@@ -70,7 +70,7 @@ class Wishes:
             if not isinstance(value, Integral if whole else Real):
                 kind = "a whole number" if whole else "a number"
                 raise UserError(f"{field.name} {value!r}: expected {kind}")
-            if whole and not abs(value) < 1 << 31:
+            if whole and abs(int(value)) >= 1 << 31:
                 raise UserError(f"{field.name} {value}: expected less than 2^31")
         if not (self.context is None or isinstance(self.context, Integral)):
             raise UserError(f"context {self.context!r}: expected a number of tokens, or None")
@@ -88,7 +88,7 @@ class Wishes:
         if isinstance(self.seed, Integral):
             return [int(self.seed)] * rows
         given: Any = self.seed
-        seeds = list(given) if _is_list(given) else [None]
+        seeds: list[Any] = list(given) if _is_list(given) else [None]
         if not all(isinstance(s, Integral) for s in seeds):
             raise UserError(f"seed {self.seed!r}: expected a whole number, or one for each prompt")
         if len(seeds) != rows:
