@@ -2,11 +2,16 @@
 
 import json
 import pickle
+import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_resume import check_resumed, half, loader, uninterrupted
 
+from minigpt4_jax.data.mixing import Part
 from minigpt4_jax.data.tfds_source import TfdsSource
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.images import open_image
@@ -49,18 +54,55 @@ def test_shapes(tfds, tmp_path, monkeypatch):
         TfdsSource("mine", "shapes", "validation", str(tmp_path), False)
 
 
-def test_the_stage_2_set(tfds, tmp_path, photos):
-    folder = tmp_path / "set"
+def write_stage_2_set(folder, photos):
     (folder / "image").mkdir(parents=True)
-    for n in range(3):
-        open_image(photos[n]).save(folder / "image" / f"{n}.png")
-    rows = [{"image_id": n, "caption": f"picture {n}"} for n in range(3)]
+    for n, photo in enumerate(photos):
+        open_image(photo).save(folder / "image" / f"{n}.png")
+    rows = [{"image_id": n, "caption": f"picture {n}"} for n in range(len(photos))]
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": rows}))
-    build(tfds, "cc_sbu_align", tmp_path / "tfds", manual_dir=str(folder))
-    source = TfdsSource("mine", "cc_sbu_align", "train", str(tmp_path / "tfds"), True)
-    assert len(source) == 3
-    for index in range(3):
+
+
+def open_stage_2_set(folder):
+    return TfdsSource("mine", "cc_sbu_align", "train", str(folder), True)
+
+
+def check_stage_2_set(source, photos):
+    assert len(source) == len(photos)
+    for index in range(len(photos)):
         example = source.example(index, RNG)
         number = int(example.answers[0].removeprefix("picture "))
         picture = np.asarray(open_image(example.images[0]))
         np.testing.assert_array_equal(picture, np.asarray(open_image(photos[number])))
+
+
+def test_the_stage_2_set_and_that_a_run_over_it_resumes(tfds, tmp_path, photos):
+    write_stage_2_set(tmp_path / "set", photos[:5])
+    build(tfds, "cc_sbu_align", tmp_path / "tfds", manual_dir=str(tmp_path / "set"))
+    check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:5])
+
+    def opened(**changes):
+        return loader([Part("mine", open_stage_2_set(tmp_path / "tfds"))], **changes)
+
+    made, states = uninterrupted(opened(), 6)
+    for stop, state in enumerate(states):
+        check_resumed(state, made[stop:], opened())
+    check_resumed(states[1], made[1:], *[opened(share=partial(half, n)) for n in (0, 1)])
+    check_resumed(states[4], made[4:], opened(workers=2, threads=1))
+
+
+def test_the_command_builds_both(tfds, tmp_path, photos):
+    """`tfds build`, as the README has it."""
+    write_stage_2_set(tmp_path / "set", photos[:3])
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "tfds", "build", "shapes", "cc_sbu_align",
+            "--imports=minigpt4_jax.data.tfds_builders", "--file_format=array_record",
+            f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={tmp_path / 'set'}",
+            "--max_examples_per_split=3",
+        ],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:3])
+    for split in ("train", "heldout", "heldout_pairs"):
+        assert len(TfdsSource("mine", "shapes", split, str(tmp_path / "tfds"), False)) == 3
