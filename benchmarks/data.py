@@ -130,8 +130,12 @@ def stages(paths, examples, tokenizer, config, size) -> None:
 
 def whole(examples, tokenizer, config, a) -> None:
     count = len(examples) // BATCH
-    found: dict[str, list[float]] = {"minigpt4_jax": [], "PyTorch": []}
+    found: dict[str, list[float]] = {"Pillow alone": [], "minigpt4_jax": [], "PyTorch": []}
+    paths = [example.images[0] for example in examples]
     for _ in range(a.rounds):
+        # what both must do, as it decides the pixels: open, decode, resize, in one process
+        alone = rate(len(paths), lambda: [images.load_pixels(path, a.size) for path in paths])
+        found["Pillow alone"].append(alone)
         ours = make_loader(
             examples, config, tokenizer, batch_size=BATCH, workers=a.workers, threads=1
         )
@@ -146,8 +150,11 @@ def whole(examples, tokenizer, config, a) -> None:
     medians = {name: float(np.median(rates)) for name, rates in found.items()}
     for name, median in medians.items():
         rates = ", ".join(f"{r:.0f}" for r in found[name])
-        print(f"{name:16} {median:10,.0f} images/s  ({rates}), {a.workers} worker processes")
-    print(f"ratio {medians['minigpt4_jax'] / medians['PyTorch']:.2f}")
+        print(f"{name:16} {median:10,.0f} images/s  ({rates})")
+    ours, peer, alone = (medians[n] for n in ("minigpt4_jax", "PyTorch", "Pillow alone"))
+    print(
+        f"{a.workers} worker processes: {ours / peer:.2f} of PyTorch, {ours / alone:.2f} of Pillow"
+    )
 
 
 def rate_of(batches: Iterator, count: int) -> float:
