@@ -5,12 +5,12 @@ import pickle
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 from test_resume import check_resumed, half, loader, uninterrupted
 
+from minigpt4_jax.data import tfds_build
 from minigpt4_jax.data.mixing import Part
 from minigpt4_jax.data.tfds_source import TfdsSource
 from minigpt4_jax.errors import UserError
@@ -91,18 +91,24 @@ def test_the_stage_2_set_and_that_a_run_over_it_resumes(tfds, tmp_path, photos):
 
 
 def test_the_command_builds_both(tfds, tmp_path, photos):
-    """`tfds build`, as the README has it."""
     write_stage_2_set(tmp_path / "set", photos[:3])
-    done = subprocess.run(
-        [
-            Path(sys.executable).parent / "tfds", "build", "shapes", "cc_sbu_align",
-            "--imports=minigpt4_jax.data.tfds_builders", "--file_format=array_record",
-            f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={tmp_path / 'set'}",
-            "--max_examples_per_split=3",
-        ],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "minigpt4_jax.data.tfds_build", "shapes", "cc_sbu_align",
+        f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={tmp_path / 'set'}",
+        "--max_examples_per_split=3",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "shapes: train 3, heldout 3, heldout_pairs 3; in " in done.stdout
     check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:3])
     for split in ("train", "heldout", "heldout_pairs"):
         assert len(TfdsSource("mine", "shapes", split, str(tmp_path / "tfds"), False)) == 3
+
+
+def test_a_set_that_is_not_named_or_not_there(tfds, tmp_path):
+    with pytest.raises(UserError, match="--manual_dir=SET"):
+        tfds_build.main(["cc_sbu_align"])
+    with pytest.raises(UserError, match=r"has no filter_cap\.json"):
+        tfds_build.main(
+            ["cc_sbu_align", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path / 'd'}"]
+        )
