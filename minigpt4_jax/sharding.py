@@ -127,6 +127,11 @@ def parameter_spec(
     name: a dotted path; a stacked layer's has no number, its shape a leading axis of layers. KeyError
     names a parameter that is not in TABLE.
     """
+    return split_of(name, shape, dtype, _heads(name, config), sizes)
+
+
+def split_of(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: Any) -> P:
+    """As `parameter_spec`; heads: that an attention's matrix is made of, as far as they stay whole."""
     plain = re.sub(r"\.blocks\.\d+\.", ".blocks.", name)
     stacked = plain == name and name.startswith(("vit.blocks.", "llm.blocks."))
     dims = list(shape[stacked:])
@@ -142,7 +147,8 @@ def parameter_spec(
     axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
     if "model" in axes and len(dims) == 2:
         at, model = axes.index("model"), sizes["model"]
-        if dims[at] % model or (_heads(plain, config) or 0) % model:
+        whole_heads = heads if re.search(r"\.(attn|cross)\.", plain) else 0
+        if dims[at] % model or whole_heads % model:
             # 32001 tokens divide by nothing, and heads stay whole: then by the other dimension
             axes[at], axes[1 - at] = None, ("fsdp", "model")
     if grouped and axes == ["model", "fsdp"] and dims[1] % sizes["fsdp"]:
@@ -153,11 +159,9 @@ def parameter_spec(
     return P(*[None] * stacked, *found)
 
 
-def _heads(name: str, config: ModelConfig) -> int | None:
-    """How many heads an attention's matrix is made of, as far as they are to stay whole."""
-    part, _, rest = name.partition(".")
-    if "attn." not in rest and "cross." not in rest:
-        return None
+def _heads(name: str, config: ModelConfig) -> int:
+    """Heads of the attention in the part that a parameter belongs to."""
+    part = name.partition(".")[0]
     if part == "qformer" and config.qformer is not None:
         return config.qformer.heads
     return config.vision.heads if part == "vit" else config.llm.kv_heads
@@ -252,6 +256,24 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape[: len(axes)], axes, mesh.shape)))
+
+
+def gathered(x: jax.Array, name: str, heads: int) -> jax.Array:
+    """The parameter of this name, as `split_of` splits it but for fsdp, over which it is gathered here,
+    once for all that uses the result; of its own XLA may gather a matrix anew for every product.
+    Without a mesh: x."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x
+    axes = split_of(name, x.shape, x.dtype, heads, mesh.shape)
+    if not any("fsdp" in _names(axis) for axis in axes):
+        return x
+    kept = (tuple(a for a in _names(axis) if a != "fsdp") or None for axis in axes)
+    return jax.lax.with_sharding_constraint(x, P(*kept))
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def split_over(f: Callable, shape: Any, axes: Any, ins: Any, out: Any) -> Callable:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.models.products import linear, precision
-from minigpt4_jax.sharding import ROWS, constrain
+from minigpt4_jax.sharding import ROWS, constrain, gathered
 
 MANY_QUERIES = 1024  # causal attention to more than these is computed
 QUERY_BLOCK = 256  # by blocks of these
@@ -205,9 +205,13 @@ def run_layers(
     x: Any,
     step: Callable[[Any, Any], tuple[Any, Any]],
     *,
+    part: str,
+    heads: int,
     remat: bool = False,
 ) -> tuple[Any, Any]:
     """Apply layers in order: `step(layer, x) -> (x, extra)`; x is an array or a tuple of them.
+
+    part and heads: "vit" or "llm", and how many heads its keys have, for `sharding.gathered`.
 
     Stacked layers (from `stack_layers`) run as one `lax.scan`, extras come back stacked [L, ...];
     an nnx.List runs unrolled, extras come back as a list. For the backward pass a stacked layer keeps
@@ -232,8 +236,14 @@ def run_layers(
         return x, extras
     graphdef, state = nnx.split(layers)
 
+    def whole(path: tuple, leaf: Any) -> Any:
+        name = ".".join(map(str, (part, "blocks", 0, *path)))
+        return leaf.replace(gathered(leaf.get_value(), name, heads))
+
     def scanned(x: Any, layer_state: Any) -> tuple[Any, Any]:
-        return split(nnx.merge(graphdef, layer_state), x)
+        # Here, so that the backward pass gathers once what it computes again and what its gradients use.
+        flat = [(path, whole(path, leaf)) for path, leaf in nnx.to_flat_state(layer_state)]
+        return split(nnx.merge(graphdef, nnx.from_flat_state(flat)), x)
 
     keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # A scan's body cannot be merged with its recomputation, so nothing needs to prevent that.

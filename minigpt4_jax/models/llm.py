@@ -234,7 +234,9 @@ class Llm(nnx.Module):
             return (block(x, rope, lengths, segments, key)[0], n + 1), None
 
         first = (embeds.astype(jnp.float32), jnp.int32(0))
-        (x, _), _ = run_layers(self.blocks, first, step, remat=remat)
+        (x, _), _ = run_layers(
+            self.blocks, first, step, part="llm", heads=self.config.kv_heads, remat=remat
+        )
         return self.norm(x)
 
     def prefill(
@@ -247,7 +249,9 @@ class Llm(nnx.Module):
             x, kv = block.prefill(x, rope, lengths, self.int8_cache)
             return x, tuple(new_cache(a, cache_length) for a in kv)
 
-        x, kv = run_layers(self.blocks, embeds.astype(jnp.float32), step)
+        x, kv = run_layers(
+            self.blocks, embeds.astype(jnp.float32), step, part="llm", heads=self.config.kv_heads
+        )
         if isinstance(self.blocks, nnx.List):
             return self.norm(x), KVCache([k for k, _ in kv], [v for _, v in kv])
         return self.norm(x), KVCache(*kv)

@@ -82,5 +82,8 @@ class Vit(nnx.Module):
         x = self.embed(pixels).astype(jnp.float32)
         cls = jnp.broadcast_to(self.cls[...].astype(jnp.float32), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos[...].astype(jnp.float32)
-        x, _ = run_layers(self.blocks, x, lambda block, x: (block(x), None), remat=remat)
+        heads = self.config.heads
+        x, _ = run_layers(
+            self.blocks, x, lambda block, x: (block(x), None), part="vit", heads=heads, remat=remat
+        )
         return x
