@@ -143,10 +143,8 @@ def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.A
     return jnp.einsum(spec, a, b, preferred_element_type=kept).astype(out)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
-    """x [..., in], weight [out, in], both bfloat16. Its gradients are bfloat16 products too, which
-    autodiff of a product that returns float32 would not make."""
+def _plain_product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
+    """x [..., in], weight [out, in], both bfloat16 -> [..., out]."""
     rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
     n = rows.shape[0]
     if n == 1 and backend() == "cpu":  # nor has it a kernel for a single row
@@ -155,8 +153,13 @@ def _product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
     return y[:n].reshape(*x.shape[:-1], -1)
 
 
+# With gradients that are bfloat16 products too, which autodiff of one that returns float32 would not make.
+_product_bf16 = partial(jax.custom_vjp, nondiff_argnums=(2,))(_plain_product_bf16)
+
+
 def _product_bf16_forward(x: jax.Array, w: jax.Array, out: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return _product_bf16(x, w, out), (x, w)
+    # Not by _product_bf16: a rule of what to keep for the backward pass does not look into that.
+    return _plain_product_bf16(x, w, out), (x, w)
 
 
 def _product_bf16_backward(
