@@ -5,16 +5,19 @@
 compiles the training step of each cell of the table for its slice with the real compiler (libtpu,
 `pip install '.[tpu]'`), full size, from shapes, and prints what `python -m minigpt4_jax.compile` finds:
 HBM of a chip, and the time and share of peak that published figures of the chip would allow. A cell
-takes two to seven minutes of one core. Each is added to --out when it is done and is not compiled
-again, so the table can be made in parts. At the end comes the cost of checkpointing on this machine
-(benchmarks/checkpointing.py).
+takes some ten seconds of one core: no machine code is made. Each is added to --out when it is done and
+is not compiled again, so the table can be made in parts. At the end comes the cost of checkpointing on
+this machine (benchmarks/checkpointing.py).
 
-Every layer is computed again in the backward pass (config.remat), and a step is one batch. Rows are as
-long as the longest answer of their stage. "rows": a chip's.
+For every model and kind of chip: the smallest slice that holds a step, one of eight chips and one of 256,
+each on the mesh that a run would choose. Every layer is computed again in the backward pass
+(config.remat), and a step is one batch. Rows are as long as the longest answer of their stage.
+"rows": a chip's.
 """
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -34,14 +37,13 @@ MODELS = {
     "13b-stage2": ("stage2:vicuna13b", 16),
     "v2-stage3": ("v2_stage3", 2),
 }
-# slice -> mesh; weights lie whole on a chip ("data") where they leave room, else on every eight
+# chip -> slices that are tried until one holds a step; one of 8 chips; one of 256
 SLICES = {
-    "v4:1x1x1": "data:1", "v4:2x2x2": "data:8", "v4:4x8x8": "data:256",
-    "v5e:2x4": "fsdp:8", "v5e:16x16": "data:32,fsdp:8",
-    "v5p:1x1x1": "data:1", "v5p:2x2x2": "data:8", "v5p:4x8x8": "data:256",
-    "v6e:1x1": "data:1", "v6e:2x4": "data:8", "v6e:16x16": "data:256",
-}  # fmt: skip
-SPLIT = {"data:8": "fsdp:8", "data:256": "data:32,fsdp:8"}  # the same where they do not
+    "v4": (("1x1x1", "2x2x1"), "2x2x2", "4x8x8"),
+    "v5e": (("1x1", "2x2"), "2x4", "16x16"),
+    "v5p": (("1x1x1",), "2x2x2", "4x8x8"),
+    "v6e": (("1x1", "2x2"), "2x4", "16x16"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,21 @@ class Cell:
 
     model: str
     slice: str
-    mesh: str
     rows: int  # of a chip
+    mesh: str = "auto"
 
     @property
     def name(self) -> str:
         return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}"
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """Model and chip."""
+        return self.model, self.slice.partition(":")[0]
+
+    @property
     def chips(self) -> int:
-        sides = map(int, self.slice.partition(":")[2].split("x"))
-        count = 1
-        for side in sides:
-            count *= side
-        return count
+        return math.prod(map(int, self.slice.partition(":")[2].split("x")))
 
     def command(self) -> list[str]:
         return [
@@ -75,13 +78,15 @@ class Cell:
 
 def cells(rows: int | None = None) -> Iterator[Cell]:
     for model, (_, usual) in MODELS.items():
-        for where, mesh in SLICES.items():
-            small = where[:3] in ("v4:", "v6e") and model.startswith("13b")
-            if small and mesh == "data:1":
-                continue  # weights of 28 GB on a chip of 32
-            yield Cell(model, where, SPLIT.get(mesh, mesh) if small else mesh, rows or usual)
-            if mesh in SPLIT and not small:
-                yield Cell(model, where, SPLIT[mesh], rows or usual)
+        for chip, (few, eight, many) in SLICES.items():
+            for shape in (*few, eight, many):
+                yield Cell(model, f"{chip}:{shape}", rows or usual)
+
+
+def is_wanted(cell: Cell, found: dict[str, dict[str, Any]]) -> bool:
+    """Whether no smaller slice of the same kind holds it, or it is one of 8 chips or more."""
+    smaller = (c for c in cells(cell.rows) if c.kind == cell.kind and c.chips < cell.chips)
+    return cell.chips >= 8 or not any(found.get(c.name, {}).get("fits") for c in smaller)
 
 
 def compiled(cell: Cell) -> dict[str, Any]:
@@ -107,7 +112,8 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def row(r: dict[str, Any]) -> str:
-    model, where, mesh, _ = r["cell"].split()
+    model, where, _, _ = r["cell"].split()
+    mesh = r["mesh"] if r["chips"] > 1 else ""
     memory = f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
     head = f"| {model} | {where} | {mesh} | {r['chip_rows']} | {memory} |"
     if not r["fits"]:
@@ -128,15 +134,16 @@ HEAD = (
 
 def scaling(records: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Time of a step on 8 chips / on 256, with as many rows a chip and weights split alike."""
-    for r in records.values():
-        model, where, mesh, rows = r["cell"].split()
-        many = {"data:8": "data:256", "fsdp:8": "data:32,fsdp:8"}.get(mesh)
-        for other in records.values():
-            same = other["cell"].split()
-            alike = same[0] == model and same[2] == many and same[3] == rows
-            if alike and same[1][:3] == where[:3] and "predicted" in r and "predicted" in other:
+    fitting = [r for r in records.values() if "predicted" in r]
+    for r in fitting:
+        for other in fitting:
+            (model, where, _, rows), same = r["cell"].split(), other["cell"].split()
+            alike = (model, where.partition(":")[0], rows) == (
+                same[0], same[1].partition(":")[0], same[3]
+            )  # fmt: skip
+            if alike and (r["chips"], other["chips"]) == (8, 256):
                 share = r["predicted"]["seconds"] / other["predicted"]["seconds"]
-                yield f"{model} {where[: where.index(':')]} {mesh} -> {many}: {share:.1%}"
+                yield f"{model} {where} {r['mesh']} -> {same[1]} {other['mesh']}: {share:.1%}"
 
 
 def main() -> None:
@@ -153,13 +160,13 @@ def main() -> None:
         return
     found = kept(args.out)
     for cell in chosen:
-        if cell.name not in found:
+        if cell.name not in found and is_wanted(cell, found):
             found[cell.name] = compiled(cell)
             with args.out.open("a") as file:
                 file.write(json.dumps(found[cell.name]) + "\n")
             print(row(found[cell.name]), flush=True)
     print("\n" + HEAD)
-    print("\n".join(row(found[cell.name]) for cell in chosen))
+    print("\n".join(row(found[cell.name]) for cell in chosen if cell.name in found))
     print("\nWeak scaling, 8 to 256 chips, predicted:")
     print("\n".join(scaling(found)) or "(no two cells to compare)")
     if not args.no_checkpoints:

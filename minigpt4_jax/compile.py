@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt4_jax import errors
 from minigpt4_jax.errors import Parser, UserError
@@ -64,6 +64,7 @@ def _parser() -> Parser:
     p.add_argument("--batch", type=int, default=1, help="rows that answer together")
     p.add_argument("--context", type=int, default=2048, help="tokens of a row when answering")
     p.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    p.add_argument("--code", action="store_true", help="machine code too: minutes, and its size")
     p.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' text there")
     p.epilog = (
         "--config=NAME[:ARG] and --config.KEY=VALUE are those of training, by default stage2; "
@@ -72,5 +73,12 @@ def _parser() -> Parser:
     return p
 
 
+def _leave(code: int) -> NoReturn:
+    """Ends the process without waiting for machine code that nobody asked for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    errors.run(lambda: main(sys.argv[1:]))
+    errors.run(lambda: main(sys.argv[1:]), _leave)

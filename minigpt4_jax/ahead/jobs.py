@@ -29,9 +29,8 @@ from minigpt4_jax.sharding import (
 from minigpt4_jax.training import config_files
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.devices import choose_sizes
+from minigpt4_jax.training.memory import Shape, longest
 from minigpt4_jax.training.step import trained_parts
-
-PROMPT = 48  # tokens around the visual ones and the answer where rows have a question
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Job:
     batch: int = 1
     context: int = 2048
     keep: str | None = None  # folder for the programs' text
+    code: bool = False  # make machine code, too
 
     def title(self) -> str:
         return (
@@ -89,14 +89,9 @@ class Job:
         return dataclasses.replace(self.config, quantize=self.quantize or self.config.quantize)
 
     @property
-    def shape(self) -> programs.Shape:
+    def shape(self) -> Shape:
         """Rows of the longest answer that the configuration lets in, with one image."""
-        c, pad = self.run, self.run.data
-        answer = self.config.max_text_length
-        asked = PROMPT if pad.prompts or pad.mix else 1
-        tokens = self.tokens or _up(self.config.visual_tokens + asked + answer, pad.pad_tokens)
-        labels = min(_up(answer, pad.pad_answers), tokens)
-        return programs.Shape(c.batch_size, tokens, labels)
+        return longest(self.run, self.config, self.tokens)
 
     def figures(self, program: str) -> Figures:
         """Compile one of train, encode, prefill and decode."""
@@ -113,7 +108,7 @@ class Job:
             lambda: programs.train_step(c, self.config, self._mesh(self.training), shape),
             self.training,
             needed=needed_flops(self.config, *shape, parts),
-            keep=self._keeper("train"),
+            keep=self._keeper("train"), code=self.code,
         )  # fmt: skip
 
     def _answer(self, program: str) -> Figures:
@@ -134,7 +129,7 @@ class Job:
         return figures(
             program, f"{what}, {held}", rows, make, self.answering,
             needed=self._needed(program), beside=self._beside(program, mesh),
-            keep=self._keeper(program),
+            keep=self._keeper(program), code=self.code,
         )  # fmt: skip
 
     def _needed(self, program: str) -> float:
@@ -184,8 +179,5 @@ def read(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     return Job(
         spec, size, c, config, options.topology, options.mesh, options.tokens,
         options.quantize, options.kv_cache == "int8", options.batch, options.context, options.hlo,
+        options.code,
     )  # fmt: skip
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -4,11 +4,9 @@ They are the ones that run: `training.step.make_step` and the programs of `gener
 shapes that say where they would lie.
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,7 @@ from minigpt4_jax.sharding import (
     whole,
 )
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.memory import Shape
 from minigpt4_jax.training.step import (
     Split,
     is_trained,
@@ -40,35 +39,6 @@ from minigpt4_jax.training.step import (
 )
 
 BF16 = jnp.dtype(jnp.bfloat16)
-
-
-class TooLarge(NamedTuple):
-    """A program that the compiler refused because a chip's memory cannot hold it; bytes."""
-
-    needed: float
-    available: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """HBM of one chip, bytes."""
-
-    arguments: int
-    results: int  # that are not written over arguments
-    temporaries: int
-    program: int
-
-    @property
-    def peak(self) -> int:
-        return self.arguments + self.results + self.temporaries + self.program
-
-
-class Shape(NamedTuple):
-    """What a batch is padded to."""
-
-    rows: int
-    tokens: int  # T, the visual ones included
-    labels: int  # A
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
@@ -226,35 +196,3 @@ class Answering(Engine):
 
         cache = jax.tree.map(put, state.cache)
         return lies_whole(state._replace(cache=None), self.mesh)._replace(cache=cache)
-
-
-# --- compiling ----------------------------------------------------------------------------------
-
-
-def compile_for_chip(lowered: Any) -> tuple[Any, Memory] | TooLarge:
-    """The compiled program and its memory, or what it lacks."""
-    try:
-        compiled = lowered.compile()
-    except Exception as e:  # the runtime raises its own kinds
-        lacks = lacks_of(str(e))
-        if lacks is None:
-            raise
-        return lacks
-    m = compiled.memory_analysis()
-    results = m.output_size_in_bytes - m.alias_size_in_bytes
-    memory = Memory(
-        m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes
-    )
-    return compiled, memory
-
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def lacks_of(message: str) -> TooLarge | None:
-    """What the compiler says is missing: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ..."."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message)
-    if not found:
-        return None
-    used, unit, room, other = found.groups()
-    return TooLarge(float(used) * _UNITS[unit], float(room) * _UNITS[other])

@@ -8,8 +8,8 @@ from typing import Any
 
 from minigpt4_jax.ahead import hlo
 from minigpt4_jax.ahead.chips import Chip, chip_of, sides_of
+from minigpt4_jax.ahead.compiler import Memory, TooLarge, compile_for_chip
 from minigpt4_jax.ahead.cost import Collective, Cost, cost_of
-from minigpt4_jax.ahead.programs import Memory, TooLarge, compile_for_chip
 from minigpt4_jax.ahead.roofline import Prediction, predict
 from minigpt4_jax.training.devices import size_text
 
@@ -64,15 +64,16 @@ def figures(
     needed: float,
     beside: int = 0,
     keep: Callable[[str], None] | None = None,
+    code: bool = True,
 ) -> Figures:
-    """Compile what `make` lowers, and count. keep: called with the program's text."""
+    """Compile what `make` lowers, and count. keep: called with the program's text. code: as of
+    `compile_for_chip`."""
     begun = time.perf_counter()
-    found = compile_for_chip(make())
+    found = compile_for_chip(make(), code=code)
     if isinstance(found, TooLarge):
         spent = time.perf_counter() - begun
         return Figures(program, what, rows, None, beside, found, None, needed, None, spent)
-    compiled, memory = found
-    text = compiled.as_text()
+    text, memory = found
     if keep is not None:
         keep(text)
     cost = cost_of(hlo.parse(text))
@@ -93,12 +94,12 @@ def lines(f: Figures, where: Slice) -> list[str]:
         return [head, f"  does not fit    {_lacks(f, chip)}"]
     m, c, p = f.memory, f.cost, f.prediction
     beside = f", other weights {_gb(f.beside)}" if f.beside else ""
+    code = f", program {_gb(m.program)}" if m.program else ""
     verdict = "" if f.fits(chip) else f"; does not fit: {_gb(f.peak - chip.usable)} GB too many"
     found = [
         head,
         f"  HBM of a chip   {_gb(f.peak)} of {_gb(chip.usable)} GB{verdict} (arguments "
-        f"{_gb(m.arguments)}, results {_gb(m.results)}, temporaries {_gb(m.temporaries)}, program "
-        f"{_gb(m.program)}{beside})",
+        f"{_gb(m.arguments)}, results {_gb(m.results)}, temporaries {_gb(m.temporaries)}{code}{beside})",
         f"  products        {c.flops / 1e12:.3g} TFLOP, {_ms(p.compute)} at {chip.flops / 1e12:.0f} "
         f"TFLOP/s; the step needs {f.needed / where.chips / 1e12:.3g}",
         f"  HBM traffic     {_gb(c.bytes)} GB, {_ms(p.memory)} at {chip.bandwidth / 1e9:.0f} GB/s",

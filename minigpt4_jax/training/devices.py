@@ -11,9 +11,9 @@ from minigpt4_jax.data.batches import Share
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.sharding import describe, make_mesh, parse_mesh, rows_over
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.weights import DTYPES, parameter_shapes
+from minigpt4_jax.training.memory import estimate
 
-ROOM = 0.4  # of a device's memory, for weights that lie whole on it; the rest is for activations
+FILLED = 0.9  # of a device's memory, as far as an estimate may fill it
 
 
 def choose_mesh(c: TrainConfig, config: ModelConfig) -> tuple[Mesh, str]:
@@ -43,21 +43,41 @@ def choose_sizes(
             )
         return sizes, "as asked for"
     split = math.gcd(rows, devices)  # rows over as many devices as they divide among
-    sizes = {"model": devices // split}
-    bits = jax.numpy.dtype(DTYPES[c.dtype]).itemsize
-    size = bits * sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    if memory and size / sizes["model"] < ROOM * memory:
-        sizes["data"] = split
-        why = f"weights of {size_text(size)} leave room on devices of {size_text(memory)}"
-    else:
-        sizes["fsdp"] = split
-        told = (
-            f"devices of {size_text(memory)} are small" if memory else "it is not known to be ample"
-        )
-        why = f"memory is saved, as for weights of {size_text(size)} {told}"
-    if sizes["model"] > 1:
+    model = devices // split
+    sizes, why = _least_split(c, config, split, model, memory)
+    if model > 1:
         why += f"; {rows} rows divide among {split} of {devices} devices, so matrices are split too"
     return sizes, f"chosen because {why}"
+
+
+def _least_split(
+    c: TrainConfig, config: ModelConfig, split: int, model: int, memory: int | None
+) -> tuple[dict[str, int], str]:
+    """The mesh of `split` times `model` devices on which weights are split over as few as their memory
+    allows, as each split one has to be gathered in every step; and the reason."""
+    if memory is None:
+        return {"fsdp": split, "model": model}, (
+            "memory is saved, as it is not known how much a device has"
+        )
+    told = ""
+    for fsdp in (n for n in range(1, split + 1) if split % n == 0):
+        sizes = {"data": split // fsdp, "fsdp": fsdp, "model": model}
+        need = estimate(c, config, sizes)
+        text = (
+            f"an estimated {size_text(need.total)} of {size_text(memory)} a device (weights "
+            f"{size_text(need.weights)}, trained part {size_text(need.trained)}, kept for the backward "
+            f"pass {size_text(need.kept)}, at work {size_text(need.batch + need.working)})"
+        )
+        if need.total <= FILLED * memory:
+            how = "weights whole on each" if fsdp == 1 else f"weights split over {fsdp}"
+            return sizes, f"{how} take {text}{told}"
+        told = f"; over {fsdp} it would be {size_text(need.total)}" if fsdp > 1 else (
+            f"; whole it would be {size_text(need.total)}"
+        )  # fmt: skip
+    return sizes, (
+        f"memory is saved; even so it takes {text}, and may not fit: take fewer rows at once "
+        "(config.accumulate), config.remat or more devices"
+    )
 
 
 def share_of(mesh: Mesh, rows: int) -> Share:

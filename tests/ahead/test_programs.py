@@ -8,13 +8,14 @@ import pytest
 import tiny
 
 from minigpt4_jax import compile as command
-from minigpt4_jax.ahead import jobs, programs, report
+from minigpt4_jax.ahead import compiler, jobs, programs, report
 from minigpt4_jax.ahead.cost import cost_of
 from minigpt4_jax.ahead.hlo import parse
 from minigpt4_jax.ahead.roofline import needed_flops
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.sharding import one_device
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.memory import Shape
 from minigpt4_jax.training.step import trained_parts
 
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
@@ -23,7 +24,7 @@ HERE = report.Slice("v5e:1x1", 1, "one device", "")
 
 
 def test_a_step_from_shapes_counts_what_it_needs():
-    config, shape = tiny.config(), programs.Shape(2, 64, 48)
+    config, shape = tiny.config(), Shape(2, 64, 48)
     c = TrainConfig(dtype="bfloat16", batch_size=2)
     needed = needed_flops(config, *shape, PARTS)
     found = report.figures(
@@ -48,14 +49,14 @@ def test_a_step_from_shapes_counts_what_it_needs():
 def test_answering_from_shapes():
     config, rows, context = tiny.config(), 2, 64
     of = programs.Answering(config, one_device(), int8_cache=False)
-    compiled, memory = programs.compile_for_chip(of.lower_decode(rows, context))
+    text, memory = compiler.compile_for_chip(of.lower_decode(rows, context))
     llm = config.llm
     cache = 2 * llm.layers * rows * llm.kv_heads * context * llm.head_dim * 2
     weights = sum(
         math.prod(s) * k.itemsize for n, s, k in programs.parameters(config) if n.startswith("llm")
     )
     assert 0 < memory.arguments - weights - cache < 10_000  # ids and log-probabilities made so far
-    cost = cost_of(parse(compiled.as_text()))
+    cost = cost_of(parse(text))
     assert cost.open_loops == 1  # it runs until every row is done
 
 
@@ -90,9 +91,23 @@ def test_mistakes_are_named(args, message):
         command.main(args)
 
 
+def test_the_memory_of_a_plan_is_read():
+    text = """BufferAssignment:
+allocation 1: size 400, parameter 0, shape |f32[100]| at ShapeIndex {}, maybe-live-out:
+ value: <6565 param.88 @0> (size=400,offset=0): f32[100]{0:T(128)}
+allocation 2: size 96, color 2, preallocated-temp:
+allocation 3: size 7, thread-local:
+allocation 87: size 512, maybe-live-out:
+allocation 88: size 3, constant:
+allocation 90: size 64, output shape is |(f32[16])|, maybe-live-out:
+allocation 360: size 1157612032, preallocated-temp:
+"""
+    assert compiler.memory_of(text) == compiler.Memory(400, 576, 1157612035, 0)
+
+
 def test_what_does_not_fit_is_told():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
-    lacks = programs.lacks_of(text)
+    lacks = compiler.lacks_of(text)
     assert (lacks.needed, lacks.available) == (20.5 * 2**30, 15.75 * 2**30)
     f = report.Figures("train", "8 rows", 8, None, 0, lacks, None, 1.0, None, 1.0)
     assert "22.01 GB of 16.91 GB: 5.10 GB too many" in report.lines(f, HERE)[1]

@@ -26,7 +26,7 @@ def test_the_full_size_step_stays_within_what_was_recorded(tmp_path):
     path = tmp_path / "figures.json"
     command = [
         sys.executable, "-m", "minigpt4_jax.compile", "--config=stage2", "--topology=v5e:2x4",
-        "--mesh=fsdp:8", "--config.batch_size=128", "--config.remat=true", "--program=train",
+        "--mesh=fsdp:8", "--config.batch_size=128", "--config.remat=true", "--program=train", "--code",
         f"--json={path}",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
