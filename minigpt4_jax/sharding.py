@@ -276,11 +276,14 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis or ()
 
 
-def split_over(f: Callable, shape: Any, axes: Any, ins: Any, out: Any) -> Callable:
+def split_over(
+    f: Callable, shape: Any, axes: Any, ins: Any, out: Any, *, kernel: bool = False
+) -> Callable:
     """f, run by every device on its own part of the arguments, for what XLA would not split itself.
 
     shape and axes: of the dimensions that are split; ins and out: for each argument and for the
-    result the numbers of these dimensions, None for others. Without a mesh: f.
+    result the numbers of these dimensions, None for others. kernel: f is one of Pallas, in which JAX
+    cannot follow what varies over an axis. Without a mesh: f.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -290,4 +293,5 @@ def split_over(f: Callable, shape: Any, axes: Any, ins: Any, out: Any) -> Callab
     def spec(dims: Any) -> P:
         return P(*(None if d is None else names[d] for d in dims))
 
-    return jax.shard_map(f, in_specs=tuple(map(spec, ins)), out_specs=spec(out))
+    ins, out = tuple(map(spec, ins)), spec(out)
+    return jax.shard_map(f, in_specs=ins, out_specs=out, check_vma=not kernel)

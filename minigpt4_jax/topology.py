@@ -42,9 +42,14 @@ def devices(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # no chip is held, so nothing is shared
     shape = topology.partition(":")[2]
     single = set(shape) <= {"1", "x"} and shape != ""
     bounds: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    if topology.startswith("v4:"):
+        bounds["chip_config_name"] = "megacore"  # its two cores as one, as they are used
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
     except Exception as e:  # the runtime raises its own kinds, among them for a missing library

@@ -18,6 +18,7 @@ BITS = {
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -221,7 +222,7 @@ def parse(text: str) -> Module:
         if head:
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):  # an attribute may be of several lines, and end alike
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current.append(instruction)

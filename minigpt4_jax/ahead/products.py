@@ -5,6 +5,7 @@ import re
 from functools import cache
 
 from minigpt4_jax.ahead.hlo import Instruction, Module, Table, arrays_in
+from minigpt4_jax.models.kernels import BLOCK
 
 
 def operations(i: Instruction, table: Table, module: Module) -> tuple[float, float]:
@@ -13,6 +14,8 @@ def operations(i: Instruction, table: Table, module: Module) -> tuple[float, flo
         flops = _dot(i, table) if i.opcode == "dot" else _convolution(i, table)
         return flops, flops * _passes(i, table)
     flops = passes = 0.0
+    if i.opcode == "custom-call":
+        return (_kernel(i, table),) * 2
     if i.opcode == "fusion":
         for name in i.called:
             inner = {j.name: j for j in module.computations.get(name, ())}
@@ -20,6 +23,22 @@ def operations(i: Instruction, table: Table, module: Module) -> tuple[float, flo
                 more, most = operations(j, inner, module)
                 flops, passes = flops + more, passes + most
     return flops, passes
+
+
+# Products of a block of scores in each of the kernels of causal attention (models/kernels.py)
+_KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _kernel(i: Instruction, table: Table) -> float:
+    """Of a kernel of causal attention; of others nothing is known."""
+    found = re.match(r"splash_mha_(fwd|dq|dkv)", i.name)
+    queries = [a for name in i.operands for a in arrays_in(name, table) if len(a.dims) == 4]
+    if not found or not queries:
+        return 0.0
+    rows, heads, tokens, width = queries[0].dims
+    blocks = tokens // BLOCK
+    scores = rows * heads * blocks * (blocks + 1) // 2 * BLOCK**2
+    return 2.0 * _KERNELS[found[1]] * scores * width
 
 
 def _passes(i: Instruction, table: Table) -> int:

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minigpt4_jax.models import kernels
 from minigpt4_jax.models.products import linear, precision
 from minigpt4_jax.sharding import ROWS, constrain, gathered
+from minigpt4_jax.topology import backend
 
 MANY_QUERIES = 1024  # causal attention to more than these is computed
 QUERY_BLOCK = 256  # by blocks of these
@@ -97,6 +99,8 @@ def attention(
     window: with causal, a query sees itself and the window - 1 keys before it.
     """
     if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
+        if backend() == "tpu" and window is None and kernels.takes(q):
+            return kernels.causal_attention(q, k, v, scale)
         return _attention_by_blocks(q, k, v, scale, lengths, window)
     if segments is not None:
         mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None

@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_told():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
     lacks = compiler.lacks_of(text)
     assert (lacks.needed, lacks.available) == (20.5 * 2**30, 15.75 * 2**30)
+    other = "the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G)."
+    assert compiler.lacks_of(other) == lacks
     f = report.Figures("train", "8 rows", 8, None, 0, lacks, None, 1.0, None, 1.0)
     assert "22.01 GB of 16.91 GB: 5.10 GB too many" in report.lines(f, HERE)[1]
     assert not report.record(f, HERE)["fits"]
