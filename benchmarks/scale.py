@@ -10,9 +10,9 @@ is not compiled again, so the table can be made in parts. At the end comes the c
 this machine (benchmarks/checkpointing.py).
 
 For every model and kind of chip: the smallest slice that holds a step, one of eight chips and one of 256,
-each on the mesh that a run would choose. Every layer is computed again in the backward pass
-(config.remat), and a step is one batch. Rows are as long as the longest answer of their stage.
-"rows": a chip's.
+each on the mesh that a run would choose. Layers are computed again in the backward pass (config.remat);
+"kept" is a step on eight chips that keeps the results of their products instead. A step is one batch.
+Rows are as long as the longest answer of their stage. "rows": a chip's.
 """
 
 import argparse
@@ -53,11 +53,13 @@ class Cell:
     model: str
     slice: str
     rows: int  # of a chip
+    remat: bool = True
     mesh: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}"
+        kept = "" if self.remat else " kept"
+        return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}{kept}"
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -72,7 +74,7 @@ class Cell:
         return [
             f"--config={MODELS[self.model][0]}", f"--topology={self.slice}", f"--mesh={self.mesh}",
             f"--config.batch_size={self.rows * self.chips}", "--config.accumulate=1",
-            "--config.remat=true", "--program=train",
+            f"--config.remat={str(self.remat).lower()}", "--program=train",
         ]  # fmt: skip
 
 
@@ -81,6 +83,7 @@ def cells(rows: int | None = None) -> Iterator[Cell]:
         for chip, (few, eight, many) in SLICES.items():
             for shape in (*few, eight, many):
                 yield Cell(model, f"{chip}:{shape}", rows or usual)
+            yield Cell(model, f"{chip}:{eight}", rows or usual, remat=False)
 
 
 def is_wanted(cell: Cell, found: dict[str, dict[str, Any]]) -> bool:
@@ -112,10 +115,11 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def row(r: dict[str, Any]) -> str:
-    model, where, _, _ = r["cell"].split()
+    model, where, _, _, *kept = r["cell"].split()
     mesh = r["mesh"] if r["chips"] > 1 else ""
     memory = f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
-    head = f"| {model} | {where} | {mesh} | {r['chip_rows']} | {memory} |"
+    rows = ", ".join([str(r["chip_rows"]), *kept])
+    head = f"| {model} | {where} | {mesh} | {rows} | {memory} |"
     if not r["fits"]:
         return f"{head} does not fit | | | | |"
     p = r["predicted"]
@@ -137,9 +141,9 @@ def scaling(records: dict[str, dict[str, Any]]) -> Iterator[str]:
     fitting = [r for r in records.values() if "predicted" in r]
     for r in fitting:
         for other in fitting:
-            (model, where, _, rows), same = r["cell"].split(), other["cell"].split()
-            alike = (model, where.partition(":")[0], rows) == (
-                same[0], same[1].partition(":")[0], same[3]
+            (model, where, *how), same = r["cell"].split(), other["cell"].split()
+            alike = (model, where.partition(":")[0], how) == (
+                same[0], same[1].partition(":")[0], same[2:]
             )  # fmt: skip
             if alike and (r["chips"], other["chips"]) == (8, 256):
                 share = r["predicted"]["seconds"] / other["predicted"]["seconds"]

@@ -123,8 +123,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def lacks_of(message: str) -> TooLarge | None:
-    """What the compiler says is missing: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ...", or "the
-    total memory required for HLO temporaries (17.15G) exceeds available HBM (15.75G)"."""
+    """What the compiler says is missing: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ...",
+    or "the total memory required for HLO temporaries (17.15G) exceeds available HBM (15.75G)"."""
     found = re.search(
         r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm|"
         r"memory required .*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
