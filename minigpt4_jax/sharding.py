@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,7 +80,14 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
     """A mesh over `devices`, by default all of them."""
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # of a TPU slice 4x8x8 a pair of chips is a part of a side
+        found = mesh_utils.create_device_mesh(
+            shape, devices or jax.devices(), allow_split_physical_axes=True
+        )
+        return Mesh(found, AXES, axis_types=types)
 
 
 def mesh_for_inference(text: str, config: ModelConfig) -> Mesh:

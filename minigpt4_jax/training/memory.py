@@ -81,7 +81,7 @@ def estimate(c: TrainConfig, config: ModelConfig, sizes: dict[str, int]) -> Need
     gathered = layer if sizes["fsdp"] > 1 else 0
     # of what is trained: the gradient, and the copy that a step computes with
     changed = (4 + item) * masters
-    pixels = 4 * 3 * rows * c.accumulate * config.vision.image_size**2
+    pixels = 3 * rows * c.accumulate * config.vision.image_size**2
     working = max(in_layer, at_the_end) + gathered + changed
     return Need(frozen, 3 * 4 * masters, pixels, kept, working)
 

@@ -7,7 +7,8 @@ import pytest
 from minigpt4_jax.ahead.chips import CHIPS
 from minigpt4_jax.ahead.sizes import size_of
 from minigpt4_jax.sharding import AXES
-from minigpt4_jax.training.config import TrainConfig, parse
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_files import parse
 from minigpt4_jax.training.devices import choose_sizes
 from minigpt4_jax.training.memory import Shape, estimate, longest
 
