@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from convert.tensors import DTYPES
 from minigpt4_jax.adapters import first_values
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import any_path, is_remote
 from minigpt4_jax.quant import Kept, quantized, quantized_shapes, scheme_of
 from minigpt4_jax.weights import part_of, write_model
 
@@ -30,11 +32,12 @@ Shape = tuple[int, ...]
 def build(request: Request) -> Plan:
     """Make the model directory request.out, whole or not at all. UserError when it cannot be."""
     started = time.monotonic()
+    request = replace(request, out=any_path("--out", request.out))
     parent = _check_output(request.out)
     plan = make_plan(request)
     types = {name: _stored_type(plan, name, request.llm_dtype) for name in plan.wanted}
     size = sum(_stored_size(n, s, types[n], plan.held) for n, s in plan.wanted.items())
-    if size > (free := shutil.disk_usage(parent).free):
+    if parent is not None and size > (free := shutil.disk_usage(parent).free):
         raise UserError(
             f"--out: the disk is full: {parent} has {free / 1e9:.1f} GB free, "
             f"the model needs {size / 1e9:.1f} GB"
@@ -55,10 +58,13 @@ def build(request: Request) -> Plan:
     return plan
 
 
-def _check_output(out: Path) -> Path:
-    """The directory that exists above `out`. UserError when `out` cannot become a new one."""
+def _check_output(out: Path) -> Path | None:
+    """The directory that exists above `out`; None in a bucket. UserError when `out` cannot become a
+    new one."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is not empty: choose another or remove it first")
+    if is_remote(out):
+        return None
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

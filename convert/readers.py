@@ -12,6 +12,7 @@ from convert import safetensors_file, torch_file
 from convert.files import HashedFile, sniff
 from convert.tensors import Tensor
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import local_path
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Reader:
 
 def open_file(path: Path) -> Reader:
     """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or another thing."""
-    kind = sniff(path)
+    kind = sniff(local_path("file", path))
     if kind == "gguf":
         raise UserError(f"{path} is a GGUF file, which holds a language model: give it as --llm")
     file = HashedFile(path)

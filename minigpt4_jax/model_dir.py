@@ -5,7 +5,6 @@ weights.py writes directories and makes models of them.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +13,21 @@ import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from minigpt4_jax.bucket_tensors import BucketTensors
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.paths import local_path
+from minigpt4_jax.paths import StoreError, any_path, is_remote, joined, local_copy, reaching
 
 FORMAT = 1
 
 
 def read_document(model_dir: Path | str) -> dict[str, Any]:
     """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
-    path = local_path("model directory", model_dir) / "model.json"
+    path = any_path("model directory", model_dir) / "model.json"
     try:
-        document = json.loads(path.read_text())
+        with reaching(path):
+            text = path.read_text()
+        document = json.loads(text)
         if document["format"] != FORMAT:
             raise UserError(f"{path}: format {document['format']}, this version reads {FORMAT}")
         document["config"]
@@ -35,7 +37,7 @@ def read_document(model_dir: Path | str) -> dict[str, Any]:
             "`python -m convert build --out={model_dir}`".replace("{model_dir}", str(model_dir))
         ) from e
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}): convert the model again") from e
     return document
@@ -48,9 +50,9 @@ def read_config(model_dir: Path | str) -> ModelConfig:
 
 def model_chain(model_dir: Path | str) -> list[Path]:
     """The directory, then its base, and so on: a parameter is read from the first that has it."""
-    chain = [Path(model_dir)]
+    chain = [any_path("model directory", model_dir)]
     while base := read_document(chain[-1]).get("base"):
-        chain.append(Path(os.path.normpath(chain[-1] / base)))
+        chain.append(joined(chain[-1], base))
         if not chain[-1].is_dir():
             raise UserError(
                 f"{chain[-2]} holds the trained part of {chain[-1]}, which is not there: move it "
@@ -62,10 +64,10 @@ def model_chain(model_dir: Path | str) -> list[Path]:
 
 
 def tokenizer_dir(model_dir: Path | str) -> Path:
-    """The tokenizer/ folder of a model (its own or its base's)."""
+    """The tokenizer/ folder of a model (its own or its base's), on disk."""
     for folder in model_chain(model_dir):
         if (folder / "tokenizer").is_dir():
-            return folder / "tokenizer"
+            return local_copy(folder / "tokenizer")
     raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
 
 
@@ -82,9 +84,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, model_dir: Path | str):
         self._stored: dict[str, _Stored] = {}
+        self._in_bucket: dict[Path, BucketTensors] = {}  # by their files
         for folder in model_chain(model_dir):
             for path in sorted(folder.glob("*.safetensors")):
-                with _opened(path) as file:
+                with self._opened(path) as file:
                     for name in file.keys():  # noqa: SIM118  (not a mapping)
                         part = file.get_slice(name)
                         stored = _Stored(path, tuple(part.get_shape()), part.get_dtype())
@@ -93,12 +96,12 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         # Opened for this tensor alone: what was read of a file that stays open stays mapped, and a
         # model would take its size twice.
-        with _opened(self._stored[name].path) as file:
+        with self._opened(self._stored[name].path) as file:
             return file.get_tensor(name)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """self[name][index], of which no more is read."""
-        with _opened(self._stored[name].path) as file:
+        with self._opened(self._stored[name].path) as file:
             return file.get_slice(name)[index]
 
     def __iter__(self) -> Iterator[str]:
@@ -114,11 +117,18 @@ class Tensors(Mapping[str, np.ndarray]):
         """The stored type as safetensors spells it, for instance F16."""
         return self._stored[name].dtype
 
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}): convert the model again") from e
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        try:
+            if is_remote(path):
+                with reaching(path):
+                    if path not in self._in_bucket:
+                        self._in_bucket[path] = BucketTensors(path)
+                    yield self._in_bucket[path]
+            else:
+                with safe_open(path, framework="np") as file:
+                    yield file
+        except StoreError as e:
+            raise UserError(f"cannot read {path}: {e}") from e
+        except (SafetensorError, OSError, ValueError) as e:
+            raise UserError(f"{path} is damaged ({e}): convert the model again") from e

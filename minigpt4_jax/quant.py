@@ -218,7 +218,7 @@ def quantized(
 
 class _Readable(Protocol):
     def __iter__(self) -> Iterator[str]: ...
-    def __getitem__(self, name: str) -> np.ndarray: ...
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
     def shape(self, name: str) -> Shape: ...
 
 
@@ -234,7 +234,8 @@ class QuantizedView(Mapping[str, np.ndarray]):
         names = set(tensors)
         self._kinds: dict[str, str] = {}  # of those to be rounded
         self._stored, self._names = names, list(names)
-        self._scales: dict[str, np.ndarray] = {}  # of tensors that were read, until asked for
+        self._last: tuple[str, range] | None = None  # of which _both is
+        self._both: tuple[np.ndarray, np.ndarray] | None = None
         for name in names:
             kind = scheme_of(name, scheme, (tensors.shape(name) or (0,))[-1])
             if kind is None:
@@ -252,25 +253,29 @@ class QuantizedView(Mapping[str, np.ndarray]):
         return len(self._names)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._kinds:
-            return self._round(name)
-        weight = name.removesuffix("_scale")
-        if name == weight or weight not in self._kinds:
-            return self._tensors[name]
-        if name not in self._scales:
-            self._round(weight)
-        return self._scales.pop(name)
+        return self.part(name, (slice(None),) * len(self.shape(name)))
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """self[name][index]; all of it is read, as a scale is of whole rows."""
-        return self[name][index]
+        """self[name][index]; of a matrix to be rounded whole rows are read, as a scale is of them."""
+        weight = name.removesuffix("_scale")
+        if weight not in self._kinds:
+            return self._tensors.part(name, index)
+        both = self._rounded(weight, index[0])
+        return both[name != weight][(slice(None), *index[1:])]
 
-    def _round(self, name: str) -> np.ndarray:
-        weight, scale = self._tensors[name], f"{name}_scale"
-        if scale in self._stored:
-            weight = dequantize(weight, self._tensors[scale], np.float32, np)
-        levels, self._scales[scale] = quantize_large(weight, self._kinds[name])
-        return levels
+    def _rounded(self, name: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Levels and scale of some rows. The last are kept, for the scale is asked for behind the
+        levels, and columns may be asked for one part after the other."""
+        at = range(self._tensors.shape(name)[0])[rows]
+        if (name, at) != self._last:
+            self._both = None  # first: two of them are not held
+            weight, scale = self._tensors.part(name, (rows, slice(None))), f"{name}_scale"
+            if scale in self._stored:
+                scales = self._tensors.part(scale, (rows,))
+                weight = dequantize(weight, scales, np.float32, np)
+            self._both, self._last = quantize_large(weight, self._kinds[name]), (name, at)
+        assert self._both is not None
+        return self._both
 
     def shape(self, name: str) -> Shape:
         weight = name.removesuffix("_scale")

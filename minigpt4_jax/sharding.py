@@ -218,16 +218,17 @@ def rows_over(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, P(*fitting((rows,), (ROWS,), mesh.shape)))
 
 
-def put_rows(batch: Any, mesh: Mesh | None, rows: int | None = None) -> Any:
-    """Arrays [B, ...] of the host, split by rows over the devices. rows: B of the whole batch where
-    the arrays are of those rows alone that the devices of this process hold."""
+def put_rows(batch: Any, mesh: Mesh | None, share: tuple[int, int] = (1, 1)) -> Any:
+    """Arrays [B, ...] of the host, split by rows over the devices. share: rows of the whole batch, and
+    of this process, where the arrays are of those alone that its devices hold."""
     if mesh is None or mesh.size == 1:
         return batch  # as it is: a compiled program takes it faster than this function
     if jax.process_count() == 1:
         return jax.tree.map(lambda a: jax.device_put(a, rows_over(mesh, len(a))), batch)
+    whole, here = share
 
     def put(a: Any) -> jax.Array:
-        whole_shape = (rows or len(a), *a.shape[1:])
+        whole_shape = (len(a) * whole // here, *a.shape[1:])
         where = rows_over(mesh, whole_shape[0])
         return jax.make_array_from_process_local_data(where, a, whole_shape)
 

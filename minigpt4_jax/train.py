@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax import errors, joining
+from minigpt4_jax.paths import any_path
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_files import known_configs, parse
 from minigpt4_jax.training.config_values import known_keys, to_dict
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _kept(workdir: str) -> str:
     from minigpt4_jax.training import run  # imports JAX
 
-    return run.kept(Path(workdir))
+    return run.kept(any_path("workdir", workdir))
 
 
 def _keys() -> str:

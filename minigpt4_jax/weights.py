@@ -4,15 +4,12 @@ A directory written by training holds the trained parts alone and names its `bas
 rest is read. Names are dotted parameter paths, one tensor a layer: `llm.blocks.3.attn.q.weight`.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import json
-import os
+import math
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,10 @@ import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minigpt4_jax.adapters import WithNewLora
+from minigpt4_jax.appearing import NewFolder, new_folder
 from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.model_dir import FORMAT, Tensors, read_config
@@ -34,7 +31,7 @@ from minigpt4_jax.model_dir import read_document as read_document
 from minigpt4_jax.model_dir import tokenizer_dir as tokenizer_dir
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.paths import local_path
+from minigpt4_jax.paths import any_path, reaching, relative
 from minigpt4_jax.quant import (
     GGUF,
     QuantizedView,
@@ -116,11 +113,14 @@ def write_model(
     parts not given here. UserError: `out` is taken, the disk is full or not writable, or (without
     a base) a parameter is missing or has a wrong shape; all such are named in one message.
     """
-    out = local_path("model directory", out)
-    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out or remove it first")
-    with _temporary_beside(out) as tmp:
-        written = _write_shards(tmp, tensors)
+    out = any_path("model directory", out)
+    with new_folder(out, "model.json") as new, reaching(out):
+        tmp = new.here
+        if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(
+                f"{out} exists and is not empty: choose another --out or remove it first"
+            )
+        written = _write_shards(new, tensors)
         _check_shapes(written, parameter_shapes(config), out, partial=base is not None)
         for name, content in (tokenizer or {}).items():
             (tmp / "tokenizer").mkdir(exist_ok=True)
@@ -130,42 +130,13 @@ def write_model(
                 shutil.copyfile(content, tmp / "tokenizer" / name)
         document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
         if base is not None:
-            document["base"] = os.path.relpath(Path(base).resolve(), out.resolve())
+            document["base"] = relative(base, out)
         (tmp / "model.json").write_text(json.dumps(document, indent=1) + "\n")
-        _replace(tmp, out)
     return out
 
 
-@contextlib.contextmanager
-def _temporary_beside(out: Path) -> Iterator[Path]:
-    tmp = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        tmp.chmod(0o755)
-        yield tmp
-    except OSError as e:
-        cause = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        raise UserError(f"cannot write {out}: {cause}; nothing was written") from e
-    except SafetensorError as e:
-        raise UserError(f"cannot write {out}: {e}; nothing was written") from e
-    finally:
-        if tmp is not None:
-            shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _replace(tmp: Path, out: Path) -> None:
-    if out.exists():
-        old = out.with_name(f".{out.name}.old-{os.getpid()}")
-        out.rename(old)
-        tmp.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        tmp.rename(out)
-
-
 def _write_shards(
-    tmp: Path, tensors: Iterable[tuple[str, np.ndarray]]
+    new: NewFolder, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> dict[str, tuple[int, ...]]:
     """Write tensors as they come, a file whenever a part has gathered SHARD_BYTES."""
     waiting: dict[str, dict[str, np.ndarray]] = {}
@@ -174,9 +145,10 @@ def _write_shards(
 
     def flush(part: str) -> None:
         counts[part] = counts.get(part, 0) + 1
-        path = tmp / f"{part}-{counts[part]:05d}.safetensors"
+        path = new.here / f"{part}-{counts[part]:05d}.safetensors"
         save_file(waiting.pop(part), path)
         path.chmod(0o644)  # safetensors leaves files for the owner alone
+        new.done(path)
 
     for name, array in tensors:
         part = part_of(name)
@@ -290,9 +262,7 @@ def load_model(
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             kind = leaf.dtype
         where = sharding(".".join(map(str, path)), leaf, exact)
-        read: Callable = partial(_read, tensors, path, leaf.shape, kind)
-        if config.quantize is not None:  # rounded and turned once, not once for each device
-            read = read((slice(None),) * len(leaf.shape)).__getitem__
+        read = partial(_read, tensors, path, leaf.shape, kind)
         filled.append((path, leaf.replace(placed(leaf.shape, where, read))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 
@@ -335,6 +305,9 @@ def _read(
 
 def _part(tensors: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of a parameter (of one layer) as it is held, in this shape."""
-    if is_turned(name, len(shape)):
-        return as_held(name, tensors[name], shape)[index]
-    return tensors.part(name, index)
+    if not is_turned(name, len(shape)):
+        return tensors.part(name, index)
+    groups, each = range(shape[0])[index[0]], math.prod(shape[1:-1])  # no group is taken apart
+    columns = slice(groups.start * each, groups.stop * each)
+    stored = tensors.part(name, (index[-1], columns))
+    return as_held(name, stored, (len(groups), *shape[1:-1], len(stored)))

@@ -110,12 +110,22 @@ class Share(NamedTuple):
     counted: frozenset[int]  # of these the ones that no process before it makes as well
 
 
+class Plan(NamedTuple):
+    """How long the examples of a whole batch are, as far as it is known before images are opened; what
+    takes the place of one that cannot be opened is no longer where rows are packed."""
+
+    lengths: tuple[int, ...]  # [B] tokens
+    labels: tuple[int, ...]  # [B] of them, those that are to be learned
+    rows: tuple[int, ...]  # the numbers of those that this process makes
+
+
 class Made(NamedTuple):
     """A batch on its way from a process that makes batches."""
 
     arrays: Any  # Arrays, or what packing makes of them; None: there is nothing to read for a row
     broken: tuple[Broken, ...]  # rows left out of those that this process counts
     rows: int  # how many it counts
+    plan: Plan | None = None  # of the batch
 
 
 class _Loaded(NamedTuple):
@@ -140,6 +150,7 @@ class BatchMaker:
     A row that cannot be read gives its place to another of the same dataset, drawn by the seed and
     the place. The lengths that a batch is padded to are those before any image is opened, as a
     process opens only those of its own rows; what takes the place of a broken image's row is no longer.
+    Where rows are packed, `tight` keeps each within its own length, by which they were laid out.
     """
 
     parts: tuple[Part, ...]
@@ -151,6 +162,7 @@ class BatchMaker:
     crop: bool = False  # random resized crop instead of the plain resize
     # of a batch of so many rows, what this process makes; by default all of it
     shares: Mapping[int, Share] = field(default_factory=dict)
+    tight: bool = False  # what takes the place of a row is no longer than that row, not than T
 
     def __call__(self, step: int) -> Made:
         """-> this process's rows of the batch. Rows that are missing repeat the first without its
@@ -170,12 +182,19 @@ class BatchMaker:
         edge = self.config.vision.image_size
         pixels = np.zeros((len(share.rows), most, edge, edge, 3), np.uint8)
         made = [
-            self._open(out, places[n], loaded[n], shape, (step, n))
+            self._open(out, places[n], loaded[n], self._room(loaded[n].row, shape), (step, n))
             for out, n in zip(pixels, share.rows, strict=True)
         ]
         arrays = Arrays(pixels, *shape.fill(made, self.tokenizer.pad_id))
         found = tuple(b for n in sorted(share.counted) for b in places[n].found)
-        return Made(arrays, found, len(share.counted))
+        rows = [one.row for one in loaded]
+        lengths, labels = (
+            tuple(map(len, of)) for of in zip(*((r.tokens, r.answers) for r in rows), strict=True)
+        )
+        return Made(arrays, found, len(share.counted), Plan(lengths, labels, share.rows))
+
+    def _room(self, row: Row, shape: _Shape) -> _Shape:
+        return _Shape(len(row.tokens), len(row.answers)) if self.tight else shape
 
     def row(self, example: Example, prompt: str | None) -> Row:
         return example_row(example, self.tokenizer, self.config, prompt)
@@ -212,14 +231,14 @@ class BatchMaker:
         out: np.ndarray,  # [I, S, S, 3] uint8, zeros; filled
         place: _Place,
         loaded: _Loaded,  # what is there
-        shape: _Shape,
+        room: _Shape,  # for what may take its place
         at: tuple[int, int],  # step, row
     ) -> Row:
         """The images of a row, or of the first in its place whose images can be read; or else no
         images and no labels."""
         tried: _Loaded | None = loaded
         while tried is not None:
-            if len(tried.example.images) <= len(out) and shape.holds(tried.row):
+            if len(tried.example.images) <= len(out) and room.holds(tried.row):
                 try:
                     for k, image in enumerate(tried.example.images):
                         out[k] = self._pixels(image, (*at, k))

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, Arrays, BatchMaker, Made, Padding, Share
+from minigpt4_jax.data.batches import PADDING, BatchMaker, Made, Padding, Share
 from minigpt4_jax.data.broken import Tally
 from minigpt4_jax.data.mixing import MIXED_BY, Order, Part
 from minigpt4_jax.data.packing import Packed
@@ -53,7 +53,7 @@ def make_loader(
     timeout: float = 0.0,
     share: Callable[[int], Share] | None = None,
     multiple: int = 1,
-    pack: Callable[[Arrays], Packed] | None = None,
+    pack: Callable[..., Packed] | None = None,
 ) -> "Loader":
     """A Loader over examples (see data.sources.read_sources) or over a mixture of parts.
 
@@ -68,14 +68,10 @@ def make_loader(
     one); threads: in each of them. timeout: seconds without a batch until these count as hung (0:
     never); see data.reader for what happens then.
     multiple: what the sizes of batches that follow from a number of tokens are multiples of.
-    pack: see data.packing; what becomes of a batch, its arguments given; for one process.
+    pack: see data.packing; what becomes of a batch, its arguments given.
     The batches depend on the data, the model's configuration, batch_size, seed, prompts, mix_by,
     shuffle, crop, padding and pack alone. UserError: a value out of range, no data, not even one batch.
     """
-    if pack is not None and share is not None:  # each would make another number of rows
-        raise UserError(
-            "data: rows are not packed where several processes share them: pack_tokens=0"
-        )
     parts = _parts(data, tuple(prompts), batch_size)
     order = Order([1], [1], [1])  # enough to make rows
     parts = tuple(
@@ -93,7 +89,9 @@ def make_loader(
             "lower batch_size"
         )
     shares = {size: share(size) for size in set(order.sizes)} if share else {}
-    maker = BatchMaker(parts, order, tokenizer, config, seed, padding, crop, shares)
+    maker = BatchMaker(
+        parts, order, tokenizer, config, seed, padding, crop, shares, tight=pack is not None
+    )
     _warn_of_cut_answers(maker)
     tally = Tally(max_broken, sum(len(p.source) for p in parts))
     return Loader(
@@ -106,8 +104,8 @@ class Loader:
 
     steps: how many batches there are, None without end; batches_per_epoch: how many of the first
     part, rounded down, go through its examples once; tally: rows so far, and those left out; size:
-    rows of the whole batch that was given last, of which these may be a share. `close` ends its
-    threads and worker processes.
+    rows of the whole batch that was given last, and here: how many of them this process has made.
+    `close` ends its threads and worker processes.
     """
 
     def __init__(
@@ -118,10 +116,11 @@ class Loader:
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
         timeout: float,
-        pack: Callable[[Arrays], Packed] | None,
+        pack: Callable[..., Packed] | None,
     ):
         first = maker.parts[0]
-        self.steps, self.tally, self.size = maker.order.steps, tally, 0
+        self.steps, self.tally, self.size, self.here = maker.order.steps, tally, 0, 0
+        self._shares = maker.shares
         self.batches_per_epoch = len(first.source) // first.batch_size
         steps = _ENDLESS if self.steps is None else self.steps
         batches = grain.MapDataset.range(steps).map(maker)
@@ -150,7 +149,9 @@ class Loader:
         except UserError:  # this batch is not given: it counts when it is, after a repair
             self.tally.restore(before)
             raise
-        self.size = self._size_of(self._step)
+        self.size = self.here = self._size_of(self._step)
+        if self._shares:
+            self.here = len(self._shares[self.size].rows)
         self._step += 1
         return Batch(*made.arrays)
 
@@ -180,8 +181,8 @@ class Loader:
         self._reader.close()
 
 
-def _packed(pack: Callable[[Arrays], Packed], made: Made) -> Made:
-    return made if made.arrays is None else made._replace(arrays=pack(made.arrays))
+def _packed(pack: Callable[..., Packed], made: Made) -> Made:
+    return made if made.arrays is None else made._replace(arrays=pack(made.arrays, plan=made.plan))
 
 
 def _from(batches: grain.MapDataset, readers: tuple[int, int], step: int) -> grain.IterDataset:

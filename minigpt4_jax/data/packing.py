@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batches import PADDING, Arrays, Padding
+from minigpt4_jax.data.batches import PADDING, Arrays, Padding, Plan
 
 
 class Packed(NamedTuple):
@@ -52,45 +52,60 @@ def pack(
     micro_batches: int = 1,
     rows_multiple: int = 1,
     padding: Padding = PADDING,
+    blocks: int = 1,
+    plan: Plan | None = None,
 ) -> Packed:
     """A padded batch with its examples packed into rows of `width` tokens, or of the longest
     example's where that is longer.
 
     visual_tokens: P of an image. micro_batches: the examples of each are packed among themselves,
     into as many rows as those of the others, a multiple of rows_multiple.
+    Of several processes each packs the examples that it has, into its own rows of the whole: blocks
+    is then into how many parts of equal size the whole batch is divided among them (each may hold
+    several), and plan says how long all of its examples are, so that all lay out rows of one shape.
     """
-    examples, images = batch.pixels.shape[:2]
-    share = examples // micro_batches
-    lengths = [int(n) for n in batch.lengths]
+    images = batch.pixels.shape[1]
+    plan = plan or _plan_of(batch)
+    examples, chunks = len(plan.lengths), micro_batches * blocks
+    lengths, labels = plan.lengths, plan.labels
     width = max(width, -(-max(lengths) // padding.tokens) * padding.tokens)
-    layouts = []
+    layouts, share = [], examples // chunks
     for first in range(0, examples, share):
         rows = first_fit(lengths[first : first + share], width)
         layouts.append([[first + i for i in row] for row in rows])
     count = -(-max(map(len, layouts)) // rows_multiple) * rows_multiple
-    layout = [row for rows in layouts for row in rows + [[]] * (count - len(rows))]
-    labels = [int((answers >= 0).sum()) for answers in batch.answers]
-    most = max(1, max(sum(labels[i] for i in row) for row in layout))
+    most = max(1, max(sum(labels[i] for i in row) for rows in layouts for row in rows))
+    here = {number: at for at, number in enumerate(plan.rows)}  # example -> its row in `batch`
+    mine = [rows + [[]] * (count - len(rows)) for rows in layouts if rows[0][0] in here]
+    layout = [row for rows in mine for row in rows]
     # As many programs are compiled as there are shapes: a row's labels vary more than an example's.
     step = max(padding.answers, width // 8 // padding.answers * padding.answers)
     shape = (len(layout), width)
     tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     positions, visual = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     answers = np.full((len(layout), -(-most // step) * step), -1, np.int32)
+    used = np.zeros(len(layout), np.int32)
     for r, row in enumerate(layout):
         at, labelled = 0, 0
-        for number, i in enumerate([*row, None]):
-            n = width - at if i is None else lengths[i]
-            here = slice(at, at + n)
-            segments[r, here], positions[r, here] = number, np.arange(n)
-            if i is None:
-                break
-            tokens[r, here] = batch.tokens[i, :n]
-            slots = np.flatnonzero(tokens[r, here] == IMAGE)
-            visual[r, at + slots] = i % share * images * visual_tokens + np.arange(len(slots))
-            answers[r, labelled : labelled + labels[i]] = at + batch.answers[i, : labels[i]]
-            at, labelled = at + n, labelled + labels[i]
-    used = np.array([sum(lengths[i] for i in row) for row in layout], np.int32)
-    stand = (examples * images, 1) if images else (micro_batches, 0)
+        for number, i in enumerate(row):
+            n, its = int(batch.lengths[here[i]]), batch.answers[here[i]]
+            its = its[its >= 0]
+            part = slice(at, at + n)
+            segments[r, part], positions[r, part] = number, np.arange(n)
+            tokens[r, part] = batch.tokens[here[i], :n]
+            slots = np.flatnonzero(tokens[r, part] == IMAGE)
+            first = i % (examples // micro_batches) * images * visual_tokens
+            visual[r, at + slots] = first + np.arange(len(slots))
+            answers[r, labelled : labelled + len(its)] = at + its
+            at, labelled = at + n, labelled + len(its)
+        segments[r, at:], positions[r, at:], used[r] = len(row), np.arange(width - at), at
+    stand = (len(plan.rows) * images, 1) if images else (len(mine), 0)
     pixels = batch.pixels.reshape(*stand, *batch.pixels.shape[2:])
     return Packed(pixels, tokens, used, answers, segments, positions, visual)
+
+
+def _plan_of(batch: Arrays) -> Plan:
+    """Of a batch that is here as a whole."""
+    labels = tuple(int((answers >= 0).sum()) for answers in batch.answers)
+    lengths = tuple(int(n) for n in batch.lengths)
+    return Plan(lengths, labels, tuple(range(len(lengths))))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from minigpt4_jax.data.rows import expect_object, keys, kind, parse, read_text, text_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.images import ImageSource
+from minigpt4_jax.paths import local_path
 from minigpt4_jax.prompts import IMAGE_SLOT, IMAGE_TAG, with_images
 
 STAGE2_FILE = "filter_cap.json"
@@ -47,7 +48,9 @@ def read_sources(
         paths = [paths]
     if not paths:
         raise UserError("data: no dataset is named; name a directory, a .json or a .jsonl file")
-    return [example for path in paths for example in _read(Path(path), clean_captions)]
+    return [
+        example for path in paths for example in _read(local_path("data", path), clean_captions)
+    ]
 
 
 def blip_caption(caption: str) -> str:

@@ -10,16 +10,17 @@ from jax.sharding import Mesh
 
 from minigpt4_jax import optim, weights
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import Arrays, Padding
+from minigpt4_jax.data.batches import Padding, Share
 from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.packing import Packed, pack
 from minigpt4_jax.data.sources import read_sources
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.processes import several
 from minigpt4_jax.sharding import whole
 from minigpt4_jax.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.datasets import open_parts
-from minigpt4_jax.training.devices import share_of
+from minigpt4_jax.training.devices import blocks_of, share_of
 from minigpt4_jax.training.step import Split, Step, Trainable, make_step, split_model
 
 
@@ -33,20 +34,37 @@ def open_loader(c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh:
         batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
         padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
         timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
-        pack=_packing(c, config, tokenizer, mesh), share=partial(share_of, mesh) if several() else None,
+        pack=_packing(c, config, tokenizer, mesh), share=_share(c, mesh) if several() else None,
     )  # fmt: skip
+
+
+def _share(c: TrainConfig, mesh: Mesh) -> Callable[[int], Share]:
+    """Which rows of a batch this process makes."""
+    multiple = c.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def share(rows: int) -> Share:
+        if c.data.pack_tokens and rows % multiple:
+            raise UserError(
+                f"config.data.pack_tokens: batches of {rows} rows do not divide among the devices of "
+                f"several processes: expected multiples of {multiple}, or pack_tokens=0"
+            )
+        return share_of(mesh, rows)
+
+    return share
 
 
 def _packing(
     c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
-) -> Callable[[Arrays], Packed] | None:
+) -> Callable[..., Packed] | None:
     d = c.data
     if d.pack_tokens == 0:
         return None
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = blocks_of(mesh)
     return partial(
         pack, width=d.pack_tokens, visual_tokens=config.visual_tokens, pad_id=tokenizer.pad_id,
         micro_batches=c.accumulate, padding=Padding(d.pad_tokens, d.pad_answers),
-        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        rows_multiple=devices // blocks, blocks=blocks,
     )  # fmt: skip
 
 

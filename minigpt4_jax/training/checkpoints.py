@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import absolute, is_remote, reaching
 from minigpt4_jax.processes import is_broken
 from minigpt4_jax.training.step import Trainable
 
@@ -40,10 +41,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # heavy: only a run needs it
 
         self._ocp, self._folder = ocp, folder
+        self._whole: int | None = None  # the last step that is known to be written
         logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
         try:
             self._manager = ocp.CheckpointManager(
-                folder.resolve(),
+                absolute(folder),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
@@ -53,14 +55,23 @@ class Checkpoints:
                     lightweight_initialize=True,  # reads none of them: a damaged one may be there
                 ),
             )
-        except OSError as e:
+            self._saved = self._manager.latest_step()
+        except Exception as e:
+            if not isinstance(e, OSError) and not is_remote(folder):
+                raise
             raise self._failed("open", e) from e
-        self._saved = self._manager.latest_step()
 
     @property
     def latest(self) -> int | None:
         """The step of the last checkpoint that was begun or found; None if there is none."""
         return self._saved
+
+    @property
+    def kept(self) -> str:
+        """What is left where the run cannot go on, as far as is known without looking."""
+        if self._whole is None:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint, of step {self._whole}, is kept in {self._folder}"
 
     def save(self, step: int, trainable: Trainable, opt_state: Any, extra: dict[str, Any]) -> None:
         """Copy the arrays to the host and write them in the background. Waits for the checkpoint
@@ -86,6 +97,7 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as e:
             raise self._failed("write", e) from e
+        self._whole = self._saved
 
     def restore(self, trainable: Trainable, opt_state: Any) -> Restored | None:
         """The latest whole checkpoint, with arrays like those given; None if there is none at all.
@@ -105,7 +117,7 @@ class Checkpoints:
             if damaged and jax.process_count() > 1:  # all must see the same steps from here on
                 multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
-            self._saved = step
+            self._saved = self._whole = step
             return Restored(step, state["trainable"], state["optimizer"], extra, lines)
         if not damaged:
             return None
@@ -146,8 +158,9 @@ class Checkpoints:
                 break
             aside = path.with_name(f"damaged-{path.name}-{n}")
         try:
-            if jax.process_index() == 0:
-                path.rename(aside)
+            with reaching(path):
+                if jax.process_index() == 0:
+                    path.rename(aside)
         except OSError as e:
             raise self._failed("rename", e) from e
         return (
@@ -163,27 +176,37 @@ class Checkpoints:
     def _failed(self, what: str, e: Exception) -> Exception:
         if is_broken(e):  # it is not the disk that failed
             return RuntimeError(str(e))
-        mine = self._folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ()
-        for half_written in mine:
-            shutil.rmtree(half_written, ignore_errors=True)
+        if jax.process_index() == 0 and not is_remote(self._folder):
+            for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
         causes = [e, e.__cause__, e.__context__]
         numbers = {c.errno for c in causes if isinstance(c, OSError)}
         full = numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(e)
         cause = "the disk is full" if full else _one_line(e)
-        kept = "" if self._good is None else f"; the last good checkpoint is step {self._good}"
+        good = self._good()
+        kept = "" if good is None else f"; the last good checkpoint is step {good}"
         do = "Make room" if full else "See that the folder can be reached and written"
         return UserError(
             f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. {do} and start the same "
             "command again"
         )
 
-    @property
     def _good(self) -> int | None:
-        """The latest step that is on disk, whole."""
-        steps = sorted(
-            int(p.name) for p in self._folder.glob("*") if p.name.isdigit() and p.is_dir()
-        )
-        return steps[-1] if steps else None
+        """The latest step that is there, whole."""
+        try:
+            with reaching(self._folder):
+                return max(saved_steps(self._folder), default=None)
+        except OSError:
+            return self._whole
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints; those in a bucket, where nothing can be renamed at once,
+    have a file that says so. OSError where that cannot be seen."""
+    found = [p for p in folder.glob("*") if p.name.isdigit()]
+    if is_remote(folder):
+        return [int(p.name) for p in found if (p / "commit_success.txt").exists()]
+    return [int(p.name) for p in found if p.is_dir()]
 
 
 class _Damaged(Exception):

@@ -82,14 +82,29 @@ def _least_split(
 
 def share_of(mesh: Mesh, rows: int) -> Share:
     """The rows of a batch of so many that the devices of this process hold."""
-    holders: dict[int, set[int]] = {}  # row -> processes
+    holders, me = _holders(mesh, rows), jax.process_index()
+    mine = tuple(row for row in range(rows) if me in holders[row])
+    return Share(mine, frozenset(row for row in mine if min(holders[row]) == me))
+
+
+def blocks_of(mesh: Mesh) -> int:
+    """Into how few blocks of equal size the rows of a batch, which divide among the devices, may be
+    cut for every block to be held by the same processes: 1 in a run of one."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    holders = _holders(mesh, devices)
+    sizes = (n for n in range(1, devices + 1) if devices % n == 0)
+    size = max(n for n in sizes if all(holders[i] == holders[i - i % n] for i in range(devices)))
+    return devices // size
+
+
+def _holders(mesh: Mesh, rows: int) -> list[set[int]]:
+    """For each row of a batch of so many, the processes whose devices hold it."""
+    holders: list[set[int]] = [set() for _ in range(rows)]
     devices: Any = rows_over(mesh, rows).devices_indices_map((rows,))
     for device, index in devices.items():
         for row in range(rows)[index[0]]:
-            holders.setdefault(row, set()).add(device.process_index)
-    me = jax.process_index()
-    mine = tuple(row for row in range(rows) if me in holders[row])
-    return Share(mine, frozenset(row for row in mine if min(holders[row]) == me))
+            holders[row].add(device.process_index)
+    return holders
 
 
 def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: Any) -> str:

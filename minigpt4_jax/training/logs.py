@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import Spool
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 VAL_LOSS = "val_loss"
@@ -34,6 +35,8 @@ class RunLog:
 
     def __init__(self, workdir: Path, step: int, steps: int, owed: Collection[str] = ()):
         self._workdir, self._step = workdir, step
+        self._spool = Spool(workdir)
+        self.here = self._spool.here  # the folder that the files grow in
         self._writer: Any = None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, SAMPLES):
@@ -49,7 +52,8 @@ class RunLog:
             again = name in owed or (VAL_LOSS in record and VAL_LOSS in owed)
             return record["step"] < step + (not again)
 
-        path = self._workdir / name
+        self._spool.fetch(name)
+        path = self.here / name
         _truncate(path, is_kept)
         self._files[name] = path.open("a", encoding="utf-8")
 
@@ -80,12 +84,14 @@ class RunLog:
         self.line(f"  {name}: {' '.join(record['text'].split())}")
 
     def flush(self) -> None:
-        """Bring everything to disk: a checkpoint is only as good as the log up to it."""
+        """Bring everything to disk, or to the bucket: a checkpoint is only as good as the log up to it."""
         for file in self._files.values():
             self._guard(file.flush)
             self._guard(lambda file=file: os.fsync(file.fileno()))
         if self._writer is not None:
             self._guard(self._writer.flush)
+        if self._files:
+            self._guard(self._spool.send)
 
     def close(self) -> None:
         """Never raises: what matters was flushed before, and another error may be on its way."""
@@ -94,6 +100,8 @@ class RunLog:
         for file in [*self._files.values(), *filter(None, [self._writer])]:
             with contextlib.suppress(OSError):
                 file.close()
+        if self._files:
+            self._spool.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         self._guard(lambda: self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n"))
@@ -120,7 +128,7 @@ class RunLog:
             self._writer.write_event(event_pb2.Event(wall_time=time.time(), **fields))
 
         if self._writer is None:
-            folder = self._workdir / TENSORBOARD
+            folder = self.here / TENSORBOARD
             folder.mkdir(exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"))
             if self._step:  # what an interrupted run had written behind the checkpoint is void

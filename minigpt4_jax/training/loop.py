@@ -7,8 +7,8 @@ is read, so that reading batches and writing logs cost nothing.
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.host_memory import keep_freed_memory
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.paths import local_path
+from minigpt4_jax.paths import StoreError, any_path, reaching
 from minigpt4_jax.processes import Sums, any_of, gathered, is_first, noticing, several, together
 from minigpt4_jax.sharding import put_rows, put_whole
 from minigpt4_jax.tokenizer import load_tokenizer
@@ -72,11 +72,21 @@ def train(
     of them see; if one is gone, the others raise processes.Gone, or are aborted by JAX.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
-    folder = local_path("workdir", workdir)
-    with listen() as stop, ExitStack() as closing:
+    folder = any_path("workdir", workdir)
+    with listen() as stop, _reached(folder), ExitStack() as closing:
         stop.running = several()  # then all stop together, at a step
         with noticing(partial(run.kept, folder), closing):
             return _Loop(c, folder, stop, on_metrics, closing).run()
+
+
+@contextmanager
+def _reached(workdir: Path) -> Iterator[None]:
+    """UserError where a bucket could not be reached, and nothing in the body has said so."""
+    try:
+        with reaching(workdir):
+            yield
+    except StoreError as e:
+        raise UserError(f"cannot reach {workdir}: {e}; {run.kept(workdir)}") from e
 
 
 class _Dispatched(NamedTuple):
@@ -226,7 +236,7 @@ class _Loop:
             raise UserError(f"{e}; {self._keep() if alone else run.kept(self.workdir)}") from e
 
     def _dispatch(self) -> None:
-        batch = put_rows(self._next_batch(), self.mesh, self.loader.size)
+        batch = put_rows(self._next_batch(), self.mesh, (self.loader.size, self.loader.here))
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
@@ -299,7 +309,11 @@ class _Loop:
         )
 
     def _save(self) -> None:
-        self.log.flush()
+        self.checkpoints.wait()
+        try:
+            self.log.flush()
+        except UserError as e:
+            raise UserError(f"{e}; {self.checkpoints.kept}") from e
         position = self.loader.state() | {"tally": self._tally().state()}
         extra = {"loader": position, "owed": self.owed}
         self.checkpoints.save(self.step, self.trainable, self.opt_state, extra)
@@ -353,7 +367,8 @@ class _Loop:
     def _write(self, loss: float) -> None:
         from minigpt4_jax.plots import loss_plot  # matplotlib
 
-        loss_plot(self.workdir / METRICS, self.workdir / "loss.png")
+        loss_plot(self.log.here / METRICS, self.log.here / "loss.png")
+        self.log.flush()
         run.write_trained(  # the last thing to be written: a run that has it is done
             self.workdir, self.c, self.model_config, self.trainable,
             {"steps": self.step, "loss": loss, "seed": self.c.seed},

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import numpy as np
 from minigpt4_jax import weights
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import make_folder, reaching, read_bytes, size_of, write_whole
 from minigpt4_jax.processes import gathered, several
+from minigpt4_jax.training.checkpoints import saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import differences, to_dict
 from minigpt4_jax.training.logs import cannot_write
@@ -32,25 +33,17 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
     now = {"config": to_dict(c), "model": fingerprint(c.model)}
     path = workdir / CONFIG
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _check_same(workdir, json.loads(path.read_text()), now)
-        elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
-            raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
-        _write_whole(path, json.dumps(now, indent=1) + "\n")
+        with reaching(workdir):
+            make_folder(workdir)
+            if path.exists():
+                _check_same(workdir, json.loads(path.read_text()), now)
+            elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
+                raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
+            write_whole(path, json.dumps(now, indent=1) + "\n")
     except OSError as e:
         raise cannot_write(workdir, e) from e
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
-
-
-def _write_whole(path: Path, text: str) -> None:
-    new = path.with_suffix(".tmp")
-    try:
-        new.write_text(text)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def check_shared(workdir: Path) -> None:
@@ -71,7 +64,11 @@ def check_shared(workdir: Path) -> None:
 def kept(workdir: Path) -> str:
     """What is left of a run that ended here."""
     folder = workdir / CHECKPOINTS
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    try:
+        with reaching(folder):
+            steps = saved_steps(folder)
+    except OSError:
+        return f"what was saved before is kept in {folder}"
     if not steps:
         return "no checkpoint was written yet"
     return f"the last good checkpoint, of step {max(steps)}, is kept in {folder}"
@@ -107,9 +104,8 @@ def fingerprint(model_dir: str) -> str:
         document = weights.read_document(folder)
         digest.update(json.dumps(document["config"], sort_keys=True).encode())
         for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                digest.update(file.read(_HASHED_BYTES))
+            digest.update(f"{path.name} {size_of(path)}".encode())
+            digest.update(read_bytes(path, 0, _HASHED_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -62,7 +62,7 @@ class Validation:
             jax.block_until_ready(sums[-1:])  # else a stop would wait for all that is dispatched
             if stop():
                 break
-            rows = put_rows(batch, mesh, loader.size)
+            rows = put_rows(batch, mesh, (loader.size, loader.here))
             sums.append(self._evaluate(trainable, self._split.frozen, rows))
         loader.close()
         if stop():

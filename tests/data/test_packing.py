@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batches import Arrays, Padding
-from minigpt4_jax.data.packing import first_fit, pack
+from minigpt4_jax.data.batches import Arrays, Padding, Plan
+from minigpt4_jax.data.packing import Packed, first_fit, pack
 
 P, PAD = 2, 999
 PADDING = Padding(4, 2)
@@ -58,22 +58,25 @@ def found(batch, packed, row, segment, first):
 @given(
     seed=st.integers(0, 1000), examples=st.sampled_from([1, 2, 6, 12]), images=st.integers(0, 2),
     width=st.integers(1, 60), micro=st.sampled_from([1, 2]), multiple=st.integers(1, 3),
+    blocks=st.sampled_from([1, 2]),
 )  # fmt: skip
 def test_every_example_is_there_with_its_labels_and_visual_tokens(
-    seed, examples, images, width, micro, multiple
+    seed, examples, images, width, micro, multiple, blocks
 ):
     batch = padded(seed, examples, images)
     micro = micro if examples % micro == 0 else 1
+    blocks = blocks if examples // micro % blocks == 0 else 1
     packed = pack(
-        batch, width, P, PAD, micro_batches=micro, rows_multiple=multiple, padding=PADDING
-    )
+        batch, width, P, PAD, micro_batches=micro, rows_multiple=multiple, padding=PADDING,
+        blocks=blocks,
+    )  # fmt: skip
     if images:
         assert packed.pixels.shape == (examples * images, 1, 1, 1, 3)
         np.testing.assert_array_equal(packed.pixels[:, 0], batch.pixels.reshape(-1, 1, 1, 3))
     else:
-        assert packed.pixels.shape == (micro, 0, 1, 1, 3)
+        assert packed.pixels.shape == (micro * blocks, 0, 1, 1, 3)
     rows, share = len(packed.tokens) // micro, examples // micro
-    assert rows % multiple == 0 and rows * micro == len(packed.tokens)
+    assert rows % (multiple * blocks) == 0 and rows * micro == len(packed.tokens)
     for m in range(micro):
         seen = []
         for row in range(m * rows, (m + 1) * rows):
@@ -93,3 +96,24 @@ def test_every_example_is_there_with_its_labels_and_visual_tokens(
         assert sorted(seen) == sorted(wanted)
     labels = (packed.answers >= 0).sum()
     assert labels == (batch.answers >= 0).sum()
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 99), micro=st.sampled_from([1, 2]), processes=st.sampled_from([2, 4]))
+def test_processes_make_the_parts_of_one_batch(seed, micro, processes):
+    """Each from its own examples, of which some may be shorter than was planned."""
+    batch = padded(seed, 8, 2)
+    lengths = tuple(int(n) for n in batch.lengths)
+    labels = tuple(int((a >= 0).sum()) for a in batch.answers)
+    batch.answers[1] = -1  # a row whose image could not be opened
+    options = {"micro_batches": micro, "rows_multiple": 2, "padding": PADDING, "blocks": processes}
+    whole = pack(batch, 24, P, PAD, plan=Plan(lengths, labels, tuple(range(8))), **options)
+    each = 8 // processes
+    parts = []
+    for n in range(processes):
+        rows = tuple(range(n * each, (n + 1) * each))
+        mine = Arrays(*(a[list(rows)] for a in batch))
+        parts.append(pack(mine, 24, P, PAD, plan=Plan(lengths, labels, rows), **options))
+    for field in Packed._fields:
+        together = np.concatenate([getattr(part, field) for part in parts])
+        np.testing.assert_array_equal(together, getattr(whole, field), err_msg=field)

@@ -241,13 +241,15 @@ def test_a_store_that_goes_away(home, uninterrupted, tmp_path):
     assert outcome(tmp_path / "w") == uninterrupted
 
 
-@pytest.mark.parametrize("workdir", ["gs://bucket/run", Path("gs://bucket/run")])
+@pytest.mark.parametrize("workdir", ["s3://bucket/run", Path("s3://bucket/run")])
 def test_an_address_is_refused_and_makes_no_folder(home, tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)
-    message = refused(config(home), workdir)
-    assert "only local paths work: mount the bucket" in message
-    assert "only local paths work" in refused(config(home, model="gs://bucket/m"), tmp_path / "w")
-    with pytest.raises(errors.UserError, match="only local paths work"):
+    local = "only local paths and gs://bucket/... work: mount the bucket"
+    assert local in refused(config(home), workdir)
+    assert local in refused(config(home, model="s3://bucket/m"), tmp_path / "w")
+    rows = DataConfig(path=("gs://bucket/rows.jsonl",))
+    assert "only local paths work" in refused(config(home, data=rows), tmp_path / "w")
+    with pytest.raises(errors.UserError, match="only local paths and gs"):
         weights.write_model(workdir, tiny.config(), ())
     assert not list(tmp_path.iterdir())
 

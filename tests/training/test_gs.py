@@ -1,0 +1,189 @@
+"""Runs and models in a bucket, gs://, by the real libraries against a server on this machine."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from minigpt4_jax import errors, weights
+from minigpt4_jax.training.config import DataConfig, TrainConfig
+from minigpt4_jax.training.loop import train
+
+gcsfs = pytest.importorskip("gcsfs")
+server = pytest.importorskip("gcp_storage_emulator.server")
+
+
+class Bucket:
+    """gs://bucket, kept in a folder and served while `start`ed."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._server = folder, None
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            self.port = s.getsockname()[1]
+
+    def start(self) -> None:
+        self._server = server.create_server(
+            "localhost", self.port, data_dir=str(self._folder), default_bucket="bucket"
+        )
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._server = None
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    made = Bucket(tmp_path_factory.mktemp("bucket"))
+    at = f"http://localhost:{made.port}"
+    variables = {
+        "STORAGE_EMULATOR_HOST": at, "TENSORSTORE_GCS_HTTP_URL": at, "NO_GCE_CHECK": "true",
+        "GCE_METADATA_ROOT": "localhost:1", "GOOGLE_CLOUD_PROJECT": "test",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr(gcsfs.GCSFileSystem, "retries", 2)  # seconds of waiting instead of a minute
+        made.start()
+        yield made
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, bucket):
+    folder = tmp_path_factory.mktemp("home")
+    tiny.write_model(folder / "model")
+    tiny.write_model("gs://bucket/models/tiny")
+    tiny.write_data(folder / "data", rows=8)
+    return folder
+
+
+def config(home: Path, model: str) -> TrainConfig:
+    rows = (str(home / "data" / "rows.jsonl"),)
+    data = DataConfig(path=rows, val_path=rows, prompts=("<Img><ImageHere></Img> ?",))
+    return TrainConfig(
+        model=model, data=data, steps=6, batch_size=2, init_lr=0.01, warmup_steps=1,
+        dtype="float32", save_every=2, log_every=1, eval_every=3, sample_images=0,
+    )  # fmt: skip
+
+
+class Crash(Exception):
+    pass
+
+
+def at_step(step: int, act):
+    def look(record):
+        if record["step"] == step and "loss" in record:
+            act()
+
+    return look
+
+
+def crash():
+    raise Crash
+
+
+def records(text: str) -> list[dict]:
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in r.items() if k != "examples_per_second"} for r in found]
+
+
+def trained(model) -> dict[str, bytes]:
+    tensors = weights.Tensors(model)
+    return {n: tensors[n].tobytes() for n in tensors if n.startswith("projection")}
+
+
+def put(path: str):
+    from etils import epath
+
+    return epath.Path(path)
+
+
+@pytest.fixture(scope="module")
+def on_disk(home, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    result = train(config(home, str(home / "model")), workdir)
+    return trained(result.model), records((workdir / "metrics.jsonl").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, on_disk, tmp_path, monkeypatch):
+    """Also when it dies and its last checkpoint is damaged meanwhile; nothing of it is left here."""
+    monkeypatch.chdir(tmp_path)
+    c, run = config(home, "gs://bucket/models/tiny"), put("gs://bucket/runs/a")
+    with pytest.raises(Crash):
+        train(c, str(run), on_metrics=at_step(5, crash))
+    last = max((run / "checkpoints").iterdir(), key=lambda p: p.name)
+    assert last.name == "00000004"
+    some = sorted((last / "state" / "d").iterdir())
+    some[0].write_bytes(b"?")
+    seen = []
+    result = train(c, str(run), on_metrics=lambda r: seen.append(r["step"]))
+    assert seen[0] == 3
+    assert str(result.model) == "gs://bucket/runs/a/model"
+    assert trained(result.model) == on_disk[0]
+    assert records((run / "metrics.jsonl").read_text()) == on_disk[1]
+    names = {p.name for p in run.iterdir()}
+    assert names >= {
+        "config.json",
+        "checkpoints",
+        "loss.png",
+        "metrics.jsonl",
+        "model",
+        "tensorboard",
+    }
+    assert any(p.name == "damaged-00000004" for p in (run / "checkpoints").iterdir())
+    assert not list(tmp_path.iterdir())
+    assert train(c, str(run)).steps == 6  # done already
+    document = weights.read_document(result.model)
+    assert document["base"] == "../../../models/tiny"
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(home, bucket, on_disk):
+    c, run = config(home, str(home / "model")), "gs://bucket/runs/b"
+    with pytest.raises(errors.UserError) as e:
+        train(c, run, on_metrics=at_step(3, bucket.stop))
+    assert "cannot write into gs://bucket/runs/b: " in str(e.value) and "\n" not in str(e.value)
+    assert "the last good checkpoint, of step 2, is kept in gs://bucket/runs/b/checkpoints" in str(
+        e.value
+    )
+    with pytest.raises(errors.UserError, match="gs://bucket/runs/b: "):
+        train(c, run)
+    with pytest.raises(
+        errors.UserError, match=r"cannot read gs://bucket/models/tiny/model\.json: "
+    ):
+        weights.read_config("gs://bucket/models/tiny")
+    bucket.start()
+    seen = []
+    result = train(c, run, on_metrics=lambda r: seen.append(r["step"]))
+    assert seen[0] == 3 and trained(result.model) == on_disk[0]
+
+
+@pytest.mark.smoke
+def test_a_model_in_a_bucket_is_read_by_ranges(home, bucket):
+    here, there = weights.Tensors(home / "model"), weights.Tensors("gs://bucket/models/tiny")
+    assert set(here) == set(there)
+    for name in here:
+        assert here.shape(name) == there.shape(name) and here.dtype(name) == there.dtype(name)
+        np.testing.assert_array_equal(here[name], there[name])
+    index = (slice(3, 9), slice(4, 7))
+    for name in ("llm.embed", "llm.blocks.1.attn.q.weight"):
+        np.testing.assert_array_equal(here.part(name, index), there.part(name, index))
+
+
+def test_what_a_bucket_cannot_be(home, bucket):
+    c = config(home, str(home / "model"))
+    with pytest.raises(errors.UserError, match="cannot write into gs://nowhere/run: "):
+        train(c, "gs://nowhere/run")
+    with pytest.raises(errors.UserError, match="is not a model directory"):
+        weights.read_config("gs://bucket/models/none")
+    with pytest.raises(errors.UserError, match="exists and is not empty"):
+        tiny.write_model("gs://bucket/models/tiny")
+    with pytest.raises(errors.UserError, match=r"only local paths and gs://bucket/\.\.\. work"):
+        train(c, "s3://bucket/run")
