@@ -42,7 +42,7 @@ def any_path(name: str, path: Path | str) -> Path:
     return cast(Path, epath.Path(f"gs://{address[2].rstrip('/')}"))
 
 
-def local_path(name: str, path: Path | str) -> Path:
+def local_path(name: str, path: os.PathLike[str] | str) -> Path:
     """`path`, unless it is an address such as gs://bucket/run: pathlib would make a folder "gs:" of
     that. UserError; `name` says there what the path is of."""
     if _ADDRESS.match(str(path)):
