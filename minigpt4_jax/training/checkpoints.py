@@ -40,7 +40,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         import orbax.checkpoint as ocp  # heavy: only a run needs it
 
-        self._ocp, self._folder = ocp, folder
+        self._ocp, self._folder, self._keep = ocp, folder, keep
         self._whole: int | None = None  # the last step that is known to be written
         logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
         try:
@@ -117,6 +117,8 @@ class Checkpoints:
             if damaged and jax.process_count() > 1:  # all must see the same steps from here on
                 multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
+            for old in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(old)  # which a kill has prevented, and no later save may follow
             self._saved = self._whole = step
             return Restored(step, state["trainable"], state["optimizer"], extra, lines)
         if not damaged:

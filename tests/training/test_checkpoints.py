@@ -63,6 +63,13 @@ def test_the_last_is_restored_and_older_ones_are_gone(saved):
     assert sorted(p.name for p in saved.glob("0*")) == ["00000006", "00000009"]
 
 
+def test_one_too_many_that_a_kill_left_goes_at_the_next_start(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "c")
+    shutil.copytree(tmp_path / "c" / "00000006", tmp_path / "c" / "00000003")
+    assert restored(tmp_path / "c").step == 9
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["00000006", "00000009"]
+
+
 def test_an_empty_folder(tmp_path):
     assert restored(tmp_path / "none") is None
 
