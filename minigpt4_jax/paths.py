@@ -8,6 +8,7 @@ make, and what a library wants as a file on disk it gets as a copy.
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import posixpath
 import re
@@ -36,7 +37,7 @@ def any_path(name: str, path: Path | str) -> Path:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{name} {path}: for gs:// install gcsfs (pip install '.[gcs]')")
-    _see_what_others_write()
+    _set_up_gcsfs()
     from etils import epath
 
     return cast(Path, epath.Path(f"gs://{address[2].rstrip('/')}"))
@@ -54,10 +55,12 @@ def local_path(name: str, path: os.PathLike[str] | str) -> Path:
 
 
 @functools.cache
-def _see_what_others_write() -> None:
-    """gcsfs remembers what it found in a folder; other hosts write there too."""
+def _set_up_gcsfs() -> None:
+    """It would remember what it found in a folder, where other hosts write too, and show a traceback
+    of what is said by an error here."""
     import fsspec
 
+    logging.getLogger("gcsfs").addFilter(lambda record: not record.exc_info)
     for name in ("gs", "gcs"):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
 

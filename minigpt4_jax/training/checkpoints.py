@@ -118,7 +118,9 @@ class Checkpoints:
                 multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
             for old in sorted(self._manager.all_steps())[: -self._keep]:
-                self._manager.delete(old)  # which a kill has prevented, and no later save may follow
+                self._manager.delete(
+                    old
+                )  # which a kill has prevented, and no later save may follow
             self._saved = self._whole = step
             return Restored(step, state["trainable"], state["optimizer"], extra, lines)
         if not damaged:
