@@ -12,7 +12,6 @@ import logging
 import os
 import posixpath
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +62,13 @@ def _set_up_gcsfs() -> None:
     logging.getLogger("gcsfs").addFilter(lambda record: not record.exc_info)
     for name in ("gs", "gcs"):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+
+
+def _store() -> Any:
+    """The object behind epath's paths in buckets."""
+    import fsspec
+
+    return fsspec.filesystem("gs", finalize_on_close=True)
 
 
 def is_remote(path: Path | str) -> bool:
@@ -129,7 +135,7 @@ def make_folder(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A small file, which is never seen half-written."""
     if is_remote(path):
-        path.write_text(text)
+        _store().pipe_file(str(path), text.encode())
         return
     new = path.with_suffix(".tmp")
     try:
@@ -148,9 +154,7 @@ def size_of(path: Path) -> int:
 def read_bytes(path: Path, start: int, end: int) -> bytes:
     """Bytes start to end of a file, fewer where it is shorter. From a bucket no more is fetched."""
     if is_remote(path):
-        import fsspec
-
-        return cast(bytes, fsspec.filesystem("gs").cat_file(str(path), start=start, end=end))
+        return cast(bytes, _store().cat_file(str(path), start=start, end=end))
     with path.open("rb") as file:
         file.seek(start)
         return file.read(end - start)
@@ -160,9 +164,8 @@ def read_bytes(path: Path, start: int, end: int) -> bytes:
 
 
 def send(file: Path, to: Path) -> None:
-    """Copy a file on disk into a bucket."""
-    with file.open("rb") as read, to.open("wb") as written:
-        shutil.copyfileobj(read, written, 1 << 24)
+    """Copy a file on disk into a bucket. (What epath opens would be tried twice where it fails.)"""
+    _store().put_file(str(file), str(to))
 
 
 def local_copy(folder: Path) -> Path:
