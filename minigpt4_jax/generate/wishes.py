@@ -67,10 +67,11 @@ class Wishes:
             whole = type(field.default) is int
             if field.name == "seed" or (not whole and type(field.default) is not float):
                 continue
-            if not isinstance(value, Integral if whole else Real):
-                kind = "a whole number" if whole else "a number"
-                raise UserError(f"{field.name} {value!r}: expected {kind}")
-            if whole and abs(int(value)) >= 1 << 31:
+            kind: Any = Integral if whole else Real
+            if not isinstance(value, kind):
+                expected = "a whole number" if whole else "a number"
+                raise UserError(f"{field.name} {value!r}: expected {expected}")
+            if whole and not abs(value) < 1 << 31:
                 raise UserError(f"{field.name} {value}: expected less than 2^31")
         if not (self.context is None or isinstance(self.context, Integral)):
             raise UserError(f"context {self.context!r}: expected a number of tokens, or None")
