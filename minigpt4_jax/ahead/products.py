@@ -32,12 +32,12 @@ _KERNELS = {"fwd": 2, "dq": 3, "dkv": 4}
 def _kernel(i: Instruction, table: Table) -> float:
     """Of a kernel of causal attention; of others nothing is known."""
     found = re.match(r"splash_mha_(fwd|dq|dkv)", i.name)
-    queries = [a for name in i.operands for a in arrays_in(name, table) if len(a.dims) == 4]
-    if not found or not queries:
+    operands = [a for name in i.operands for a in arrays_in(name, table) if a.kind == "bf16"]
+    if not found or not operands:
         return 0.0
-    rows, heads, tokens, width = queries[0].dims
+    *heads, tokens, width = operands[0].dims  # queries [B, N, T, H]; without B where it is 1
     blocks = tokens // BLOCK
-    scores = rows * heads * blocks * (blocks + 1) // 2 * BLOCK**2
+    scores = math.prod(heads) * blocks * (blocks + 1) // 2 * BLOCK**2
     return 2.0 * _KERNELS[found[1]] * scores * width
 
 

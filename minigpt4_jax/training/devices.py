@@ -68,12 +68,11 @@ def _least_split(
             f"{size_text(need.weights)}, trained part {size_text(need.trained)}, kept for the backward "
             f"pass {size_text(need.kept)}, at work {size_text(need.batch + need.working)})"
         )
+        over = f"over {fsdp * model}" if fsdp * model > 1 else "whole"
         if need.total <= FILLED * memory:
-            how = "weights whole on each" if fsdp == 1 else f"weights split over {fsdp}"
-            return sizes, f"{how} take {text}{told}"
-        told = f"; over {fsdp} it would be {size_text(need.total)}" if fsdp > 1 else (
-            f"; whole it would be {size_text(need.total)}"
-        )  # fmt: skip
+            how = f"split {over} devices" if fsdp * model > 1 else "whole on each"
+            return sizes, f"weights {how} take {text}{told}"
+        told = f"; {over} it would be {size_text(need.total)}"
     return sizes, (
         f"memory is saved; even so it takes {text}, and may not fit: take fewer rows at once "
         "(config.accumulate), config.remat or more devices"

@@ -58,7 +58,7 @@ def test_weights_are_split_over_as_few_devices_as_memory_allows():
     assert "weights whole on each take an estimated 18." in why and "of 34.1 GB" in why
     mesh, why = chosen("stage2", "v5e", **many)
     assert mesh == {"data": 4, "fsdp": 2}
-    assert "weights split over 2 take" in why and "; whole it would be 18." in why
+    assert "weights split over 2 devices take" in why and "; whole it would be 18." in why
     assert chosen("stage2:vicuna13b", "v6e", **many)[0] == {"data": 4, "fsdp": 2}
     # what activations take counts
     more = {"batch_size": 192, "accumulate": 1}
