@@ -1,4 +1,5 @@
-"""Build the datasets of data.tfds_builders without TensorFlow, which the command `tfds` needs to start:
+"""Build the datasets of data.tfds_builders without what the command `tfds` needs to start (4.9.10: TensorFlow,
+Apache Beam, mlcroissant):
 
 python -m minigpt4_jax.data.tfds_build shapes [--data_dir=DIR]
 python -m minigpt4_jax.data.tfds_build cc_sbu_align --manual_dir=SET     # SET/filter_cap.json, SET/image/

@@ -1,7 +1,7 @@
 """TFDS builders of `shapes` and of MiniGPT-4's stage-2 set; writing them needs no TensorFlow.
 
     python -m minigpt4_jax.data.tfds_build shapes
-    tfds build shapes --imports=minigpt4_jax.data.tfds_builders --file_format=array_record   # with TensorFlow
+    tfds build shapes --imports=minigpt4_jax.data.tfds_builders --file_format=array_record   # or so
 
 Features are text and bytes (an image is its file's bytes), which is what keeps TensorFlow out.
 """
