@@ -1,8 +1,9 @@
-"""Build the datasets of data.tfds_builders without what the command `tfds` needs to start (4.9.10: TensorFlow,
-Apache Beam, mlcroissant):
+"""Build the datasets of data.tfds_builders.
 
-python -m minigpt4_jax.data.tfds_build shapes [--data_dir=DIR]
-python -m minigpt4_jax.data.tfds_build cc_sbu_align --manual_dir=SET     # SET/filter_cap.json, SET/image/
+    python -m minigpt4_jax.data.tfds_build shapes [--data_dir=DIR]
+    python -m minigpt4_jax.data.tfds_build cc_sbu_align --manual_dir=SET     # SET/filter_cap.json, SET/image/
+
+The command `tfds build` does the same, but asks for TensorFlow, Apache Beam and mlcroissant (4.9.10).
 """
 
 import os
