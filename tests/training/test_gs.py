@@ -1,9 +1,11 @@
 """Runs and models in a bucket, gs://, by the real libraries against a server on this machine."""
 
+import asyncio
 import json
 import os
 import socket
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +149,13 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, on_disk, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(home, bucket, on_disk, caplog):
+def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
+    home, bucket, on_disk, monkeypatch
+):
     c, run = config(home, str(home / "model")), "gs://bucket/runs/b"
+    # gcsfs tries as often as ever, but waits a twentieth of the half minute in between
+    soon = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
+    monkeypatch.setattr("gcsfs.retry.asyncio", soon)
 
     def stop():  # once step 2 is written: what is being written is tried for a quarter of an hour
         until = time.monotonic() + 60
