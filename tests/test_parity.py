@@ -284,6 +284,16 @@ def test_generated_text(case):
     document = case.document("generate")
     texts = case.model.generate(case.images, document["texts"], max_new_tokens=10)
     assert texts == document["runs"]["greedy"]["answers"]
+    for name in ("greedy_rp_eos", "beam4_lpneg_eos"):
+        run, ids = document["runs"][name], case.arrays("generate")[f"{name}/ids"]
+        options = {k: v for k, v in run["kwargs"].items() if k not in ("do_sample", "min_length")}
+        options |= {"compat": True, "stop_ids": run["eos"]}
+        options |= {"min_new_tokens": run["kwargs"].get("min_length", 0)}
+        found = case.model.generate_details(case.images, document["texts"], **options)
+        for (answer,), theirs in zip(found, ids[:, 1:].tolist(), strict=True):
+            count = len(answer.ids) - (answer.finish_reason == "stop")
+            assert answer.ids[:count] == theirs[:count], name
+            assert count == len(theirs) or answer.ids[-1] in run["eos"], name
 
 
 @NEEDS_DUMPS
