@@ -14,6 +14,7 @@ from minigpt4_jax.quant import dequantize
 from minigpt4_jax.topology import backend
 
 FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
+BLOCK = 1 << 20  # rounded weights that become floats at a time on a CPU: they stay in its cache
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -69,6 +70,8 @@ def _quantized_product(
     # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
     # and keep them all as floats.
     x, levels = jax.lax.optimization_barrier((x, levels))
+    if levels.ndim == 2 and _few_on_cpu(x):
+        return _product_in_blocks(x, levels, scale, offset)
     if scale.ndim == 1:  # a channel's scale can wait until its sum is there
         return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
     if levels.ndim == 2:  # a table [out, in] that is an output matrix as well
@@ -83,6 +86,9 @@ def _grouped_product(
     offset [groups, out] -> [..., out] float32."""
     groups, size, n_out = levels.shape
     rows = x.reshape(-1, groups, x.shape[-1] // groups)
+    if _few_on_cpu(x):
+        y = _group_after_group(rows, levels, scale, offset)
+        return y.reshape(*x.shape[:-1], n_out)
     parts = [(rows, levels)]
     if levels.dtype == jnp.uint8:
         zero = 8 if offset is None else 0
@@ -93,6 +99,70 @@ def _grouped_product(
             parts = [(rows[:, :, :size], low), (rows[:, :, size:], high)]
     y = sum(_sum_of_groups(some, half, scale, offset) for some, half in parts)
     return jnp.asarray(y).reshape(*x.shape[:-1], n_out)
+
+
+# --- few rows on a CPU ----------------------------------------------------------------------------
+# XLA on CPU writes converted weights to memory before it multiplies them: 13 times slower than
+# bfloat16 weights where a matrix is large. A part at a time they stay in the processor's cache.
+
+
+def _few_on_cpu(x: jax.Array) -> bool:
+    """Whether x [..., in] is of few rows on a CPU. Not on a mesh, where parts would be gathered."""
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    return few and backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
+def _product_in_blocks(
+    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
+) -> jax.Array:
+    """x [..., in], levels [out, in] or packed [out, in / 2], scale [out] or [out, groups], offset as
+    that -> [..., out] float32."""
+    rows = x.reshape(-1, x.shape[-1]).astype(scale.dtype).astype(jnp.float32)
+    n_out = len(levels)
+    size = next(b for b in range(max(1, min(n_out, BLOCK // x.shape[-1])), 0, -1) if n_out % b == 0)
+    if size * x.shape[-1] < BLOCK // 16:  # a prime number of outputs: all at once
+        size = n_out
+
+    def product(block: Any) -> jax.Array:  # [size, N]
+        weight = dequantize(block[0], block[1], jnp.float32, offset=block[2])
+        return jnp.einsum("oi,ni->on", weight, rows, precision=precision(jnp.float32))
+
+    blocks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (levels, scale, offset))
+    y = jax.lax.map(product, blocks) if size < n_out else product((levels, scale, offset))
+    return y.reshape(n_out, -1).T.reshape(*x.shape[:-1], n_out)
+
+
+def _group_after_group(
+    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
+) -> jax.Array:
+    """x [N, groups, size] and a weight as of _grouped_product -> [N, out] float32."""
+    x = x.astype(scale.dtype).astype(jnp.float32).swapaxes(0, 1)
+
+    def add(y: jax.Array, group: Any) -> tuple[jax.Array, None]:
+        x, levels, scale, offset = group  # [N, size], [size or size / 2, out], [out], [out]
+        if levels.dtype == jnp.uint8:
+            zero = 8 if offset is None else 0
+            halves = [((h.astype(jnp.int8) - zero), p) for h, p in _halves(levels, x)]
+        else:
+            halves = [(levels, x)]
+        exact = precision(jnp.float32)
+        some = sum(jnp.matmul(p, h.astype(jnp.float32), precision=exact) for h, p in halves)
+        y += some * scale.astype(jnp.float32)
+        if offset is not None:
+            y += x.sum(1, keepdims=True) * offset.astype(jnp.float32)
+        return y, None
+
+    zeros = jnp.zeros((x.shape[1], levels.shape[2]), jnp.float32)
+    return jax.lax.scan(add, zeros, (x, levels, scale, offset))[0]
+
+
+def _halves(levels: jax.Array, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """The low and the high halves of bytes [size / 2, out], with the inputs [N, size / 2] of each."""
+    low, high = jnp.split(x, 2, axis=1)
+    return [(levels & 15, low), (levels >> 4, high)]
+
+
+# --- groups, otherwise ----------------------------------------------------------------------------
 
 
 def _sum_of_groups(
