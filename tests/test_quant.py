@@ -19,6 +19,7 @@ import minigpt4_jax
 from minigpt4_jax import quant, weights
 from minigpt4_jax.config import IMAGE, LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.models import products
 from minigpt4_jax.models.layers import linear
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.training.step import split_model
@@ -98,7 +99,9 @@ def test_int4_uses_all_levels_and_groups_of_their_own():
 
 @pytest.mark.parametrize("kind", SCHEMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_product_is_that_of_the_rounded_weights(kind, dtype):
+@pytest.mark.parametrize("block", [products.BLOCK, 16 * 128], ids=["whole", "three blocks"])
+def test_the_product_is_that_of_the_rounded_weights(kind, dtype, block, monkeypatch):
+    monkeypatch.setattr(products, "BLOCK", block)
     rng = np.random.default_rng(0)
     w, x = rng.normal(size=(48, 128)), rng.normal(size=(2, 3, 128)).astype(np.float32)
     levels, scale = map(jnp.asarray, quant.quantize(w, kind))

@@ -70,7 +70,7 @@ def _quantized_product(
     # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
     # and keep them all as floats.
     x, levels = jax.lax.optimization_barrier((x, levels))
-    if levels.ndim == 2 and _few_on_cpu(x):
+    if levels.ndim == 2 and levels.size > BLOCK and _few_on_cpu(x):
         return _product_in_blocks(x, levels, scale, offset)
     if scale.ndim == 1:  # a channel's scale can wait until its sum is there
         return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
@@ -87,8 +87,7 @@ def _grouped_product(
     groups, size, n_out = levels.shape
     rows = x.reshape(-1, groups, x.shape[-1] // groups)
     if _few_on_cpu(x):
-        y = _group_after_group(rows, levels, scale, offset)
-        return y.reshape(*x.shape[:-1], n_out)
+        return _group_after_group(rows, levels, scale, offset).reshape(*x.shape[:-1], n_out)
     parts = [(rows, levels)]
     if levels.dtype == jnp.uint8:
         zero = 8 if offset is None else 0
