@@ -11,8 +11,9 @@ this machine (benchmarks/checkpointing.py).
 
 For every model and kind of chip: the smallest slice that holds a step, one of eight chips and one of 256,
 each on the mesh that a run would choose. Layers are computed again in the backward pass (config.remat);
-"kept" is a step on eight chips that keeps the results of their products instead. A step is one batch.
-Rows are as long as the longest answer of their stage. "rows": a chip's.
+"kept" is a step on eight chips that keeps the results of their products instead, "most" one with as many
+rows as fit there, by powers of two. A step is one batch. Rows are as long as the longest answer of their
+stage. "rows": a chip's.
 """
 
 import argparse
@@ -55,11 +56,13 @@ class Cell:
     rows: int  # of a chip
     remat: bool = True
     mesh: str = "auto"
+    fill: bool = False  # with as many rows as fit
 
     @property
     def name(self) -> str:
         kept = "" if self.remat else " kept"
-        return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}{kept}"
+        most = " most" if self.fill else ""
+        return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}{kept}{most}"
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -74,7 +77,7 @@ class Cell:
         return [
             f"--config={MODELS[self.model][0]}", f"--topology={self.slice}", f"--mesh={self.mesh}",
             f"--config.batch_size={self.rows * self.chips}", "--config.accumulate=1",
-            f"--config.remat={str(self.remat).lower()}", "--program=train",
+            f"--config.remat={str(self.remat).lower()}", "--program=train", *["--fill"] * self.fill,
         ]  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def cells(rows: int | None = None) -> Iterator[Cell]:
             for shape in (*few, eight, many):
                 yield Cell(model, f"{chip}:{shape}", rows or usual)
             yield Cell(model, f"{chip}:{eight}", rows or usual, remat=False)
+            yield Cell(model, f"{chip}:{eight}", rows or usual, fill=True)
 
 
 def is_wanted(cell: Cell, found: dict[str, dict[str, Any]]) -> bool:
@@ -100,7 +104,8 @@ def compiled(cell: Cell) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True)
         if not path.exists():
             raise UserError(f"{cell.name}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-        return json.loads(path.read_text())[0] | {"cell": cell.name, "chip_rows": cell.rows}
+        found = json.loads(path.read_text())[0]
+        return found | {"cell": cell.name, "chip_rows": found["rows"] / found["chips"]}
 
 
 def kept(path: Path) -> dict[str, dict[str, Any]]:
@@ -118,7 +123,7 @@ def row(r: dict[str, Any]) -> str:
     model, where, _, _, *kept = r["cell"].split()
     mesh = r["mesh"] if r["chips"] > 1 else ""
     memory = f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
-    rows = ", ".join([str(r["chip_rows"]), *kept])
+    rows = ", ".join([f"{r['chip_rows']:g}", *kept])
     head = f"| {model} | {where} | {mesh} | {rows} | {memory} |"
     if not r["fits"]:
         return f"{head} does not fit | | | | |"

@@ -33,7 +33,8 @@ def main(args: Sequence[str] | None = None) -> int:
     job = jobs.read(options, rest)
     print(job.title(), flush=True)
     records, fits = [], True
-    for where, figures in _each(job, options.program.split(",")):
+    programs = options.program.split(",")
+    for where, figures in _filled(job, programs) if options.fill else _each(job, programs):
         print("\n".join(report.lines(figures, where)), flush=True)
         records.append(report.record(figures, where))
         fits = fits and figures.fits(where.chip)
@@ -45,11 +46,23 @@ def main(args: Sequence[str] | None = None) -> int:
 def _each(job: "Job", programs: Sequence[str]) -> Iterator[Any]:
     last = ""
     for program in programs:
-        where = job.training if program == "train" else job.answering
+        where = job.place(program)
         if where.mesh != last:
             print(f"mesh {where.mesh}, {where.why}", flush=True)
             last = where.mesh
         yield where, job.figures(program)
+
+
+def _filled(job: "Job", programs: Sequence[str]) -> Iterator[Any]:
+    from minigpt4_jax.ahead import fill, report
+
+    def tell(figures: Any, where: Any) -> None:
+        print(report.attempt(figures, where), flush=True)
+
+    for program in programs:
+        figures, where = fill.fullest(job, program, tell)
+        print(f"mesh {where.mesh}, {where.why}", flush=True)
+        yield where, figures
 
 
 def _parser() -> Parser:
@@ -63,6 +76,7 @@ def _parser() -> Parser:
     p.add_argument("--kv-cache", choices=("int8",), help="for answering")
     p.add_argument("--batch", type=int, default=1, help="rows that answer together")
     p.add_argument("--context", type=int, default=2048, help="tokens of a row when answering")
+    p.add_argument("--fill", action="store_true", help="as many rows as fit, by powers of two")
     p.add_argument("--json", metavar="FILE", help="write the figures there as well")
     p.add_argument("--code", action="store_true", help="machine code too: minutes, and its size")
     p.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' text there")

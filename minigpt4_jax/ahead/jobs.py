@@ -78,9 +78,37 @@ class Job:
         why = "as asked for" if self.mesh else "heads over as many chips as they divide among"
         return Slice(self.topology, count, describe(make_mesh(sizes, self.devices)), why)
 
+    def place(self, program: str) -> Slice:
+        return self.training if program == "train" else self.answering
+
     def _mesh(self, where: Slice) -> Mesh:
         text = where.mesh if where.chips > 1 else "data:1"
         return make_mesh(parse_mesh(text, where.chips), self.devices)
+
+    # --- how many rows ----------------------------------------------------------------------
+
+    def with_rows(self, program: str, rows: int) -> "Job":
+        """The same with so many rows at once."""
+        if program == "train":
+            return dataclasses.replace(
+                self, run=dataclasses.replace(self.run, batch_size=rows, accumulate=1)
+            )
+        return dataclasses.replace(self, batch=rows)
+
+    def first_rows(self, program: str) -> int:
+        """About as many as are asked for, and one for every chip, or a power of two of them."""
+        train = program == "train"
+        asked = self.run.batch_size // self.run.accumulate if train else self.batch
+        chips = len(self.devices)
+        return chips << max(0, math.ceil(math.log2(asked / chips)))
+
+    def least_rows(self, program: str) -> int:
+        """The fewest that a mesh which was asked for divides."""
+        text = self.mesh or (self.run.mesh if program == "train" else "auto")
+        if text in ("", "auto"):
+            return 1
+        sizes = parse_mesh(text, len(self.devices))
+        return sizes["data"] * sizes["fsdp"] if program == "train" else 1
 
     # --- what -------------------------------------------------------------------------------
 

@@ -91,17 +91,15 @@ def attention(
     mask: jax.Array | None = None,
     segments: jax.Array | None = None,
     window: int | None = None,
-    trained: bool = False,
 ) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
 
     lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
     segments [B, T = S], in place of both: a query sees the keys of its own segment.
     window: with causal, a query sees itself and the window - 1 keys before it.
-    trained: a backward pass may follow, for which scores would be kept.
     """
     if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
-        if trained and backend() == "tpu" and window is None and kernels.takes(q):
+        if backend() == "tpu" and window is None and kernels.takes(q):
             return kernels.causal_attention(q, k, v, scale)
         return _attention_by_blocks(q, k, v, scale, lengths, window)
     if segments is not None:

@@ -101,13 +101,11 @@ class Attention(nnx.Module):
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
         int8: bool = False,
-        trained: bool = False,
     ) -> tuple[jax.Array, tuple]:
         """Causal attention within right-padded rows, or within the segments of packed ones. Returns
         [B, T, D] and the (k, v) for a cache.
 
-        int8: for a cache that is rounded; the rows see its keys and values then. trained: as in
-        `layers.attention`.
+        int8: for a cache that is rounded; the rows see its keys and values then.
         """
         c = self.config
         q, k, v = self.heads(x, rope, key)
@@ -115,7 +113,7 @@ class Attention(nnx.Module):
         k, v = (floats(a, q.dtype) for a in kv)
         y = attention(
             q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, segments=segments,
-            window=c.window, trained=trained,
+            window=c.window,
         )  # fmt: skip
         return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
 
@@ -165,7 +163,7 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
         """key: of the dropout of this block's adapters; None: off."""
-        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key, trained=True)
+        y, kv = self.attn(self.norm1(x), rope, lengths, segments, key)
         return self._after(x, y, key), kv
 
     def prefill(

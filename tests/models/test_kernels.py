@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from minigpt4_jax import topology
 from minigpt4_jax.models import kernels
 from minigpt4_jax.models.layers import attention
 
@@ -35,3 +37,27 @@ def test_the_kernel_is_causal_attention():
     )
     for one, other in zip(ours[1], theirs[1], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "width", "dtype", "window", "takes_it"),
+    [
+        ("tpu", 1344, 128, jnp.bfloat16, None, True),
+        ("tpu", 1024, 128, jnp.bfloat16, None, False),  # no gain for short rows
+        ("tpu", 1344, 64, jnp.bfloat16, None, False),
+        ("tpu", 1344, 128, jnp.float32, None, False),
+        ("tpu", 1344, 128, jnp.bfloat16, 512, False),
+        ("cpu", 1344, 128, jnp.bfloat16, None, False),
+    ],
+)
+def test_long_rows_on_a_tpu_go_to_the_kernel(platform, tokens, width, dtype, window, takes_it):
+    """As far as a program for a TPU can be made without one: it calls the kernel, compiled by Pallas."""
+
+    def f(q, k, v):
+        return attention(q, k, v, scale=0.1, causal=True, lengths=lengths, window=window)
+
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), dtype) for n in (4, 2))
+    lengths = jnp.array([tokens - 5])
+    with topology.compiling_for(platform):
+        program = jax.jit(f).trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tpu_custom_call" in program) == takes_it

@@ -1,0 +1,73 @@
+"""The most rows that a slice holds: doubled as long as a program fits, or halved until it does."""
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from minigpt4_jax.ahead.jobs import Job
+from minigpt4_jax.ahead.report import Figures, Slice
+
+CODE = 0.15e9  # bytes left for machine code where none is made: it takes 0.04 to 0.11 GB
+
+Tried = tuple[Figures, Slice]
+
+
+def fullest(job: Job, program: str, tell: Callable[[Figures, Slice], None]) -> Tried:
+    """What fits with the most rows, or, if nothing does, what was tried with the fewest. Counts of rows
+    are one for every chip, times a power of two. tell: called with every one that is tried.
+    """
+
+    def attempt(rows: int) -> Tried:
+        found = _apart(job.with_rows(program, rows), program)
+        tell(*found)
+        return found
+
+    rows, least = job.first_rows(program), job.least_rows(program)
+    best = attempt(rows)
+    if _fits(best):
+        while _fits(more := attempt(rows := 2 * rows)):
+            best = more
+        return best
+    while rows % 2 == 0 and rows // 2 >= least:
+        best = attempt(rows := rows // 2)
+        if _fits(best):
+            break
+    return best
+
+
+def _fits(found: Tried) -> bool:
+    figures, where = found
+    made = figures.memory is not None and figures.memory.program > 0
+    return figures.fits(where.chip) and figures.peak + (0 if made else CODE) <= where.chip.usable
+
+
+def _apart(job: Job, program: str) -> Tried:
+    """The figures, from a process that ends with them: the compiler there works on at machine code that
+    nobody wants, and would slow down the next attempt."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    child = spawn.Process(target=_compile, args=(dataclasses.replace(job), program, theirs))
+    child.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the compiler's process ended with code {child.exitcode}") from None
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _compile(job: Job, program: str, to: Connection) -> None:
+    try:
+        found = job.figures(program), job.place(program)
+    except Exception as e:
+        found = e
+    to.send(found)
+    os._exit(0)

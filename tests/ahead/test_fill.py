@@ -1,0 +1,68 @@
+"""The search for the most rows that fit, with a chip that is pretended to take so much a row."""
+
+import argparse
+
+import pytest
+
+from minigpt4_jax.ahead import fill, jobs, report
+from minigpt4_jax.ahead.chips import CHIPS
+from minigpt4_jax.ahead.compiler import Memory
+from minigpt4_jax.errors import UserError
+
+ROOM = CHIPS["v5e"].usable
+EIGHT = report.Slice("v5e:2x4", 8, "data:8", "")
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Rows of what was compiled, by which a chip would be filled: a 40th of its memory a row of its own."""
+    rows: list[int] = []
+    monkeypatch.setattr(jobs.Job, "devices", list(range(8)))
+
+    def figures(job, program):
+        n = job.run.batch_size // job.run.accumulate if program == "train" else job.batch
+        rows.append(n)
+        memory = Memory(0, 0, round(n / 8 * ROOM / 40), 0)
+        return report.Figures(program, "", n, memory, 0, None, None, 1.0, None, 0.0), EIGHT
+
+    monkeypatch.setattr(fill, "_apart", figures)
+    return rows
+
+
+def job(*args, topology="v5e:2x4", mesh=None, batch=1):
+    options = argparse.Namespace(
+        topology=topology, size="vicuna7b", mesh=mesh, tokens=None, quantize=None, kv_cache=None,
+        batch=batch, context=64, hlo=None, code=False,
+    )  # fmt: skip
+    return jobs.read(options, ["--config=stage2", *args])
+
+
+def fullest(job, program="train"):
+    told = []
+    found, _ = fill.fullest(job, program, lambda figures, _: told.append(figures.rows))
+    return found.rows, told
+
+
+def test_rows_are_doubled_while_they_fit(tried):
+    # 12 rows of the recipe in two parts, six at once: one for every chip at least
+    assert fullest(job("--config.accumulate=2")) == (256, [8, 16, 32, 64, 128, 256, 512])
+    assert tried == [8, 16, 32, 64, 128, 256, 512]
+    assert fullest(job(batch=9), "decode") == (256, [16, 32, 64, 128, 256, 512])
+
+
+def test_rows_are_halved_until_they_fit(tried):
+    assert fullest(job("--config.batch_size=2048", "--config.accumulate=1"))[1] == [2048, 1024, 512, 256]
+    # a mesh that was asked for is not given fewer rows than it divides
+    many = ["--config.batch_size=4096", "--config.accumulate=1"]
+    assert job(*many, mesh="data:4,model:2").least_rows("train") == 4
+
+
+def test_room_is_left_for_machine_code(tried, monkeypatch):
+    """40 rows of a chip would fill it to the last byte."""
+    monkeypatch.setattr(jobs.Job, "first_rows", lambda self, program: 320)
+    assert fullest(job())[1] == [320, 160]
+
+
+def test_a_mistake_in_the_process_apart_is_told_here():
+    with pytest.raises(UserError, match="'v9:2x4': expected one of v4"):
+        fill._apart(job(topology="v9:2x4"), "train")
