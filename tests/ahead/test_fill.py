@@ -51,9 +51,9 @@ def test_rows_are_doubled_while_they_fit(tried):
 
 
 def test_rows_are_halved_until_they_fit(tried):
-    assert fullest(job("--config.batch_size=2048", "--config.accumulate=1"))[1] == [2048, 1024, 512, 256]
+    many = ["--config.batch_size=2048", "--config.accumulate=1"]
+    assert fullest(job(*many))[1] == [2048, 1024, 512, 256]
     # a mesh that was asked for is not given fewer rows than it divides
-    many = ["--config.batch_size=4096", "--config.accumulate=1"]
     assert job(*many, mesh="data:4,model:2").least_rows("train") == 4
 
 
