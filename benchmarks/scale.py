@@ -17,6 +17,7 @@ stage. "rows": a chip's.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -122,7 +123,7 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
 def row(r: dict[str, Any]) -> str:
     model, where, _, _, *kept = r["cell"].split()
     mesh = r["mesh"] if r["chips"] > 1 else ""
-    memory = f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
+    memory = _memory(r)
     rows = ", ".join([f"{r['chip_rows']:g}", *kept])
     head = f"| {model} | {where} | {mesh} | {rows} | {memory} |"
     if not r["fits"]:
@@ -155,6 +156,47 @@ def scaling(records: dict[str, dict[str, Any]]) -> Iterator[str]:
                 yield f"{model} {where} {r['mesh']} -> {same[1]} {other['mesh']}: {share:.1%}"
 
 
+SUMMARY = (
+    "| | chip | smallest slice, GB of a chip | eight chips | ms, of peak | the same, products kept "
+    "| most rows of a chip | 256 chips | 8 to 256 |\n|---|---|---|---|---|---|---|---|---:|"
+)
+
+
+def summary(found: dict[str, dict[str, Any]], rows: int | None = None) -> Iterator[str]:
+    """A line for each model and kind of chip of which all is known."""
+    for model, (_, usual) in MODELS.items():
+        for chip in SLICES:
+            with contextlib.suppress(KeyError):
+                yield _line(model, chip, rows or usual, found)
+
+
+def _line(model: str, chip: str, rows: int, found: dict[str, dict[str, Any]]) -> str:
+    few, eight, many = SLICES[chip]
+
+    def of(shape: str, **how: bool) -> dict[str, Any]:
+        return found[Cell(model, f"{chip}:{shape}", rows, **how).name]
+
+    small = next((shape for shape in few if of(shape)["fits"]), few[-1])
+    usual, kept, most, large = of(eight), of(eight, remat=False), of(eight, fill=True), of(many)
+    other_mesh = f"{kept['mesh']}: " if kept["fits"] and kept["mesh"] != usual["mesh"] else ""
+    share = usual["predicted"]["seconds"] / large["predicted"]["seconds"]
+    return (
+        f"| {model}, {rows} | {chip} | {small}: {_memory(of(small))} | {usual['mesh']} | {_time(usual)} | "
+        f"{other_mesh}{_time(kept)} | {most['chip_rows']:g}: {_memory(most)} | "
+        f"{large['mesh']}: {_time(large)} | {share:.1%} |"
+    )
+
+
+def _memory(r: dict[str, Any]) -> str:
+    return f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
+
+
+def _time(r: dict[str, Any]) -> str:
+    if not r["fits"]:
+        return "does not fit"
+    return f"{r['predicted']['seconds'] * 1e3:.0f} ms, {r['predicted']['share']:.0%}"
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose name this is found in")
@@ -176,6 +218,7 @@ def main() -> None:
             print(row(found[cell.name]), flush=True)
     print("\n" + HEAD)
     print("\n".join(row(found[cell.name]) for cell in chosen if cell.name in found))
+    print("\n".join(["", SUMMARY, *summary(found, args.rows)]))
     print("\nWeak scaling, 8 to 256 chips, predicted:")
     print("\n".join(scaling(found)) or "(no two cells to compare)")
     if not args.no_checkpoints:
