@@ -54,7 +54,7 @@ MODELS = {
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
 CASES = [(m, s) for m in ("qformer", "v2") for s in SHAPES]
 CASES += [("patches", (1, 8, 1)), ("patches", (2, 2, 2)), ("odd", (2, 2, 2)), ("odd", (1, 2, 4))]
-SEARCHED = {("qformer", (2, 2, 2))}
+SEARCHED = {("qformer", (2, 2, 2)), ("qformer", (1, 1, 8))}
 COMPILED: list[str] = []  # an entry whenever XLA has compiled a program
 VARIANTS = {"plain": {}, "accumulate": {"accumulate": 2, "remat": True}}
 

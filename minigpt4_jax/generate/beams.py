@@ -164,8 +164,9 @@ def _advance(s: State, logits: jax.Array, rules: Rules, plan: Plan) -> State:
     total = _process(natural, s, ends, rules.options, plan) + s.sums[..., None]
     # Enough that `q` of them go on, whichever end: each beam has at most R ends.
     best, index = jax.lax.top_k(total.reshape(b, q * v), min(q * (1 + ends.shape[2]), q * v))
-    # XLA on CPU knows a top_k by the slices of a sort, and sorts it all if they are sliced further.
-    best, index = jax.lax.optimization_barrier((best, index))
+    # XLA on CPU knows a top_k by the slices of a sort, and sorts it all if they are sliced further. Each by
+    # itself: on some meshes XLA on CPU aborts where a barrier takes both.
+    best, index = jax.lax.optimization_barrier(best), jax.lax.optimization_barrier(index)
     parent, token = index // v, index % v  # [B, C]
     stops = jnp.any(_of_beams(ends, parent) == token[..., None], axis=2)
     finished = _collect(s, natural, parent[:, :q], token[:, :q])._replace(

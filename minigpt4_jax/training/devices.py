@@ -73,10 +73,17 @@ def _least_split(
             how = f"split {over} devices" if fsdp * model > 1 else "whole on each"
             return sizes, f"weights {how} take {text}{told}"
         told = f"; {over} it would be {size_text(need.total)}"
+        if need.total <= memory:
+            told += f", which may fit and is faster (--config.mesh={_text_of(sizes)})"
     return sizes, (
         f"memory is saved; even so it takes {text}, and may not fit: take fewer rows at once "
         "(config.accumulate), config.remat or more devices"
     )
+
+
+def _text_of(sizes: dict[str, int]) -> str:
+    """As `parse_mesh` reads it."""
+    return ",".join(f"{axis}:{n}" for axis, n in sizes.items() if n > 1) or "data:1"
 
 
 def share_of(mesh: Mesh, rows: int) -> Share:
