@@ -66,8 +66,7 @@ def _apart(job: Job, program: str) -> Tried:
 
 def _compile(job: Job, program: str, to: Connection) -> None:
     try:
-        found = job.figures(program), job.place(program)
+        to.send((job.figures(program), job.place(program)))
     except Exception as e:
-        found = e
-    to.send(found)
+        to.send(e)
     os._exit(0)
