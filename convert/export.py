@@ -16,11 +16,11 @@ from typing import IO
 
 import numpy as np
 
-from convert.readers import open_file
 from convert.tables import FINE_TUNED, original_key
 from convert.tensors import contiguous
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.paths import any_path, local_path
 from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config
 
 Load = Callable[[], np.ndarray]
@@ -32,6 +32,7 @@ def export(model_dir: Path, out: Path) -> list[str]:
 
     UserError when `model_dir` is no model or `out` cannot be written; then nothing is left behind.
     """
+    model_dir, out = any_path("model directory", model_dir), local_path("--out", out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
     config = read_config(model_dir)
@@ -52,11 +53,8 @@ def export(model_dir: Path, out: Path) -> list[str]:
 
 def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
     names = {n for n in tensors if part_of(n) in ("projection", "lora")}
-    *changed, _base = model_chain(model_dir)
-    for folder in changed:  # a directory that training wrote holds what was trained
-        for path in folder.glob("*.safetensors"):
-            names |= open_file(path).tensors.keys()
-    return names
+    base = model_chain(model_dir)[-1]  # a directory that training wrote holds what was trained
+    return names | {n for n in tensors if tensors.path(n).parent != base}
 
 
 def _load(tensors: Tensors, name: str, shape: Shape) -> np.ndarray:

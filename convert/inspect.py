@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from convert.readers import open_file
+import numpy as np
+
+from minigpt4_jax.bucket_tensors import DTYPES
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.weights import model_chain, part_of, read_config, read_document
+from minigpt4_jax.paths import any_path
+from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config, read_document
 
 _PARTS = ("vit", "qformer", "projection", "lora", "llm")
 # part -> the option of `build` whose file it came from, the first that was recorded
@@ -29,12 +32,13 @@ def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
 
 def describe(model_dir: Path) -> dict[str, Any]:
     """Variant, sizes, parameters, types and bytes of each part, tokens, template, origins."""
+    model_dir = any_path("model directory", model_dir)
     config = read_config(model_dir)
     chain = model_chain(model_dir)
     sources: dict[str, Any] = {}
     for folder in reversed(chain):
         sources |= read_document(folder).get("sources") or {}
-    parts = _parts(chain)
+    parts = _parts(Tensors(model_dir))
     for name, part in parts.items():
         origin = next((sources[o] for o in _ORIGINS[name] if o in sources), None)
         if len(part["directories"]) and part["directories"] != [str(chain[-1])]:
@@ -53,29 +57,25 @@ def describe(model_dir: Path) -> dict[str, Any]:
     }
 
 
-def _parts(chain: list[Path]) -> dict[str, dict[str, Any]]:
-    """Part -> counts, each parameter taken from the first directory in the chain that has it."""
+def _parts(tensors: Tensors) -> dict[str, dict[str, Any]]:
+    """Part -> counts."""
     parts: dict[str, dict[str, Any]] = {}
-    seen: set[str] = set()
-    for folder in chain:
-        for path in sorted(folder.glob("*.safetensors")):
-            for name, tensor in open_file(path).tensors.items():
-                if name in seen:
-                    continue
-                seen.add(name)
-                empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
-                part = parts.setdefault(part_of(name), empty)
-                kind = tensor.dtype.name
-                if kind == "uint8":  # two parameters a byte (minigpt4_jax/quant.py)
-                    part["parameters"] += 2 * math.prod(tensor.shape)
-                    kind = "int4"
-                elif not name.endswith(("_scale", "_offset")):  # of a quantized weight
-                    part["parameters"] += math.prod(tensor.shape)
-                part["bytes"] += tensor.nbytes
-                facts = (("dtypes", kind), ("files", path.name))
-                for key, value in (*facts, ("directories", str(folder))):
-                    if value not in part[key]:
-                        part[key].append(value)
+    for name in tensors:
+        empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
+        part = parts.setdefault(part_of(name), empty)
+        dtype, size = np.dtype(DTYPES[tensors.dtype(name)]), math.prod(tensors.shape(name))
+        kind = dtype.name
+        if kind == "uint8":  # two parameters a byte (minigpt4_jax/quant.py)
+            part["parameters"] += 2 * size
+            kind = "int4"
+        elif not name.endswith(("_scale", "_offset")):  # of a quantized weight
+            part["parameters"] += size
+        part["bytes"] += size * dtype.itemsize
+        path = tensors.path(name)
+        facts = (("dtypes", kind), ("files", path.name), ("directories", str(path.parent)))
+        for key, value in facts:
+            if value not in part[key]:
+                part[key].append(value)
     return {name: parts[name] for name in _PARTS if name in parts}
 
 

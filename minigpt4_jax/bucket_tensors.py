@@ -15,7 +15,7 @@ import numpy as np
 
 from minigpt4_jax.paths import read_bytes, size_of
 
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
@@ -62,7 +62,7 @@ class _Tensor:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """The part of these slices, without steps; of the rows that it has all columns are fetched."""
-        shape, dtype = self.get_shape(), np.dtype(_DTYPES[self.get_dtype()])
+        shape, dtype = self.get_shape(), np.dtype(DTYPES[self.get_dtype()])
         rows = range(shape[0])[index[0]] if index else range(shape[0] if shape else 1)
         row = math.prod(shape[1:]) * dtype.itemsize
         start, size = self._at + rows.start * row, len(rows) * row

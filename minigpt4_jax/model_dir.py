@@ -113,6 +113,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape
 
+    def path(self, name: str) -> Path:
+        """The file that the tensor is read from."""
+        return self._stored[name].path
+
     def dtype(self, name: str) -> str:
         """The stored type as safetensors spells it, for instance F16."""
         return self._stored[name].dtype

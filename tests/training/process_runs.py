@@ -1,4 +1,4 @@
-"""Run by test_processes.py in every one of several processes:
+"""Run by hosts.py in every one of several processes:
 `process_runs.py FOLDER ADDRESS COUNT INDEX`, where the test has put jobs.json, a list of runs, and what
 they name. Writes FOLDER/INDEX-of-COUNT.json."""
 

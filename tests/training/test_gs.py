@@ -1,6 +1,7 @@
 """Runs and models in a bucket, gs://, by the real libraries against a server on this machine."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from hosts import in_processes
 
 from minigpt4_jax import errors, weights
+from minigpt4_jax.training import checkpoints
 from minigpt4_jax.training.config import DataConfig, TrainConfig
+from minigpt4_jax.training.config_values import to_dict
 from minigpt4_jax.training.loop import train
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks of Google, not of the server here
@@ -149,6 +153,27 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, on_disk, tmp_path, m
 
 
 @pytest.mark.slow
+def test_two_processes_in_a_bucket(home, bucket, on_disk, tmp_path):
+    """Stopped, continued and stopped again, and ended by one."""
+    c, run = config(home, "gs://bucket/models/tiny"), put("gs://bucket/runs/two")
+    c = dataclasses.replace(c, eval_every=0, save_every=1)  # one program less, and told at once
+    life = {"name": "two", "workdir": str(run), "values": to_dict(c)}
+    in_processes(tmp_path, 2, 1, {"runs": [life | {"stop": [0, 1]}, life | {"stop": [1, 4]}]})
+    said = (tmp_path / "0-of-2.log").read_text()
+    assert said.count("start the same command again to continue") == 2
+    assert "continuing at step " in said and "fsdp:2" in said
+    done, seen = max(int(p.name) for p in (run / "checkpoints").iterdir()), []
+    result = train(c, str(run), on_metrics=lambda r: seen.append(r["step"]))
+    assert seen == [6] and done == 5
+    for name, content in on_disk[0].items():
+        array = np.frombuffer(trained(result.model)[name], np.float32)
+        np.testing.assert_allclose(array, np.frombuffer(content, np.float32), 1e-5, 1e-5)
+    found = records((run / "metrics.jsonl").read_text())
+    for a, b in zip(found, (r for r in on_disk[1] if "loss" in r), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
     home, bucket, on_disk, monkeypatch
 ):
@@ -182,6 +207,24 @@ def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
     assert seen[0] == 3 and trained(result.model) == on_disk[0]
 
 
+@pytest.mark.slow
+def test_a_bucket_that_is_gone_while_a_checkpoint_is_written(home, bucket, monkeypatch):
+    """Where TensorStore alone cannot reach it, once Orbax has begun."""
+    monkeypatch.setattr(checkpoints, "_RETRIES", {"max_retries": 1})
+    made = checkpoints.Checkpoints(put("gs://bucket/runs/c/checkpoints"), 2)
+    made.save(1, {"a": np.ones(3)}, (), {})
+    made.wait()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://localhost:1")
+    begun = time.monotonic()
+    made.save(2, {"a": np.ones(3)}, (), {})
+    with pytest.raises(errors.UserError) as e:
+        made.wait()
+    assert time.monotonic() - begun < 30
+    made.close()
+    assert "cannot write checkpoints in gs://bucket/runs/c/checkpoints: " in str(e.value)
+    assert "the last good checkpoint is step 1. See that the folder can be reached" in str(e.value)
+
+
 def test_a_model_in_a_bucket_is_read_by_ranges(home, bucket):
     here, there = weights.Tensors(home / "model"), weights.Tensors("gs://bucket/models/tiny")
     assert set(here) == set(there)
@@ -191,6 +234,41 @@ def test_a_model_in_a_bucket_is_read_by_ranges(home, bucket):
     index = (slice(3, 9), slice(4, 7))
     for name in ("llm.embed", "llm.blocks.1.attn.q.weight"):
         np.testing.assert_array_equal(here.part(name, index), there.part(name, index))
+
+
+def test_converted_to_a_bucket_and_from_it(bucket, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "convert")
+    monkeypatch.chdir(tmp_path)
+    from convert_sources import make_files
+
+    from convert.__main__ import main
+
+    files, out = make_files(tmp_path), "gs://bucket/models/built"
+    main(files.arguments("minigpt-v2"))
+    main(files.arguments("minigpt-v2", out=out))
+    here, there = weights.Tensors(tmp_path / "model_c"), weights.Tensors(out)
+    assert dict(here).keys() == dict(there).keys()
+    assert all(here[name].tobytes() == there[name].tobytes() for name in here)
+    capsys.readouterr()
+    main(["inspect", str(tmp_path / "model_c")])
+    expected = capsys.readouterr().out.replace(str(tmp_path / "model_c"), out)
+    main(["inspect", out])
+    assert capsys.readouterr().out == expected and f"{out}: minigpt-v2" in expected
+    for model, folder in ((tmp_path / "model_c", "a"), (out, "b")):
+        (tmp_path / folder).mkdir()
+        main(["export", f"--model={model}", f"--out={tmp_path / folder / 'c.pth'}"])
+    assert (tmp_path / "a" / "c.pth").read_bytes() == (tmp_path / "b" / "c.pth").read_bytes()
+    for arguments, message in (
+        (files.arguments("minigpt-v2", out=out), "built exists and is not empty"),
+        (
+            files.arguments("minigpt-v2", out="gs://nowhere/model"),
+            "cannot write gs://nowhere/model",
+        ),
+        (["export", f"--model={out}", "--out=gs://bucket/c.pth"], "only local paths work"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            main(arguments)
+    assert not (tmp_path / "gs:").exists()
 
 
 def test_what_a_bucket_cannot_be(home, bucket):

@@ -7,20 +7,19 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from hosts import address, begin, in_processes
 from safetensors.numpy import load_file
 
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.joining import Options, take_options
 
-HERE = Path(__file__).parent
 LORA = LoraConfig(rank=2, dropout=0.1)
 MODELS = {
     "qformer": {},
@@ -36,12 +35,6 @@ MESHES = {  # of two processes with two devices each, then of four with one, for
     "v2": ("model:4", "data:2,model:2"),
 }
 STEPS = 8
-
-
-def address() -> str:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return f"localhost:{s.getsockname()[1]}"
 
 
 def slurm(process: int, job: int) -> dict[str, str]:
@@ -60,16 +53,6 @@ def free_job() -> int:
             s.bind(("localhost", 61440 + job))
             return job
     raise AssertionError("no port is free")
-
-
-def begin(command: list[object], devices: int = 1, **variables: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 def values(home: Path, name: str) -> dict:
@@ -106,17 +89,6 @@ def home(tmp_path_factory):
     in_processes(folder, 2, 2, {"runs": two, "answers": asked | {"mesh": "data:2,model:2"}})
     in_processes(folder, 4, 1, {"runs": four})
     return folder
-
-
-def in_processes(folder: Path, count: int, devices: int, jobs: dict) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    at = address()
-    command = [HERE / "process_runs.py", folder, at, count]
-    started = [begin([*command, index], devices) for index in range(count)]
-    for index, process in enumerate(started):
-        out, err = process.communicate(timeout=300)
-        (folder / f"{index}-of-{count}.log").write_text(out)
-        assert process.returncode == 0, f"process {index}: {out[-2000:]}{err[-4000:]}"
 
 
 def records(workdir: Path, file: str = "metrics.jsonl") -> list[dict]:
