@@ -43,8 +43,6 @@ class Checkpoints:
         self._ocp, self._folder, self._keep = ocp, folder, keep
         self._whole: int | None = None  # the last step that is known to be written
         logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
-        if is_remote(folder):
-            _give_up_sooner()
         try:
             self._manager = ocp.CheckpointManager(
                 absolute(folder),
@@ -213,19 +211,6 @@ def saved_steps(folder: Path) -> list[int]:
     if is_remote(folder):
         return [int(p.name) for p in found if (p / "commit_success.txt").exists()]
     return [int(p.name) for p in found if p.is_dir()]
-
-
-_RETRIES = {"max_retries": 7}  # with TensorStore's waits, of 32 s at most, in some 100 s
-
-
-def _give_up_sooner() -> None:
-    """TensorStore, which moves Orbax's arrays, tries 32 times to reach a bucket: 15 minutes. Orbax has
-    no option for that; where its tables are no longer found, it stays so."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from orbax.checkpoint._src.serialization import tensorstore_utils
-
-        for table in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
-            getattr(tensorstore_utils, table)["gcs_request_retries"] = _RETRIES
 
 
 class _Damaged(Exception):
