@@ -1,179 +1,122 @@
-"""Memory of answering at full size, from the compiled programs; no weights are made.
+"""Memory of answering at full size, as the compiler for TPUs plans it; no weights are made.
 
     python benchmarks/decode_memory.py [--model=7b,13b,v2] [--precision=bfloat16,int8,int4]
-        [--batch=1,8,32] [--context=2000] [--topology=v5p:1x1x1] [--layers=N] [--decode-layers=N]
+        [--batch=1,8,32] [--context=2000] [--topology=v5p:1x1x1] [--jsonl=FILE] [--code]
 
-lowers three programs over parameters that are shapes only: the vision encoder on one image, the
-prefill of a row of `context` tokens, and the decoding loop over `batch` rows; compiles them for a
-chip of the topology (libtpu makes programs for TPUs without one), and prints bytes by
-`memory_analysis`. The weights, visual encoder and Q-Former included, stay through all three, and
-the cache (in int8 where the weights are rounded, else in bfloat16) is there from the prefill on; a
-program's temporaries come on top. peak is the largest sum. --topology=none compiles for this machine
-instead: XLA on CPU converts matrices and caches to float32, so its temporaries say nothing about
-an accelerator.
---layers compiles the prefill of a language model cut to so many layers, which is much faster: a
-layer's temporaries make room for the next one's. --decode-layers does so with the decoding loop.
+compiles the programs that run, all layers of them, with `python -m minigpt4_jax.compile`
+(libtpu, `pip install '.[tpu]'`, makes programs for TPUs without one): the vision encoder on one
+image, the prefill of one row of `context` tokens, and the decoding loop over `batch` rows. Columns,
+in GB: what lies there, weights (visual encoder and Q-Former included) and the cache of all rows, in
+int8 where the weights are rounded, else in bfloat16; the temporaries of each program; and peak, the
+most that one of the programs and what lies beside it take.
+While a row among several is read, the cache of all of them is there, and its own is made beside it.
+Figures that are in --jsonl already are not compiled again. Without --code no machine code is made,
+which takes minutes instead of seconds and adds its own size.
 """
 
 import argparse
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import SingleDeviceSharding
-
-from minigpt4_jax import topology, weights
-from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig
+from minigpt4_jax.ahead.programs import parameters
+from minigpt4_jax.ahead.sizes import SIZES
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
-from minigpt4_jax.models.cache import KVCache, Rounded
 
-MODELS = {
-    "7b": ModelConfig(),
-    "13b": ModelConfig(llm=LlmConfig(width=5120, layers=40, heads=40, kv_heads=40, ffn=13824)),
-    "v2": ModelConfig(
-        variant="minigpt-v2",
-        vision=VisionConfig(image_size=448),
-        qformer=None,
-        merge_patches=4,
-        lora=LoraConfig(),
-    ),
-}
+MODELS = {"7b": "vicuna7b", "13b": "vicuna13b", "v2": "v2"}
 PRECISIONS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 TARGETS = {("7b", "int8"): 9.0, ("13b", "int8"): 15.5, ("7b", "int4"): 5.5, ("13b", "int4"): 9.0}
 
 
-def parameters(config: ModelConfig) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
-    """(graph, leaves) of the model for decoding, as `load` in bfloat16 makes it."""
-    graphdef, state = nnx.split(weights.abstract_model(config, stacked=False))
-    flat = []
-    for path, leaf in nnx.to_flat_state(state):
-        integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-        kind = leaf.dtype if integer else weights.parameter_dtype(path, jnp.dtype(jnp.bfloat16))
-        flat.append((path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, kind))))
-    whole = nnx.from_flat_state(flat)
-    return (graphdef, jax.tree.structure(whole)), jax.tree.leaves(whole)
+def weights_of(config: ModelConfig) -> int:
+    """Bytes of all parameters."""
+    return sum(math.prod(shape) * kind.itemsize for _, shape, kind in parameters(config))
 
 
-def cache_shapes(config: ModelConfig, batch: int, context: int) -> KVCache:
-    """Of a quantized model in int8, a scale for each vector; else in bfloat16."""
+def cache_of(config: ModelConfig, rows: int, context: int) -> int:
+    """Bytes; int8 has a float32 scale for each vector."""
     c = config.llm
-    shape = (batch, c.kv_heads, context, c.head_dim)
-    one: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    if config.quantize is not None:
-        scale = jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
-        one = Rounded(jax.ShapeDtypeStruct(shape, jnp.int8), scale)
-    return KVCache([one] * c.layers, [one] * c.layers)
+    vector = 2 * c.head_dim if config.quantize is None else c.head_dim + 4
+    return 2 * c.layers * rows * c.kv_heads * context * vector
 
 
-def size(tree: Any) -> int:
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+class Compiler:
+    """Programs compiled by a process each, as the compiler works on behind its plan; those of a file
+    are not compiled again."""
 
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.file = options, options.jsonl
+        self.found: dict[str, Any] = {}
+        if self.file and self.file.exists():
+            records = map(json.loads, self.file.read_text().splitlines())
+            self.found = {" ".join(record["args"]): record for record in records}
 
-class Programs:
-    """What answering compiles, for one model and device."""
+    def figures(self, model: str, precision: str, program: str, rows: int) -> dict[str, Any]:
+        """What the command finds, bytes."""
+        scheme, o = PRECISIONS[precision], self.options
+        args = [
+            f"--size={MODELS[model]}", f"--topology={o.topology}", f"--program={program}",
+            f"--batch={rows}", f"--context={o.context}",
+        ]  # fmt: skip
+        args += [f"--quantize={scheme}", "--kv-cache=int8"] if scheme else []
+        args += ["--code"] if o.code else []
+        name = " ".join(args)
+        if name not in self.found:
+            self.found[name] = self._compiled(args)
+            if self.file:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(self.found[name]) + "\n")
+        return self.found[name]
 
-    def __init__(self, config: ModelConfig, device: Any):
-        self.config, self.device = config, device
-        (self.graphdef, self.treedef), leaves = parameters(config)
-        self.leaves = [self._placed(leaf) for leaf in leaves]
-
-    def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        place = SingleDeviceSharding(self.device)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    def _model(self, leaves: list) -> Any:
-        model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        model.llm.int8_cache = self.config.quantize is not None
-        return model
-
-    def compile(self, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()) -> Any:
-        inputs = jax.tree.map(self._placed, inputs)
-        jitted = jax.jit(program, donate_argnums=donate, keep_unused=True)
-        return jitted.lower(self.leaves, *inputs).compile()
-
-    def encode(self) -> Any:
-        s = self.config.vision.image_size
-        pixels = jax.ShapeDtypeStruct((1, 1, s, s, 3), jnp.uint8)
-        return self.compile(lambda leaves, p: self._model(leaves).encode(p), pixels)
-
-    def prefill(self, context: int) -> Any:
-        c = self.config
-
-        def program(leaves: list, tokens: jax.Array, visual: jax.Array, lengths: jax.Array) -> Any:
-            model = self._model(leaves)
-            embeds = model.merge(tokens, visual)
-            hidden, cache = model.llm.prefill(embeds, lengths, context)
-            last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-            return jnp.argmax(model.llm.logits(last), -1), cache
-
-        tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
-        visual = jax.ShapeDtypeStruct((1, c.visual_tokens, c.llm.width), jnp.float32)
-        return self.compile(program, tokens, visual, jax.ShapeDtypeStruct((1,), jnp.int32))
-
-    def decode(self, batch: int, context: int) -> Any:
-        def program(leaves: list, cache: KVCache, token: jax.Array, position: jax.Array) -> Any:
-            llm = self._model(leaves).llm
-
-            def step(carry: tuple) -> tuple:
-                token, position, cache = carry
-                embeds = llm.embed_tokens(token[:, None])
-                hidden, cache = llm.decode(embeds, position[:, None], cache)
-                token = jnp.argmax(llm.logits(hidden[:, 0]), -1).astype(jnp.int32)
-                return token, position + 1, cache
-
-            return jax.lax.while_loop(lambda c: c[1][0] < context, step, (token, position, cache))
-
-        cache = cache_shapes(self.config, batch, context)
-        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return self.compile(program, cache, row, row, donate=(1,))
-
-
-def temporaries(compiled: Any) -> int:
-    """Bytes beside arguments and results."""
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
-def cut(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """With so many layers of the language model."""
-    llm = dataclasses.replace(config.llm, layers=layers or config.llm.layers)
-    return dataclasses.replace(config, llm=llm)
+    def _compiled(self, args: list[str]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "figures.json"
+            command = [sys.executable, "-m", "minigpt4_jax.compile", *args, f"--json={path}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not path.exists():
+                told = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+                raise UserError(f"{' '.join(args)}: {told[-1]}")
+            (record,) = json.loads(path.read_text())
+        if "memory" not in record:
+            raise UserError(f"{' '.join(args)}: does not fit; take a larger chip for --topology")
+        return record | {"args": args}
 
 
 def measure(
-    config: ModelConfig, device: Any, batches: list[int], context: int, layers: int | None,
-    decode_layers: int | None,
-) -> Iterator[dict[str, float]]:  # fmt: skip
-    """GB by column, for each batch."""
-    held, row = size(parameters(config)[1]), size(cache_shapes(config, 1, context))
-    with topology.compiling_for(device.platform):
-        first = Programs(cut(config, layers), device)
-        encode, prefill = temporaries(first.encode()), temporaries(first.prefill(context))
-        loop = Programs(cut(config, decode_layers), device)
-        for batch in batches:
-            cache = size(cache_shapes(config, batch, context))
-            decode = temporaries(loop.decode(batch, context))
-            # other rows' caches lie beside a row while its image is encoded
-            peak = max(encode + cache - row, cache + prefill, cache + decode)
-            found = {
-                "weights": held, "cache": cache, "encode": encode, "prefill": prefill,
-                "decode": decode, "peak": held + peak,
-            }  # fmt: skip
-            yield {name: value / 1e9 for name, value in found.items()}
+    compiler: Compiler, model: str, precision: str, rows: int, context: int
+) -> dict[str, float]:
+    """GB by column."""
+    config = dataclasses.replace(SIZES[MODELS[model]], quantize=PRECISIONS[precision]).check()
+    encode, prefill = (
+        compiler.figures(model, precision, program, 1) for program in ("encode", "prefill")
+    )
+    decode = compiler.figures(model, precision, "decode", rows)
+    cache = cache_of(config, rows, context)
+    others = cache if rows > 1 else 0  # lies there while an image is encoded and a prompt is read
+    columns = {
+        "weights": weights_of(config), "cache": cache,
+        "encode": encode["memory"]["temporaries"], "prefill": prefill["memory"]["temporaries"],
+        "decode": decode["memory"]["temporaries"],
+        "peak": max(encode["peak"] + others, prefill["peak"] + others, decode["peak"]),
+    }  # fmt: skip
+    return {name: value / 1e9 for name, value in columns.items()}
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="7b,13b")
+    parser.add_argument("--model", default="7b,13b,v2")
     parser.add_argument("--precision", default="bfloat16,int8,int4")
-    parser.add_argument("--batch", default="1")
+    parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--topology", default="v5p:1x1x1")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--decode-layers", type=int)
+    parser.add_argument("--jsonl", type=Path, help="kept figures, a line for each program")
+    parser.add_argument("--code", action="store_true")
     a = parser.parse_args()
     names, precisions = a.model.split(","), a.precision.split(",")
     batches = [int(batch) for batch in a.batch.split(",")]
@@ -181,18 +124,17 @@ def main() -> None:
         p for p in precisions if p not in PRECISIONS
     ]:
         raise UserError(f"{unknown[0]!r}: expected {', '.join(MODELS)}; {', '.join(PRECISIONS)}")
-    device = jax.devices()[0] if a.topology == "none" else topology.devices(a.topology)[0]
-    print(f"GB on {device.device_kind}, context {a.context}")
+    compiler = Compiler(a)
+    print(f"GB of a chip of {a.topology}, context {a.context}")
     columns = ("weights", "cache", "encode", "prefill", "decode", "peak", "target")
     print(f"{'model':6}{'precision':10}{'batch':>6}" + "".join(f"{c:>9}" for c in columns))
     for name in names:
         for precision in precisions:
-            config = dataclasses.replace(MODELS[name], quantize=PRECISIONS[precision]).check()
-            found = measure(config, device, batches, a.context, a.layers, a.decode_layers)
-            for batch, values in zip(batches, found, strict=True):
+            for rows in batches:
+                values = measure(compiler, name, precision, rows, a.context)
                 numbers = "".join(f"{v:9.3f}" for v in values.values())
-                target = TARGETS.get((name, precision), "") if batch == 1 else ""
-                print(f"{name:6}{precision:10}{batch:6}{numbers}{target:>9}", flush=True)
+                target = TARGETS.get((name, precision), "") if rows == 1 else ""
+                print(f"{name:6}{precision:10}{rows:6}{numbers}{target:>9}", flush=True)
 
 
 if __name__ == "__main__":
