@@ -31,6 +31,18 @@ def compilation_cache(request, tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules whose subject is not the arithmetic of their programs: LLVM optimizes these little,
+    which takes a third off their compilation. Also in the processes that the tests start."""
+    name = "jax_disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, False)
+
+
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
     """Gets an entry whenever a program is compiled, or read from the cache on disk instead."""

@@ -16,6 +16,8 @@ from minigpt4_jax import errors, weights
 from minigpt4_jax.training.config import DataConfig, TrainConfig
 from minigpt4_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks of Google, not of the server here
 pytest.importorskip("gcsfs")
 server = pytest.importorskip("gcp_storage_emulator.server")

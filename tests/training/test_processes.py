@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import virtual
 from safetensors.numpy import load_file
 
 from minigpt4_jax.config import LoraConfig
@@ -63,8 +64,7 @@ def free_job() -> int:
 
 
 def begin(command: list[object], devices: int = 1, **variables: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
+    environment = virtual.environment(devices) | variables
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, text=True,
