@@ -18,9 +18,9 @@ quickstart: $(VENV)/.package $(VENV)/.smollm2
 tiny_v2: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.tiny_v2 $(ARGS)
 
-# Two workers: most of a test's time is compilation, which uses one core.
+# Two workers: most of a test's time is compilation, which uses one core. tests/conftest.py orders the files.
 test: $(VENV)/.dev $(VENV)/.smollm2
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 $(ARGS)
 
 # A fast test of each part, without PyTorch: `make VENV=.venv312 PYTHON=python3.12 smoke`.
 smoke: $(VENV)/.package

@@ -6,6 +6,19 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+# The files that take longest begin first, so that no worker is left alone with one at the end. (Of its
+# own, xdist begins with the files of most tests; one test may be that of fifty kills.)
+LONGEST = (
+    "test_sharding.py", "test_train_kills.py", "test_reuse.py", "test_processes.py",
+    "test_int8_cache.py", "test_gs.py", "test_train_survive.py", "test_engine.py",
+    "test_train_resume.py", "test_beams.py", "test_smollm2.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(request, tmp_path_factory):
@@ -16,6 +29,18 @@ def compilation_cache(request, tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules whose subject is not the arithmetic of their programs: LLVM optimizes these little,
+    which takes a third off their compilation. Also in the processes that the tests start."""
+    name = "jax_disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, False)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import minigpt4_jax
 from minigpt4_jax import prompts as texts
 from minigpt4_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -18,6 +18,8 @@ import minigpt4_jax
 from minigpt4_jax import errors, images, plots, weights
 from minigpt4_jax import train as command
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 

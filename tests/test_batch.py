@@ -20,6 +20,8 @@ from minigpt4_jax import batch, cli, errors
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import chat_template, render_chat, with_images
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 COUNT = 40
 
 

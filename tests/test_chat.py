@@ -22,6 +22,8 @@ from minigpt4_jax.drawing import draw_boxes
 from minigpt4_jax.generate import engine
 from minigpt4_jax.tasks import caption
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

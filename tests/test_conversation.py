@@ -8,6 +8,8 @@ import minigpt4_jax
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.prompts import ChatTemplate, chat_template, render_chat, with_images
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FEW = {"max_new_tokens": 6}
 
 

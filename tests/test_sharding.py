@@ -1,8 +1,8 @@
 """Several devices: how a mesh is named, what the table says, and that nothing else changes by it."""
 
+import functools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -16,21 +16,21 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from training import tiny, virtual
 
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.sharding import AXES, fitting, parameter_spec, parse_mesh
 from minigpt4_jax.weights import abstract_model
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "training"))
 
 
 def in_eight_devices(script: str, *args: object) -> str:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(HERE / script), *map(str, args)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=virtual.environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     # XLA says so where it moves whole arrays because it found no better way
     assert "Involuntary full rematerialization" not in done.stderr
@@ -77,11 +77,17 @@ def test_a_mesh_that_cannot_be_is_refused(text, message):
         parse_mesh(text, 8)
 
 
+@functools.cache  # a second or more for each
+def parameters(config: ModelConfig, stacked: bool) -> dict[str, tuple]:
+    """Name -> shape, type."""
+    state = nnx.to_flat_state(nnx.state(abstract_model(config, stacked=stacked)))
+    return {".".join(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in state}
+
+
 def specs(config: ModelConfig, stacked: bool = True, **sizes: int) -> dict[str, P]:
     sizes = {name: sizes.get(name, 1) for name in AXES}
-    state = nnx.state(abstract_model(config, stacked=stacked))
-    flat = ((".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state))
-    return {n: parameter_spec(n, leaf.shape, leaf.dtype, config, sizes) for n, leaf in flat}
+    found = parameters(config, stacked).items()
+    return {name: parameter_spec(name, *kind, config, sizes) for name, kind in found}
 
 
 FULL = {
@@ -98,8 +104,7 @@ FULL = {
 @pytest.mark.parametrize("stacked", [True, False])
 def test_the_table_divides_every_parameter_of_the_full_size_models(name, stacked):
     config = FULL[name]
-    state = nnx.to_flat_state(nnx.state(abstract_model(config, stacked=stacked)))
-    shapes = {".".join(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in state}
+    shapes = parameters(config, stacked)
     for sizes in ({"fsdp": 8}, {"model": 8}, {"data": 2, "fsdp": 16, "model": 16}):
         total, here = 0, 0
         for key, spec in specs(config, stacked, **sizes).items():
@@ -188,8 +193,6 @@ def test_tokens_of_a_quantized_model_with_an_int8_cache(tmp_path):
 
 @pytest.mark.slow
 def test_runs_and_answers(tmp_path):
-    import tiny
-
     from minigpt4_jax.training.loop import train
 
     tiny.write_random_model(tmp_path / "model")

@@ -12,6 +12,8 @@ from minigpt4_jax.generate.requests import Answer
 from minigpt4_jax.generate.stopping import certain_part
 from minigpt4_jax.generate.wishes import Wishes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["what is it", "which colour", "a"]
 
 

@@ -16,6 +16,8 @@ from minigpt4_jax.generate.sampling import Options
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB, LENGTH = 40, 32
 
 

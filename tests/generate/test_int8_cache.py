@@ -19,6 +19,8 @@ from minigpt4_jax.generate.requests import Request
 from minigpt4_jax.generate.sampling import Options
 from minigpt4_jax.models.cache import Rounded
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @cache
 def rounded(window=None, stacked=False):

@@ -1,11 +1,12 @@
 """Several processes on this machine, as on several hosts."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import virtual
 
 HERE = Path(__file__).parent
 
@@ -19,8 +20,7 @@ def address() -> str:
 
 def begin(command: list[object], devices: int = 1, **variables: str) -> subprocess.Popen:
     """Start Python with this command on so many virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
+    environment = virtual.environment(devices) | variables
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, text=True,

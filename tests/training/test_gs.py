@@ -20,6 +20,8 @@ from minigpt4_jax.training.config import DataConfig, TrainConfig
 from minigpt4_jax.training.config_values import to_dict
 from minigpt4_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks of Google, not of the server here
 pytest.importorskip("gcsfs")
 server = pytest.importorskip("gcp_storage_emulator.server")
@@ -112,6 +114,13 @@ def put(path: str):
     return epath.Path(path)
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """gcsfs tries as often as ever, but waits a twentieth of the half minute in between."""
+    sleeping = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
+    monkeypatch.setattr("gcsfs.retry.asyncio", sleeping)
+
+
 @pytest.fixture(scope="module")
 def on_disk(home, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
@@ -120,7 +129,7 @@ def on_disk(home, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, on_disk, tmp_path, monkeypatch):
+def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, soon, on_disk, tmp_path, monkeypatch):
     """Also when it dies and its last checkpoint is damaged meanwhile; nothing of it is left here."""
     monkeypatch.chdir(tmp_path)
     c, run = config(home, "gs://bucket/models/tiny"), put("gs://bucket/runs/a")
@@ -175,12 +184,9 @@ def test_two_processes_in_a_bucket(home, bucket, on_disk, tmp_path):
 
 @pytest.mark.slow
 def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
-    home, bucket, on_disk, monkeypatch
+    home, bucket, soon, on_disk, monkeypatch
 ):
     c, run = config(home, str(home / "model")), "gs://bucket/runs/b"
-    # gcsfs tries as often as ever, but waits a twentieth of the half minute in between
-    soon = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
-    monkeypatch.setattr("gcsfs.retry.asyncio", soon)
 
     def stop():  # once step 2 is written: what is being written is tried for a quarter of an hour
         until = time.monotonic() + 60

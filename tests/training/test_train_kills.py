@@ -3,6 +3,8 @@
 import lives
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KILLS = 50
 
 

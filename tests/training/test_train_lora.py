@@ -18,6 +18,8 @@ from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.run import model_config
 from minigpt4_jax.training.step import make_evaluation, make_step, split_model, trained_parts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 CHOICE = LoraChoice(rank=2, targets=("q", "down"), dropout=0.3)
 

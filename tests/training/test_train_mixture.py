@@ -8,6 +8,8 @@ import tiny
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -14,6 +14,8 @@ from minigpt4_jax import weights
 from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 7
 # The Q-Former is trained too: its dropout is the random state that a resumed run must continue.
 FIELDS = {

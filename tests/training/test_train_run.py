@@ -19,6 +19,8 @@ from minigpt4_jax.prompts import fill_template
 from minigpt4_jax.training.config import DataConfig, TrainConfig
 from minigpt4_jax.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPT = "<Img><ImageHere></Img> What is it?"
 
 

@@ -20,6 +20,8 @@ from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.stopping import Stopped
 from minigpt4_jax.training.validation import Validation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 

@@ -1,15 +1,14 @@
 """A model of a few thousand parameters and a few coloured images, on disk as users have them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from minigpt4_jax import weights
 from minigpt4_jax.config import LlmConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.models.minigpt import MiniGpt
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "llama_tokenizer"
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "black": (5, 5, 5)}
@@ -24,18 +23,23 @@ def config(*, qformer: bool = True, **changes) -> ModelConfig:
 
 
 def write_model(out: Path, seed: int = 0, **changes) -> Path:
-    """A model directory with random weights and the small tokenizer."""
-    c = config(**changes)
-    model = MiniGpt(c, nnx.Rngs(seed))
-    files = {p.name: p for p in TOKENIZER.iterdir()}
-    return weights.write_model(out, c, weights.tensors_of(nnx.state(model)), tokenizer=files)
+    """A model directory with random weights, as small as layers begin with, and the small tokenizer."""
+    rng = np.random.default_rng(seed)
+    return _write(
+        out, config(**changes), lambda shape: rng.uniform(-1, 1, shape) * shape[-1] ** -0.5
+    )
 
 
 def write_random_model(out: Path, scale: float = 0.3, **changes) -> Path:
-    """As write_model, with larger weights, so that inputs matter; nothing is compiled to make it."""
-    c, rng = config(**changes), np.random.default_rng(0)
+    """As write_model, with larger weights, so that inputs matter."""
+    rng = np.random.default_rng(0)
+    return _write(out, config(**changes), lambda shape: rng.normal(0, scale, shape))
+
+
+def _write(out: Path, c: ModelConfig, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Path:
+    """Nothing is compiled to make it, which would take seconds."""
     tensors = {
-        name: (rng.normal(0, scale, shape) + name.endswith("scale")).astype(np.float32)
+        name: (draw(shape) + name.endswith("scale")).astype(np.float32)
         for name, shape in weights.parameter_shapes(c).items()
     }
     files = {p.name: p for p in TOKENIZER.iterdir()}
