@@ -31,6 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     from minigpt4_jax.ahead import jobs, report
 
     job = jobs.read(options, rest)
+    _check_outputs(options.json, options.hlo)
     print(job.title(), flush=True)
     records, fits = [], True
     programs = options.program.split(",")
@@ -41,6 +42,18 @@ def main(args: Sequence[str] | None = None) -> int:
         if options.json:
             Path(options.json).write_text(json.dumps(records, indent=1) + "\n")
     return 0 if fits else 1
+
+
+def _check_outputs(json_file: str | None, folder: str | None) -> None:
+    """UserError where a file could not be written, said before anything is compiled."""
+    file = Path(json_file) if json_file else None
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"--json={file}: expected a file in a folder that is there and writable")
+    try:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--hlo={folder}: cannot make this folder: {e.strerror}") from e
 
 
 def _each(job: "Job", programs: Sequence[str]) -> Iterator[Any]:
@@ -88,10 +101,9 @@ def _parser() -> Parser:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process without waiting for machine code that nobody asked for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    from minigpt4_jax.ahead.compiler import leave
+
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ announcement of December 2023. The time of a hop is that of "How To Scale Your M
 2025, part 3), about 1 microsecond.
 """
 
+import math
+import re
 from dataclasses import dataclass
 
 from minigpt4_jax.errors import UserError
@@ -27,6 +29,8 @@ class Chip:
     bandwidth: float  # of HBM, bytes/s
     link: float  # of a link between chips, bytes/s in one direction
     links: int
+    axes: int  # of a slice's shape
+    most: int  # chips of the largest slice
 
     @property
     def usable(self) -> int:
@@ -40,10 +44,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 275e12, 32 * GIB, 1200e9, 50e9, 6),
-    "v5e": Chip("v5e", 197e12, 393e12, 16 * GIB, 819e9, 50e9, 4),
-    "v5p": Chip("v5p", 459e12, 918e12, 95 * GIB, 2765e9, 100e9, 6),
-    "v6e": Chip("v6e", 918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 4),
+    "v4": Chip("v4", 275e12, 275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4096),
+    "v5e": Chip("v5e", 197e12, 393e12, 16 * GIB, 819e9, 50e9, 4, 2, 256),
+    "v5p": Chip("v5p", 459e12, 918e12, 95 * GIB, 2765e9, 100e9, 6, 3, 8960),
+    "v6e": Chip("v6e", 918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 4, 2, 256),
 }
 
 
@@ -58,8 +62,14 @@ def chip_of(topology: str) -> Chip:
 
 
 def sides_of(topology: str) -> tuple[int, ...]:
-    """ "v5e:2x4" -> (2, 4). UserError: not of this form."""
-    parts = topology.partition(":")[2].split("x")
-    if not all(p.isdigit() and int(p) for p in parts):
+    """ "v5e:2x4" -> (2, 4). UserError: not of this form, or no slice of this kind of chip."""
+    text = topology.partition(":")[2]
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", text):
         raise UserError(f"topology {topology!r}: expected a shape such as v5e:2x4 or v5p:2x2x1")
-    return tuple(map(int, parts))
+    chip, sides = chip_of(topology), tuple(map(int, text.split("x")))
+    if len(sides) != chip.axes or math.prod(sides) > chip.most:
+        raise UserError(
+            f"topology {topology!r}: expected {chip.axes} sides, as {chip.name}'s slices have, and "
+            f"at most {chip.most} chips, for instance {chip.name}:{'x'.join('221'[: chip.axes])}"
+        )
+    return sides

@@ -5,14 +5,18 @@ takes the compiler for TPUs minutes (2 to 7 for a training step on one core). So
 files that XLA writes on its way (`xla_dump_to`), and the machine code is left out unless it is asked for.
 """
 
+import os
 import re
+import shutil
+import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+_STILL_WRITTEN: list[Path] = []  # folders of programs whose machine code is still being made
 PLAN, MEMORY = "*after_optimizations.txt", "*after_optimizations-buffer-assignment.txt"
 
 
@@ -48,30 +52,50 @@ def compile_for_chip(lowered: Any, *, code: bool = True) -> Plan | TooLarge:
     """The plan of a lowered program, or what it lacks. code: make machine code as well.
 
     Without it the compiler works on in a thread of its own when this returns, so that a process
-    should end by `os._exit`: threads of libtpu are not to be stopped otherwise.
+    should end by `leave`: threads of libtpu are not to be stopped otherwise.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        outcome: list[Any] = []
+    folder = Path(tempfile.mkdtemp())
+    outcome: list[Any] = []
 
-        def run() -> None:
-            try:
-                outcome.append(lowered.compile(compiler_options={"xla_dump_to": folder}))
-            except Exception as e:  # the runtime raises its own kinds
-                outcome.append(e)
+    def run() -> None:
+        try:
+            outcome.append(lowered.compile(compiler_options={"xla_dump_to": str(folder)}))
+        except Exception as e:  # the runtime raises its own kinds
+            outcome.append(e)
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive() and (code or not _is_written(Path(folder))):
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and (code or not _is_written(folder)):
             thread.join(0.2)
-        if outcome and isinstance(outcome[0], Exception):
-            if (lacks := lacks_of(str(outcome[0]))) is None:
-                raise outcome[0]
-            return lacks
-        files = _files(Path(folder))
-        if not files:  # the program was in JAX's cache of compiled ones
-            return _plan_of(outcome[0])
-        size = outcome[0].memory_analysis().generated_code_size_in_bytes if outcome else 0
-        return Plan(files[0].read_text(), memory_of(files[1].read_text(), size))
+        return _found(folder, outcome)
+    finally:
+        if thread.is_alive():  # it would make the folder again
+            _STILL_WRITTEN.append(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _found(folder: Path, outcome: list[Any]) -> Plan | TooLarge:
+    """What the compiler has written, or said."""
+    if outcome and isinstance(outcome[0], Exception):
+        if (lacks := lacks_of(str(outcome[0]))) is None:
+            raise outcome[0]
+        return lacks
+    files = _files(folder)
+    if not files:  # the program was in JAX's cache of compiled ones
+        return _plan_of(outcome[0])
+    size = outcome[0].memory_analysis().generated_code_size_in_bytes if outcome else 0
+    return Plan(files[0].read_text(), memory_of(files[1].read_text(), size))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without waiting for machine code that nobody asked for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for folder in _STILL_WRITTEN:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(code)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -119,15 +143,15 @@ def memory_of(text: str, program: int = 0) -> Memory:
     return Memory(arguments, results, temporaries, program)
 
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
 
 def lacks_of(message: str) -> TooLarge | None:
     """What the compiler says is missing: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ...",
     or "the total memory required for HLO temporaries (17.15G) exceeds available HBM (15.75G)"."""
     found = re.search(
-        r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm|"
-        r"memory required .*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+        r"Used ([\d.]+)([KMGTP]?)B? of ([\d.]+)([KMGTP]?)B? hbm|"
+        r"memory required .*\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)",
         message,
     )
     if not found:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from minigpt4_jax import topology
+from minigpt4_jax import topology, weights
 from minigpt4_jax.ahead import programs
 from minigpt4_jax.ahead.chips import chip_of, sides_of
 from minigpt4_jax.ahead.report import Figures, Slice, figures
@@ -31,6 +31,8 @@ from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.devices import choose_sizes
 from minigpt4_jax.training.memory import Shape, longest
 from minigpt4_jax.training.step import trained_parts
+
+LARGEST = 1 << 20  # rows, or tokens of one: compilers count elements in 32 bits
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Job:
     def answering(self) -> Slice:
         count = len(self.devices)
         sizes = sizes_for_inference(self.mesh or "auto", self.answering_config, count)
-        why = "as asked for" if self.mesh else "heads over as many chips as they divide among"
+        asked = self.mesh not in (None, "", "auto")
+        why = "as asked for" if asked else "heads over as many chips as they divide among"
         return Slice(self.topology, count, describe(make_mesh(sizes, self.devices)), why)
 
     def place(self, program: str) -> Slice:
@@ -128,6 +131,7 @@ class Job:
     def _train(self) -> Figures:
         c, shape = self.run, self.shape
         parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+        weights.check_masters(self.size, self.config, parts)
         split = f" in {c.accumulate} parts" if c.accumulate > 1 else ""
         remat = ", layers computed again" if c.remat else ""
         return figures(
@@ -186,24 +190,30 @@ class Job:
     def _keeper(self, program: str) -> Any:
         if self.keep is None:
             return None
-        path = Path(self.keep) / f"{program}.hlo.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.write_text
+        return (Path(self.keep) / f"{program}.hlo.txt").write_text
 
 
 def read(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     """The job of a command line. UserError: anything wrong with it."""
     for name in ("tokens", "batch", "context"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name}={value}: expected a number above 0")
+        if value is not None and not 0 < value <= LARGEST:
+            raise UserError(f"--{name}={value}: expected a number above 0, up to {LARGEST:,}")
     given = any(arg.partition("=")[0] in ("--config", "-config") for arg in rest)
     rest = list(rest) if given else ["--config=stage2", *rest]
+    spec, _ = config_files.take_config(rest)
     c, _ = config_files.parse(rest, sizes_only=True)
     if c.dtype != "bfloat16":
         raise UserError(f"config.dtype is {c.dtype!r}: expected bfloat16, which TPUs are made for")
     size, config = size_of(c, options.size)
-    spec = next(a.partition("=")[2] for a in rest if a.startswith(("--config=", "-config=")))
+    for name in ("tokens", "context"):
+        value, image = getattr(options, name), config.visual_tokens
+        if value is not None and value <= image:
+            raise UserError(f"--{name}={value}: expected more than {image}, which an image takes")
+    if options.quantize and config.quantize not in (None, options.quantize):
+        raise UserError(
+            f"--quantize={options.quantize}: {size} is stored in {config.quantize}: leave it out"
+        )
     return Job(
         spec, size, c, config, options.topology, options.mesh, options.tokens,
         options.quantize, options.kv_cache == "int8", options.batch, options.context, options.hlo,

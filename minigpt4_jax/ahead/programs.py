@@ -167,7 +167,7 @@ class Answering(Engine):
         with topology.compiling_for("tpu"):
             state = jax.eval_shape(
                 lambda leaves, shapes: self._start(leaves, shapes, context, room, self.plan),
-                self._leaves, self._shapes(rows, 32),
+                self._leaves, self._shapes(rows, min(32, context)),
             )  # fmt: skip
             steps = shape_of((), jnp.int32, whole(self.mesh))
             return self._decode.lower(self._leaves, self._placed(state), steps, self.plan)

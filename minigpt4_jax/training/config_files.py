@@ -80,7 +80,7 @@ def parse(
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    spec, overrides = _take_config(args)
+    spec, overrides = take_config(args)
     flag_values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "where the run is kept", flag_values=flag_values)
     base = build(TrainConfig, read_config_file(spec), "config")
@@ -107,7 +107,7 @@ def parse(
     )
 
 
-def _take_config(args: Sequence[str]) -> tuple[str, list[str]]:
+def take_config(args: Sequence[str]) -> tuple[str, list[str]]:
     """Split the value of --config from everything else."""
     spec, rest = "", []
     it = iter(args)

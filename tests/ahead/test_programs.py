@@ -67,11 +67,17 @@ def test_sizes_follow_the_configuration(tmp_path):
 
     assert job().size == "vicuna7b"
     assert job("--config=stage1:vicuna13b").config.llm.width == 5120
+    assert job("--config", "stage1:vicuna13b").name == "stage1:vicuna13b"
     v2 = job("--config=v2_stage3")
     assert (v2.size, v2.config.visual_tokens, v2.shape) == ("v2", 256, (24, 1344, 1024))
     assert job("--config=stage2:llama2", "--config.batch_size=4").shape.rows == 4
     model = tiny.write_random_model(tmp_path / "model")
     assert job("--config=stage2", f"--config.model={model}").config.llm.width == 24
+    rounded = tiny.write_random_model(tmp_path / "rounded", quantize="int8")
+    with pytest.raises(UserError, match="rounded is stored in int8: leave it out"):
+        job(f"--config.model={rounded}", "--quantize=int4")
+    with pytest.raises(UserError, match="rounded is in int8, so vit cannot be trained"):
+        job(f"--config.model={rounded}", "--config.freeze_vit=false").figures("train")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +85,19 @@ def test_sizes_follow_the_configuration(tmp_path):
     [
         (["--topology=v9:2x4"], "'v9:2x4': expected one of v4"),
         (["--topology=v5e:2by4"], "expected a shape such as v5e:2x4"),
+        (["--topology=v5e:²x2"], "expected a shape such as v5e:2x4"),
+        (["--topology=v5e:0x2"], "expected a shape such as v5e:2x4"),
+        (["--topology=v5e:2x2x2"], "expected 2 sides, as v5e's slices have"),
+        (["--topology=v5p:2x2"], "expected 3 sides.*for instance v5p:2x2x1"),
+        (["--topology=v5e:1000x1000"], "at most 256 chips"),
         (["--topology=v5e:2x4", "--program=training"], "--program=training: expected some of"),
         (["--topology=v5e:2x4", "--size=7b"], "--size=7b: expected one of vicuna7b"),
         (["--topology=v5e:2x4", "--batch=0"], "--batch=0: expected a number above 0"),
+        (["--topology=v5e:2x4", "--context=3000000000"], "above 0, up to 1,048,576"),
+        (["--topology=v5e:2x4", "--context=32"], "--context=32: expected more than 32, which an"),
+        (["--topology=v5e:2x4", "--config=v2_stage3", "--tokens=256"], "expected more than 256"),
+        (["--topology=v5e:2x4", "--json=/nowhere/x.json"], "--json=/nowhere/x.json: expected a"),
+        (["--topology=v5e:2x4", "--hlo=/dev/null/x"], "--hlo=/dev/null/x: cannot make"),
         (["--topology=v5e:2x4", "--config.dtype=float32"], "expected bfloat16"),
         (["--topology=v5e:2x4", "--config.batchsize=8"], "did you mean config.batch_size"),
     ],
@@ -111,6 +127,7 @@ def test_what_does_not_fit_is_told():
     assert (lacks.needed, lacks.available) == (20.5 * 2**30, 15.75 * 2**30)
     other = "the total memory required for HLO temporaries (20.5G) exceeds available HBM (15.75G)."
     assert compiler.lacks_of(other) == lacks
+    assert compiler.lacks_of(other.replace("20.5G", "1.25P")).needed == 1.25 * 2**50
     f = report.Figures("train", "8 rows", 8, None, 0, lacks, None, 1.0, None, 1.0)
     assert "22.01 GB of 16.91 GB: 5.10 GB too many" in report.lines(f, HERE)[1]
     assert not report.record(f, HERE)["fits"]
