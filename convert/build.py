@@ -22,6 +22,7 @@ from convert.tensors import DTYPES
 from minigpt4_jax.adapters import first_values
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.model_dir import looking
 from minigpt4_jax.paths import any_path, is_remote
 from minigpt4_jax.quant import Kept, quantized, quantized_shapes, scheme_of
 from minigpt4_jax.weights import part_of, write_model
@@ -61,7 +62,9 @@ def build(request: Request) -> Plan:
 def _check_output(out: Path) -> Path | None:
     """The directory that exists above `out`; None in a bucket. UserError when `out` cannot become a
     new one."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    with looking(out):
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken:
         raise UserError(f"--out: {out} exists and is not empty: choose another or remove it first")
     if is_remote(out):
         return None

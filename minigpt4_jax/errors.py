@@ -4,6 +4,7 @@ import argparse
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -37,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run an entry point: UserError becomes one line on stderr and its code, Ctrl-C code 130, and code
-    141 says that nobody reads stdout any more. leave: ends the process with a code."""
+    141 says that nobody reads stdout any more. leave: ends the process with a code, after a traceback
+    too."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -51,6 +53,11 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
         if not _stdout_is_closed():
             raise
         code = 141  # as a shell reports SIGPIPE
+    except Exception:
+        if leave is sys.exit:
+            raise
+        traceback.print_exc()
+        code = 1
     leave(code)
 
 

@@ -7,6 +7,7 @@ import glob
 import importlib.util
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -159,7 +160,7 @@ def watched(o: Options, kept: Callable[[], str]) -> Callable[[], None]:
         _die_with_parent()
         return lambda: _tell(writer)
     os.close(writer)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child has it too
+    signal.signal(signal.SIGINT, lambda *_: _interrupted(child, reader))
     signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT:
@@ -167,6 +168,15 @@ def watched(o: Options, kept: Callable[[], str]) -> Callable[[], None]:
         print(f"error: {_gone(kept()) if joined else _not_joined(o)}", file=sys.stderr, flush=True)
         code = GONE
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def _interrupted(child: int, reader: int) -> None:
+    """The child has heard Ctrl-C too, unless JAX, in which Python hears nothing, waits there for the
+    others to come."""
+    if not select.select([reader], [], [], 0)[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise KeyboardInterrupt
 
 
 def _tell(writer: int) -> None:

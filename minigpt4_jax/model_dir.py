@@ -43,6 +43,16 @@ def read_document(model_dir: Path | str) -> dict[str, Any]:
     return document
 
 
+@contextlib.contextmanager
+def looking(path: Path) -> Iterator[None]:
+    """UserError where a bucket cannot be reached, or what is in it not seen."""
+    try:
+        with reaching(path):
+            yield
+    except StoreError as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+
+
 def read_config(model_dir: Path | str) -> ModelConfig:
     """The configuration of the model in a directory, checked."""
     return ModelConfig.from_dict(read_document(model_dir)["config"]).check()
@@ -53,7 +63,9 @@ def model_chain(model_dir: Path | str) -> list[Path]:
     chain = [any_path("model directory", model_dir)]
     while base := read_document(chain[-1]).get("base"):
         chain.append(joined(chain[-1], base))
-        if not chain[-1].is_dir():
+        with looking(chain[-1]):
+            there = chain[-1].is_dir()
+        if not there:
             raise UserError(
                 f"{chain[-2]} holds the trained part of {chain[-1]}, which is not there: move it "
                 f"back, or correct 'base' in {chain[-2] / 'model.json'}"
@@ -66,8 +78,9 @@ def model_chain(model_dir: Path | str) -> list[Path]:
 def tokenizer_dir(model_dir: Path | str) -> Path:
     """The tokenizer/ folder of a model (its own or its base's), on disk."""
     for folder in model_chain(model_dir):
-        if (folder / "tokenizer").is_dir():
-            return local_copy(folder / "tokenizer")
+        with looking(folder):
+            if (folder / "tokenizer").is_dir():
+                return local_copy(folder / "tokenizer")
     raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
 
 
@@ -86,7 +99,9 @@ class Tensors(Mapping[str, np.ndarray]):
         self._stored: dict[str, _Stored] = {}
         self._in_bucket: dict[Path, BucketTensors] = {}  # by their files
         for folder in model_chain(model_dir):
-            for path in sorted(folder.glob("*.safetensors")):
+            with looking(folder):
+                paths = sorted(folder.glob("*.safetensors"))
+            for path in paths:
                 with self._opened(path) as file:
                     for name in file.keys():  # noqa: SIM118  (not a mapping)
                         part = file.get_slice(name)

@@ -88,10 +88,10 @@ def reaching(path: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:
-        library = type(e).__module__.partition(".")[0]
-        plain = isinstance(e, OSError) and (e.errno is not None or isinstance(e, FileNotFoundError))
-        theirs = library in _LIBRARIES or isinstance(e, OSError)
-        if not is_remote(path) or not theirs or plain or isinstance(e, StoreError):
+        # theirs, some of which are OSErrors with a number, or gcsfs's plain OSError("Forbidden: ...")
+        theirs = type(e).__module__.partition(".")[0] in _LIBRARIES
+        plain = isinstance(e, OSError) and e.errno is None and not isinstance(e, FileNotFoundError)
+        if not is_remote(path) or not (theirs or plain) or isinstance(e, StoreError):
             raise
         text = " ".join(str(e).split()) or type(e).__name__
         raise StoreError(text[:300]) from e

@@ -12,7 +12,7 @@ What an axis does not divide is not split over it, so any number of heads or tok
 import math
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from minigpt4_jax.quant import group_size, is_turned
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
+PART_BYTES = 64 << 20  # of an array of layers that the host holds at a time
 Axis = str | tuple[str, ...] | None
 
 BY_OUTPUT, BY_INPUT = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
@@ -208,6 +209,51 @@ def placed(
         part = read(index)
         arrays += [jax.device_put(part, device) for device in sharers]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def takes_parts() -> bool:
+    """Whether the devices have memory of their own, into which `placed_in_parts` brings arrays; a CPU
+    device takes the host's."""
+    return jax.default_backend() != "cpu"
+
+
+def placed_in_parts(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: NamedSharding,
+    read: Callable[[tuple[slice, ...]], Any],
+) -> jax.Array:
+    """As `placed`, for an array whose first axis is not split, as that of layers: PART_BYTES of a
+    device's share at a time, or one entry, go into it in its place. Neither the host nor a device
+    holds it twice."""
+    entry = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
+    count = max(1, PART_BYTES // entry)
+    if count >= shape[0]:
+        return placed(shape, sharding, read)
+    array, waiting = _zeros(shape, dtype, sharding)(), None
+    for begin in range(0, shape[0], count):
+        rows = slice(begin, min(begin + count, shape[0]))
+        some = (rows.stop - begin, *shape[1:])
+        part = placed(some, sharding, partial(_rows_of, read, rows))
+        array = _put_into(sharding)(array, part, begin)
+        jax.block_until_ready(waiting)  # two parts are on the host at most
+        waiting = part
+    return array
+
+
+def _rows_of(read: Callable[[Any], Any], rows: slice, index: tuple[slice, ...]) -> Any:
+    return read((rows, *index[1:]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
+
+
+@cache
+def _put_into(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """(array, part, first entry) -> the array with the part in it, in the memory of the old one."""
+    put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 # --- batches and activations -----------------------------------------------------------------

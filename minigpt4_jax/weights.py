@@ -40,7 +40,14 @@ from minigpt4_jax.quant import (
     is_turned,
     stored_shape,
 )
-from minigpt4_jax.sharding import one_device, parameter_sharding, placed, whole
+from minigpt4_jax.sharding import (
+    one_device,
+    parameter_sharding,
+    placed,
+    placed_in_parts,
+    takes_parts,
+    whole,
+)
 
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
 STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
@@ -77,8 +84,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _is_stacked(path: tuple) -> bool:
+    """Whether the parameter has a leading axis of layers."""
+    return path[:2] in STACKED and not isinstance(path[2], int)
+
+
 def _layer_names(path: tuple, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    if path[:2] not in STACKED or isinstance(path[2], int):
+    if not _is_stacked(path):
         return [(".".join(map(str, path)), shape)]
     rest = ".".join(map(str, path[2:]))
     return [(f"{path[0]}.{path[1]}.{i}.{rest}", shape[1:]) for i in range(shape[0])]
@@ -263,7 +275,11 @@ def load_model(
             kind = leaf.dtype
         where = sharding(".".join(map(str, path)), leaf, exact)
         read = partial(_read, tensors, path, leaf.shape, kind)
-        filled.append((path, leaf.replace(placed(leaf.shape, where, read))))
+        if _is_stacked(path) and takes_parts():
+            array = placed_in_parts(leaf.shape, kind, where, read)
+        else:
+            array = placed(leaf.shape, where, read)
+        filled.append((path, leaf.replace(array)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled)), config
 
 
@@ -297,10 +313,18 @@ def _read(
         return _part(tensors, names[0][0], shape, index).astype(dtype, copy=False)
     layers, rest = names[index[0]], index[1:]
     sizes = (len(range(n)[part]) for n, part in zip(shape[1:], rest, strict=True))
-    out = np.empty((len(layers), *sizes), dtype)
+    out = _aligned((len(layers), *sizes), np.dtype(dtype))
     for i, (name, layer) in enumerate(layers):
         out[i] = _part(tensors, name, layer, rest)
     return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes as its own without a copy, as it begins at a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _part(tensors: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt4_jax import load
+from minigpt4_jax import load, sharding, weights
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.stopping import Stopped
@@ -62,6 +62,8 @@ def answers(folder: Path, mesh: str | None) -> dict:
 
 
 if __name__ == "__main__":
+    # weights are brought in as to devices with memory of their own
+    sharding.PART_BYTES, weights.takes_parts = 100, lambda: True
     home = Path(sys.argv[1])
     run(home)
     found = {str(mesh): answers(home, mesh) for mesh in (None, "data:2,model:4")}

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from training import tiny, virtual
 
+from minigpt4_jax import sharding
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.sharding import AXES, fitting, parameter_spec, parse_mesh
@@ -156,6 +158,26 @@ def test_an_axis_that_does_not_divide_is_left_out():
         ("data", "fsdp"), ("data", "fsdp"), "data", "fsdp", None
     ]  # fmt: skip
     assert fitting((8,), ["model"], sizes) == [None]
+
+
+@pytest.mark.smoke
+def test_layers_are_placed_a_few_at_a_time_into_one_array(monkeypatch):
+    monkeypatch.setattr(sharding, "PART_BYTES", 200)
+    layers = np.arange(7 * 4 * 6, dtype=np.float32).reshape(7, 4, 6)  # 96 bytes each
+    asked, where = [], sharding.whole(sharding.one_device())
+
+    def read(index):
+        asked.append(index[0])
+        return layers[index]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns where the old array's memory cannot be used
+        array = sharding.placed_in_parts(layers.shape, layers.dtype, where, read)
+    assert asked == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    np.testing.assert_array_equal(array, layers)
+    assert array.sharding == where
+    put = sharding._put_into(where).lower(array, layers[:2], 0).compile()
+    assert put.memory_analysis().alias_size_in_bytes == layers.nbytes
 
 
 # --- on eight devices -----------------------------------------------------------------------

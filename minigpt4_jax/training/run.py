@@ -12,6 +12,7 @@ import numpy as np
 from minigpt4_jax import weights
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.model_dir import looking
 from minigpt4_jax.paths import make_folder, reaching, read_bytes, size_of, write_whole
 from minigpt4_jax.processes import gathered, several
 from minigpt4_jax.training.checkpoints import saved_steps
@@ -103,9 +104,10 @@ def fingerprint(model_dir: str) -> str:
     for folder in weights.model_chain(model_dir):
         document = weights.read_document(folder)
         digest.update(json.dumps(document["config"], sort_keys=True).encode())
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{path.name} {size_of(path)}".encode())
-            digest.update(read_bytes(path, 0, _HASHED_BYTES))
+        with looking(folder):
+            for path in sorted(folder.glob("*.safetensors")):
+                digest.update(f"{path.name} {size_of(path)}".encode())
+                digest.update(read_bytes(path, 0, _HASHED_BYTES))
     return digest.hexdigest()[:16]
 
 

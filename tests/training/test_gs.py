@@ -14,7 +14,9 @@ import pytest
 import tiny
 from hosts import in_processes
 
-from minigpt4_jax import errors, weights
+from convert.build import build
+from convert.plan import Request
+from minigpt4_jax import errors, model_dir, weights
 from minigpt4_jax.training import checkpoints
 from minigpt4_jax.training.config import DataConfig, TrainConfig
 from minigpt4_jax.training.config_values import to_dict
@@ -207,6 +209,12 @@ def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
         errors.UserError, match=r"cannot read gs://bucket/models/tiny/model\.json: "
     ):
         weights.read_config("gs://bucket/models/tiny")
+    with monkeypatch.context() as patch:  # where that can be read, and the folder not be listed
+        patch.setattr(model_dir, "read_document", lambda folder: {})
+        with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/tiny: "):
+            weights.Tensors("gs://bucket/models/tiny")
+    with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/new: "):
+        build(Request("minigpt-v2", llm=home, out="gs://bucket/models/new"))
     bucket.start()
     seen = []
     result = train(c, run, on_metrics=lambda r: seen.append(r["step"]))

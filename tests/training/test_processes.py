@@ -218,6 +218,32 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
         assert f"the last good checkpoint, of step {int(last)}, is kept in {tmp_path}" in line
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_the_others_are_waited_for(tmp_path):
+    tiny.write_random_model(tmp_path / "qformer")
+    tiny.write_data(tmp_path / "data")
+    (tmp_path / "c.py").write_text(
+        f"def get_config():\n    return {values(tmp_path, 'qformer')!r}\n"
+    )
+    at = address()
+    command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'c.py'}", "--process_id=0"]
+    command += [f"--coordinator_address={at}", "--num_processes=2", f"--workdir={tmp_path / 'w'}"]
+    process = begin(command)
+    host, port = at.split(":")
+    while True:  # until JAX has begun to wait
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            break
+        assert process.poll() is None, ended(process)
+        time.sleep(0.1)
+    time.sleep(1)
+    child = worker(process)
+    for pid in (child, process.pid):  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
+    assert not Path(f"/proc/{child}").exists()
+
+
 # --- the command line -----------------------------------------------------------------------
 
 
