@@ -19,9 +19,10 @@ def scale(monkeypatch):
 
 
 def record(cell) -> dict:
-    """A v5e chip alone is too small; on 256 chips a step takes a tenth longer."""
+    """A v5e chip alone is too small; on 256 chips a step takes a tenth longer; four times the rows fit."""
+    rows = cell.rows * (4 if cell.fill else 1)
     found = {
-        "cell": cell.name, "chip_rows": cell.rows, "chips": cell.chips, "rows": cell.rows * cell.chips,
+        "cell": cell.name, "chip_rows": rows, "chips": cell.chips, "rows": rows * cell.chips,
         "mesh": "fsdp:8", "peak": 15e9, "hbm": 16.9e9, "sent": 24.9e9, "fits": cell.slice != "v5e:1x1",
     }  # fmt: skip
     predicted = {"seconds": 0.55 if cell.chips == 256 else 0.5, "share": 0.5, "limit": "compute"}
@@ -34,10 +35,11 @@ def test_the_table(scale, tmp_path, monkeypatch, capsys):
     out = f"--out={tmp_path / 'scale.jsonl'}"
     monkeypatch.setattr(sys, "argv", ["scale", "--only=7b-stage2 v(4|5e)", "--no-checkpoints", out])
     scale.main()
-    # one v4 chip holds a step, so four are not tried; 8, at last with products kept, and 256 always are
+    # one v4 chip holds a step, so four are not tried; 8 and 256 always are, 8 also with products kept,
+    # and with as many rows as fit
     assert asked == [
-        "v4:1x1x1", "v4:2x2x2", "v4:4x8x8", "v4:2x2x2",
-        "v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v5e:2x4",
+        "v4:1x1x1", "v4:2x2x2", "v4:4x8x8", "v4:2x2x2", "v4:2x2x2",
+        "v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v5e:2x4", "v5e:2x4",
     ]  # fmt: skip
     table = capsys.readouterr().out.partition(scale.HEAD)[2]
     assert "| 7b-stage2 | v5e:1x1 |  | 16 | 15.0 of 16.9 | does not fit |" in table
@@ -46,6 +48,12 @@ def test_the_table(scale, tmp_path, monkeypatch, capsys):
     )
     assert eight in table and eight.replace("| 16 |", "| 16, kept |") in table
     assert "7b-stage2 v5e:2x4 fsdp:8 -> v5e:16x16 fsdp:8: 90.9%" in table
+    assert eight.replace("| 16 |", "| 64, most |").replace("32.0", "128.0") in table
+    short = (
+        "| 7b-stage2, 16 | v5e | 2x2: 15.0 of 16.9 | fsdp:8 | 500 ms, 50% | 500 ms, 50% "
+        "| 64: 15.0 of 16.9 | fsdp:8: 550 ms, 50% | 90.9% |"
+    )
+    assert short in table and "| 7b-stage2, 16 | v4 | 1x1x1: 15.0" in table
     asked.clear()
     scale.main()  # nothing is compiled again
     assert not asked
