@@ -3,6 +3,8 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
+import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -48,23 +50,31 @@ def _apart(job: Job, program: str) -> Tried:
     nobody wants, and would slow down the next attempt."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    child = spawn.Process(target=_compile, args=(dataclasses.replace(job), program, theirs))
-    child.start()
-    theirs.close()
-    try:
-        found = ours.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"the compiler's process ended with code {child.exitcode}") from None
-    finally:
-        child.kill()
-        child.join()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        args = (dataclasses.replace(job), program, theirs, folder)
+        child = spawn.Process(target=_compile, args=args)
+        child.start()
+        theirs.close()
+        try:
+            found = ours.recv()
+        except EOFError:
+            child.join()
+            raise RuntimeError(f"the compiler's process ended with code {child.exitcode}") from None
+        finally:
+            child.kill()
+            child.join()
     if isinstance(found, Exception):
         raise found
     return found
 
 
-def _compile(job: Job, program: str, to: Connection) -> None:
+def _compile(job: Job, program: str, to: Connection, folder: str) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the process before this one says what is to be said
+    tempfile.tempdir = (
+        folder  # this process is killed, and what it wrote there goes with the folder
+    )
     try:
         to.send((job.figures(program), job.place(program)))
     except Exception as e:
