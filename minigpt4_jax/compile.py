@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,13 +68,10 @@ def _each(job: "Job", programs: Sequence[str]) -> Iterator[Any]:
 
 
 def _filled(job: "Job", programs: Sequence[str]) -> Iterator[Any]:
-    from minigpt4_jax.ahead import fill, report
-
-    def tell(figures: Any, where: Any) -> None:
-        print(report.attempt(figures, where), flush=True)
+    from minigpt4_jax.ahead import fill
 
     for program in programs:
-        figures, where = fill.fullest(job, program, tell)
+        figures, where = fill.fullest(job, program, partial(print, flush=True))
         print(f"mesh {where.mesh}, {where.why}", flush=True)
         yield where, figures
 

@@ -16,14 +16,15 @@ CODE = 0.15e9  # bytes left for machine code where none is made: it takes 0.04 t
 Tried = tuple[Figures, Slice]
 
 
-def fullest(job: Job, program: str, tell: Callable[[Figures, Slice], None]) -> Tried:
+def fullest(job: Job, program: str, tell: Callable[[str], None]) -> Tried:
     """What fits with the most rows, or, if nothing does, what was tried with the fewest. Counts of rows
-    are one for every chip, times a power of two. tell: called with every one that is tried.
+    are one for every chip, times a power of two. tell: called with a line on every one that
+    is tried.
     """
 
     def attempt(rows: int) -> Tried:
         found = _apart(job.with_rows(program, rows), program)
-        tell(*found)
+        tell(line(found))
         return found
 
     rows, least = job.first_rows(program), job.least_rows(program)
@@ -43,6 +44,19 @@ def _fits(found: Tried) -> bool:
     figures, where = found
     made = figures.memory is not None and figures.memory.program > 0
     return figures.fits(where.chip) and figures.peak + (0 if made else CODE) <= where.chip.usable
+
+
+def line(found: Tried) -> str:
+    """The line on a program that was compiled to see whether it fits."""
+    f, where = found
+    peak = f.peak + (f.lacks.needed if f.lacks else 0)
+    verdict = "fits" if _fits(found) else "does not fit"
+    if f.fits(where.chip) and not _fits(found):
+        verdict = f"leaves no room for machine code ({CODE / 1e9:g} GB)"
+    return (
+        f"{f.program}: {f.what}, mesh {where.mesh}: {peak / 1e9:.2f} of {where.chip.usable / 1e9:.2f} GB, "
+        f"{verdict}"
+    )
 
 
 def _apart(job: Job, program: str) -> Tried:

@@ -114,13 +114,6 @@ def lines(f: Figures, where: Slice) -> list[str]:
     return found
 
 
-def attempt(f: Figures, where: Slice) -> str:
-    """The line on a program that was compiled to see whether it fits."""
-    room, verdict = where.chip.usable, "fits" if f.fits(where.chip) else "does not fit"
-    peak = f.peak + (f.lacks.needed if f.lacks else 0)
-    return f"{f.program}: {f.what}, mesh {where.mesh}: {_gb(peak)} of {_gb(room)} GB, {verdict}"
-
-
 def exchanges(c: Cost) -> list[str]:
     """The collectives, those that send most first."""
     found = [

@@ -38,21 +38,24 @@ def job(*args, topology="v5e:2x4", mesh=None, batch=1):
 
 
 def fullest(job, program="train"):
-    told = []
-    found, _ = fill.fullest(job, program, lambda figures, _: told.append(figures.rows))
-    return found.rows, told
+    lines = []
+    found, _ = fill.fullest(job, program, lines.append)
+    return found.rows, lines
 
 
 def test_rows_are_doubled_while_they_fit(tried):
     # 12 rows of the recipe in two parts, six at once: one for every chip at least
-    assert fullest(job("--config.accumulate=2")) == (256, [8, 16, 32, 64, 128, 256, 512])
-    assert tried == [8, 16, 32, 64, 128, 256, 512]
-    assert fullest(job(batch=9), "decode") == (256, [16, 32, 64, 128, 256, 512])
+    rows, lines = fullest(job("--config.accumulate=2"))
+    assert rows == 256 and tried == [8, 16, 32, 64, 128, 256, 512]
+    assert lines[-2].endswith("mesh data:8: 13.53 of 16.91 GB, fits")
+    assert lines[-1].endswith("27.06 of 16.91 GB, does not fit")
+    tried.clear()
+    assert fullest(job(batch=9), "decode")[0] == 256 and tried == [16, 32, 64, 128, 256, 512]
 
 
 def test_rows_are_halved_until_they_fit(tried):
     many = ["--config.batch_size=2048", "--config.accumulate=1"]
-    assert fullest(job(*many))[1] == [2048, 1024, 512, 256]
+    assert fullest(job(*many))[0] == 256 and tried == [2048, 1024, 512, 256]
     # a mesh that was asked for is not given fewer rows than it divides
     assert job(*many, mesh="data:4,model:2").least_rows("train") == 4
 
@@ -60,7 +63,8 @@ def test_rows_are_halved_until_they_fit(tried):
 def test_room_is_left_for_machine_code(tried, monkeypatch):
     """40 rows of a chip would fill it to the last byte."""
     monkeypatch.setattr(jobs.Job, "first_rows", lambda self, program: 320)
-    assert fullest(job())[1] == [320, 160]
+    rows, lines = fullest(job())
+    assert rows == 160 and lines[0].endswith("leaves no room for machine code (0.15 GB)")
 
 
 def test_a_mistake_in_the_process_apart_is_told_here():
