@@ -270,14 +270,14 @@ def test_a_pipe_that_breaks_on_either_side(home):
     program += ["--min_new_tokens=1500"]
     flags = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(program, **flags) as child:
-        child.stdin.write(b"what is it \xff\n")
+        # to questions in whose whole answers these weights write no line break, wherever the first is cut
+        child.stdin.write(b"which colour \xff\n")
         child.stdin.flush()
         first = child.stdout.read(1)  # the answer has begun
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(b"/set max_new_tokens=3\nwhat is it\n", timeout=120)
+        out, err = child.communicate(b"/reset\n/set max_new_tokens=3\nwhat is it\n", timeout=120)
     assert child.returncode == 0, err
-    # both answers end with a line break; random weights may have written more into the first
-    assert (first + out).endswith(b"\n") and out.count(b"\n") >= 2 and b"max_new_tokens=3" in err
+    assert len((first + out).splitlines()) == 2 and b"max_new_tokens=3" in err
     with subprocess.Popen(program, **flags) as child:
         child.stdout.close()
         child.stdin.write(b"/set max_new_tokens=3\nwhat is it\none\n")
