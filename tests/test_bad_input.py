@@ -217,3 +217,16 @@ def test_odd_images_are_described(home, tmp_path):
     np.testing.assert_array_equal(visual, model.encode_images(plain))
     np.testing.assert_array_equal(plain[1], np.repeat(pixels[..., :1], 3, axis=2))
     np.testing.assert_array_equal(plain[3], pixels)
+
+
+def test_a_fault_of_the_program_still_ends_the_process_as_it_is_to_be_ended(capsys):
+    """One of several processes would else wait for the others at its end, and they for it."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as e:
+        errors.run(lambda: {}["absent"], leave)
+    assert e.value.code == 1 and "KeyError: 'absent'" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        errors.run(lambda: {}["absent"])
