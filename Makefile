@@ -36,7 +36,7 @@ else
 	@$(MAKE) --no-print-directory VENV=$(TPU_VENV) $(TPU_VENV)/.libtpu || { \
 	  echo "error: the compiler for TPUs (libtpu, 684 MB) could not be installed, so the full-size step" \
 	    "was not checked; to go on without this check: make tpu-check TPU_CHECK=skip" >&2; exit 1; }
-	$(TPU_VENV)/bin/python -m pytest tests/ahead/test_tpu.py --durations 5
+	$(TPU_VENV)/bin/python -m pytest tests/aot/test_tpu.py --durations 5
 endif
 
 lint: $(VENV)/.dev

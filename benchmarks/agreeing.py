@@ -18,17 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests" / "training"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 STRETCH = 25  # steps
 LEFT_OUT = 3  # steps of a stretch, in which the one before may still be felt
 
 
 def train(folder: Path, steps: int) -> dict[bool, list[float]]:
     """-> whether they agreed -> seconds of each step."""
-    from minigpt4_jax import processes
-    from minigpt4_jax.training.loop import train
+    from minigpt4_jax.parallel import multihost
+    from minigpt4_jax.training.trainer import train
 
-    agree, calls = processes.Sums.__call__, [0]
+    agree, calls = multihost.Sums.__call__, [0]
 
     def sometimes(self: Any, *numbers: int) -> Any:
         import numpy as np
@@ -38,7 +38,7 @@ def train(folder: Path, steps: int) -> dict[bool, list[float]]:
             return np.array(numbers, np.int32)
         return agree(self, *numbers)
 
-    processes.Sums.__call__ = sometimes  # type: ignore[method-assign]
+    multihost.Sums.__call__ = sometimes  # type: ignore[method-assign]
     ends: list[float] = []
     values = {
         "model": str(folder / "model"), "steps": steps, "batch_size": 8, "dtype": "float32",
@@ -54,10 +54,10 @@ def train(folder: Path, steps: int) -> dict[bool, list[float]]:
 
 
 def one_of(count: int, index: int, address: str, folder: Path, steps: int) -> None:
-    from minigpt4_jax import joining
+    from minigpt4_jax.parallel import distributed
 
     if count > 1:
-        joining.join(joining.Options(address, count, index, 60), 60)
+        distributed.join(distributed.ProcessOptions(address, count, index, 60), 60)
     times = train(folder, steps)
     if index == 0:
         ms = {
@@ -72,7 +72,7 @@ def one_of(count: int, index: int, address: str, folder: Path, steps: int) -> No
 
 def run(count: int, steps: int) -> str:
     sys.path.insert(0, str(TESTS))
-    import tiny
+    from helpers import tiny
 
     with socket.socket() as s:
         s.bind(("localhost", 0))

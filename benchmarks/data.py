@@ -15,21 +15,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+from helpers.paths import TOKENIZER
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from minigpt4_jax import images
-from minigpt4_jax.config import ModelConfig, VisionConfig
-from minigpt4_jax.data.batches import example_row, pad_rows
+from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig, VisionConfig
+from minigpt4_jax.data.batching import example_row, pad_rows
+from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.data.loader import make_loader
-from minigpt4_jax.data.sources import read_sources
 from minigpt4_jax.models.minigpt import Batch, normalized
-from minigpt4_jax.tokenizer import load_tokenizer
+from minigpt4_jax.processing import images
+from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 BATCH = 32
 CAPTION = "a photo of a table with a red cup, two plates and a window behind it number {}"
-TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "llama_tokenizer"
-MEAN, STD = torch.tensor(images.MEAN)[:, None, None], torch.tensor(images.STD)[:, None, None]
+MEAN, STD = (
+    torch.tensor(IMAGE_MEAN)[:, None, None],
+    torch.tensor(IMAGE_STD)[:, None, None],
+)
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:

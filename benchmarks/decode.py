@@ -31,13 +31,13 @@ from torch_peer import hf_config, hf_name
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from minigpt4_jax import weights
-from minigpt4_jax.compilation import VARIABLE, enable_compilation_cache
+from minigpt4_jax.checkpoint import model_directory, weights
 from minigpt4_jax.errors import Parser, UserError, run
-from minigpt4_jax.generate.beams import Beams
-from minigpt4_jax.generate.engine import Engine
-from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.inference.beam_search import BeamSearchConfig
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.utils.compilation_cache import VARIABLE, enable_compilation_cache
 
 PROMPT, NEW = 64, 64  # tokens
 PARTS = ("prefill", "decode", "answers", "beams", "mixed", "compile")
@@ -53,7 +53,7 @@ class Both:
         kind = getattr(torch, dtype)
         self.torch = LlamaForCausalLM(hf_config(config.llm)).to(kind).eval()
         self.torch.config.use_cache = True
-        state, tensors = self.torch.state_dict(), weights.Tensors(folder)
+        state, tensors = self.torch.state_dict(), model_directory.Tensors(folder)
         for name in (n for n in tensors if n.startswith("llm.")):
             state[hf_name(name)].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
         self.torch.tie_weights()
@@ -65,7 +65,7 @@ class Both:
 
     def ours(self, prompts: list[list[int]], new: list[int], beams: int = 1) -> list[list[int]]:
         requests = [
-            Request(p, max_new_tokens=n, beams=Beams(beams))
+            Request(p, max_new_tokens=n, beams=BeamSearchConfig(beams))
             for p, n in zip(prompts, new, strict=True)
         ]
         return [answers[0].ids for answers in self.engine.answer(requests, 32 * beams)]

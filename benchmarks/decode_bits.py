@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt4_jax import weights
-from minigpt4_jax.compilation import enable_compilation_cache
+from minigpt4_jax.checkpoint import weights
 from minigpt4_jax.errors import Parser, run
-from minigpt4_jax.generate.engine import Engine
-from minigpt4_jax.generate.requests import Request
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 
 PROMPT, NEW = 64, 64  # tokens
 SCHEMES = "float32,bfloat16,int8,int4"

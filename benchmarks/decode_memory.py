@@ -24,8 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.ahead.programs import parameters
-from minigpt4_jax.ahead.sizes import SIZES
+from minigpt4_jax.aot.presets import SIZES
+from minigpt4_jax.aot.programs import parameters
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import minigpt4_jax
-from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.errors import Parser, run
+from minigpt4_jax.inference.conversation import Conversation
 
 QUESTIONS = (
     "Tell me about rivers in two sentences, please.",

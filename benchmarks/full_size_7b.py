@@ -27,16 +27,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import sizes
+from helpers.paths import TOKENIZER
 
 import minigpt4_jax
-from convert.llm import find_tokenizer
-from minigpt4_jax import weights
+from convert.language_model import find_tokenizer
+from minigpt4_jax.checkpoint import model_directory, weights
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 
 LIMIT_GIB = 24
 QUESTION = "Describe this image in detail."
-TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "llama_tokenizer"
 
 
 class Phases:
@@ -86,7 +86,7 @@ def token_bytes(config: ModelConfig) -> int:
 
 def make(out: Path, config: ModelConfig, tokenizer: Path) -> None:
     """Write the model directory; one shard is in memory at a time."""
-    if (out / "model.json").is_file() and weights.read_config(out) == config:
+    if (out / "model.json").is_file() and model_directory.read_config(out) == config:
         return
     need, free = total_bytes(config), shutil.disk_usage(out.parent).free
     if free < 1.05 * need:

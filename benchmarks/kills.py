@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import lives
+from helpers import kill_driver
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        runs = lives.Driver(Path(folder), args.seed)
+        runs = kill_driver.Driver(Path(folder), args.seed)
         expected, different, n = runs.undisturbed(), 0, 0
         while runs.count.all < args.kills:
             n += 1

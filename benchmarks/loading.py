@@ -27,9 +27,9 @@ import ml_dtypes
 import numpy as np
 import sizes
 
+from minigpt4_jax.checkpoint.weights import parameter_shapes, part_of, write_model
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.quant import quantized
-from minigpt4_jax.weights import parameter_shapes, part_of, write_model
+from minigpt4_jax.quantization.schemes import quantized
 
 
 def write(out: Path, config: ModelConfig, stored: str) -> None:
@@ -72,14 +72,14 @@ class Peak:
 
 
 def load(folder: Path, count: int, index: int, address: str, quantize: str | None) -> None:
-    from minigpt4_jax import joining
+    from minigpt4_jax.parallel import distributed
 
     if count > 1:
-        joining.join(joining.Options(address, count, index, 300), 300)
+        distributed.join(distributed.ProcessOptions(address, count, index, 300), 300)
     import jax
 
-    from minigpt4_jax.sharding import make_mesh
-    from minigpt4_jax.weights import load_model
+    from minigpt4_jax.checkpoint.weights import load_model
+    from minigpt4_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh({"fsdp": jax.device_count()})
     jax.device_put(np.zeros(8)).block_until_ready()

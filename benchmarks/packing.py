@@ -17,10 +17,10 @@ import sizes
 from train_step import make_ours
 
 from minigpt4_jax.config import IMAGE, ModelConfig
-from minigpt4_jax.data.batches import Arrays, pad_rows
+from minigpt4_jax.data.batching import Arrays, pad_rows
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.prompts import Row
+from minigpt4_jax.processing.sequences import TokenSequence
 
 KINDS = {"captions": 0.0, "mixed": 0.2}  # share of long answers
 PROMPT = 12  # tokens of the template around an image
@@ -37,7 +37,9 @@ def padded(config: ModelConfig, rows: int, long: float) -> Arrays:
         told, slots = max(2, round(1.3 * words)), config.visual_tokens
         text = rng.integers(3, config.llm.vocab, PROMPT + told).tolist()
         tokens = [*text[: PROMPT // 2], *[IMAGE] * slots, *text[PROMPT // 2 :]]
-        made.append(Row(tokens, list(range(PROMPT + slots, PROMPT + slots + told)), False))
+        made.append(
+            TokenSequence(tokens, list(range(PROMPT + slots, PROMPT + slots + told)), False)
+        )
     edge = config.vision.image_size
     pixels = rng.standard_normal((rows, 1, edge, edge, 3), dtype=np.float32)
     return Arrays(pixels, *pad_rows(made, 0))

@@ -6,7 +6,7 @@
 DIR is a model directory in floats (of SmolLM2: `python -m convert build --llm=...`). Perplexity is
 over the texts below. Answers are compared with those in float32: how many are the same word for word,
 and the share of words before the first that differs. --stored: another directory, compared as it is
-(of `convert build --quantize=keep`). --data: a split that minigpt4_jax.data.shapes wrote, for a model
+(of `convert build --quantize=keep`). --data: a split that minigpt4_jax.shapes.dataset wrote, for a model
 that was trained on it (the quickstart's `stage2/model` and `data/heldout`): descriptions of its first
 images instead of the texts and questions, and the share that is entirely right.
 """
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import minigpt4_jax
+from minigpt4_jax.demos.quickstart import judge_split
 from minigpt4_jax.errors import Parser, run
-from minigpt4_jax.quickstart import judge_split
 
 TEXTS = (
     "The lighthouse keeper climbed the narrow stairs every evening at dusk. He trimmed the wick, "

@@ -12,7 +12,7 @@ SMOLLM2 = LlmConfig(
     vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536,
     eps=1e-5, rope_theta=1e5, tie=True, max_length=8192,
 )  # fmt: skip
-# The demonstration's vision side (minigpt4_jax/training/shapes_vision.py)
+# The demonstration's vision side (minigpt4_jax/demos/vision_encoder.py)
 SMALL_VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4, mlp=512)
 SMALL_QFORMER = QFormerConfig(queries=13, hidden=128, layers=2, heads=4, ffn=384, vision_width=128)
 
@@ -83,7 +83,7 @@ def flops(config: ModelConfig, batch: Batch) -> float:
     heads = m.heads * m.head_dim
     layer = m.width * (2 * heads + 2 * m.kv_heads * m.head_dim + 3 * m.ffn) + 2 * t * heads
     head = m.width * m.vocab
-    count += 2 * 2.0 * (b * t * m.layers * layer + batch.answers.size * head)
+    count += 2 * 2.0 * (b * t * m.layers * layer + batch.label_positions.size * head)
     return count
 
 

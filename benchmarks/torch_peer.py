@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from sizes import tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minigpt4_jax.checkpoint.weights import parameter_shapes
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig
 from minigpt4_jax.models.minigpt import LN_VISION_EPS, Batch
-from minigpt4_jax.weights import parameter_shapes
 
 Weights = dict[str, torch.Tensor]
 
@@ -135,7 +135,7 @@ class Peer:
     def place(self, batch: Batch) -> None:
         tokens = torch.from_numpy(np.asarray(batch.tokens)).long().to(self.device)
         lengths = torch.from_numpy(np.asarray(batch.lengths)).to(self.device)
-        answers = torch.from_numpy(np.asarray(batch.answers)).long().to(self.device)
+        answers = torch.from_numpy(np.asarray(batch.label_positions)).long().to(self.device)
         self.pixels = torch.from_numpy(np.asarray(batch.pixels)[:, 0]).to(self.device)
         self.slots = tokens == IMAGE
         self.tokens = tokens.masked_fill(self.slots, 0)

@@ -22,15 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from minigpt4_jax import optim, topology
-from minigpt4_jax.ahead import programs
-from minigpt4_jax.ahead.compiler import TooLarge, compile_for_chip
-from minigpt4_jax.ahead.sizes import SIZES
+from minigpt4_jax.aot import programs
+from minigpt4_jax.aot.compiler import TooLarge, compile_for_chip
+from minigpt4_jax.aot.presets import SIZES
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.sharding import make_mesh, one_device
-from minigpt4_jax.training.step import make_step, trained_parts
+from minigpt4_jax.parallel.sharding import make_mesh, one_device
+from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.train_step import make_step, trained_parts
+from minigpt4_jax.utils import platform
 
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 DEVICE_GB = 80
@@ -51,13 +52,13 @@ def batch_shapes(config: ModelConfig, rows: int, text: int, packed: bool) -> Bat
 def lowered_step(config: ModelConfig, args: argparse.Namespace, mesh: Mesh) -> Any:
     """The step of a run, from shapes on a mesh."""
     split = programs.split_shapes(config, PARTS, mesh)
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     step: Any = make_step(split, tx, remat=not args.no_remat, dropout_seed=0, dropout_in=["lora"])
     numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     batch = batch_shapes(config, args.rows, args.text, args.packed)
     given = (jax.eval_shape(tx.init, split.trainable), batch, *numbers)
     opt_state, batch, *numbers = programs.lies_whole(given, mesh)
-    with topology.compiling_for(mesh.devices.flat[0].platform):
+    with platform.compiling_for(mesh.devices.flat[0].platform):
         return step.lower(split.trainable, opt_state, split.frozen, batch, *numbers)
 
 
@@ -77,7 +78,7 @@ def main() -> None:
         mesh = one_device()
     else:
         jax.config.update("jax_platforms", "cpu")  # no TPU is looked for
-        mesh = make_mesh({}, topology.devices(args.topology)[:1])
+        mesh = make_mesh({}, platform.devices(args.topology)[:1])
     begun = time.perf_counter()
     plan = compile_for_chip(lowered_step(config, args, mesh), code=args.code)
     if isinstance(plan, TooLarge):

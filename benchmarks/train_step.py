@@ -44,10 +44,10 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     import jax.numpy as jnp
     from flax import nnx
 
-    from minigpt4_jax import optim
-    from minigpt4_jax.host_memory import keep_freed_memory
-    from minigpt4_jax.training.step import make_step, split_model, trained_parts
-    from minigpt4_jax.weights import STACKED, abstract_model, parameter_dtype
+    from minigpt4_jax.checkpoint.weights import STACKED, abstract_model, parameter_dtype
+    from minigpt4_jax.training import optimizer
+    from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
+    from minigpt4_jax.utils.malloc import keep_freed_memory
 
     keep_freed_memory()  # as training does
     kind = jnp.dtype(dtype)
@@ -66,7 +66,7 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     flat = [(p, leaf.replace(fill(p, leaf.shape))) for p, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     split = split_model(model, trained_parts(freeze_vit=True, freeze_qformer=True), kind)
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     run = make_step(split, tx)
     hot = [split.trainable, tx.init(split.trainable)]
     on_device = jax.device_put(batch)
@@ -189,7 +189,8 @@ def measure(args: argparse.Namespace, dtype: str) -> None:
     gpu = Path("/proc/driver/nvidia").exists()
     print(
         f"\n{args.size}, {config.llm.layers} layers, {dtype}: {rows} rows of {batch.tokens.shape[1]} "
-        f"tokens, {(batch.answers >= 0).sum()} labelled, {config.visual_tokens} visual tokens an image",
+        f"tokens, {(batch.label_positions >= 0).sum()} labelled, "
+        f"{config.visual_tokens} visual tokens an image",
         flush=True,
     )
     workers = Workers(SIDES, config, batch, dtype)

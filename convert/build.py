@@ -14,23 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from convert.checks import FLOATS
-from convert.files import HashedFile
-from convert.gguf_blocks import packed
-from convert.plan import Plan, Request, make_plan
-from convert.tensors import DTYPES
-from minigpt4_jax.adapters import first_values
+from convert.build_plan import BuildPlan, Request, make_plan
+from convert.formats.files import HashedFile
+from convert.formats.gguf_blocks import packed
+from convert.formats.tensors import DTYPES
+from convert.validate import FLOATS
+from minigpt4_jax.checkpoint.adapters import first_values
+from minigpt4_jax.checkpoint.model_directory import looking
+from minigpt4_jax.checkpoint.weights import part_of, write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.model_dir import looking
-from minigpt4_jax.paths import any_path, is_remote
-from minigpt4_jax.quant import Kept, quantized, quantized_shapes, scheme_of
-from minigpt4_jax.weights import part_of, write_model
+from minigpt4_jax.quantization.schemes import BlockFormat, quantized, quantized_shapes, scheme_of
+from minigpt4_jax.storage.paths import any_path, is_remote
 
 Shape = tuple[int, ...]
 
 
-def build(request: Request) -> Plan:
+def build(request: Request) -> BuildPlan:
     """Make the model directory request.out, whole or not at all. UserError when it cannot be."""
     started = time.monotonic()
     request = replace(request, out=any_path("--out", request.out))
@@ -78,7 +78,7 @@ def _check_output(out: Path) -> Path | None:
         raise UserError(f"--out: cannot write into {parent}: {e.strerror}") from e
 
 
-def _stored_type(plan: Plan, name: str, llm_dtype: str | None) -> np.dtype:
+def _stored_type(plan: BuildPlan, name: str, llm_dtype: str | None) -> np.dtype:
     """Tensors keep their type; new ones, interpolated positions and float64 are float32."""
     if name in plan.fresh:
         return DTYPES["float32"]
@@ -95,7 +95,7 @@ def _stored_size(name: str, shape: Shape, dtype: np.dtype, held: ModelConfig) ->
     kind = scheme_of(name, held.quantize, shape[-1], held.kept)
     if kind is None:
         return math.prod(shape) * dtype.itemsize
-    if kept := Kept.parse(kind):
+    if kept := BlockFormat.parse(kind):
         sizes = [math.prod(s) for s in kept.shapes(shape).values()]
         return sizes[0] + 4 * sum(sizes[1:])
     levels, scale = quantized_shapes(shape, kind)
@@ -103,7 +103,7 @@ def _stored_size(name: str, shape: Shape, dtype: np.dtype, held: ModelConfig) ->
 
 
 def _tensors(
-    plan: Plan, types: dict[str, np.dtype], request: Request, record: dict[str, Any]
+    plan: BuildPlan, types: dict[str, np.dtype], request: Request, record: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter, in the order of the files; in the end `record` says where they came from."""
     from tqdm import tqdm
@@ -120,7 +120,7 @@ def _tensors(
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         for name, _, m, tensor in todo:
             kind = scheme_of(name, plan.held.quantize, plan.wanted[name][-1], plan.held.kept)
-            kept = Kept.parse(kind or "")
+            kept = BlockFormat.parse(kind or "")
             if kept and tensor.blocks:
                 for suffix, part in packed(tensor.blocks[1](), kept).items():
                     # the transforms of a language model move whole rows, which is as true of these
@@ -143,7 +143,7 @@ def _fresh(name: str, wanted: dict[str, Shape], rng: np.random.Generator) -> np.
     return rng.uniform(-(n_in**-0.5), n_in**-0.5, shape).astype(np.float32)
 
 
-def _record(plan: Plan) -> dict[str, Any]:
+def _record(plan: BuildPlan) -> dict[str, Any]:
     """What each option gave (file and SHA-256), for model.json."""
     record = {s.option.removeprefix("--"): s.reader.origin() for s in plan.sources.all()}
     if plan.sources.qformer is plan.sources.vision:

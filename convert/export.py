@@ -16,12 +16,13 @@ from typing import IO
 
 import numpy as np
 
-from convert.tables import FINE_TUNED, original_key
-from convert.tensors import contiguous
+from convert.formats.tensors import contiguous
+from convert.key_mapping import FINE_TUNED, original_key
+from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
+from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.paths import any_path, local_path
-from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config
+from minigpt4_jax.storage.paths import any_path, local_path
 
 Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]

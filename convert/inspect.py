@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.bucket_tensors import DTYPES
+from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config, read_document
+from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.paths import any_path
-from minigpt4_jax.weights import Tensors, model_chain, part_of, read_config, read_document
+from minigpt4_jax.storage.gcs_safetensors import DTYPES
+from minigpt4_jax.storage.paths import any_path
 
 _PARTS = ("vit", "qformer", "projection", "lora", "llm")
 # part -> the option of `build` whose file it came from, the first that was recorded
@@ -65,7 +66,7 @@ def _parts(tensors: Tensors) -> dict[str, dict[str, Any]]:
         part = parts.setdefault(part_of(name), empty)
         dtype, size = np.dtype(DTYPES[tensors.dtype(name)]), math.prod(tensors.shape(name))
         kind = dtype.name
-        if kind == "uint8":  # two parameters a byte (minigpt4_jax/quant.py)
+        if kind == "uint8":  # two parameters a byte (minigpt4_jax/quantization/schemes.py)
             part["parameters"] += 2 * size
             kind = "int4"
         elif not name.endswith(("_scale", "_offset")):  # of a quantized weight

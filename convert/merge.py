@@ -10,19 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.tensors import DTYPES
-from minigpt4_jax.config import LoraConfig, ModelConfig
-from minigpt4_jax.errors import UserError
-from minigpt4_jax.weights import (
+from convert.formats.tensors import DTYPES
+from minigpt4_jax.checkpoint.model_directory import (
     Tensors,
-    check_tensors,
     model_chain,
-    part_of,
     read_config,
     read_document,
     tokenizer_dir,
-    write_model,
 )
+from minigpt4_jax.checkpoint.weights import check_tensors, part_of, write_model
+from minigpt4_jax.config import LoraConfig, ModelConfig
+from minigpt4_jax.errors import UserError
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.llm import LanguageModel
-from convert.readers import Reader, open_file
-from convert.tables import BLIP2, EVA, FINE_TUNED, LLM, OWN, Match, Table, match
-from convert.tensors import Tensor
+from convert.formats.readers import Reader, open_file
+from convert.formats.tensors import Tensor
+from convert.key_mapping import BLIP2, EVA, FINE_TUNED, LLM, OWN, Match, Table, match
+from convert.language_model import LanguageModel
+from minigpt4_jax.checkpoint.model_directory import model_chain, read_config
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.weights import model_chain, read_config
 
 _WHAT = {
     EVA.name: "an EVA-ViT file, which goes to --vision",

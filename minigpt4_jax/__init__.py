@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minigpt4_jax.api import Model, load
+    from minigpt4_jax.inference.model import Model, load
 
 __all__ = ["Model", "load"]
 __version__ = "0.1.0"
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import minigpt4_jax` and the command line's --help do not pay for importing JAX.
     if name in __all__:
-        from minigpt4_jax import api
+        from minigpt4_jax.inference import model
 
-        return getattr(api, name)
+        return getattr(model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

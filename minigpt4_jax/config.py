@@ -8,8 +8,11 @@ from minigpt4_jax.errors import UserError
 
 IMAGE = -1  # token id of a visual slot in a row; the model puts a projected visual token there
 
+# CLIP's statistics, as EVA-ViT-g and BLIP-2 were trained with
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
-QUANTIZATIONS = ("int8", "int4")  # what minigpt4_jax/quant.py can do
+QUANTIZATIONS = ("int8", "int4")  # what minigpt4_jax/quantization/schemes.py can do
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # what adapters can be on
 
 

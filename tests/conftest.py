@@ -2,17 +2,26 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 # The files that take longest begin first, so that no worker is left alone with one at the end. (Of its
 # own, xdist begins with the files of most tests; one test may be that of fifty kills.)
 LONGEST = (
-    "test_sharding.py", "test_train_kills.py", "test_reuse.py", "test_processes.py",
-    "test_int8_cache.py", "test_gs.py", "test_train_survive.py", "test_engine.py",
-    "test_train_resume.py", "test_beams.py", "test_smollm2.py",
+    "test_sharding.py", "test_train_kills.py", "test_prefix_cache.py", "test_multihost.py",
+    "test_int8_cache.py", "test_buckets.py", "test_train_survive.py", "test_engine.py",
+    "test_train_resume.py", "test_beam_search.py", "test_smollm2.py",
 )  # fmt: skip
+
+
+def pytest_configure() -> None:
+    # Processes that tests start import `helpers` too.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,3 +64,14 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(note)
     yield found
     jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Paths of ten PNG files of noise, 40 x 30."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for n in range(10):
+        noise = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{n}.png")
+    return [str(folder / f"{n}.png") for n in range(10)]

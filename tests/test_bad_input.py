@@ -11,12 +11,15 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import tiny
 from PIL import Image
-from training import tiny
 
 import minigpt4_jax
-from minigpt4_jax import errors, images, plots, weights
-from minigpt4_jax import train as command
+from minigpt4_jax import errors
+from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.cli import train as command
+from minigpt4_jax.processing import images
+from minigpt4_jax.visualization import plots
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -145,7 +148,7 @@ def test_a_broken_image_ends_the_run_and_it_goes_on_once_repaired(train, tmp_pat
     (data / "2.png").write_bytes(whole)
     code, lines = train(*options)
     assert code == 0, lines
-    assert weights.read_config(model).max_text_length == 3
+    assert model_directory.read_config(model).max_text_length == 3
 
 
 def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypatch):
@@ -162,7 +165,10 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypat
     code, lines = train()
     assert code == 0, lines
     assert (workdir / "metrics.jsonl").read_text() == steps  # no step was made again
-    assert set(weights.Tensors(workdir / "model")) >= {"projection.weight", "projection.bias"}
+    assert set(model_directory.Tensors(workdir / "model")) >= {
+        "projection.weight",
+        "projection.bias",
+    }
 
 
 class FullDisk:

@@ -4,24 +4,29 @@
 """
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
+from helpers import oracle
+from helpers.paths import REFERENCE
 
-from minigpt4_jax import api, weights
-from minigpt4_jax.generate import engine
-from minigpt4_jax.generate.beams import Beams
-from minigpt4_jax.generate.sampling import Options
-from minigpt4_jax.images import load_pixels, normalize
+from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.inference import engine
+from minigpt4_jax.inference.beam_search import BeamSearchConfig
+from minigpt4_jax.inference.model import load
+from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.prompts import build_conversation_row, build_row, prompt_tokens, stop_sequences
+from minigpt4_jax.processing.images import load_pixels, normalize
+from minigpt4_jax.processing.sequences import (
+    build_conversation_row,
+    build_row,
+    prompt_tokens,
+    stop_sequences,
+)
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 NEEDS_DUMPS = pytest.mark.skipif(
     not (REFERENCE / "dumps").is_dir(), reason="../shared/reference is not here"
 )
@@ -37,7 +42,7 @@ class Case:
 
     def __init__(self, name, folder):
         from convert.build import build
-        from convert.plan import Request
+        from convert.build_plan import Request
 
         self.name = name
         variant, checkpoint, size, text, extra = CASES[name]
@@ -54,9 +59,9 @@ class Case:
                 checkpoint=files / checkpoint, settings=settings,
             )
         )  # fmt: skip
-        self.model = api.load(out, dtype="float32")
+        self.model = load(out, dtype="float32")
         self.config, self.tokenizer = self.model.config, self.model.tokenizer
-        self.tensors = weights.Tensors(out)
+        self.tensors = model_directory.Tensors(out)
         self.module, _ = weights.load_model(out)
         self.pixels = self.arrays("pixels")
         self.images = [self.pixels["image_uint8_0"], self.pixels["image_uint8_1"]]
@@ -98,10 +103,10 @@ class Case:
     def batch(self, rows, images):
         """The rows in the original's padding: to its longest prompt and its longest answer."""
         tokens = np.zeros((len(rows), max(len(r.tokens) for r in rows)), np.int32)
-        answers = np.full((len(rows), max(len(r.answers) for r in rows)), -1, np.int32)
+        answers = np.full((len(rows), max(len(r.label_positions) for r in rows)), -1, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row.tokens)] = row.tokens
-            answers[i, : len(row.answers)] = row.answers
+            answers[i, : len(row.label_positions)] = row.label_positions
         pixels = self.pixels["pixel_values"].transpose(0, 2, 3, 1)[:, None]
         lengths = np.array([len(r.tokens) for r in rows], np.int32)
         return Batch(pixels if images else pixels[:, :0], tokens, lengths, answers)
@@ -163,10 +168,12 @@ def test_training_forward(case):
             assert relative(embeds[i, :n], dump["inputs_embeds"][i, :n]) < 1e-4, kind
             assert relative(logits[i, :n], dump["logits"][i, :n]) < 1e-4, kind
             labelled = np.flatnonzero(dump["targets"][i] != -100)
-            assert labelled.tolist() == row.answers, kind
-            assert dump["targets"][i, labelled].tolist() == [row.tokens[a] for a in row.answers]
+            assert labelled.tolist() == row.label_positions, kind
+            assert dump["targets"][i, labelled].tolist() == [
+                row.tokens[a] for a in row.label_positions
+            ]
         nll = np.asarray(model.token_nll(batch))
-        loss = nll.sum() / (batch.answers >= 0).sum()
+        loss = nll.sum() / (batch.label_positions >= 0).sum()
         assert loss == pytest.approx(float(dump["loss"]), rel=1e-5), kind
         ranking = nll.sum(1) / (dump["targets"].shape[1] - 1)  # the original's padded length
         np.testing.assert_allclose(ranking, dump["loss_none"], rtol=1e-5, err_msg=kind)
@@ -184,7 +191,7 @@ def test_score_and_ranking_loss(case):
             prompts = [case.config.prompt_template.replace("{}", p) for p in prompts]
         pictures = case.images if images else None
         nll, tokens = case.model.score(pictures, prompts, samples["answer"])
-        assert tokens.tolist() == [len(row.answers) for row in rows]
+        assert tokens.tolist() == [len(row.label_positions) for row in rows]
         assert nll.sum() / tokens.sum() == pytest.approx(float(dump["loss"]), rel=1e-5), kind
         ranking = case.model.candidate_loss(pictures, prompts, samples["answer"])
         np.testing.assert_allclose(ranking, dump["loss_none"], rtol=1e-5)
@@ -219,11 +226,11 @@ def generation(case, run, document, visual):
     """The requests of one run, and its end ids. The original's ids begin with a BOS, which its
     min_length counts; a hypothesis's length in beam search counts it too, here as there."""
     kwargs = run["kwargs"]
-    options = Options(
+    options = SamplingParams(
         repetition_penalty=kwargs.get("repetition_penalty", 1.0),
         min_new_tokens=max(0, kwargs.get("min_length", 0) - 1),
     )
-    beams = Beams(kwargs["num_beams"], kwargs.get("length_penalty", 1.0))
+    beams = BeamSearchConfig(kwargs["num_beams"], kwargs.get("length_penalty", 1.0))
     ends = run["eos"] if isinstance(run["eos"], list) else [run["eos"]]
     requests = [
         engine.Request(
@@ -299,7 +306,7 @@ def test_generated_text(case):
 @NEEDS_DUMPS
 def test_chat_turns(case):
     """Two turns about one image, the second after the first one's answer."""
-    from minigpt4_jax.prompts import chat_template, render_chat, with_images
+    from minigpt4_jax.processing.chat_templates import chat_template, render_chat, with_images
 
     dump, turns = case.arrays("chat"), []
     image = case.images[1 if case.name == "b" else 0]
@@ -318,7 +325,7 @@ def test_chat_turns(case):
         assert relative(embeds, dump[f"turn{n}/embs"]) < 1e-4
         theirs = dump[f"turn{n}/ids"][1:].tolist()
         stops = stop_sequences(case.tokenizer, case.config.end_symbol)
-        options = Options(repetition_penalty=1.05)  # the chat's default
+        options = SamplingParams(repetition_penalty=1.05)  # the chat's default
         request = engine.Request(tokens, visual, len(theirs), options, stops=stops)
         assert case.model._engine.generate([request])[0] == theirs
         turns[-1] = (question, turn["answer"])

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_smollm2_knows_the_capital_of_france(tmp_path):
-    from convert.__main__ import main as convert
+    from convert.cli import main as convert
     from minigpt4_jax import load
-    from minigpt4_jax.quickstart import language_model
+    from minigpt4_jax.demos.quickstart import language_model
 
     convert(["build", f"--llm={language_model()}", f"--out={tmp_path / 'model'}"])
     model = load(tmp_path / "model", "float32")

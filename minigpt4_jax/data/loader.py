@@ -14,17 +14,17 @@ import numpy as np
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batches import PADDING, BatchMaker, Made, Padding, Share
-from minigpt4_jax.data.broken import Tally
-from minigpt4_jax.data.mixing import MIXED_BY, Order, Part
+from minigpt4_jax.data.batching import PADDING, BatchMaker, Made, Padding, Share
+from minigpt4_jax.data.dataset import ExampleList
+from minigpt4_jax.data.json_records import Example
+from minigpt4_jax.data.mixture import MIXED_BY, MixtureComponent, Order
 from minigpt4_jax.data.packing import Packed
-from minigpt4_jax.data.reader import Reader, init_worker
-from minigpt4_jax.data.source import ExampleList
-from minigpt4_jax.data.sources import Example
+from minigpt4_jax.data.prefetch import Reader, init_worker
+from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.images import name_of
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.tokenizer import Tokenizer
+from minigpt4_jax.processing.images import name_of
+from minigpt4_jax.processing.tokenizer import Tokenizer
 
 _LOOKED_AT = 10_000  # examples in memory looked at for answers that are cut
 _OPENED = 200  # examples of other sources, for that and for telling data apart
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_loader(
-    data: Sequence[Example] | Sequence[Part],
+    data: Sequence[Example] | Sequence[MixtureComponent],
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
@@ -59,7 +59,7 @@ def make_loader(
 
     batch_size: rows of the whole batch, of parts that have no size of their own. share: which rows
     this process makes of a batch of so many; by default all. prompts: for examples, as
-    Part.prompts: instructions with `<Img><ImageHere></Img>`, without template; none of them: bare
+    MixtureComponent.prompts: instructions with `<Img><ImageHere></Img>`, without template; none of them: bare
     visual tokens (stage 1). mix_by: what a turn of a part is, a batch ("step") or a row ("example").
     epochs: None goes on for ever, as a mixture always does. keep_remainder: the last batch of the
     last epoch is filled up with rows that have no labels, instead of being left out.
@@ -93,7 +93,7 @@ def make_loader(
         parts, order, tokenizer, config, seed, padding, crop, shares, tight=pack is not None
     )
     _warn_of_cut_answers(maker)
-    tally = Tally(max_broken, sum(len(p.source) for p in parts))
+    tally = SkipCounter(max_broken, sum(len(p.source) for p in parts))
     return Loader(
         maker, tally, shuffle=shuffle, readers=(workers, threads), timeout=timeout, pack=pack,
     )  # fmt: skip
@@ -111,7 +111,7 @@ class Loader:
     def __init__(
         self,
         maker: BatchMaker,
-        tally: Tally,
+        tally: SkipCounter,
         *,
         shuffle: bool,
         readers: tuple[int, int],  # worker processes, threads in each
@@ -202,19 +202,19 @@ def _from(batches: grain.MapDataset, readers: tuple[int, int], step: int) -> gra
 
 
 def _parts(
-    data: Sequence[Example] | Sequence[Part], prompts: tuple[str, ...], batch_size: int
-) -> tuple[Part, ...]:
+    data: Sequence[Example] | Sequence[MixtureComponent], prompts: tuple[str, ...], batch_size: int
+) -> tuple[MixtureComponent, ...]:
     """The parts of a mixture, each with its batch size; examples are a mixture of one."""
-    parts = [one for one in data if isinstance(one, Part)]
+    parts = [one for one in data if isinstance(one, MixtureComponent)]
     if not parts:
         examples = [one for one in data if isinstance(one, Example)]
-        parts = [Part("", ExampleList("", examples), prompts=prompts)]
+        parts = [MixtureComponent("", ExampleList("", examples), prompts=prompts)]
     return tuple(
         p if p.batch_size or p.tokens else p._replace(batch_size=batch_size) for p in parts
     )
 
 
-def _sized(part: Part, maker: BatchMaker, multiple: int) -> Part:
+def _sized(part: MixtureComponent, maker: BatchMaker, multiple: int) -> MixtureComponent:
     """With the batch size that its number of tokens allows: of rows as long as the longest among
     those looked at."""
     if not part.tokens:
@@ -234,7 +234,7 @@ def _sized(part: Part, maker: BatchMaker, multiple: int) -> Part:
 
 
 def _check(
-    parts: Sequence[Part],
+    parts: Sequence[MixtureComponent],
     seed: int,
     mix_by: str,
     epochs: int | None,
@@ -265,7 +265,7 @@ def _check(
             raise UserError(f"data: {message}")
 
 
-def _some(part: Part, seed: int, most_in_memory: int | None) -> Iterator[Example]:
+def _some(part: MixtureComponent, seed: int, most_in_memory: int | None) -> Iterator[Example]:
     """Examples of a part, evenly spaced where there are many; those that cannot be read are left
     out."""
     total = len(part.source)
@@ -306,7 +306,7 @@ def _identity(maker: BatchMaker, shuffle: bool) -> dict[str, Any]:
     return found
 
 
-def _digest(part: Part, seed: int) -> str:
+def _digest(part: MixtureComponent, seed: int) -> str:
     """Short hash of the texts and image names, in order, and of what is asked about them; of what is
     not in memory, of a sample."""
     digest = hashlib.sha256(json.dumps(part.prompts).encode())

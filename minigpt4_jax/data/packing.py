@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batches import PADDING, Arrays, Padding, Plan
+from minigpt4_jax.data.batching import PADDING, Arrays, BatchLayout, Padding
 
 
 class Packed(NamedTuple):
@@ -22,7 +22,7 @@ class Packed(NamedTuple):
     pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8, in their order; [M, 0, S, S, 3] without images
     tokens: np.ndarray  # [R, T] int32
     lengths: np.ndarray  # [R] int32; tokens of a row that are not padding
-    answers: np.ndarray  # [R, A] int32
+    label_positions: np.ndarray  # [R, A] int32
     segments: np.ndarray  # [R, T] int32; the example in its row, padding is one of its own
     positions: np.ndarray  # [R, T] int32; from the start of the example
     visual: np.ndarray  # [R, T] int32; which of the B * I * P visual tokens goes into a slot
@@ -53,7 +53,7 @@ def pack(
     rows_multiple: int = 1,
     padding: Padding = PADDING,
     blocks: int = 1,
-    plan: Plan | None = None,
+    plan: BatchLayout | None = None,
 ) -> Packed:
     """A padded batch with its examples packed into rows of `width` tokens, or of the longest
     example's where that is longer.
@@ -88,7 +88,7 @@ def pack(
     for r, row in enumerate(layout):
         at, labelled = 0, 0
         for number, i in enumerate(row):
-            n, its = int(batch.lengths[here[i]]), batch.answers[here[i]]
+            n, its = int(batch.lengths[here[i]]), batch.label_positions[here[i]]
             its = its[its >= 0]
             part = slice(at, at + n)
             segments[r, part], positions[r, part] = number, np.arange(n)
@@ -104,8 +104,8 @@ def pack(
     return Packed(pixels, tokens, used, answers, segments, positions, visual)
 
 
-def _plan_of(batch: Arrays) -> Plan:
+def _plan_of(batch: Arrays) -> BatchLayout:
     """Of a batch that is here as a whole."""
-    labels = tuple(int((answers >= 0).sum()) for answers in batch.answers)
+    labels = tuple(int((answers >= 0).sum()) for answers in batch.label_positions)
     lengths = tuple(int(n) for n in batch.lengths)
-    return Plan(lengths, labels, tuple(range(len(lengths))))
+    return BatchLayout(lengths, labels, tuple(range(len(lengths))))

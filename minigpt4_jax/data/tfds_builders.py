@@ -15,10 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from minigpt4_jax.data.shapes import detailed, questions, render, scene_at
-from minigpt4_jax.data.shapes_scene import SPLITS
-from minigpt4_jax.data.shapes_text import short
-from minigpt4_jax.data.sources import read_sources
+from minigpt4_jax.data.json_records import read_sources
+from minigpt4_jax.shapes.scene import SPLITS, render, scene_at
+from minigpt4_jax.shapes.text import detailed, questions, short
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 SHAPES_SIZES = {"train": 6000, "heldout": 200, "heldout_pairs": 200}
@@ -32,7 +31,7 @@ def _features(*texts: str) -> tfds.features.FeaturesDict:
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Generated scenes of coloured shapes, with short and detailed captions and a question: those of
-    `python -m minigpt4_jax.data.shapes` with its default sizes and seed."""
+    `python -m minigpt4_jax.shapes.dataset` with its default sizes and seed."""
 
     VERSION = tfds.core.Version("1.0.0")
 

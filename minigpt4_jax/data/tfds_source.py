@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import DataError, UserError
-from minigpt4_jax.images import ImageSource
-from minigpt4_jax.prompts import with_images
+from minigpt4_jax.processing.chat_templates import with_images
+from minigpt4_jax.processing.images import ImageSource
 
 # Features that are looked for, the first that a dataset has.
 IMAGES = ("image", "images", "jpg", "png")

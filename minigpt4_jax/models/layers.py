@@ -12,20 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt4_jax.models import kernels
-from minigpt4_jax.models.products import linear, precision
-from minigpt4_jax.sharding import ROWS, constrain, gathered
-from minigpt4_jax.topology import backend
+from minigpt4_jax.models.attention import MANY_QUERIES
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, gathered
+from minigpt4_jax.quantization.matmul import linear
 
-MANY_QUERIES = 1024  # causal attention to more than these is computed
-QUERY_BLOCK = 256  # by blocks of these
 TOKEN_BLOCK = 512  # tokens of a long prompt that go through an MLP together
 
 
 class Linear(nnx.Module):
     """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in).
 
-    Quantized (minigpt4_jax/quant.py), `weight` holds levels and `weight_scale` is there, and
+    Quantized (minigpt4_jax/quantization/schemes.py), `weight` holds levels and `weight_scale` is there, and
     `weight_offset` where its blocks have one.
     """
 
@@ -80,66 +77,6 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    scale: float,
-    causal: bool = False,
-    lengths: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    window: int | None = None,
-) -> jax.Array:
-    """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
-
-    lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
-    segments [B, T = S], in place of both: a query sees the keys of its own segment.
-    window: with causal, a query sees itself and the window - 1 keys before it.
-    """
-    if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
-        if backend() == "tpu" and window is None and kernels.takes(q):
-            return kernels.causal_attention(q, k, v, scale)
-        return _attention_by_blocks(q, k, v, scale, lengths, window)
-    if segments is not None:
-        mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=causal,
-            key_value_seq_lengths=lengths,
-            local_window_size=None if window is None else (window - 1, 0),
-        )  # fmt: skip
-
-
-def _attention_by_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    scale: float,
-    lengths: jax.Array | None,
-    window: int | None,
-) -> jax.Array:
-    """Causal `attention`, some queries after others: all scores [B, N, T, S] at once would be by far
-    the largest array of a long prefill."""
-    b, t, n, h = q.shape
-    count = -(-t // QUERY_BLOCK)
-    q = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_BLOCK, n, h), 1, 0)
-    keys = jnp.arange(k.shape[1])
-
-    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, first = block
-        at = first + jnp.arange(QUERY_BLOCK)[:, None]
-        seen = keys <= at
-        if window is not None:
-            seen &= keys > at - window
-        return attention(q, k, v, scale=scale, lengths=lengths, mask=seen[None, None])
-
-    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_BLOCK))
-    return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
-
-
 def by_tokens(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """f(x) of x [B, T, D], for an f that treats every token alike: of a long prompt some tokens after
     others, as the widest activations of all would be the largest arrays there."""
@@ -150,43 +87,6 @@ def by_tokens(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, count * TOKEN_BLOCK - t), (0, 0)))
     y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, count, TOKEN_BLOCK, d), 1, 0))
     return jnp.moveaxis(y, 0, 1).reshape(b, count * TOKEN_BLOCK, -1)[:, :t]
-
-
-def cached_attention(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    seen: jax.Array,
-    *,
-    scale: float,
-    key_scale: jax.Array | None = None,
-    value_scale: jax.Array | None = None,
-) -> jax.Array:
-    """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], seen [B, T, S] (True is
-    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed.
-
-    key_scale, value_scale [B, K, S]: factors that keys and values are yet to be multiplied by.
-    """
-    b, t, n, h = q.shape
-    k, s = keys.shape[1:3]
-    exact = precision(keys.dtype)
-    q = q.astype(keys.dtype).reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
-    scores = jnp.einsum(
-        "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=exact,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    if key_scale is not None:
-        scores *= key_scale[:, :, None, :]
-    scores = (scores * scale).reshape(b, k, t, n // k, s)
-    scores = jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s)
-    if value_scale is not None:
-        probs *= value_scale[:, :, None, :]
-    y = jnp.einsum(
-        "bkqs,bksh->bkqh", probs.astype(values.dtype), values, precision=exact,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
 def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -225,7 +125,7 @@ def run_layers(
     """
 
     def rows(x: Any) -> Any:
-        return jax.tree.map(lambda a: constrain(a, ROWS) if a.ndim else a, x)
+        return jax.tree.map(lambda a: constrain(a, BATCH_AXES) if a.ndim else a, x)
 
     def split(layer: Any, x: Any) -> tuple[Any, Any]:
         x, extra = step(layer, rows(x))

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from minigpt4_jax.config import LlmConfig, LoraConfig, RopeScaling
-from minigpt4_jax.models.cache import (
+from minigpt4_jax.models.attention import attention
+from minigpt4_jax.models.kv_cache import (
+    CacheUpdate,
     KVCache,
-    Place,
-    Rounded,
+    QuantizedArray,
     attend,
     floats,
     in_order,
@@ -25,16 +26,15 @@ from minigpt4_jax.models.cache import (
 from minigpt4_jax.models.layers import (
     Linear,
     RMSNorm,
-    attention,
     by_tokens,
-    linear,
     run_layers,
     stack_layers,
     take_rows,
 )
 from minigpt4_jax.models.lora import apply, make_linear
-from minigpt4_jax.quant import dequantize
-from minigpt4_jax.sharding import ROWS, constrain
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
+from minigpt4_jax.quantization.matmul import linear
+from minigpt4_jax.quantization.schemes import dequantize
 
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
@@ -117,11 +117,13 @@ class Attention(nnx.Module):
         )  # fmt: skip
         return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
 
-    def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
+    def decode(
+        self, x: jax.Array, rope: Any, place: CacheUpdate, kv: tuple
+    ) -> tuple[jax.Array, tuple]:
         """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
-        new = (round_vectors(k), round_vectors(v)) if isinstance(kv[0], Rounded) else (k, v)
+        new = (round_vectors(k), round_vectors(v)) if isinstance(kv[0], QuantizedArray) else (k, v)
         keys, values = (write_cache(a, b, place.slots) for a, b in zip(kv, new, strict=True))
         y = attend(q, keys, values, place.seen, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
@@ -174,7 +176,9 @@ class Block(nnx.Module):
         x = x + y.astype(jnp.float32)
         return x + by_tokens(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
 
-    def decode(self, x: jax.Array, rope: Any, place: Place, kv: tuple) -> tuple[jax.Array, tuple]:
+    def decode(
+        self, x: jax.Array, rope: Any, place: CacheUpdate, kv: tuple
+    ) -> tuple[jax.Array, tuple]:
         y, kv = self.attn.decode(self.norm1(x), rope, place, kv)
         return self._after(x, y), kv
 
@@ -189,7 +193,7 @@ class Llm(nnx.Module):
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab, c.width)))
-        # of a quantized embedding (minigpt4_jax/quant.py): [V], or [V, groups] of a kept one
+        # of a quantized embedding (minigpt4_jax/quantization/schemes.py): [V], or [V, groups] of a kept one
         self.embed_scale: nnx.Param | None = nnx.data(None)
         self.embed_offset: nnx.Param | None = nnx.data(None)
         self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
@@ -209,7 +213,7 @@ class Llm(nnx.Module):
             offset = None if self.embed_offset is None else self.embed_offset[...][tokens]
             rows = dequantize(rows, self.embed_scale[...][tokens], jnp.float32, offset=offset)
         rows = constrain(rows, "data", *[None] * (tokens.ndim - 1), "fsdp")
-        return constrain(rows, ROWS)
+        return constrain(rows, BATCH_AXES)
 
     def __call__(
         self,
@@ -257,7 +261,11 @@ class Llm(nnx.Module):
         return self.norm(x), KVCache(*kv)
 
     def decode(
-        self, embeds: jax.Array, positions: jax.Array, cache: KVCache, place: Place | None = None
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        place: CacheUpdate | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache.
 

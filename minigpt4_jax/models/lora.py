@@ -10,8 +10,8 @@ from flax import nnx
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.layers import Linear
-from minigpt4_jax.models.products import linear, precision
-from minigpt4_jax.topology import backend
+from minigpt4_jax.quantization.matmul import linear, precision
+from minigpt4_jax.utils.platform import backend
 
 
 class LoraLinear(Linear):

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minigpt4_jax import quant
-from minigpt4_jax.config import IMAGE, ModelConfig
-from minigpt4_jax.images import MEAN, STD
+from minigpt4_jax.config import IMAGE, IMAGE_MEAN, IMAGE_STD, ModelConfig
 from minigpt4_jax.models.layers import LayerNorm, Linear
 from minigpt4_jax.models.llm import Llm
 from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.vit import Vit
+from minigpt4_jax.quantization import schemes
 
 LN_VISION_EPS = 1e-5
 
@@ -26,7 +25,9 @@ class Batch(NamedTuple):
     pixels: jax.Array | np.ndarray
     tokens: jax.Array | np.ndarray  # [B, T] int32; IMAGE where a visual token goes
     lengths: jax.Array | np.ndarray  # [B] int32; tokens of a row that are not padding
-    answers: jax.Array | np.ndarray  # [B, A] int32; indices of the labelled tokens, -1 is padding
+    label_positions: (
+        jax.Array | np.ndarray
+    )  # [B, A] int32; indices of the labelled tokens, -1 is padding
     # Of packed rows (data/packing.py), whose images are in pixels [N, 1, S, S, 3]:
     segments: jax.Array | np.ndarray | None = None  # [B, T] int32; a token sees those of its own
     positions: jax.Array | np.ndarray | None = None  # [B, T] int32
@@ -48,7 +49,7 @@ def normalized(pixels: jax.Array) -> jax.Array:
     multiplies by 1 / 255); float32 is left as it is."""
     if pixels.dtype != jnp.uint8:
         return pixels
-    return (pixels.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    return (pixels.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
 
 
 class MiniGpt(nnx.Module):
@@ -63,10 +64,10 @@ class MiniGpt(nnx.Module):
         self.llm = Llm(c.llm, c.lora, rngs)
         if c.quantize is not None:
             linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
-            quant.quantize_modules(linears, c.quantize, nnx.Param, c.kept)
-            kind = quant.scheme_of("llm.embed", c.quantize, c.llm.width, c.kept)
+            schemes.quantize_modules(linears, c.quantize, nnx.Param, c.kept)
+            kind = schemes.scheme_of("llm.embed", c.quantize, c.llm.width, c.kept)
             if kind is not None:
-                quant.quantize_parameter(self.llm, "embed", kind, nnx.Param)
+                schemes.quantize_parameter(self.llm, "embed", kind, nnx.Param)
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
@@ -118,17 +119,19 @@ class MiniGpt(nnx.Module):
 
     def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """hidden [B, T, D] -> [B, A]. Only the answers meet the output matrix: it is a tenth of the step."""
-        at = jnp.maximum(batch.answers, 1)  # position 0 is never labelled: nothing predicts it
+        at = jnp.maximum(
+            batch.label_positions, 1
+        )  # position 0 is never labelled: nothing predicts it
         before = jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1)  # [B, A, D]
         target = jnp.take_along_axis(batch.tokens, at, axis=1)
         logits = self.llm.logits(before)
         chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, :, None], axis=2)[:, :, 0]
         nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return jnp.where(batch.answers >= 0, nll, 0.0)
+        return jnp.where(batch.label_positions >= 0, nll, 0.0)
 
     def loss(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
         """Mean negative log-likelihood over the labelled tokens of the batch, as the original's."""
         nll = self.token_nll(batch, remat=remat, dropout=dropout)
-        return nll.sum() / jnp.maximum((batch.answers >= 0).sum(), 1)
+        return nll.sum() / jnp.maximum((batch.label_positions >= 0).sum(), 1)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from minigpt4_jax.config import QFormerConfig
 from minigpt4_jax.models.layers import LayerNorm, Linear, gelu
-from minigpt4_jax.sharding import ROWS, constrain
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -93,5 +93,5 @@ class QFormer(nnx.Module):
         x = jnp.broadcast_to(x, (vision.shape[0], *x.shape))
         x = dropout(x, self.rate, _fold(dropout_key, 0))
         for i, block in enumerate(self.blocks):
-            x = block(constrain(x, ROWS), vision, _fold(dropout_key, i + 1))
+            x = block(constrain(x, BATCH_AXES), vision, _fold(dropout_key, i + 1))
         return x

@@ -5,15 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.config import VisionConfig
-from minigpt4_jax.models.layers import (
-    LayerNorm,
-    Linear,
-    attention,
-    gelu,
-    run_layers,
-    stack_layers,
-)
-from minigpt4_jax.sharding import ROWS, constrain
+from minigpt4_jax.models.attention import attention
+from minigpt4_jax.models.layers import LayerNorm, Linear, gelu, run_layers, stack_layers
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 
 class Attention(nnx.Module):
@@ -32,7 +26,9 @@ class Attention(nnx.Module):
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), self.v_bias[...]])
         qkv = self.qkv(x, bias).reshape(b, t, 3, self.heads, d // self.heads)
         # Three maps in one: a device's part of the outputs is not of its heads alone.
-        q, k, v = (constrain(qkv[:, :, i], ROWS, None, "model") for i in range(3))  # [B, T, N, H]
+        q, k, v = (
+            constrain(qkv[:, :, i], BATCH_AXES, None, "model") for i in range(3)
+        )  # [B, T, N, H]
         return self.out(attention(q, k, v, scale=(d // self.heads) ** -0.5).reshape(b, t, d))
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.paths import absolute, is_remote, reaching
-from minigpt4_jax.processes import is_broken
-from minigpt4_jax.training.step import Trainable
+from minigpt4_jax.parallel.multihost import is_broken
+from minigpt4_jax.storage.paths import absolute, is_remote, reaching
+from minigpt4_jax.training.train_step import Trainable
 
 
 class Restored(NamedTuple):

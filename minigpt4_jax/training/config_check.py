@@ -5,10 +5,11 @@ import math
 import re
 from typing import Any
 
+from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.config import DataConfig, TrainConfig
+from minigpt4_jax.training.config import TrainConfig
 
-# Those of minigpt4_jax.optim and data.mixing, which are not imported here: they would bring JAX and Grain.
+# As in training.optimizer and data.mixture, which are not imported: they would import JAX and Grain.
 SCHEDULES = ("cosine", "step")
 MIXED_BY = ("step", "example")
 

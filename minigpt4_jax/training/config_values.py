@@ -7,8 +7,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.config import DatasetConfig, TrainConfig
+from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_check import check
 
 # What may differ when a run is continued: none of these changes what is computed.

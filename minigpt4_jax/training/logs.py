@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.paths import Spool
+from minigpt4_jax.storage.paths import Spool
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 VAL_LOSS = "val_loss"

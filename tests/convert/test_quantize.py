@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from convert_sources import llm_config, llm_state, save_hf
 from flax import nnx
+from helpers.released_files import llm_config, llm_state, save_hf
 
-from minigpt4_jax.weights import load_model
+from minigpt4_jax.checkpoint.weights import load_model
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

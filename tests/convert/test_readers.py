@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from convert.files import HashedFile
-from convert.readers import open_directory, open_file
+from convert.formats.files import HashedFile
+from convert.formats.readers import open_directory, open_file
 from minigpt4_jax.errors import UserError
 
 TYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]

@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from convert_sources import (
+from helpers.released_files import (
     llm_config,
     llm_state,
     lora_state,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from convert_sources import REFERENCE
+from helpers.paths import REFERENCE
 
 from convert.resample import grid_side, resample_positions
 

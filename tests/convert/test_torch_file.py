@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.pickles import read_pickle
-from convert.readers import open_file
+from convert.formats.pickles import read_pickle
+from convert.formats.readers import open_file
 from minigpt4_jax.errors import UserError
 
 torch = pytest.importorskip("torch")

@@ -5,15 +5,15 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers.published_layouts import Disk, EachInTurn, choices, first_draw
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import Disk, EachInTurn, choices, first_draw
 
 from minigpt4_jax.data.datasets import DATASETS, open_dataset
 from minigpt4_jax.data.datasets.vqa import VQA_PROMPTS, make_answered
-from minigpt4_jax.data.sources import Example
+from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.prompts import IMAGE_SLOT
+from minigpt4_jax.processing.chat_templates import IMAGE_SLOT
 
 pytestmark = pytest.mark.smoke
 CAT, DOG = "COCO_train2014_000000000007.jpg", "COCO_train2014_000000000009.jpg"

@@ -2,23 +2,23 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import TOKENIZER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.data.batches import Padding
+from minigpt4_jax.data.batching import Padding
+from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.loader import make_loader
-from minigpt4_jax.data.sources import Example
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.prompts import STAGE2_PROMPTS
-from minigpt4_jax.tokenizer import load_tokenizer
+from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
+from minigpt4_jax.processing.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "llama_tokenizer")
+TOKENIZER = load_tokenizer(TOKENIZER)
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=28), qformer=QFormerConfig(queries=8), max_text_length=20
 )
@@ -39,7 +39,7 @@ def loader(examples, **changes):
 def names(batch):
     """Which rows are labelled in a batch, by their answers."""
     found = []
-    for tokens, answers in zip(batch.tokens, batch.answers, strict=True):
+    for tokens, answers in zip(batch.tokens, batch.label_positions, strict=True):
         text = TOKENIZER.decode([tokens[t] for t in answers if t >= 0])
         found.append(text.removesuffix("###"))
     return [name for name in found if name]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batches import Arrays, Padding, Plan
+from minigpt4_jax.data.batching import Arrays, BatchLayout, Padding
 from minigpt4_jax.data.packing import Packed, first_fit, pack
 
 P, PAD = 2, 999
@@ -49,7 +49,7 @@ def found(batch, packed, row, segment, first):
     assert np.array_equal(here, np.arange(here[0], here[0] + len(here)))  # in one piece
     assert packed.positions[row, here].tolist() == list(range(len(here)))
     tokens = packed.tokens[row, here]
-    labels = [a - here[0] for a in packed.answers[row] if a in here and a >= 0]
+    labels = [a - here[0] for a in packed.label_positions[row] if a in here and a >= 0]
     visual = packed.visual[row, here][tokens == IMAGE]
     return tuple(tokens.tolist()), tuple(labels), tuple(first * P + visual)
 
@@ -89,13 +89,13 @@ def test_every_example_is_there_with_its_labels_and_visual_tokens(
         wanted = []
         for i in range(m * share, (m + 1) * share):
             tokens = batch.tokens[i, : batch.lengths[i]]
-            labels = tuple(a for a in batch.answers[i].tolist() if a >= 0)
+            labels = tuple(a for a in batch.label_positions[i].tolist() if a >= 0)
             first = i * images * P
             slots = tuple(range(first, first + int((tokens == IMAGE).sum())))
             wanted.append((tuple(tokens.tolist()), labels, slots))
         assert sorted(seen) == sorted(wanted)
-    labels = (packed.answers >= 0).sum()
-    assert labels == (batch.answers >= 0).sum()
+    labels = (packed.label_positions >= 0).sum()
+    assert labels == (batch.label_positions >= 0).sum()
 
 
 @settings(deadline=None, max_examples=50)
@@ -104,16 +104,16 @@ def test_processes_make_the_parts_of_one_batch(seed, micro, processes):
     """Each from its own examples, of which some may be shorter than was planned."""
     batch = padded(seed, 8, 2)
     lengths = tuple(int(n) for n in batch.lengths)
-    labels = tuple(int((a >= 0).sum()) for a in batch.answers)
-    batch.answers[1] = -1  # a row whose image could not be opened
+    labels = tuple(int((a >= 0).sum()) for a in batch.label_positions)
+    batch.label_positions[1] = -1  # a row whose image could not be opened
     options = {"micro_batches": micro, "rows_multiple": 2, "padding": PADDING, "blocks": processes}
-    whole = pack(batch, 24, P, PAD, plan=Plan(lengths, labels, tuple(range(8))), **options)
+    whole = pack(batch, 24, P, PAD, plan=BatchLayout(lengths, labels, tuple(range(8))), **options)
     each = 8 // processes
     parts = []
     for n in range(processes):
         rows = tuple(range(n * each, (n + 1) * each))
         mine = Arrays(*(a[list(rows)] for a in batch))
-        parts.append(pack(mine, 24, P, PAD, plan=Plan(lengths, labels, rows), **options))
+        parts.append(pack(mine, 24, P, PAD, plan=BatchLayout(lengths, labels, rows), **options))
     for field in Packed._fields:
         together = np.concatenate([getattr(part, field) for part in parts])
         np.testing.assert_array_equal(together, getattr(whole, field), err_msg=field)

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from layouts import Disk, write_everything
+from helpers.published_layouts import Disk, write_everything
 
-from minigpt4_jax.training.config_files import parse as parse_config
-from minigpt4_jax.training.datasets import open_parts
+from minigpt4_jax.data.readers import open_parts
+from minigpt4_jax.training.config_cli import parse as parse_config
 
 pytestmark = pytest.mark.smoke
 TASKS = {

@@ -7,14 +7,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from helpers.published_layouts import Disk, EachInTurn, choices, first_draw
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import Disk, EachInTurn, choices, first_draw
 
 from minigpt4_jax.data.datasets.referring import _read_refs, _row, make_identify, make_refer
-from minigpt4_jax.data.sources import Example
+from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.prompts import IMAGE_SLOT
+from minigpt4_jax.processing.chat_templates import IMAGE_SLOT
 
 pytestmark = pytest.mark.smoke
 CAT = "COCO_train2014_000000000007.jpg"

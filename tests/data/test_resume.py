@@ -4,27 +4,19 @@ and a mixture of them all; in other processes and on another number of hosts."""
 import io
 import json
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
-from layouts import Disk, write_everything
+from helpers.published_layouts import Disk, write_everything
+from helpers.resuming import check_resumed, half, loader, uninterrupted
 from PIL import Image
 
-from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.data.batches import Padding, Share
+from minigpt4_jax.data.config import DataConfig, DatasetConfig
 from minigpt4_jax.data.datasets import DATASETS
-from minigpt4_jax.data.loader import make_loader
-from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.prompts import STAGE2_PROMPTS
-from minigpt4_jax.tokenizer import load_tokenizer
-from minigpt4_jax.training.config import DataConfig, DatasetConfig
-from minigpt4_jax.training.config_files import read_config_file
-from minigpt4_jax.training.datasets import open_parts
+from minigpt4_jax.data.readers import open_parts
+from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
+from minigpt4_jax.training.config_cli import read_config_file
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "fixtures" / "llama_tokenizer")
-CONFIG = ModelConfig(vision=VisionConfig(image_size=14), qformer=QFormerConfig(queries=4))
-ROWS, SIZE = 5, 4  # of a dataset; of a batch
+ROWS = 5  # of a dataset
 OWN = {
     "cc_sbu_align": DatasetConfig(path=("cc_sbu_align",), prompts=STAGE2_PROMPTS),
     "laion": DatasetConfig(path=("web/{0..1}.tar",)),
@@ -62,41 +54,6 @@ def mixture(root, *names, mix_by="step"):
     published = read_config_file("v2_stage3")["data"]["mix"]
     every = {n: DatasetConfig(**{**d, "path": (d["path"],)}) for n, d in published.items()} | OWN
     return open_parts(DataConfig(root=str(root), mix_by=mix_by, mix={n: every[n] for n in names}))
-
-
-def loader(parts, **changes):
-    values = {"batch_size": SIZE, "seed": 3, "padding": Padding(8, 4), "threads": 0}
-    return make_loader(parts, CONFIG, TOKENIZER, **{**values, **changes})
-
-
-def half(host, size):
-    rows = range(size * host // 2, size * (host + 1) // 2)
-    return Share(tuple(rows), frozenset(rows))
-
-
-def uninterrupted(batches, count):
-    """The batches, and the state that is saved before each."""
-    made, states = [], []
-    for _ in range(count):
-        states.append(json.dumps(batches.state()))
-        made.append(next(batches))
-    batches.close()
-    return made, states
-
-
-def check_resumed(state, expected, *hosts):
-    """A loader, or those of several hosts, goes on from a state with the batches expected."""
-    for host in hosts:
-        host.restore(json.loads(state))
-    for n, batch in enumerate(expected):
-        shares = [next(host) for host in hosts]
-        found = Batch(
-            *[np.concatenate(f) if f[0] is not None else None for f in zip(*shares, strict=True)]
-        )
-        for name, ours, theirs in zip(Batch._fields, found, batch, strict=True):
-            np.testing.assert_array_equal(ours, theirs, f"batch {n}: {name}")
-    for host in hosts:
-        host.close()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,13 +8,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_resume import check_resumed, half, loader, uninterrupted
+from helpers.resuming import check_resumed, half, loader, uninterrupted
 
 from minigpt4_jax.data import tfds_build
-from minigpt4_jax.data.mixing import Part
+from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.data.tfds_source import TfdsSource
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.images import open_image
+from minigpt4_jax.processing.images import open_image
+from minigpt4_jax.shapes import scene
 
 RNG = np.random.default_rng(0)
 
@@ -38,14 +39,14 @@ def build(tfds, name, folder, **options):
 
 
 def test_shapes(tfds, tmp_path, monkeypatch):
-    from minigpt4_jax.data import shapes, tfds_builders
+    from minigpt4_jax.data import tfds_builders
 
     monkeypatch.setattr(
         tfds_builders, "SHAPES_SIZES", {"train": 4, "heldout": 2, "heldout_pairs": 2}
     )
     build(tfds, "shapes", tmp_path)
     source = pickle.loads(pickle.dumps(TfdsSource("mine", "shapes", "train", str(tmp_path), False)))
-    scenes = [shapes.render(shapes.scene_at(0, n, "train")).tobytes() for n in range(4)]
+    scenes = [scene.render(scene.scene_at(0, n, "train")).tobytes() for n in range(4)]
     found = [np.asarray(open_image(source.example(n, RNG).images[0])).tobytes() for n in range(4)]
     assert sorted(found) == sorted(scenes)  # TFDS has an order of its own
     assert source.example(0, RNG).questions[0].startswith("<Img><ImageHere></Img>")
@@ -81,7 +82,7 @@ def test_the_stage_2_set_and_that_a_run_over_it_resumes(tfds, tmp_path, photos):
     check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:5])
 
     def opened(**changes):
-        return loader([Part("mine", open_stage_2_set(tmp_path / "tfds"))], **changes)
+        return loader([MixtureComponent("mine", open_stage_2_set(tmp_path / "tfds"))], **changes)
 
     made, states = uninterrupted(opened(), 6)
     for stop, state in enumerate(states):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from minigpt4_jax.models import layers
+from minigpt4_jax.models import attention, layers
 
 
 @pytest.mark.smoke
@@ -17,7 +17,7 @@ def test_blocks_of_queries(monkeypatch, window, queries):
     lengths = np.array([queries, 11])
 
     def run(q, k, v):
-        y = layers.attention(q, k, v, scale=0.3, causal=True, lengths=lengths, window=window)
+        y = attention.attention(q, k, v, scale=0.3, causal=True, lengths=lengths, window=window)
         return y, (y[0] ** 2).sum() + y[1, :11].sum()
 
     whole, whole_gradient = run(q, k, v)[0], jax.grad(lambda *a: run(*a)[1], (0, 1, 2))(q, k, v)

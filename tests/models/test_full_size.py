@@ -4,13 +4,13 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
+from helpers import oracle
 
+from minigpt4_jax.checkpoint.weights import parameter_shapes
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.models import llm, qformer, vit
-from minigpt4_jax.weights import parameter_shapes
 
 
 def random_layer(make):

@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from convert.tables import LLM, match  # noqa: E402
+from convert.key_mapping import LLM, match  # noqa: E402
 from minigpt4_jax.config import LlmConfig  # noqa: E402
 from minigpt4_jax.errors import UserError  # noqa: E402
 from minigpt4_jax.models.llm import Llm  # noqa: E402

@@ -12,7 +12,7 @@ from minigpt4_jax.config import LORA_TARGETS, LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import Llm, unstack
 from minigpt4_jax.models.lora import LoraLinear, adapters
-from minigpt4_jax.quant import quantize
+from minigpt4_jax.quantization.schemes import quantize
 
 SIZES = {"vocab": 40, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24}
 FAMILIES = {

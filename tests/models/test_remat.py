@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from minigpt4_jax.ahead.cost import cost_of
-from minigpt4_jax.ahead.hlo import parse
+from minigpt4_jax.aot.cost import cost_of
+from minigpt4_jax.aot.hlo import parse
 from minigpt4_jax.models.layers import Linear, run_layers, stack_layers
 
 LAYERS, ROWS, WIDTH = 3, 32, 16

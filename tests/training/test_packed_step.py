@@ -7,17 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from helpers import tiny
 
-from minigpt4_jax import optim
+from minigpt4_jax.checkpoint.model_directory import Tensors
+from minigpt4_jax.checkpoint.weights import load_model
 from minigpt4_jax.config import IMAGE, LoraConfig
-from minigpt4_jax.data.batches import Arrays
+from minigpt4_jax.data.batching import Arrays
+from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.training.config import DataConfig, TrainConfig
-from minigpt4_jax.training.loop import train
-from minigpt4_jax.training.step import make_step, split_model, trained_parts
-from minigpt4_jax.weights import Tensors, load_model
+from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
+from minigpt4_jax.training.trainer import train
 
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 LORA = LoraConfig(rank=2, targets=("q", "k", "v", "o", "gate", "up", "down"))
@@ -77,7 +79,7 @@ def test_loss_and_gradient_are_those_of_the_padded_batch(split, expected):
 
 
 def test_micro_batches_of_packed_rows_add_up(split, expected):
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     params = jax.tree.map(jnp.copy, split.trainable)
     batch = packed(arrays(), micro_batches=2)
     args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))
@@ -90,7 +92,7 @@ def test_micro_batches_of_packed_rows_add_up(split, expected):
 def test_micro_batches_of_text_alone(split):
     """Rows without images have arrays of no size, packed or not."""
     one = arrays(images=0)
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     step, found = make_step(split, tx, accumulate=2), []
     for batch in (Batch(*one), packed(one, micro_batches=2)):
         params = jax.tree.map(jnp.copy, split.trainable)
@@ -110,7 +112,7 @@ def test_an_example_does_not_see_its_neighbours(tmp_path):
     tokens[0] = changed
     one = np.asarray(model.token_nll(batch))[0]
     two = np.asarray(model.token_nll(batch._replace(tokens=tokens)))[0]
-    own = np.isin(batch.answers[0], np.flatnonzero(first))
+    own = np.isin(batch.label_positions[0], np.flatnonzero(first))
     np.testing.assert_allclose(one[own], two[own], rtol=1e-6)
     assert np.abs(one[~own] - two[~own]).max() > 1e-3
 

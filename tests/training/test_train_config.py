@@ -6,15 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training import config_files, config_values
-from minigpt4_jax.training.config import DataConfig, TrainConfig
+from minigpt4_jax.training import config_cli, config_values
+from minigpt4_jax.training.config import TrainConfig
 
 BASE = ["--workdir=w", "--config.model=m", "--config.data.path=d.jsonl"]
 
 
 def parse(*args, config="stage2"):
-    return config_files.parse([f"--config={config}", *BASE, *args])[0]
+    return config_cli.parse([f"--config={config}", *BASE, *args])[0]
 
 
 # --- the recipe (SPEC 10) ----------------------------------------------------------------------
@@ -32,7 +33,7 @@ def test_stage1_is_the_recipe(arg):
 
 @pytest.mark.parametrize("arg", ["", ":vicuna7b", ":vicuna13b", ":llama2"])
 def test_stage2_is_the_recipe(arg):
-    from minigpt4_jax.prompts import STAGE2_PROMPTS
+    from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
 
     c = parse(config="stage2" + arg)
     assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (3e-5, 1e-5, 1e-6, 200)
@@ -58,8 +59,8 @@ def test_adapters_and_packing_from_the_command_line():
 
 
 def test_every_shipped_config_names_only_fields_that_exist():
-    for name in config_files.known_configs():
-        config_values.build(TrainConfig, config_files.read_config_file(name), name)
+    for name in config_cli.known_configs():
+        config_values.build(TrainConfig, config_cli.read_config_file(name), name)
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -167,11 +168,11 @@ def test_refused_config(config, message, tmp_path):
 
 def test_missing_flags():
     with pytest.raises(UserError, match="--config is missing: one of finetune"):
-        config_files.parse(BASE)
+        config_cli.parse(BASE)
     with pytest.raises(UserError, match="--workdir is missing"):
-        config_files.parse(["--config=stage2"])
+        config_cli.parse(["--config=stage2"])
     with pytest.raises(UserError, match=r"data\.path"):
-        config_files.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
+        config_cli.parse(["--config=stage2", "--workdir=w", "--config.model=m"])
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def mixed(tmp_path, *args, **data):
         "def get_config():\n"
         f"    return ConfigDict({ {'data': {'mix': values, **data}}!r})\n"
     )
-    return config_files.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
+    return config_cli.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
 
 
 def test_a_mixture_from_a_file_and_the_command_line(tmp_path):

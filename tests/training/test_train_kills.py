@@ -1,7 +1,7 @@
 """Training processes that are killed at any moment: nothing is lost, nothing is done twice."""
 
-import lives
 import pytest
+from helpers import kill_driver
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -11,11 +11,11 @@ KILLS = 50
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
     """`python benchmarks/kills.py --kills=500` is the longer run of this."""
-    driver = lives.Driver(tmp_path)
+    driver = kill_driver.Driver(tmp_path)
     expected = driver.undisturbed()
-    assert [r["step"] for r in expected.records] == list(range(1, lives.STEPS + 1))
-    assert sorted(expected.batches) == list(range(lives.STEPS))
-    assert len(set.union(*expected.batches.values())) == lives.STEPS  # told apart
+    assert [r["step"] for r in expected.records] == list(range(1, kill_driver.STEPS + 1))
+    assert sorted(expected.batches) == list(range(kill_driver.STEPS))
+    assert len(set.union(*expected.batches.values())) == kill_driver.STEPS  # told apart
     runs = 0
     while driver.count.all < KILLS:
         runs += 1

@@ -6,17 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 import minigpt4_jax
-from minigpt4_jax import optim, quant, weights
+from minigpt4_jax.checkpoint import model_directory, weights
 from minigpt4_jax.config import LoraConfig
+from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.training.config import DataConfig, LoraChoice, TrainConfig
-from minigpt4_jax.training.loop import train
-from minigpt4_jax.training.run import model_config
-from minigpt4_jax.training.step import make_evaluation, make_step, split_model, trained_parts
+from minigpt4_jax.quantization import schemes
+from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.config import LoraChoice, TrainConfig
+from minigpt4_jax.training.train_step import make_evaluation, make_step, split_model, trained_parts
+from minigpt4_jax.training.trainer import train
+from minigpt4_jax.training.workdir import model_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,8 +34,8 @@ def home(tmp_path_factory):
     tiny.write_data(folder / "data", rows=6)
     c = tiny.config()
     c = dataclasses.replace(c, quantize="int8")
-    tensors = weights.Tensors(folder / "plain")
-    rounded = quant.quantized(((n, tensors[n]) for n in tensors), "int8")
+    tensors = model_directory.Tensors(folder / "plain")
+    rounded = schemes.quantized(((n, tensors[n]) for n in tensors), "int8")
     files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
     weights.write_model(folder / "int8", c, rounded, tokenizer=files)
     return folder
@@ -53,9 +56,9 @@ def finished(home):
 
 
 def test_new_adapters_are_trained_and_used(home, finished):
-    c = weights.read_config(finished.model)
+    c = model_directory.read_config(finished.model)
     assert c.lora == LoraConfig(rank=2, alpha=16.0, dropout=0.3, targets=("q", "down"))
-    t = weights.Tensors(finished.model)
+    t = model_directory.Tensors(finished.model)
     trained = {n for n in t if ".lora_" in n}
     shapes = {n: s for n, s in weights.parameter_shapes(c).items() if ".lora_" in n}
     assert trained == set(shapes) and len(shapes) == 8
@@ -83,7 +86,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_others(home):
 
 def test_a_run_that_stopped_goes_on_with_the_same_masks(home, finished, monkeypatch):
     """Bit for bit the run that did not stop."""
-    whole = weights.Tensors(finished.model)
+    whole = model_directory.Tensors(finished.model)
 
     def stop(record):
         if record["step"] == 2:
@@ -91,16 +94,16 @@ def test_a_run_that_stopped_goes_on_with_the_same_masks(home, finished, monkeypa
 
     with pytest.raises(KeyboardInterrupt):
         train(config(home), home / "stopped", on_metrics=stop)
-    again = weights.Tensors(train(config(home), home / "stopped").model)
+    again = model_directory.Tensors(train(config(home), home / "stopped").model)
     for name in again:
         np.testing.assert_array_equal(again[name], whole[name])
 
 
 def test_adapters_learn_on_quantized_weights(home):
     result = train(config(home, "int8", steps=2, save_every=2), home / "q")
-    t = weights.Tensors(result.model)
+    t = model_directory.Tensors(result.model)
     assert all(t[n].any() for n in t if n.endswith("lora_b"))
-    assert weights.read_config(result.model).quantize == "int8"
+    assert model_directory.read_config(result.model).quantize == "int8"
 
 
 def test_a_quantized_encoder_is_refused_before_anything_is_written(home):
@@ -148,7 +151,7 @@ def split_of(home, lora):
 
 def losses(split, start, batch, indices, **options) -> list[float]:
     """Of steps with these numbers, each from the start."""
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     step, found = make_step(split, tx, **options), []
     for i in indices:
         params = jax.tree.map(jnp.asarray, start)

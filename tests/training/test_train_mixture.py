@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
+from helpers import tiny
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.loop import train
+from minigpt4_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,21 +1,21 @@
 """Four AdamW steps of the original, from its checkpoints to its final parameters."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import REFERENCE
 
-from minigpt4_jax import optim, weights
-from minigpt4_jax.data.batches import pad_rows
+from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.data.batching import pad_rows
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.prompts import build_row
-from minigpt4_jax.tokenizer import load_tokenizer
-from minigpt4_jax.training.step import make_step, split_model, trained_parts
+from minigpt4_jax.processing.sequences import build_row
+from minigpt4_jax.processing.tokenizer import load_tokenizer
+from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 CHECKPOINTS, DUMPS = REFERENCE / "checkpoints", REFERENCE / "dumps"
 
 pytestmark = pytest.mark.skipif(not DUMPS.is_dir(), reason="the reference is not here")
@@ -32,7 +32,7 @@ RATES = {"init_lr": 1e-3, "min_lr": 1e-4, "warmup_lr": 1e-6, "warmup_steps": 2, 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """case -> converted model directory."""
-    from convert.__main__ import main as convert_main
+    from convert.cli import main as convert_main
 
     made = {}
     for case, (variant, checkpoint, end) in CASES.items():
@@ -62,7 +62,7 @@ FIRST = {"a": "promptlist", "b": "promptlist", "c": "instr"}  # forward pass of 
 def dumped_batch(case, model_dir, config) -> Batch:
     """The two samples of the dump, with the prompt that was drawn for them."""
     text = json.loads((DUMPS / f"{case}_forward_{FIRST[case]}.json").read_text())
-    tokenizer = load_tokenizer(weights.tokenizer_dir(model_dir), config.tokenizer.kind)
+    tokenizer = load_tokenizer(model_directory.tokenizer_dir(model_dir), config.tokenizer.kind)
     answers = text["samples"]["answer"]
     prompts = [(text["extra"] or {}).get("prompt")] * len(answers)
     if case == "c":  # each row has an instruction of its own, without the template
@@ -113,17 +113,17 @@ def test_four_steps_equal_the_originals(models, case, accumulate):
     split, config = loaded(models[case])
     lora = {f"llm.blocks.attn.{n}.lora_{ab}" for n in "qv" for ab in "ab"} if case == "c" else set()
     assert set(split.trainable) == {"projection.weight", "projection.bias"} | lora
-    rate = optim.cosine_schedule(**RATES)
+    rate = optimizer.cosine_schedule(**RATES)
     np.testing.assert_allclose([rate(t) for t in range(4)], expected["lrs"], rtol=1e-12)
     batch = dumped_batch(case, models[case], config)
-    tx = optim.adamw(split.decays)
+    tx = optimizer.adamw(split.decays)
     params, state = split.trainable, tx.init(split.trainable)
 
     loss, grads = loss_and_grad(split, batch)
     more = np.load(DUMPS / f"{case}_forward_{LEFT_OVER[case]}.npz")
     grads = {name: g + theirs(more, f"grad/{name}") for name, g in grads.items()}
     updates, state = tx.update(grads, state, params)
-    params, losses = optim.apply_updates(params, updates, rate(0)), [float(loss)]
+    params, losses = optimizer.apply_updates(params, updates, rate(0)), [float(loss)]
 
     step = make_step(split, tx, accumulate=accumulate, remat=accumulate > 1)
     for t in range(1, 4):

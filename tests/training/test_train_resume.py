@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
-from minigpt4_jax import weights
-from minigpt4_jax.training.loop import train
-from minigpt4_jax.training.stopping import Stopped
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.training.preemption import Stopped
+from minigpt4_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -62,7 +62,7 @@ def test_uninterrupted_run(home, uninterrupted):
     tensors, records = uninterrupted
     assert {n.split(".")[0] for n in tensors} == {"projection", "qformer"}
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    before = weights.Tensors(home / "model")
+    before = model_directory.Tensors(home / "model")
     changed = [n for n in tensors if np.asarray(before[n]).tobytes() != tensors[n]]
     assert len(changed) > 0.8 * len(tensors)
 

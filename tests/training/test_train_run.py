@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from safetensors.numpy import load_file
 
 import minigpt4_jax
-from minigpt4_jax import errors, weights
-from minigpt4_jax import train as command
-from minigpt4_jax.data.sources import read_sources
-from minigpt4_jax.prompts import fill_template
-from minigpt4_jax.training.config import DataConfig, TrainConfig
-from minigpt4_jax.training.loop import train
+from minigpt4_jax import errors
+from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.cli import train as command
+from minigpt4_jax.data.config import DataConfig
+from minigpt4_jax.data.json_records import read_sources
+from minigpt4_jax.processing.chat_templates import fill_template
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -78,10 +80,10 @@ def test_trained_model_is_a_model_directory_on_its_base(home, finished):
     assert result.model == workdir / "model"
     files = sorted(p.name for p in result.model.iterdir())
     assert files == ["model.json", "projection-00001.safetensors"]
-    c = weights.read_config(result.model)
+    c = model_directory.read_config(result.model)
     assert (c.end_symbol, c.max_text_length) == ("\n", 12)
-    assert c.prompt_template == weights.read_config(home / "model").prompt_template
-    before, after = weights.Tensors(home / "model"), weights.Tensors(result.model)
+    assert c.prompt_template == model_directory.read_config(home / "model").prompt_template
+    before, after = model_directory.Tensors(home / "model"), model_directory.Tensors(result.model)
     changed = {n for n in after if (after[n] != before[n]).any()}
     assert changed == {"projection.weight", "projection.bias"}
 
@@ -119,7 +121,7 @@ def test_a_second_stage_starts_from_the_first_ones_model(home, finished, tmp_pat
     result, _ = finished
     c = config(home, model=str(result.model), steps=2, max_text_length=0, end_symbol="")
     second = train(c, tmp_path / "w2")
-    assert weights.read_config(second.model).end_symbol == "\n"
+    assert model_directory.read_config(second.model).end_symbol == "\n"
     first = load_file(result.model / "projection-00001.safetensors")
     then = load_file(second.model / "projection-00001.safetensors")
     moved = np.abs(then["projection.weight"] - first["projection.weight"])
@@ -169,7 +171,7 @@ def test_changed_weights_are_not_continued(home, tmp_path):
     c = config(home, model=str(model), steps=2)
     train(c, tmp_path / "w")
     weights.write_model(
-        model, tiny.config(), weights.Tensors(tiny.write_model(tmp_path / "m1", seed=1)).items(),
+        model, tiny.config(), model_directory.Tensors(tiny.write_model(tmp_path / "m1", seed=1)).items(),
         overwrite=True,
     )  # fmt: skip
     tiny_tokenizer = model / "tokenizer"

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
+from helpers import tiny
 
-from minigpt4_jax import optim
+from minigpt4_jax.checkpoint.weights import abstract_model
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
-from minigpt4_jax.training.step import (
+from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.train_step import (
     Split,
     decays,
     make_evaluation,
@@ -20,7 +21,6 @@ from minigpt4_jax.training.step import (
     split_model,
     trained_parts,
 )
-from minigpt4_jax.weights import abstract_model
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def batch() -> Batch:
 @functools.cache
 def compiled(options: tuple, frozen: tuple):
     parts = split(**dict(frozen))
-    tx = optim.adamw(parts.decays)
+    tx = optimizer.adamw(parts.decays)
     return parts, tx, make_step(parts, tx, **dict(options))
 
 
@@ -120,7 +120,7 @@ def test_weight_decay_is_for_matrices_alone_also_where_layers_are_stacked():
 
 
 def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
-    from minigpt4_jax.weights import parameter_shapes
+    from minigpt4_jax.checkpoint.weights import parameter_shapes
 
     config = tiny.config()
     flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
@@ -134,10 +134,10 @@ def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
 
 def test_weight_decay_reaches_the_weights():
     parts = split()
-    tx = optim.adamw(parts.decays, weight_decay=0.5)
+    tx = optimizer.adamw(parts.decays, weight_decay=0.5)
     zero = jax.tree.map(jnp.zeros_like, parts.trainable)
     updates, _ = tx.update(zero, tx.init(parts.trainable), parts.trainable)
-    after = optim.apply_updates(parts.trainable, updates, np.float32(0.1))
+    after = optimizer.apply_updates(parts.trainable, updates, np.float32(0.1))
     for name, share in (("projection.weight", 0.95), ("projection.bias", 1.0)):
         np.testing.assert_allclose(after[name], share * parts.trainable[name], rtol=1e-6)
 

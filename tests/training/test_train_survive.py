@@ -8,17 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 from safetensors.numpy import load_file
 
-from minigpt4_jax import errors, weights
+from minigpt4_jax import errors
+from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.training import run
+from minigpt4_jax.training import trainer
 from minigpt4_jax.training.checkpoints import Checkpoints
-from minigpt4_jax.training.config import DataConfig, TrainConfig
-from minigpt4_jax.training.loop import train
-from minigpt4_jax.training.stopping import Stopped
-from minigpt4_jax.training.validation import Validation
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.evaluation import Validation
+from minigpt4_jax.training.preemption import Stopped
+from minigpt4_jax.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -192,7 +194,7 @@ def test_during_validation(home, tmp_path, monkeypatch, method):
 
 def test_while_the_model_is_written(home, uninterrupted, tmp_path, monkeypatch):
     """It is written to the end: the run is done."""
-    monkeypatch.setattr(run, "write_trained", terminating(run.write_trained))
+    monkeypatch.setattr(trainer, "write_trained", terminating(trainer.write_trained))
     train(config(home), tmp_path / "w")
     assert outcome(tmp_path / "w") == uninterrupted
 

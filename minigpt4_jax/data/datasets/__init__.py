@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from minigpt4_jax.data.datasets import captions, dialogues, grounded, referring, vqa
-from minigpt4_jax.data.datasets.dataset import Dataset, Layout
+from minigpt4_jax.data.datasets.base import Dataset, Layout
 from minigpt4_jax.errors import UserError
 
 AnyPath = str | os.PathLike[str]

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.data.datasets.dataset import Row, Unused, asked, pick
-from minigpt4_jax.data.rows import identity_of, read_list, text_of
-from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.data.annotations import identity_of, read_list, text_of
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.json_records import Example, blip_caption
 
 # What the original's caption_datasets.py and text_caps.py ask, spaces at the end included.
 CAPTION_PROMPTS = (
@@ -34,13 +34,13 @@ CAPTION_PROMPTS = (
 _NO_CAPTION = Unused("without a caption")
 
 
-def read_cc_sbu_align(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_cc_sbu_align(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """filter_cap.json: {"annotations": [{"image_id", "caption"}]}, image/{image_id}.jpg
     (MiniGPT-4's dataset/README_2_STAGE.md, CCSBUAlignDataset)."""
     for file in files:
         for where, row in read_list(file, "annotations"):
             image, caption = identity_of(row, "image_id", where), text_of(row, "caption", where)
-            yield Row(f"{image}.jpg", (caption,)) if caption.strip() else _NO_CAPTION
+            yield DatasetRow(f"{image}.jpg", (caption,)) if caption.strip() else _NO_CAPTION
 
 
 def make_described(
@@ -50,7 +50,7 @@ def make_described(
     return Example(images, (), (fields[0],))
 
 
-def read_coco_caption(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_coco_caption(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """coco_karpathy_train.json of LAVIS: [{"caption", "image": "val2014/COCO_val2014_...jpg",
     "image_id"}], a row a caption. Rows with pictures of val2014 are not used
     (COCOCaptionDataset)."""
@@ -63,7 +63,7 @@ def read_coco_caption(files: Sequence[Path]) -> Iterator[Row | Unused]:
                 yield _captioned(image.split("/")[-1], caption)
 
 
-def read_textcaps(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_textcaps(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """TextCaps_0.1_train.json: {"data": [{"image_id", "caption_str"}]}, {image_id}.jpg
     (textvqa.org/textcaps/dataset, TextCapDataset)."""
     for file in files:
@@ -72,9 +72,9 @@ def read_textcaps(files: Sequence[Path]) -> Iterator[Row | Unused]:
             yield _captioned(f"{image}.jpg", caption)
 
 
-def _captioned(image: str, caption: str) -> Row | Unused:
+def _captioned(image: str, caption: str) -> DatasetRow | Unused:
     caption = blip_caption(caption)
-    return Row(image, (caption,)) if caption else _NO_CAPTION
+    return DatasetRow(image, (caption,)) if caption else _NO_CAPTION
 
 
 def make_captioned(

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.data.datasets.dataset import Row, Unused, asked
+from minigpt4_jax.data.annotations import identity_of, objects_of, read_list, text_of
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked
 from minigpt4_jax.data.datasets.vqa import coco_train_image
-from minigpt4_jax.data.rows import identity_of, objects_of, read_list, text_of
-from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import UserError
 
 _NO_ANSWER = Unused("without a question or an answer")
 
 
-def _read_llava(files: Sequence[Path], all_turns: bool) -> Iterator[Row | Unused]:
+def _read_llava(files: Sequence[Path], all_turns: bool) -> Iterator[DatasetRow | Unused]:
     """One of LLaVA-Instruct-150K: [{"id": "000000123456", "conversations": [{"from": "human",
     "value": "<image>\\nWhat?"}, {"from": "gpt", "value"}, ...]}], about pictures of COCO's train2014
     (huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; llava_dataset.py)."""
@@ -33,7 +33,7 @@ def _read_llava(files: Sequence[Path], all_turns: bool) -> Iterator[Row | Unused
             first = turns[0].replace("<image>", "").replace("\n", "").strip()
             if not all_turns:  # the original cleans the question of these, not of conversations
                 first = blip_caption(first)
-            yield Row(image, ([first, *turns[2::2]], turns[1::2]))
+            yield DatasetRow(image, ([first, *turns[2::2]], turns[1::2]))
 
 
 # detail_23k.json and complex_reasoning_77k.json: a question and its answer
@@ -49,7 +49,7 @@ def make_dialogue(
     return Example(images, (asked(images, first), *later), tuple(answers))
 
 
-def read_unnatural_instruction(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_unnatural_instruction(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """filtered_unnatural_instruction.json: [{"instances": [{"instruction_with_input", "constraints":
     text or null, "output"}]}], the first instance of each (github.com/orhonovich/unnatural-instructions,
     UnnaturalDataset)."""
@@ -63,4 +63,4 @@ def read_unnatural_instruction(files: Sequence[Path]) -> Iterator[Row | Unused]:
             if task.get("constraints") is not None:
                 asks += " " + text_of(task, "constraints", where)
             asks, answer = blip_caption(asks), blip_caption(text_of(task, "output", where))
-            yield Row("", ([asks], [answer])) if asks and answer else _NO_ANSWER
+            yield DatasetRow("", ([asks], [answer])) if asks and answer else _NO_ANSWER

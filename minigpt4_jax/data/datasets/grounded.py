@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.data.datasets.dataset import Row, Unused, asked, pick
-from minigpt4_jax.data.rows import identity_of, read_list, text_of
-from minigpt4_jax.data.sources import Example
+from minigpt4_jax.data.annotations import identity_of, read_list, text_of
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.json_records import Example
 
 GROUNDING_PROMPTS = (
     "[grounding] please describe this image in details",
@@ -23,14 +23,14 @@ GROUNDING_PROMPTS = (
 )
 
 
-def read_grounded_caption(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_grounded_caption(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """groundedcaption.json: [{"image_id", "grounded_caption": "<p>A man</p> {<1><2><3><4>} ..."}]."""
     for file in files:
         for where, row in read_list(file):
             yield _row(row, where, [text_of(row, "grounded_caption", where)])
 
 
-def read_caption_to_boxes(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_caption_to_boxes(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """captiontobbox.json: [{"image_id", "caption", "output": "<p>A man</p> {..}"}]."""
     for file in files:
         for where, row in read_list(file):
@@ -38,7 +38,7 @@ def read_caption_to_boxes(files: Sequence[Path]) -> Iterator[Row | Unused]:
             yield _row(row, where, texts)
 
 
-def read_phrase_to_boxes(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_phrase_to_boxes(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """phrasetobbox.json: [{"image_id", "phrase", "bbox": "{..}<delim>{..}"}]."""
     for file in files:
         for where, row in read_list(file):
@@ -47,11 +47,11 @@ def read_phrase_to_boxes(files: Sequence[Path]) -> Iterator[Row | Unused]:
             yield _row(row, where, [answer, phrase])
 
 
-def _row(row: dict[str, Any], where: str, texts: Sequence[str]) -> Row | Unused:
+def _row(row: dict[str, Any], where: str, texts: Sequence[str]) -> DatasetRow | Unused:
     """texts: the answer; what to detect, if anything is named."""
     if not all(text.strip() for text in texts):
         return Unused("without a text or a box")
-    return Row(f"{identity_of(row, 'image_id', where)}.jpg", tuple(texts))
+    return DatasetRow(f"{identity_of(row, 'image_id', where)}.jpg", tuple(texts))
 
 
 def make_grounded(

@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.boxes import format_box
-from minigpt4_jax.data.datasets.dataset import Row, Unused, asked, pick
-from minigpt4_jax.data.datasets.vqa import coco_train_image
-from minigpt4_jax.data.rows import (
+from minigpt4_jax.data.annotations import (
     expect_object,
     field_of,
     identity_of,
@@ -23,9 +20,12 @@ from minigpt4_jax.data.rows import (
     read_text,
     text_of,
 )
-from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.datasets.vqa import coco_train_image
+from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.prompts import fill_template
+from minigpt4_jax.processing.boxes import format_box
+from minigpt4_jax.processing.chat_templates import fill_template
 
 # The original's coco_dataset.py and vg_dataset.py
 REFER_PROMPTS = (
@@ -55,7 +55,7 @@ _NO_WORDS = Unused("without words")
 # --- RefCOCO ---------------------------------------------------------------------------------
 
 
-def read_refcoco(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_refcoco(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """instances.json as COCO's (images with width and height, annotations with bbox x, y, width,
     height) and refs(unc).p or refs(umd).p, a pickled list of {"ref_id", "image_id", "ann_id", "split",
     "sentences": [{"raw", ...}]}; a row a thing, its sentence is drawn (github.com/lichengunc/refer,
@@ -94,7 +94,7 @@ def _ref_row(
     where: str,
     sizes: dict[Any, tuple[float, float]],
     boxes: dict[Any, list[float]],
-) -> Row | Unused:
+) -> DatasetRow | Unused:
     if text_of(ref, "split", where) != "train":
         return Unused("of another split", fault=False)
     image_id, thing = identity_of(ref, "image_id", where), identity_of(ref, "ann_id", where)
@@ -141,7 +141,7 @@ def _read_refs(file: Path) -> list[Any]:
 # --- Visual Genome ---------------------------------------------------------------------------
 
 
-def read_refvg(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_refvg(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """region_descriptions.json: [{"id", "regions": [{"phrase", "x", "y", "width", "height"}]}], and
     image_data.json: [{"image_id", "width", "height", "url": ".../VG_100K_2/1.jpg"}]; the picture is
     the last two parts of the URL (homes.cs.washington.edu/~ranjay/visualgenome/api.html,
@@ -168,7 +168,7 @@ def _picture_id(row: dict[str, Any], where: str) -> str | int:
 
 def _region_row(
     region: dict[str, Any], where: str, picture: tuple[str, tuple[float, float]] | None
-) -> Row | Unused:
+) -> DatasetRow | Unused:
     x, y, width, height = (number_of(region, key, where) for key in ("x", "y", "width", "height"))
     if width * height >= SMALL_REGION:
         return Unused(f"of {SMALL_REGION} pixels or more", fault=False)
@@ -183,14 +183,14 @@ def _region_row(
 
 def _row(
     image: str, said: list[str], box: Sequence[float], size: tuple[float, float]
-) -> Row | Unused:
+) -> DatasetRow | Unused:
     """box: x, y, width, height in pixels; what lies outside of the picture is cut off."""
     x, y, width, height = box
     x1, x2 = (min(max(v, 0), size[0]) for v in (x, x + width))
     y1, y2 = (min(max(v, 0), size[1]) for v in (y, y + height))
     if not (x1 < x2 and y1 < y2):
         return _NO_BOX
-    return Row(image, (said, (x1, y1, x2, y2), size)) if said else _NO_WORDS
+    return DatasetRow(image, (said, (x1, y1, x2, y2), size)) if said else _NO_WORDS
 
 
 def make_refer(images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator) -> Example:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.data.datasets.dataset import Row, Unused, asked, pick
-from minigpt4_jax.data.rows import (
+from minigpt4_jax.data.annotations import (
     first_mark,
     identity_of,
     number_of,
@@ -18,9 +17,10 @@ from minigpt4_jax.data.rows import (
     text_of,
     texts_of,
 )
-from minigpt4_jax.data.sources import Example, blip_caption
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.prompts import fill_template
+from minigpt4_jax.processing.chat_templates import fill_template
 
 # The original's *_vqa_datasets.py, gqa_datasets.py, ocrvqa_dataset.py
 VQA_PROMPTS = (
@@ -30,7 +30,7 @@ VQA_PROMPTS = (
 OCRVQA_TRAIN = 1  # "split" of a book
 
 
-def _read_answered(files: Sequence[Path], answers: str) -> Iterator[Row | Unused]:
+def _read_answered(files: Sequence[Path], answers: str) -> Iterator[DatasetRow | Unused]:
     for file in files:
         for where, row in read_list(file, "annotations"):
             question, said = text_of(row, "question", where), texts_of(row, answers, where)
@@ -56,7 +56,7 @@ def coco_train_image(image_id: str | int) -> str:
     return f"COCO_train2014_{image_id:0>12}.jpg"
 
 
-def read_gqa(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_gqa(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """train_balanced_questions.json, as LAVIS has it: [{"question", "answer", "image": "1.jpg"}], or
     the authors' own of the same name: {id: {"question", "answer", "imageId": "1"}}
     (cs.stanford.edu/people/dorarad/gqa/download.html)."""
@@ -75,7 +75,7 @@ def _gqa_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return read_list(file)
 
 
-def read_ocrvqa(files: Sequence[Path]) -> Iterator[Row | Unused]:
+def read_ocrvqa(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """dataset.json: {id: {"imageURL", "questions", "answers", "split": 1, 2 or 3}}, the picture is
     {id} with the ending of the URL (ocr-vqa.github.io, OCRVQADataset)."""
     for file in files:
@@ -97,14 +97,14 @@ def read_ocrvqa(files: Sequence[Path]) -> Iterator[Row | Unused]:
                 yield _row(image, question, [answer])
 
 
-def _row(image: str, question: str, answers: Sequence[str]) -> Row | Unused:
+def _row(image: str, question: str, answers: Sequence[str]) -> DatasetRow | Unused:
     """Texts are cleaned as the original's blip_caption does; an answer stands in the list as often as
     it was given."""
     question = blip_caption(question)
     answers = [answer for answer in map(blip_caption, answers) if answer]
     if not question or not answers:
         return Unused("without a question or an answer")
-    return Row(image, (question, answers))
+    return DatasetRow(image, (question, answers))
 
 
 def make_answered(

@@ -1,0 +1,1 @@
+"""Checkpoint file formats: safetensors, PyTorch and GGUF, read as lazy tensors."""

@@ -1,0 +1,188 @@
+"""GGUF language models: tensors read one at a time, metadata as a Hugging Face config."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats.files import HashedFile, sniff
+from convert.formats.gguf_blocks import KINDS, take_apart
+from convert.formats.readers import Reader
+from convert.formats.tensors import DTYPES, Tensor
+from minigpt4_jax.errors import UserError
+
+# llama.cpp's architecture -> model_type. Only "llama" (LLaMA, Vicuna, Mistral, SmolLM) has its
+# query and key rows permuted for interleaved rotary embedding; the Qwen ones turn halves, as here.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+PERMUTED = ("llama",)
+
+_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16"}
+
+
+class Gguf:
+    """An open GGUF file: `fields` (metadata) and `reader` (tensors)."""
+
+    def __init__(self, path: Path):
+        if sniff(path) != "gguf":
+            raise UserError(
+                f"{path} is not a GGUF file; a Hugging Face model is given as its directory"
+            )
+        self.path = path
+        self._file = HashedFile(path)
+        parsed = _parse(path)
+        if parsed.byte_order != "I":
+            raise UserError(
+                f"{path} has the byte order of another kind of machine; convert it there"
+            )
+        self._values = parsed.fields
+        if (self.field("split.count") or 1) > 1:
+            raise UserError(
+                f"{path} is one part of several; join them with llama-gguf-split --merge"
+            )
+        self.tensors = {t.name: self._tensor(t) for t in parsed.tensors}
+        self.reader = Reader(str(path), self.tensors, [self._file])
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A metadata value as Python's; the default where it is absent."""
+        found = self._values.get(name)
+        return default if found is None else found.contents()
+
+    def _tensor(self, t: Any) -> Tensor:
+        shape = tuple(int(n) for n in reversed(t.shape))
+        start, count = int(t.data_offset), int(t.n_bytes)
+        if start + count > self._file.size:
+            raise UserError(
+                f"{self.path} is truncated: {t.name} ends past its end; download it again"
+            )
+        plain = _PLAIN.get(t.tensor_type.name)
+        dtype = DTYPES[plain or "float32"]
+
+        def load() -> np.ndarray:
+            raw = self._file.read(start, count)
+            if plain is not None:
+                return raw.view(dtype).reshape(shape)
+            return _dequantize(raw, t, shape, f"{self.path}: {t.name}")
+
+        kind = t.tensor_type.name
+        blocks = None
+        if kind in KINDS and len(shape) == 2:
+            blocks = (kind, lambda: take_apart(self._file.read(start, count), kind, shape))
+        return Tensor(shape, dtype, count, load, (str(self.path), start), blocks)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.field("general.architecture"))
+
+    def hf_config(self) -> dict[str, Any]:
+        """What config.json would say. UserError for an architecture that is not supported."""
+        arch = self.architecture
+        if arch not in ARCHITECTURES:
+            raise UserError(
+                f"{self.path}: GGUF architecture {arch!r} is not supported; supported are "
+                f"{', '.join(ARCHITECTURES)} (Mistral, Vicuna and SmolLM2 files say 'llama')"
+            )
+        if self.field(f"{arch}.expert_count"):
+            raise UserError(f"{self.path} is a mixture of experts, which is not supported")
+        config: dict[str, Any] = {"model_type": ARCHITECTURES[arch]}
+        for ours, theirs in _FIELDS.items():
+            value = self.field(f"{arch}.{theirs}")
+            if isinstance(value, list):
+                if len(set(value)) != 1:
+                    raise UserError(
+                        f"{self.path}: {arch}.{theirs} differs between layers: not supported"
+                    )
+                value = value[0]
+            if value is not None:
+                config[ours] = value
+        if missing := [k for k in _NEEDED if k not in config]:
+            raise UserError(
+                f"{self.path}: metadata lacks {arch}.{_FIELDS[missing[0]]}; convert it again"
+            )
+        config["rms_norm_eps"] = _short(config["rms_norm_eps"])
+        return self._finish(config)
+
+    def _finish(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Facts that the tensors tell, and the rotary embedding."""
+        arch, names = self.architecture, self.tensors
+        if "token_embd.weight" not in names:
+            raise UserError(
+                f"{self.path} has no token_embd.weight: it does not hold a language model"
+            )
+        config["vocab_size"] = names["token_embd.weight"].shape[0]
+        config["tie_word_embeddings"] = "output.weight" not in names
+        config["attention_bias"] = "blk.0.attn_q.bias" in names
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in names
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        rotated = self.field(f"{arch}.rope.dimension_count", config["head_dim"])
+        if rotated != config["head_dim"]:
+            raise UserError(
+                f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: "
+                "not supported"
+            )
+        kind = self.field(f"{arch}.rope.scaling.type", "none")
+        if kind != "none":
+            factor = self.field(f"{arch}.rope.scaling.factor", 1.0)
+            config["rope_scaling"] = {"rope_type": kind, "factor": factor}
+        if "rope_freqs.weight" in names:
+            config["rope_scaling"] = self._llama3_scaling(config)
+        return config
+
+    def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Llama 3.1's scaling, found again from the divisors that GGUF keeps of it."""
+        divisors = self.reader.read("rope_freqs.weight").astype(np.float64)
+        theta, dim = config.get("rope_theta", 10000.0), config["head_dim"]
+        wavelength = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
+        factor = round(float(divisors.max()), 3)
+        for original in (8192, 4096, 2048, 16384, 32768):
+            blend = np.clip((original / wavelength - 1) / (4 - 1), 0, 1)
+            if np.allclose(1 / ((1 - blend) / factor + blend), divisors, rtol=1e-3):
+                return {
+                    "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": original,
+                }  # fmt: skip
+        raise UserError(f"{self.path}: the rotary scaling in rope_freqs.weight is not Llama 3's")
+
+
+_FIELDS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+}
+_NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+)
+
+
+def _short(value: float) -> float:
+    """1e-5 that went through float32 is 1e-5 again."""
+    return float(np.format_float_positional(np.float32(value)))
+
+
+def _parse(path: Path) -> Any:
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError, OSError) as e:
+        raise UserError(f"{path} is truncated or damaged ({e}): download it again") from e
+
+
+def _dequantize(raw: np.ndarray, t: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    try:
+        rows = raw.reshape(quant_shape_to_byte_shape(shape, t.tensor_type))
+        return dequantize(rows, t.tensor_type).reshape(shape)
+    except (NotImplementedError, ValueError) as e:
+        raise UserError(f"{where}: cannot dequantize {t.tensor_type.name} ({e})") from e

@@ -1,0 +1,136 @@
+"""One view of every checkpoint format: names with shape and type, and one tensor read at a time."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats import safetensors, torch_file
+from convert.formats.files import HashedFile, sniff
+from convert.formats.tensors import Tensor
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.paths import local_path
+
+
+@dataclass
+class Reader:
+    """Lazy tensors of one source, whatever files it is made of.
+
+    label: what messages call it. files: those read, for their SHA-256. metadata: what the format
+    stores beside the tensors (safetensors).
+    """
+
+    label: str
+    tensors: dict[str, Tensor]
+    files: list[HashedFile]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a fresh array."""
+        return self.tensors[name].load()
+
+    def origin(self) -> dict[str, Any]:
+        """{"file": ..., "sha256": ...}, or "files" with one digest each when there are several."""
+        digests = {str(f.path): f.sha256() for f in self.files}
+        if len(digests) == 1:
+            (path, digest), *_ = digests.items()
+            return {"file": path, "sha256": digest}
+        return {"file": self.label, "files": {Path(p).name: d for p, d in digests.items()}}
+
+
+def open_file(path: Path) -> Reader:
+    """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or another thing."""
+    kind = sniff(local_path("file", path))
+    if kind == "gguf":
+        raise UserError(f"{path} is a GGUF file, which holds a language model: give it as --llm")
+    file = HashedFile(path)
+    if kind == "safetensors":
+        tensors, metadata = safetensors.open_tensors(file)
+        return Reader(str(path), tensors, [file], metadata)
+    return Reader(str(path), torch_file.open_tensors(file, kind), [file])
+
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin", "model.bin")
+
+
+def open_directory(folder: Path) -> Reader:
+    """A Hugging Face model directory: one file, or shards named by an index."""
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            return _open_shards(folder, folder / name)
+    for name in _SINGLES:
+        if (folder / name).is_file():
+            return open_file(folder / name)
+    loose = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not loose:
+        raise UserError(
+            f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or shards "
+            f"with {' or '.join(_INDEXES)}"
+        )
+    return _join(folder, [open_file(path) for path in loose])
+
+
+def _open_shards(folder: Path, index: Path) -> Reader:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: download it again")
+    names = sorted(set(map(str, weight_map.values())))
+    if bad := [n for n in names if Path(n).name != n]:
+        raise UserError(f"{index} names a file outside its directory: {bad[0]}")
+    if absent := [n for n in names if not (folder / n).is_file()]:
+        raise UserError(
+            f"{folder} lacks {', '.join(absent)}, named in {index.name}: download again"
+        )
+    reader = _join(folder, [open_file(folder / n) for n in names])
+    if absent := [k for k in weight_map if k not in reader.tensors]:
+        raise UserError(
+            f"{folder}: {absent[0]} is in {index.name} but not in {weight_map[absent[0]]}: "
+            "download again"
+        )
+    return reader
+
+
+def _join(folder: Path, shards: list[Reader]) -> Reader:
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        if twice := tensors.keys() & shard.tensors.keys():
+            raise UserError(f"{folder}: {min(twice)} is in two files, one of them {shard.label}")
+        tensors |= shard.tensors
+    return Reader(str(folder), tensors, [f for s in shards for f in s.files])
+
+
+def combined(
+    label: str,
+    base: Reader,
+    delta: Reader,
+    add: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    names: Mapping[str, str],
+) -> Reader:
+    """Tensors of delta, each joined with its counterpart in base (`names`: delta's -> base's)."""
+
+    def make(d: Tensor, b: Tensor) -> Tensor:
+        return Tensor(
+            d.shape, b.dtype, d.nbytes + b.nbytes, lambda: add(b.load(), d.load()), d.order
+        )
+
+    tensors = {d: make(delta.tensors[d], base.tensors[b]) for d, b in names.items()}
+    return Reader(label, tensors, [*base.files, *delta.files])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. UserError when it is missing, damaged or not an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} does not exist") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}): download it again") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected an object")
+    return values

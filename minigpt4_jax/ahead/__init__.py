@@ -1,1 +1,0 @@
-"""Programs for TPU slices that are not there: compiled from shapes, and what they would cost."""

@@ -1,0 +1,77 @@
+"""Train a model's projection: `python -m minigpt4_jax.train --config=stage2 --workdir=DIR ...`."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minigpt4_jax import errors
+from minigpt4_jax.parallel import distributed
+from minigpt4_jax.storage.paths import any_path
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_cli import known_configs, parse
+from minigpt4_jax.training.config_values import known_keys, to_dict
+
+if TYPE_CHECKING:
+    from minigpt4_jax.training.trainer import Result
+
+USAGE = """\
+usage: python -m minigpt4_jax.train --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE]...
+
+  --config      {known}, or the path of a .py file with get_config()
+  --workdir     where checkpoints, logs and the trained model go; a run begun there is continued
+  --config.KEY  changes a value, for instance --config.batch_size=4 --config.data.path=my.jsonl
+
+On several hosts the same command runs on each:
+
+{joining}
+
+A model directory (--config.model) comes from `python -m convert build`. The keys:
+"""
+
+
+def train(config: Any, workdir: Any, **options: Any) -> "Result":
+    """Run a training as described in `minigpt4_jax.training.trainer.train`."""
+    from minigpt4_jax.training import trainer  # imports JAX
+
+    return trainer.train(config, workdir, **options)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    others, args = distributed.take_options(args)
+    if not args or {"-h", "--help", "-help"} & set(args):
+        print(USAGE.format(known=", ".join(known_configs()), joining=distributed.USAGE) + _keys())
+        return 0 if args else 2
+    config, workdir = parse(args)
+    if distributed.are_several(others):
+        all_came = distributed.watched(others, lambda: _kept(workdir))
+        # imported now: from joining on until the run listens, JAX swallows a SIGTERM
+        from minigpt4_jax.training import trainer  # noqa: F401
+
+        distributed.join(others, config.heartbeat_timeout)
+        all_came()
+    train(config, workdir)
+    return 0
+
+
+def _kept(workdir: str) -> str:
+    from minigpt4_jax.training.workdir import kept  # imports JAX
+
+    return kept(any_path("workdir", workdir))
+
+
+def _keys() -> str:
+    values = to_dict(TrainConfig())
+    lines = []
+    for key in known_keys():
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        lines.append(f"  {key} = {value!r}")
+    return "\n".join(lines)
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process; a UserError is one line on stderr."""
+    errors.run(lambda: main(argv), distributed.leave)

@@ -1,0 +1,212 @@
+"""From files of captions, questions and conversations to a checked list of examples.
+
+Three layouts are read, recognized by what is there:
+
+    DIR/            filter_cap.json and image/{image_id}.jpg or .png (MiniGPT-4's stage 2)
+    FILE.json       a list of rows, or an object {"annotations": [{"image_id", "caption"}, ...]}
+    FILE.jsonl      one row a line
+
+A row has an image (a path beside the file, several in a list, or none) and one of "caption",
+"question" with "answer", or "conversations" [{"from": "human" | "gpt", "value": text}] as LLaVA's.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read_text, text_of
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, IMAGE_TAG, with_images
+from minigpt4_jax.processing.images import ImageSource
+from minigpt4_jax.storage.paths import local_path
+
+STAGE2_FILE = "filter_cap.json"
+MAX_CAPTION_WORDS = 50
+
+DataPath = str | os.PathLike[str]
+
+
+class Example(NamedTuple):
+    """One row of a dataset. Questions have an `<ImageHere>` for each image."""
+
+    images: tuple[ImageSource, ...]  # most often paths
+    questions: tuple[str, ...]  # one a turn; none: a caption alone
+    answers: tuple[str, ...]  # one a turn
+
+
+def read_sources(
+    paths: DataPath | Sequence[DataPath], *, clean_captions: bool = False
+) -> list[Example]:
+    """Read one or several datasets, one behind the other.
+
+    clean_captions: pass captions through `blip_caption`, as the original's stage 1 does.
+    UserError names the file, the line and the key that is wrong, an empty dataset, missing images.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if not paths:
+        raise UserError("data: no dataset is named; name a directory, a .json or a .jsonl file")
+    return [
+        example for path in paths for example in _read(local_path("data", path), clean_captions)
+    ]
+
+
+def blip_caption(caption: str) -> str:
+    """Lower case, punctuation but commas and apostrophes to spaces, at most 50 words
+    (BlipCaptionProcessor.pre_caption of LAVIS)."""
+    caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:MAX_CAPTION_WORDS])
+
+
+def _read(path: Path, clean: bool) -> list[Example]:
+    if path.is_dir():
+        if not (path / STAGE2_FILE).is_file():
+            raise UserError(
+                f"data {path}: has no {STAGE2_FILE}; expected that file with image/ beside it, "
+                "or name a .json or .jsonl file"
+            )
+        path = path / STAGE2_FILE
+    if not path.is_file():
+        raise UserError(f"data {path}: there is no such file or directory")
+    examples = [_example(row, where, path.parent, clean) for where, row in _rows(path)]
+    if not examples:
+        raise UserError(f"data {path}: the dataset is empty")
+    _check_images_exist(path, examples)
+    return examples
+
+
+# --- rows of a file --------------------------------------------------------------------------
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) for every row of the file."""
+    text = read_text(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        rows = _json_lines(path, text)
+    else:
+        rows = _json_file(path, text)
+    for where, row in rows:
+        yield where, expect_object(row, where)
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"data {path}, line {number}"
+            yield where, parse(where, line)
+
+
+def _json_file(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    value = parse(f"data {path}", text)
+    stage2 = isinstance(value, dict)
+    if stage2:
+        if "annotations" not in value:
+            raise UserError(
+                f"data {path}: the object has {keys(value)}; "
+                'expected "annotations", or a list of rows instead of the object'
+            )
+        value = value["annotations"]
+    if not isinstance(value, list):
+        raise UserError(f"data {path}: holds {kind(value)}; expected a list of rows")
+    for number, row in enumerate(value, 1):
+        where = f"data {path}, row {number}"
+        if stage2 and isinstance(row, dict):
+            row = _stage2_row(row, where, path.parent / "image")
+        yield where, row
+
+
+def _stage2_row(row: dict[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    if "image" in row or "images" in row:
+        return row
+    number = row.get("image_id")
+    if not isinstance(number, (str, int)) or isinstance(number, bool) or number == "":
+        raise UserError(f'{where}: has {keys(row)}; expected "image_id" and "caption"')
+    found = next((e for e in (".jpg", ".png") if (folder / f"{number}{e}").is_file()), ".jpg")
+    return {**row, "image": os.path.join("image", f"{number}{found}")}
+
+
+# --- one row ---------------------------------------------------------------------------------
+
+
+def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Example:
+    images = _images(row, where, folder)
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    if "conversations" in row:
+        questions, answers = _conversation(row["conversations"], where)
+    elif "question" in row or "answer" in row:
+        questions = (_text(row, "question", where),)
+        answers = (_text(row, "answer", where),)
+    elif "caption" in row:
+        caption = _text(row, "caption", where)
+        if not images:
+            raise UserError(f'{where}: a caption needs an "image"; text alone needs a "question"')
+        if clean and not (caption := blip_caption(caption)):
+            raise UserError(f'{where}: "caption" is empty once its punctuation is removed')
+        return Example(images, (), (caption,))
+    else:
+        raise UserError(
+            f'{where}: has {keys(row)}; expected "caption", "question" and "answer", '
+            'or "conversations"'
+        )
+    first = _place_images(questions[0], len(images), where)
+    return Example(images, (first, *questions[1:]), answers)
+
+
+def _images(row: dict[str, Any], where: str, folder: Path) -> tuple[str, ...]:
+    value = row.get("image", row.get("images"))
+    if value is None:
+        return ()
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise UserError(f'{where}: "image" holds {name!r}; expected a path or a list of paths')
+    return tuple(os.path.join(folder, name) for name in names)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = text_of(row, key, where)
+    if not value.strip():
+        raise UserError(f'{where}: "{key}" is empty')
+    return value
+
+
+def _conversation(turns: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise UserError(
+            f'{where}: "conversations" needs a list of question, answer, question, answer, ...; '
+            f"it is {kind(turns)}" + (f" of {len(turns)}" if isinstance(turns, list) else "")
+        )
+    texts = []
+    for n, turn in enumerate(turns):
+        speaker, here = ("human", "gpt")[n % 2], f'{where}, turn {n + 1} of "conversations"'
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            raise UserError(f'{here}: expected an object with "from": "{speaker}" and "value"')
+        texts.append(_text(turn, "value", here))
+    return tuple(texts[::2]), tuple(texts[1::2])
+
+
+def _place_images(question: str, images: int, where: str) -> str:
+    """LLaVA's `<image>` becomes `<Img><ImageHere></Img>`: several stay where they are, a single one
+    comes first, as the original's LLaVA datasets put it."""
+    marks = question.count("<image>")
+    if IMAGE_TAG not in question and marks > 1:
+        question = re.sub(r"<image>\n?", IMAGE_SLOT, question)
+    elif marks:
+        question = re.sub(r"\n?<image>\n?", "", question).strip()
+    question = with_images(question, images)
+    if question.count(IMAGE_TAG) != images:
+        raise UserError(
+            f"{where}: the question places {question.count(IMAGE_TAG)} images; the row has {images}"
+        )
+    return question
+
+
+def _check_images_exist(path: Path, examples: list[Example]) -> None:
+    named = dict.fromkeys(str(image) for example in examples for image in example.images)
+    if missing := [image for image in named if not os.path.isfile(image)]:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"data {path}: {len(missing)} of {len(named)} images are missing: {some}")

@@ -1,0 +1,1 @@
+"""The two demonstrations, and the training of their vision encoders."""

@@ -1,0 +1,1 @@
+"""Inference: the public Model, the generation engine, sampling, beam search, conversations."""

@@ -1,0 +1,167 @@
+"""Attention: plain, causal in query chunks, over a key-value cache, and by a TPU kernel.
+
+Axes: B batch, T queries, S keys, N query heads, K key/value heads, H head dim. The kernel is JAX's splash
+attention: scores stay on the chip, and fully masked blocks are skipped (FlashAttention-2 paper).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from minigpt4_jax.parallel.sharding import BATCH_AXES, shard_map_over
+from minigpt4_jax.quantization.matmul import precision
+from minigpt4_jax.utils.platform import backend
+
+MANY_QUERIES = 1024  # causal attention to more than these is computed
+
+
+QUERY_BLOCK = 256  # by blocks of these
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    causal: bool = False,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
+
+    lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
+    segments [B, T = S], in place of both: a query sees the keys of its own segment.
+    window: with causal, a query sees itself and the window - 1 keys before it.
+    """
+    if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
+        if backend() == "tpu" and window is None and kernel_supports(q):
+            return kernel_attention(q, k, v, scale)
+        return _attention_by_blocks(q, k, v, scale, lengths, window)
+    if segments is not None:
+        mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=causal,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+        )  # fmt: skip
+
+
+def _attention_by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    lengths: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Causal `attention`, some queries after others: all scores [B, N, T, S] at once would be by far
+    the largest array of a long prefill."""
+    b, t, n, h = q.shape
+    count = -(-t // QUERY_BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_BLOCK, n, h), 1, 0)
+    keys = jnp.arange(k.shape[1])
+
+    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, first = block
+        at = first + jnp.arange(QUERY_BLOCK)[:, None]
+        seen = keys <= at
+        if window is not None:
+            seen &= keys > at - window
+        return attention(q, k, v, scale=scale, lengths=lengths, mask=seen[None, None])
+
+    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_BLOCK))
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
+
+
+def cached_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+    *,
+    scale: float,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+) -> jax.Array:
+    """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], seen [B, T, S] (True is
+    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed.
+
+    key_scale, value_scale [B, K, S]: factors that keys and values are yet to be multiplied by.
+    """
+    b, t, n, h = q.shape
+    k, s = keys.shape[1:3]
+    exact = precision(keys.dtype)
+    q = q.astype(keys.dtype).reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)
+    scores = jnp.einsum(
+        "bkqh,bksh->bkqs", q.reshape(b, k, -1, h), keys, precision=exact,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    if key_scale is not None:
+        scores *= key_scale[:, :, None, :]
+    scores = (scores * scale).reshape(b, k, t, n // k, s)
+    scores = jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s)
+    if value_scale is not None:
+        probs *= value_scale[:, :, None, :]
+    y = jnp.einsum(
+        "bkqs,bksh->bkqh", probs.astype(values.dtype), values, precision=exact,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+KERNEL_BLOCK = 512  # queries, and keys, that a chip works on at once
+
+
+def kernel_supports(q: jax.Array) -> bool:
+    """Whether the kernel is for queries [B, T, N, H] like these."""
+    return q.dtype == jnp.bfloat16 and q.shape[-1] % 128 == 0
+
+
+def kernel_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, interpret: bool = False
+) -> jax.Array:
+    """q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], softmax in float32. Rows are padded on the
+    right, so that no token sees padding, and what comes of padding itself is of no use.
+
+    interpret: the kernel as ordinary operations, for machines without a TPU.
+    """
+    b, t, n, _ = q.shape
+    full = -(-t // KERNEL_BLOCK) * KERNEL_BLOCK
+    pads = ((0, 0), (0, full - t), (0, 0), (0, 0))
+    heads_first = [jnp.pad(a, pads).transpose(0, 2, 1, 3) for a in (q * scale, k, v)]
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [B, heads, T, H] each
+        return jax.vmap(_kernel(q.shape[1], full, interpret))(q, k, v)
+
+    # of heads as many as divide both: a group of queries stays with its keys
+    heads = math.gcd(n, k.shape[2])
+    run = shard_map_over(
+        local,
+        (b, heads),
+        (BATCH_AXES, "model"),
+        ((0, 1, None, None),) * 3,
+        (0, 1, None, None),
+        kernel=True,
+    )
+    return run(*heads_first).transpose(0, 2, 1, 3)[:, :t]
+
+
+def _kernel(heads: int, tokens: int, interpret: bool) -> jax.custom_vjp:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    sizes = splash.BlockSizes(
+        block_q=KERNEL_BLOCK, block_kv=KERNEL_BLOCK, block_q_dkv=KERNEL_BLOCK, block_kv_dkv=KERNEL_BLOCK,
+        block_q_dq=KERNEL_BLOCK, block_kv_dq=KERNEL_BLOCK,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((tokens, tokens)) for _ in range(heads)])
+    return splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )

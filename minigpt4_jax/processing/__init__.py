@@ -1,0 +1,1 @@
+"""Images and text on their way into the model: preprocessing, tokenization, chat templates, boxes."""

@@ -1,0 +1,224 @@
+"""Images: open and check, resize, normalize, as the vision encoder was trained to see them.
+
+What travels, between processes and to the device, is uint8; the model normalizes as it begins."""
+
+import io
+import os
+import zlib
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
+from minigpt4_jax.errors import DataError, UserError
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs: 537 MB decoded
+# causes that broken images are counted by, where two places name the same
+UNREADABLE = "image that cannot be read"
+TOO_LARGE = "image that is too large"
+CROP_SCALE = (0.5, 1.0)  # share of the area that version 1's training crop keeps
+CROP_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """An image inside a larger file, such as a tar."""
+
+    path: str
+    offset: int  # bytes
+    size: int  # bytes
+
+
+ImageSource = str | PathLike[str] | FilePart | bytes | Image.Image | np.ndarray
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is meant as one image, and not as several."""
+    one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image))
+    return one or getattr(value, "ndim", 0) == 3
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Read one image as RGB.
+
+    source: a path, a part of a file, a file's bytes, a PIL image or a uint8 array [H, W, 3].
+    Palette, gray and CMYK files are converted as Pillow does, transparency is dropped and EXIF
+    rotation ignored, as in the original; 16-bit gray keeps its upper 8 bits (Pillow alone would turn
+    it white).
+    DataError: missing, not an image, truncated, too large. UserError: wrong type, dtype or shape.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, "image")
+    name, data = _read(source)
+    if not data:
+        raise DataError(f"{name}: the file is empty", "image that is empty")
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
+    except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
+        raise DataError(f"{name}: {_not_an_image(data, e)}", "file that is no image") from None
+    return _decode(opened, name, copied=False)
+
+
+def name_of(source: ImageSource) -> str:
+    """What an image is called in messages; two images of a dataset have different names."""
+    if isinstance(source, FilePart):
+        return f"{source.path} at byte {source.offset}"
+    if isinstance(source, bytes):
+        return f"of {len(source)} bytes ({zlib.crc32(source):08x})"
+    if isinstance(source, (str, PathLike)):
+        return os.fspath(source)
+    size = source.size if isinstance(source, Image.Image) else source.shape[1::-1]
+    return f"{size[0]} x {size[1]} ({zlib.crc32(np.asarray(source).tobytes()):08x})"
+
+
+def _read(source: Any) -> tuple[str, bytes]:
+    """(what messages call it, the bytes)"""
+    if isinstance(source, bytes):
+        return f"image {name_of(source)}", source
+    if isinstance(source, FilePart):
+        path, whole = Path(source.path), False
+    elif isinstance(source, (str, PathLike)):
+        path, whole = Path(source), True
+    else:
+        raise UserError(
+            f"image: got {type(source).__name__}; "
+            "expected a path, a PIL image or a uint8 array [H, W, 3]"
+        )
+    name = f"image {name_of(source)}"
+    try:
+        if whole:
+            return name, path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            file.seek(source.offset)
+            data = file.read(source.size)
+    except FileNotFoundError:
+        raise DataError(f"{name}: there is no such file", "image that is missing") from None
+    except IsADirectoryError:
+        raise DataError(
+            f"{name}: is a directory; expected an image file", "image that is a directory"
+        ) from None
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the path
+        raise DataError(f"{name}: cannot be read ({_one_line(e)})", UNREADABLE) from None
+    if len(data) < source.size:
+        raise DataError(f"{name}: the file ends before it does", UNREADABLE)
+    return name, data
+
+
+def resize(image: Image.Image, size: int) -> np.ndarray:
+    """RGB image -> uint8 [size, size, 3]: Pillow's bicubic, antialiased, aspect not kept."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Version 1's training augmentation: a random part, resized to uint8 [size, size, 3].
+
+    The part has 0.5-1 of the area and an aspect of 3/4-4/3 (torchvision's RandomResizedCrop);
+    the same generator state gives the same part. No flip. MiniGPT-v2 takes `resize`: a crop would
+    move its boxes.
+    """
+    return resize(image.crop(_crop_box(*image.size, rng)), size)
+
+
+def normalize(image: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] -> float32 (x / 255 - mean) / std, bit for bit what torchvision computes."""
+    x = image.astype(np.float32, order="C")
+    rows = x.reshape(-1, 3 * (x.shape[-2] if x.ndim > 1 else 1))  # long: NumPy is slow at 3 apart
+    rows /= np.float32(255)
+    rows -= np.tile(np.array(IMAGE_MEAN, np.float32), rows.shape[1] // 3)
+    rows /= np.tile(np.array(IMAGE_STD, np.float32), rows.shape[1] // 3)
+    return x
+
+
+def load_pixels(source: ImageSource, size: int) -> np.ndarray:
+    """Open and resize: uint8 [size, size, 3], as the model takes them."""
+    return resize(open_image(source), size)
+
+
+def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_SCALE)
+        ratio = np.exp(rng.uniform(*np.log(CROP_RATIO)))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return x, y, x + w, y + h
+    # a very long image: its middle, as near to the allowed aspect as it goes
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(
+            f"image: got an array {array.dtype} {list(array.shape)}; "
+            "expected uint8 [H, W, 3] (0-255, RGB)"
+        )
+    _check_size("image", array.shape[1], array.shape[0])
+    return Image.fromarray(array)
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width == 0 or height == 0:
+        raise DataError(f"{name}: has no pixels ({width} x {height})", "image without pixels")
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} = {width * height} pixels; "
+            f"at most {MAX_PIXELS} are read; resize it first",
+            TOO_LARGE,
+        )
+
+
+def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Image:
+    """As RGB. copied: another image than the one given, even where that is RGB."""
+    _check_size(name, *image.size)
+    if image.mode == "F":
+        raise DataError(
+            f"{name}: has floating-point pixels of no known range; convert it to 8 bits",
+            "image of no known range",
+        )
+    try:
+        image.load()
+        return (
+            image if image.mode == "RGB" and not copied else _sixteen_to_eight(image).convert("RGB")
+        )
+    except Image.DecompressionBombError as e:
+        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
+    except Exception as e:  # as above
+        raise DataError(
+            f"{name}: cannot be decoded ({_one_line(e)}); is the file whole?",
+            "image that cannot be decoded",
+        ) from None
+
+
+def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits (modes I;16*, and I of PGM and TIFF) -> 8 bits; other modes as they are."""
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    return image
+
+
+def _not_an_image(data: bytes, error: Exception) -> str:
+    start = data[:200].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        return "is a web page or XML, not an image; was the download refused?"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not an image; run `git lfs pull`"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is not an image that Pillow knows"
+    return f"is not a readable image ({_one_line(error)})"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

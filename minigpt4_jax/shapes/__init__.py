@@ -1,0 +1,1 @@
+"""The demonstrations' generated world: scenes, texts, questions, and the dataset on disk."""

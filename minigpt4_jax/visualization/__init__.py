@@ -1,0 +1,1 @@
+"""Pictures for people: boxes drawn into images, contact sheets, loss curves."""

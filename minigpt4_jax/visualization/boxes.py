@@ -1,0 +1,192 @@
+"""Boxes of an answer drawn into its image, as the original's demo shows them (demo_v2.py)."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.boxes import Box, parse_boxes, spans
+from minigpt4_jax.processing.images import ImageSource, open_image
+
+Color = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+PALETTE: tuple[Color, ...] = (
+    (230, 25, 25), (0, 130, 240), (20, 160, 50), (245, 130, 0), (150, 40, 200), (0, 175, 180),
+    (225, 0, 150), (130, 150, 0), (90, 70, 255), (160, 90, 30), (0, 215, 110), (120, 120, 130),
+    (250, 190, 0), (100, 0, 60), (0, 70, 110), (255, 120, 150),
+)  # fmt: skip
+SMALLEST = 500  # pixels of width: smaller images are enlarged, so that a label can be read
+LINE = 2  # pixels of a box's line; with the letters it grows with images wider than SMALLEST
+LETTERS = 15
+
+
+class _Label(NamedTuple):
+    phrase: str
+    color: Color
+    box: Rectangle
+
+
+def draw_boxes(image: ImageSource, answer: str) -> Image.Image:
+    """The image, RGB, with every box of the answer in its phrase's colour and the phrase beside it.
+
+    All boxes of one phrase have one colour. Labels stand on a half-transparent ground, above their
+    box where there is room, elsewhere so that they do not cover each other. An image less than 500
+    pixels wide is enlarged to that. UserError: the answer has no boxes, or as `open_image`.
+    """
+    picture = open_image(image)
+    scale = max(1.0, SMALLEST / picture.width)
+    size = (round(picture.width * scale), max(1, round(picture.height * scale)))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    found = parse_boxes(answer, *size)
+    if not found:
+        raise UserError(f"the answer has no boxes to draw: {_short(answer)!r}")
+    colors = phrase_colors(answer)
+    unit = picture.width / SMALLEST
+    line = max(1, round(LINE * unit))
+    labels = []
+    draw = ImageDraw.Draw(picture)
+    for phrase, box in found:
+        corners = _whole(box, size)
+        draw.rectangle(corners, outline=colors[phrase], width=line)
+        labels.append(_Label(phrase, colors[phrase], corners))
+    _draw_labels(picture, [label for label in labels if label.phrase], round(LETTERS * unit), line)
+    return picture
+
+
+def phrase_colors(answer: str) -> dict[str, Color]:
+    """The colour of each phrase that has a box, in order; "" for boxes without one."""
+    phrases = dict.fromkeys(phrase for phrase, _ in parse_boxes(answer, 1, 1))
+    return {phrase: PALETTE[i % len(PALETTE)] for i, phrase in enumerate(phrases)}
+
+
+def colored_text(answer: str) -> list[tuple[str, Color | None]]:
+    """The answer as people read it, without boxes: pieces of text, a phrase with its boxes' colour."""
+    colors = phrase_colors(answer)
+    pieces: list[tuple[str, Color | None]] = []
+    for span in spans(answer):
+        if span.is_phrase:
+            pieces.append((span.text, colors.get(span.text) if span.boxes else None))
+        elif pieces and pieces[-1][1] is None and span.text:
+            pieces[-1] = (pieces[-1][0] + span.text, None)
+        elif span.text:
+            pieces.append((span.text, None))
+    # the boxes between leave spaces behind
+    return [(re.sub(r" +(?=[ ,.;:!?])", "", t) if c is None else t, c) for t, c in pieces]
+
+
+def _whole(box: Box, size: tuple[int, int]) -> Rectangle:
+    """A box as pixels of an image of this size, which it may reach the edge of."""
+    x1, y1, x2, y2 = (int(v) for v in box)
+    width, height = size
+    return min(x1, width - 1), min(y1, height - 1), min(x2, width - 1), min(y2, height - 1)
+
+
+def _draw_labels(picture: Image.Image, labels: list[_Label], letters: int, line: int) -> None:
+    font = ImageFont.load_default(max(6, letters))
+    placed: list[tuple[str, Rectangle]] = []
+    for label in labels:
+        text = _fit(label.phrase, picture.width - 2 * letters, font)
+        size = (int(font.getlength(text)) + letters + 4, letters + 6)
+        where = _place(label, size, picture.size, [box for _, box in placed], line)
+        if where is None:
+            continue
+        if any(text == other and _overlap(where, box) for other, box in placed):
+            continue  # one label is enough for two boxes in the same place
+        _draw_label(picture, where, text, label.color, font)
+        placed.append((text, where))
+
+
+def _place(
+    label: _Label,
+    size: tuple[int, int],
+    image: tuple[int, int],
+    taken: list[Rectangle],
+    line: int,
+) -> Rectangle | None:
+    """Where the label goes: the first place that is free, or else the one that covers least."""
+    places = [
+        (x, y, x + size[0], y + size[1]) for x, y in _candidates(label.box, size, image, line)
+    ]
+    if not places:  # an image of a few pixels
+        return None
+    covers = [sum(_overlap(place, other) for other in taken) for place in places]
+    return places[covers.index(min(covers))]
+
+
+def _candidates(
+    box: Rectangle, size: tuple[int, int], image: tuple[int, int], line: int
+) -> Iterator[tuple[int, int]]:
+    """Left upper corners within the image: above the box, inside, below, then down and up from it."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    most = (image[0] - width, image[1] - height)
+    if most[0] < 0 or most[1] < 0:
+        return
+    x = min(max(x1, 0), most[0])
+    for at in ((x, y1 - height), (x, y1 + line), (x, y2 - line - height), (x, y2 + 1)):
+        if 0 <= at[1] <= most[1]:
+            yield at
+    for step in range(1, image[1] // height + 1):
+        for y in (y1 + step * height, y1 - (step + 1) * height):
+            for left in (x, max(0, x1 - width), min(x2, most[0])):
+                if 0 <= y <= most[1]:
+                    yield left, y
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> int:
+    """Pixels that two rectangles share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
+
+
+def _draw_label(
+    picture: Image.Image, where: Rectangle, text: str, color: Color, font: Font
+) -> None:
+    """A stripe of the colour, then the phrase in black, both on a half-transparent ground."""
+    x1, y1, x2, y2 = where
+    letters = y2 - y1 - 6
+    ground = Image.new("RGB", (x2 - x1, y2 - y1), (255, 255, 255))
+    ground.paste(color, (0, 0, letters * 2 // 3, y2 - y1))
+    picture.paste(Image.blend(picture.crop(where), ground, 0.5), (x1, y1))
+    at = (x1 + letters * 2 // 3 + 3, (y1 + y2) // 2)
+    ImageDraw.Draw(picture).text(at, text, (0, 0, 0), font, anchor="lm")
+
+
+def _fit(text: str, width: int, font: Font) -> str:
+    """The text, its end left out where it is wider than `width` pixels."""
+    text = re.sub(r"\s+", " ", text)[:200]
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…"
+    return text
+
+
+def check_file(path: Path) -> None:
+    """UserError unless a picture can be written there."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: expected the name of a picture, for instance boxes.png")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no directory {path.parent}")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all. UserError: as `check_file`, or a disk that is full."""
+    check_file(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        picture.save(temporary)
+        temporary.replace(path)
+    except (OSError, ValueError) as e:  # ValueError: Pillow only reads this kind
+        raise UserError(f"cannot write {path}: {e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,246 @@
+"""python -m minigpt4_jax.batch: every row answered in its place, once, however often it is interrupted."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import minigpt4_jax
+from minigpt4_jax import errors
+from minigpt4_jax.cli import batch, common
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.chat_templates import chat_template, render_chat, with_images
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, five images, and rows of zero to two images with questions of several lengths."""
+    folder = tmp_path_factory.mktemp("batch")
+    tiny.write_random_model(folder / "model")
+    rng = np.random.default_rng(0)
+    for n in range(5):
+        pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    rows = []
+    for n in range(COUNT):
+        row = {"id": n, "prompt": "what is " * (1 + n % 4) + "it"}
+        if n % 5:
+            row["image"] = f"{n % 5}.png" if n % 3 else [f"{n % 5}.png", "0.png"]
+        rows.append(row)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return minigpt4_jax.load(home / "model", "float32")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, model):
+    """command(*arguments) -> (exit code, stdout, stderr); the model is read once for all."""
+    monkeypatch.setattr(common, "load", lambda args: model)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            errors.run(lambda: batch.main([str(a) for a in arguments]))
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+def arguments(home, out, *more, rows="rows.jsonl"):
+    files = [f"--input={home / rows}", f"--output={out}"]
+    return [f"--model={home / 'model'}", *files, "--max_new_tokens=6", "--batch_size=4", *more]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected(model, home, row, **options):
+    names = row.get("image", [])
+    images = [home / name for name in ([names] if isinstance(names, str) else names)]
+    question = with_images(row["prompt"], len(images))
+    prompt = render_chat(chat_template(model.config), [(question, None)])
+    return model.generate([images], [prompt], max_new_tokens=6, **options)[0]
+
+
+def test_every_row_is_answered_as_alone(home, model, command, tmp_path):
+    out = tmp_path / "out.jsonl"
+    code, said, _ = command(*arguments(home, out))
+    assert code == 0 and f"{COUNT} rows, 0 of them" in said
+    rows, found = read(home / "rows.jsonl"), read(out)
+    assert [{k: v for k, v in row.items() if k not in batch.MADE} for row in found] == rows
+    for row in found[:: COUNT // 8]:
+        assert row["response"] == expected(model, home, row)
+    assert {row["finish_reason"] for row in found} <= {"stop", "length"}
+    assert all(1 <= row["tokens"] <= 6 for row in found)
+
+
+def test_sampling_depends_on_the_row_alone(home, model, command, tmp_path):
+    warm = ["--temperature=2", "--top_k=50", "--seed=7"]
+    assert command(*arguments(home, tmp_path / "a", *warm))[0] == 0
+    assert command(*arguments(home, tmp_path / "b", *warm, "--batch_size=7"))[0] == 0
+    assert read(tmp_path / "a") == read(tmp_path / "b")
+    row = read(tmp_path / "a")[11]
+    assert row["response"] == expected(model, home, row, temperature=2.0, top_k=50, seed=18)
+
+
+def test_broken_rows_are_reported_in_their_place(home, command, tmp_path):
+    (home / "half.png").write_bytes((home / "1.png").read_bytes()[:200])
+    good = {"image": "1.png", "prompt": "what is it"}
+    broken = [
+        "{not json", "[1]", json.dumps({"image": "1.png"}), json.dumps(good | {"prompt": ""}),
+        json.dumps(good | {"prompt": 3}), json.dumps(good | {"image": "none.png"}),
+        json.dumps(good | {"image": ["1.png", "half.png"]}), json.dumps(good | {"image": 3}),
+        json.dumps(good | {"prompt": "<ImageHere> <ImageHere>"}), "\x00",
+        json.dumps(good | {"prompt": "long " * 3000}), json.dumps(good | {"response": "x"}),
+        json.dumps(good | {"prompt": "\ud83d"}),
+    ]  # fmt: skip
+    lines = [line for wrong in broken for line in (wrong, json.dumps(good))]
+    (home / "broken.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    code, said, _ = command(*arguments(home, out, rows="broken.jsonl"))
+    assert code == 0 and "26 rows, 13 of them with an error" in said
+    found = read(out)
+    assert len({row["response"] for row in found[1::2]}) == 1
+    wanted = [
+        "not JSON", "expected an object", 'has no "prompt"', "prompt is ''", "prompt is 3", "none.png",
+        "half.png", "expected a path", "2 <ImageHere> and 1 images", "not JSON", "context", "rename",
+        "half of a character",
+    ]  # fmt: skip
+    for row, message in zip(found[::2], wanted, strict=True):
+        assert message in row["error"] and (set(row) & {"tokens"}) == set(), row
+    assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 26 rows")
+
+
+def test_a_prompt_for_all_and_whole_prompts(home, model, command, tmp_path):
+    rows = [{"image": "1.png"}, {"image": "2.png", "question": "<Img><ImageHere></Img> so?"}]
+    (home / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, _ = command(
+        *arguments(home, tmp_path / "o", "--raw", "--prompt=<ImageHere> is", rows="few.jsonl")
+    )
+    assert code == 0
+    images = [home / "1.png", home / "2.png"]
+    prompts = ["<ImageHere> is", rows[1]["question"]]
+    found = read(tmp_path / "o")
+    assert [r["response"] for r in found] == model.generate(images, prompts, max_new_tokens=6)
+    assert found[0]["prompt"] == "<ImageHere> is"
+
+
+def test_an_interrupted_run_goes_on_wherever_it_was_cut(home, command, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(*arguments(home, whole))[0] == 0
+    data = whole.read_bytes()
+    settings_file = (tmp_path / "whole.settings.json").read_bytes()
+
+    @settings(max_examples=8, deadline=None)
+    @given(st.integers(0, len(data)))
+    def check(cut):
+        out.write_bytes(data[:cut])
+        (tmp_path / "out.settings.json").write_bytes(settings_file)
+        assert command(*arguments(home, out))[0] == 0
+        assert out.read_bytes() == data
+
+    check()
+
+
+def test_killed_while_it_writes(home, tmp_path):
+    """A real process, SIGKILL after its first answers: the next one ends with the same file."""
+    program = [sys.executable, "-m", "minigpt4_jax.batch", *arguments(home, tmp_path / "out")]
+    program += ["--dtype=float32", "--batch_size=1"]
+    child = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not read_some(tmp_path / "out"):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = (tmp_path / "out").read_bytes()
+    subprocess.run(program, check=True, capture_output=True)
+    whole = (tmp_path / "out").read_bytes()
+    assert whole.startswith(before[: before.rfind(b"\n") + 1])
+    assert [row["id"] for row in read(tmp_path / "out")] == list(range(COUNT))
+
+
+def test_killed_before_its_first_answer(home, command, tmp_path):
+    """The settings are written before the answers' file is there, and an empty one is nobody's."""
+    out = tmp_path / "out"
+    out.touch()
+    assert command(*arguments(home, out))[0] == 0
+    answers = out.read_bytes()
+    out.unlink()
+    assert command(*arguments(home, out))[0] == 0
+    assert out.read_bytes() == answers
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.settings.json"]
+
+
+def read_some(path):
+    return path.exists() and path.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--input=none.jsonl"], "none.jsonl: cannot be read"),
+        (["--input={home}/empty.jsonl"], "has no rows"),
+        (["--output={home}/no/out"], "there is no directory"),
+        (["--output={home}/rows.jsonl"], "are the same file"),
+        (["--output={home}/1.png"], "was not begun by this command"),
+        (["--batch_size=0"], "--batch_size=0"),
+        (["--temperature=-1"], "temperature -1"),
+        (["--template=moon"], "template 'moon' is not known"),
+    ],
+)
+def test_refused_before_anything_is_written(home, command, tmp_path, changed, message):
+    (home / "empty.jsonl").write_text("\n \n")
+    before = sorted(p.name for p in home.iterdir())
+    given_here = [text.format(home=home) for text in changed]
+    code, out, err = command(*arguments(home, tmp_path / "out"), *given_here)
+    assert (code, out) == (2, "") and err.startswith("error: ") and message in err, err
+    assert sorted(p.name for p in home.iterdir()) == before and not any(tmp_path.iterdir())
+
+
+def test_output_of_other_rows_or_settings(home, command, tmp_path):
+    out = tmp_path / "out"
+    assert command(*arguments(home, out))[0] == 0
+    data = out.read_bytes()
+    code, _, err = command(*arguments(home, out, "--temperature=1"))
+    assert code == 2 and "was begun with temperature None, now 1.0" in err
+    rows = (home / "rows.jsonl").read_text().splitlines()
+    (home / "other.jsonl").write_text("\n".join(rows[1:]))
+    code, _, err = command(*arguments(home, out, rows="other.jsonl"))
+    assert code == 2 and "line 1 is not the answer to row 1" in err
+    assert out.read_bytes() == data
+
+
+def test_a_full_disk_loses_no_row(home, model, tmp_path, monkeypatch):
+    rows = batch.read_rows(home / "rows.jsonl", None)
+    output = batch.Output(tmp_path / "out", rows, {})
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 300:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with output:
+        os.close(os.dup(output._file.fileno()))
+        output._file = Full()
+        with pytest.raises(UserError, match=r"No space left on device; \d+ rows are written"):
+            for row in rows:
+                output.put(row, {"response": "x"})

@@ -1,0 +1,110 @@
+"""`python -m minigpt4_jax.data check`: counts, faults and the sheet."""
+
+import json
+import pickle
+
+import pytest
+from helpers.published_layouts import Disk, write_everything
+from PIL import Image
+
+from minigpt4_jax.cli.check_data import main
+from minigpt4_jax.errors import UserError
+
+
+def write_rows(folder, photos, name="rows.jsonl", **changes):
+    rows = [
+        {"image": photo, "question": "[refer] where?", "answer": "{<10><20><60><80>}"}
+        for photo in photos
+    ]
+    rows[0] |= changes
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, data):
+    path = folder / "mine.py"
+    path.write_text(f"def get_config():\n    return {{'data': {data!r}}}\n")
+    return str(path)
+
+
+def test_a_mixture(tmp_path, photos, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"<html>")
+    good = write_rows(tmp_path, photos)
+    bad = write_rows(tmp_path, photos, "bad.jsonl", image=str(broken))
+    mix = {
+        "good": {"reader": "files", "path": str(good), "ratio": 3},
+        "bad": {"reader": "files", "path": str(bad)},
+        "cc_sbu": {"path": str(tmp_path / "none.tar")},
+        "off": {"ratio": 0},
+    }
+    sheet = tmp_path / "sheet.png"
+    args = ["check", config(tmp_path, {"mix": mix}), f"--sheet={sheet}", "--samples=2"]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[1].split() == ["bad", "10", "0", "20.0%", "10", "1"]
+    assert lines[2] == "  1 file that is no image"
+    assert "broken.png: is a web page" in lines[3]
+    assert "there is no shard at" in out
+    assert [line.split() for line in lines if line.startswith("good")] == [
+        ["good", "10", "0", "60.0%", "10", "0"]
+    ]
+    assert not any(line.startswith("off") for line in lines)
+    assert Image.open(sheet).width > 500
+    assert main([*args, "--config.data.mix.bad.ratio=0", "--config.data.mix.cc_sbu.ratio=0"]) == 0
+
+
+def test_plain_files_and_boxes_on_the_sheet(tmp_path, photos, capsys):
+    path, sheet = write_rows(tmp_path, photos), tmp_path / "sheet.png"
+    assert main(["check", "finetune", f"--config.data.path={path}", f"--sheet={sheet}"]) == 0
+    assert str(path) in capsys.readouterr().out
+    colors = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
+    plain = write_rows(tmp_path, photos, "plain.jsonl")
+    plain.write_text(plain.read_text().replace("{<10><20><60><80>}", "there"))
+    main(["check", "finetune", f"--config.data.path={plain}", f"--sheet={sheet}"])
+    without = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
+    assert colors - without
+
+
+def test_rows_that_are_not_used_are_counted_by_cause(tmp_path, capsys):
+    disk = Disk(tmp_path)
+    write_everything(disk, 6)
+    (tmp_path / "coco/images/COCO_train2014_000000000009.jpg").unlink()
+    refs = tmp_path / "refcoco_annotations/refcoco/refs(unc).p"
+    rows = pickle.loads(refs.read_bytes())
+    rows[0]["split"] = rows[1]["split"] = "val"
+    rows[4]["sentences"] = []
+    refs.write_bytes(pickle.dumps(rows))
+    mix = {
+        "refcoco": {"path": "refcoco_annotations", "images": "coco/images"},
+        "gqa": {"path": "gqa"},
+    }
+    sheet = tmp_path / "sheet.png"
+    path = config(tmp_path, {"root": str(tmp_path), "mix": mix})
+    assert main(["check", path, f"--sheet={sheet}", "--samples=2"]) == 0
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert out[1:-1] == [
+        ["gqa", "6", "0", "50.0%", "6", "0"],
+        ["refcoco", "2", "2", "50.0%", "2", "0"],
+        ["1", "without", "their", "image"],
+        ["1", "without", "words"],
+        ["2", "of", "another", "split,", "as", "is", "its", "rule"],
+    ]
+    assert Image.open(sheet).width > 500
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["check", "stage2"], "config.data.path"),
+        (["check", "nope"], "unknown"),
+        (["look", "stage2"], "invalid choice"),
+        (["check", "stage2", "--config.data.pth=x"], "did you mean config.data.path"),
+        (["check", "stage2", "--samples=-1"], "must be 0 or more"),
+    ],
+)
+def test_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        main(args)

@@ -1,0 +1,191 @@
+"""Run by test_sharding.py in a process with eight virtual devices: `sharded_programs.py OUT`.
+
+For every model and mesh of CASES it writes to OUT what a training step and the engine made of the
+same inputs. The one-device results are among them, so that one process compiles everything.
+"""
+
+import functools
+import itertools
+import math
+import re
+import sys
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.config import (
+    IMAGE,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    QFormerConfig,
+    VisionConfig,
+)
+from minigpt4_jax.inference.beam_search import BeamSearchConfig
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.sampling import SamplingParams
+from minigpt4_jax.models.llm import unstack
+from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.parallel import sharding
+from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
+
+VISION = VisionConfig(image_size=28, patch_size=14, width=64, depth=2, heads=8, mlp=96)
+QFORMER = QFormerConfig(queries=4, hidden=64, layers=2, heads=8, ffn=96, vision_width=64, dropout=0)
+LLM = LlmConfig(vocab=800, width=64, layers=2, heads=8, kv_heads=8, head_dim=8, ffn=96)
+MODELS = {
+    "qformer": ModelConfig(vision=VISION, qformer=QFORMER, llm=LLM),
+    "patches": ModelConfig(variant="minigpt4-llama2", vision=VISION, qformer=None, llm=LLM),
+    "v2": ModelConfig(
+        variant="minigpt-v2", vision=VISION, qformer=None, lora=LoraConfig(rank=4, dropout=0.0),
+        llm=LlmConfig(vocab=800, width=64, layers=2, heads=8, kv_heads=4, head_dim=8, ffn=96),
+    ),
+    # nothing here divides by 2, 4 or 8: heads, key heads, FFN, vocabulary, widths
+    "odd": ModelConfig(
+        vision=VisionConfig(image_size=28, patch_size=14, width=33, depth=2, heads=3, mlp=45),
+        qformer=QFormerConfig(
+            queries=3, hidden=35, layers=1, heads=5, ffn=45, vision_width=33, dropout=0
+        ),
+        llm=LlmConfig(vocab=801, width=45, layers=2, heads=9, kv_heads=3, head_dim=6, ffn=51),
+    ),
+}  # fmt: skip
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(s) == 8]  # all of them
+CASES = [(m, s) for m in ("qformer", "patches", "v2") for s in SHAPES]
+CASES += [("odd", (2, 2, 2)), ("odd", (1, 2, 4))]
+# with fewer slots than requests; on the others a row has a slot of its own, which compiles less
+REFILLED = {(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)}
+SEARCHED = {("qformer", (2, 2, 2)), ("qformer", (1, 1, 8))}
+COMPILED: list[str] = []  # an entry whenever XLA has compiled a program
+VARIANTS = {"plain": {}, "accumulate": {"accumulate": 2, "remat": True}}
+
+
+@functools.cache
+def parameters(config: ModelConfig) -> dict:
+    """path -> random array, large enough that inputs matter."""
+    rng = np.random.default_rng(0)
+    flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    return {
+        path: (rng.normal(0, 0.15, leaf.shape) + (path[-1] == "scale")).astype(np.float32)
+        for path, leaf in flat
+    }
+
+
+def model_on(config: ModelConfig, mesh) -> MiniGpt:
+    arrays = parameters(config)
+    graphdef, state = nnx.split(abstract_model(config))
+    flat = []
+    for path, leaf in nnx.to_flat_state(state):
+        where = sharding.parameter_sharding(
+            ".".join(map(str, path)), leaf.shape, leaf.dtype, config, mesh
+        )
+        flat.append((path, leaf.replace(jax.device_put(arrays[path], where))))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def batch(config: ModelConfig) -> Batch:
+    rng = np.random.default_rng(1)
+    rows, t, a = 16, 16, 4
+    tokens = rng.integers(3, 700, (rows, t)).astype(np.int32)
+    tokens[:, 1 : 1 + config.visual_tokens] = IMAGE
+    lengths = rng.integers(10, t + 1, rows).astype(np.int32)
+    answers = np.full((rows, a), -1, np.int32)
+    for i, n in enumerate(lengths):
+        answers[i, : 1 + i % a] = np.arange(n - 1 - i % a, n)
+    size = config.vision.image_size
+    return Batch(
+        rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32), tokens, lengths, answers
+    )
+
+
+def requests(config: ModelConfig, beams: int = 1) -> list[Request]:
+    """Nine of them, so that of eight slots one is refilled; greedy and random rows."""
+    rng = np.random.default_rng(2)
+    made = []
+    for i in range(9):
+        tokens = [1, *[IMAGE] * config.visual_tokens, *rng.integers(3, 700, 3 + i).tolist()]
+        visual = rng.normal(size=(config.visual_tokens, config.llm.width)).astype(np.float32)
+        options = (
+            SamplingParams(temperature=0.8, top_k=50) if i % 2 and beams == 1 else SamplingParams()
+        )
+        made.append(Request(tokens, visual, 6 + i % 3, options, i, [], BeamSearchConfig(beams)))
+    return made
+
+
+def trained(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
+    """Loss and gradient of one step."""
+    parts = trained_parts(freeze_vit=True, freeze_qformer=True)
+    split = split_model(model_on(config, mesh), parts, np.dtype("float32"))
+    before = jax.tree.map(np.array, split.trainable)
+    tx = optax.identity()  # the update is the gradient
+    trainable = jax.device_put(split.trainable, sharding.replicated(mesh))
+    rows = sharding.put_rows(batch(config), mesh)
+    args = (trainable, tx.init(before), split.frozen, rows, 1.0, 0)
+    step = make_step(split, tx, **options).lower(*args).compile()
+    check_traffic(step.as_text(), mesh, before)
+    after, _, metrics = step(*args)
+    gradient = jax.tree.map(lambda old, new: old - np.asarray(new), before, after)
+    return {"loss": np.asarray(metrics.loss), **gradient}
+
+
+def check_traffic(program: str, mesh, trainable: dict[str, np.ndarray]) -> None:
+    """Rows alone: devices exchange the gradient and a few numbers. Split weights: a layer at a time."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    moved = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
+    shapes = [dims.split(",") for line in moved for dims in re.findall(r"\w\[([\d,]+)\]", line)]
+    sizes = [math.prod(map(int, dims)) for dims in shapes]
+    if mesh.shape["data"] == mesh.size > 1:
+        assert sum(sizes) <= sum(a.size for a in trainable.values()) + 100, moved
+    if mesh.shape["fsdp"] == mesh.size > 1:  # two layers; what has a 4 is LoRA, of that rank
+        assert not [d for d in shapes if len(d) == 3 and d[0] == "2" and "4" not in d], moved
+
+
+def generated(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str, np.ndarray]:
+    model = model_on(config, mesh)
+    placed = nnx.state(model)
+    model.llm = unstack(model.llm)
+    assert sharding.mesh_of(placed) is sharding.mesh_of(nnx.state(model))
+    engine = Engine(model)
+    answers = engine.answer(requests(config), batch_size=slots)
+    found = {"ids": [a[0].ids for a in answers], "logprobs": [a[0].logprobs for a in answers]}
+    if searched:
+        best = [a for some in engine.answer(requests(config, beams=2)) for a in some]
+        found |= {"beam ids": [a.ids for a in best], "beam scores": [[a.score] for a in best]}
+    before = len(COMPILED)
+    again = engine.answer(requests(config), batch_size=slots)
+    assert [a[0].ids for a in again] == [a[0].ids for a in answers]
+    assert len(COMPILED) == before, COMPILED[before:]
+    return {name: np.concatenate(rows) for name, rows in found.items()}
+
+
+def results(config: ModelConfig, mesh, searched: bool, slots: int = 8) -> dict[str, np.ndarray]:
+    found = generated(config, mesh, searched, slots)
+    for name, options in VARIANTS.items():
+        if name == "plain" or searched:
+            made = trained(config, mesh, **options)
+            found |= {f"{name} {key}": value for key, value in made.items()}
+    return found
+
+
+def main(out: str) -> None:
+    arrays = {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
+    )
+    for name, config in MODELS.items():
+        one = functools.partial(results, config.check(), sharding.one_device())
+        cases = [(name, shape) for shape in {s for m, s in CASES if m == name}]
+        whole = one(any(case in SEARCHED for case in cases))
+        arrays |= {f"{name}|one|{key}": value for key, value in whole.items()}
+        for case in cases:
+            mesh = sharding.make_mesh(dict(zip(sharding.AXES, case[1], strict=True)))
+            slots = 8 if name == "odd" or case[1] in REFILLED else 16
+            for key, value in results(config, mesh, case in SEARCHED, slots).items():
+                arrays[f"{name}|{case[1]}|{key}"] = value
+    np.savez(out, **arrays)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

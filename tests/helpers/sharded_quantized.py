@@ -1,0 +1,88 @@
+"""Run by test_sharding.py in a process with eight virtual devices: `sharded_quantized.py FOLDER`.
+
+Rounded weights and a cache in int8, with LoRA, on one device and on a mesh: the same tokens.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from helpers.sharded_programs import MODELS, requests
+from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.model_directory import Tensors
+from minigpt4_jax.config import LlmConfig
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.models.kv_cache import QuantizedArray
+from minigpt4_jax.parallel import sharding
+from minigpt4_jax.quantization.schemes import quantized
+
+
+def main(folder: Path) -> None:
+    note_reading()
+    rng = np.random.default_rng(0)
+    llm = LlmConfig(  # two groups of inputs or more in every matrix
+        vocab=800, width=128, layers=2, heads=8, kv_heads=4, head_dim=16, ffn=256
+    )
+    config = dataclasses.replace(MODELS["v2"], llm=llm).check()
+    tensors = {
+        name: (rng.normal(0, 0.15, shape) + name.endswith("scale")).astype(np.float32)
+        for name, shape in weights.parameter_shapes(config).items()
+    }
+    model_dir = weights.write_model(folder / "model", config, tensors.items())
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    for scheme in ("int8", "int4"):
+        found = []
+        for devices in (None, mesh):
+            module, _ = weights.load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
+            module.llm.int8_cache = True
+            engine = Engine(module)
+            assert isinstance(engine.prefill(requests(config)[:8]).cache.k[0], QuantizedArray)
+            found.append(engine.generate(requests(config), batch_size=8))
+        split = module.llm.blocks[0].mlp.up.weight[...].sharding
+        assert not split.is_fully_replicated and split.mesh.size == 8
+        assert found[0] == found[1], (scheme, found)
+        assert len({tuple(ids) for ids in found[0]}) > 4  # there is something to compare
+        stored = dataclasses.replace(config, quantize=scheme)
+        stored_dir = weights.write_model(
+            folder / scheme, stored, quantized(tensors.items(), scheme)
+        )
+        loads_in_parts(stored_dir, mesh)
+        loads_in_parts(model_dir, mesh, quantize=scheme)
+
+
+def loads_in_parts(model_dir: Path, mesh: Mesh, **options: Any) -> None:
+    """The parts on the devices of a mesh are of the same arrays, and no more than they was read."""
+    for stacked in (True, False):
+        whole, _ = weights.load_model(model_dir, stacked=stacked, **options)
+        READ.clear()
+        split, _ = weights.load_model(model_dir, stacked=stacked, mesh=mesh, **options)
+        a, b = (jax.tree.leaves(nnx.state(model)) for model in (whole, split))
+        assert any(not one.sharding.is_fully_replicated for one in b)
+        for one, other in zip(a, b, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        if not options:  # while rounding, whole rows are read, and their scales are of them
+            assert max(READ.values()) <= 1.0 + 1e-9, READ
+
+
+READ: dict[str, float] = {}  # parameter -> how often its elements were read
+
+
+def note_reading() -> None:
+    part = Tensors.part
+
+    def noted(self: Tensors, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        found = part(self, name, index)
+        READ[name] = READ.get(name, 0.0) + found.size / max(1, int(np.prod(self.shape(name))))
+        return found
+
+    Tensors.part = noted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

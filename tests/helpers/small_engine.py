@@ -1,0 +1,60 @@
+"""An engine over a model of a few thousand parameters, and requests for it. Programs are shared by tests."""
+
+from functools import cache
+
+import numpy as np
+from flax import nnx
+
+from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.models.llm import unstack
+from minigpt4_jax.models.minigpt import MiniGpt
+
+P = 3
+
+
+VOCAB = 60
+
+
+@cache
+def model(window=None, stacked=False):
+    vision = VisionConfig(image_size=28, patch_size=14, width=8, depth=1, heads=2, mlp=8)
+    qformer = QFormerConfig(queries=P, hidden=8, layers=1, heads=2, ffn=8, vision_width=8)
+    llm = LlmConfig(
+        vocab=VOCAB, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=24, window=window
+    )
+    module = MiniGpt(ModelConfig(vision=vision, qformer=qformer, llm=llm), nnx.Rngs(0))
+    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # scores that differ clearly
+        leaf.set_value(leaf.get_value() * (6 if leaf.get_value().ndim > 1 else 1))
+    if not stacked:
+        module.llm = unstack(module.llm)
+    return module
+
+
+@cache
+def rounded(window=None, stacked=False):
+    """The model with an int8 cache."""
+    module = nnx.merge(*nnx.split(model(window, stacked)))
+    module.llm.int8_cache = True
+    return module
+
+
+@cache
+def engine(window=None, stacked=False, int8=False):
+    return Engine((rounded if int8 else model)(window, stacked))
+
+
+def prompt(rng, length, images=0):
+    tokens = rng.integers(1, VOCAB, length).tolist()
+    for _ in range(images):
+        at = int(rng.integers(0, len(tokens) + 1))
+        tokens[at:at] = [IMAGE] * P
+    visual = rng.normal(0, 1, (images * P, 16)).astype(np.float32) if images else None
+    return tokens, visual
+
+
+def greedy(count=4, **changes):
+    rng = np.random.default_rng(7)
+    lengths = [(5, 0), (33, 1), (2, 2), (17, 0)][:count]
+    return [Request(*prompt(rng, n, i), **{"max_new_tokens": 8} | changes) for n, i in lengths]

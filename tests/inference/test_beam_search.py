@@ -1,0 +1,164 @@
+"""Beam search against the rules of transformers 4.30, written out here one hypothesis at a time."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from minigpt4_jax.config import LlmConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.beam_search import BeamSearchConfig
+from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.sampling import SamplingParams
+from minigpt4_jax.models.llm import unstack
+from minigpt4_jax.models.minigpt import MiniGpt
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+VOCAB, LENGTH = 40, 32
+
+
+@cache
+def model():
+    """With a sliding window, so that a beam's old tokens have to be forgotten too."""
+    vision = VisionConfig(image_size=28, patch_size=14, width=8, depth=1, heads=2, mlp=8)
+    qformer = QFormerConfig(queries=2, hidden=8, layers=1, heads=2, ffn=8, vision_width=8)
+    llm = LlmConfig(
+        vocab=VOCAB, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=24, window=7
+    )
+    module = MiniGpt(ModelConfig(vision=vision, qformer=qformer, llm=llm), nnx.Rngs(0))
+    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # scores that differ clearly
+        leaf.set_value(leaf.get_value() * (4 if leaf.get_value().ndim > 1 else 1))
+    module.llm = unstack(module.llm)
+    return module
+
+
+@cache
+def engine():
+    return Engine(model())
+
+
+@cache
+def whole():
+    llm = model().llm
+    return jax.jit(lambda tokens, n: llm.logits(llm(llm.embed_tokens(tokens), n)))
+
+
+def log_probs(rows):
+    """Log-probabilities of the token after each row of ids (up to 8): [rows, V]."""
+    tokens = np.zeros((8, LENGTH), np.int32)
+    lengths = np.ones(8, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    logits = np.asarray(whole()(tokens, lengths))[np.arange(8), lengths - 1][: len(rows)]
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def expected(prompt, limit, stops, beams, options):
+    """[(ids, score)], the best first."""
+    q, power = beams.count, beams.length_penalty
+    running, finished, complete = [([], 0.0)] + [([], -1e9)] * (q - 1), [], False
+    for made in range(limit):
+        scores = log_probs([prompt + ids for ids, _ in running]).copy()
+        for row, (ids, _) in zip(scores, running, strict=True):
+            used = list({*ids, *([options.before] if options.before >= 0 else [])})
+            row[used] *= options.repetition_penalty
+            for stop in stops:
+                if made < options.min_new_tokens and ids[len(ids) - len(stop) + 1 :] == stop[:-1]:
+                    row[stop[-1]] = -np.inf
+        total = scores + np.array([[s] for _, s in running])
+        following = []
+        for rank, at in enumerate(np.argsort(-total, axis=None, kind="stable")):
+            ids, score = [*running[at // VOCAB][0], int(at % VOCAB)], total.flat[at]
+            if any(ids[-len(s) :] == s for s in stops):
+                if rank < q:
+                    finished.append((ids, score / (made + 1) ** power))
+                    finished = sorted(finished, key=lambda f: -f[1])[:q]
+            else:
+                following.append((ids, score))
+            if len(following) == q:
+                break
+        running = following
+        best = total.max() / (made + 2) ** power
+        if len(finished) == q and (beams.early_stopping or finished[-1][1] >= best):
+            complete = True
+            break
+    if not complete:
+        finished += [(ids, score / (1 + limit) ** power) for ids, score in running]
+    return sorted(finished, key=lambda f: -f[1])[:q]
+
+
+def prompts():
+    rng = np.random.default_rng(3)
+    return [rng.integers(1, VOCAB, n).tolist() for n in (5, 12, 2)]
+
+
+RULES = [
+    (BeamSearchConfig(3, returned=3), SamplingParams()),
+    (
+        BeamSearchConfig(3, 2.0, returned=2),
+        SamplingParams(repetition_penalty=1.5, min_new_tokens=3, before=7),
+    ),
+    (BeamSearchConfig(3, -1.0, True, returned=3), SamplingParams()),
+    (BeamSearchConfig(3, 0.0, True), SamplingParams(min_new_tokens=2, repetition_penalty=0.9)),
+]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_equals_the_rules_written_out(plain):
+    """Requests of different rules, lengths, limits and stops, in one batch."""
+    free = engine().search(
+        [Request(p, beams=BeamSearchConfig(3), max_new_tokens=8) for p in prompts()]
+    )
+    ends = [answer.ids for (answer,) in free]
+    stops = [[[ends[0][3]], ends[1][2:4]], [ends[1][2:4], [7]], [[ends[2][2]], [3], [11]]]
+    rules = RULES[::2] if plain else RULES  # without penalties another program
+    requests = [
+        Request(prompts()[i % 3], None, (8, 6, 7)[i % 3], o, stops=stops[i % 3], beams=b)
+        for i, (b, o) in enumerate(rules * 2)
+    ]
+    ended = 0
+    for r, answers in zip(requests, engine().search(requests), strict=True):
+        wanted = expected(list(r.tokens), r.max_new_tokens, list(r.stops), r.beams, r.options)
+        assert len(answers) == r.beams.returned
+        for answer, (ids, score) in zip(answers, wanted, strict=False):
+            assert answer.ids == ids
+            assert answer.score == pytest.approx(score, rel=1e-4)
+            at = [log_probs([r.tokens + ids[:n]])[0, ids[n]] for n in range(len(ids))]
+            np.testing.assert_allclose(answer.logprobs, at, rtol=1e-3, atol=1e-4)
+            assert answer.stopped == any(ids[-len(s) :] == s for s in r.stops)
+            ended += answer.stopped
+    assert ended >= 3
+
+
+def test_beams_and_other_requests_in_one_call():
+    mixed = [
+        Request(p, max_new_tokens=8, beams=BeamSearchConfig(n))
+        for p, n in zip(prompts(), (3, 1, 3), strict=True)
+    ]
+    found = engine().answer(mixed)
+    alone = engine().search(mixed[:1])[0]
+    assert [a.ids for a in found[0]] == [a.ids for a in alone]
+    np.testing.assert_allclose(found[0][0].score, alone[0].score, rtol=1e-5)
+    assert len(found[1]) == 1 and len(found[1][0].ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("beams", "options", "message"),
+    [
+        (BeamSearchConfig(0), SamplingParams(), "num_beams 0"),
+        (BeamSearchConfig(2, returned=3), SamplingParams(), "num_return_sequences 3.*num_beams"),
+        (BeamSearchConfig(2, float("nan")), SamplingParams(), "length_penalty"),
+        (BeamSearchConfig(2, early_stopping="never"), SamplingParams(), "early_stopping"),
+        (BeamSearchConfig(2), SamplingParams(temperature=0.5), "num_beams 2 with temperature 0.5"),
+        (BeamSearchConfig(2), SamplingParams(top_k=3), "top_k"),
+        (BeamSearchConfig(2), SamplingParams(top_p=0.5), "top_p"),
+        (BeamSearchConfig(2), SamplingParams(min_p=0.5), "min_p"),
+    ],
+)
+def test_rules_that_contradict_are_named(beams, options, message):
+    with pytest.raises(UserError, match=message):
+        beams.check(options)

@@ -1,0 +1,285 @@
+"""The Python interface: what the calls take, that rows do not touch each other, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import tiny
+from PIL import Image
+
+import minigpt4_jax
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing import chat_templates as texts
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def picture(seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_random_model(tmp_path_factory.mktemp("api") / "model", max_text_length=12)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return minigpt4_jax.load(folder, dtype="float32")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_a_path_a_pil_image_and_an_array_encode_alike(model, tmp_path):
+    array = picture(0)
+    path = tmp_path / "a.png"
+    Image.fromarray(array).save(path)
+    visual = model.encode_images([path, str(path), Image.fromarray(array), array])
+    assert visual.shape == (4, model.config.visual_tokens, model.config.llm.width)
+    assert visual.dtype == np.float32
+    for other in visual[1:]:
+        np.testing.assert_array_equal(other, visual[0])
+    assert not np.allclose(model.encode_images([picture(1)])[0], visual[0], atol=1e-2)
+
+
+def test_one_image_a_stack_and_none(model, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(0)).save(path)
+    stack = np.stack([picture(0), picture(1)])
+    visual = model.encode_images(stack)
+    np.testing.assert_allclose(model.encode_images(path), visual[:1], **CLOSE)
+    np.testing.assert_allclose(model.encode_images(Image.open(path)), visual[:1], **CLOSE)
+    np.testing.assert_allclose(model.encode_images(picture(0)), visual[:1], **CLOSE)
+    assert model.encode_images([]).shape == (0, *visual.shape[1:])
+    answers = [model.generate(i, [ASK], max_new_tokens=4) for i in (path, path.read_bytes())]
+    assert answers[0] == answers[1]
+
+
+def test_more_images_than_are_encoded_at_a_time_stay_in_order(model):
+    images = [picture(i) for i in range(11)]
+    visual = model.encode_images(images)
+    for i in (0, 7, 8, 10):
+        np.testing.assert_allclose(visual[i], model.encode_images([images[i]])[0], **CLOSE)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+# one image, two images, text alone, the image alone (score only)
+PROMPTS = [ASK, "<ImageHere> or <ImageHere> then", "no image here", None]
+IMAGES = [[picture(0)], [picture(1), picture(2)], None, picture(3)]
+ANSWERS = ["a red car", "a dog", "yes", "a much longer answer that goes on " * 3]
+
+
+def test_rows_are_scored_as_if_each_were_alone(model):
+    nll, tokens = model.score(IMAGES, PROMPTS, ANSWERS)
+    assert (nll.shape, nll.dtype, tokens.dtype) == ((4,), np.float32, np.int32)
+    for i, (image, prompt, answer) in enumerate(zip(IMAGES, PROMPTS, ANSWERS, strict=True)):
+        alone, count = model.score([image], [prompt], [answer])
+        np.testing.assert_allclose(alone[0], nll[i], rtol=1e-5)
+        assert count[0] == tokens[i]
+    for n in range(3):  # the fourth is cut, and loses its end symbol
+        assert tokens[n] == len(model.tokenizer.encode(ANSWERS[n] + "###"))
+    assert tokens[3] == model.config.max_text_length
+    back, _ = model.score(IMAGES[::-1], PROMPTS[::-1], ANSWERS[::-1])
+    np.testing.assert_allclose(back[::-1], nll, rtol=1e-5)
+
+
+def test_images_change_the_score_and_so_does_their_order(model):
+    one, other = picture(1), picture(2)
+    prompts, answers = [PROMPTS[1]] * 3, ["a dog"] * 3
+    nll, _ = model.score([[one, other], [other, one], [one, one]], prompts, answers)
+    assert np.abs(np.diff(nll)).min() > 1e-3
+
+
+def test_text_alone_needs_no_list_of_images(model):
+    questions, answers = ["what is red", "and blue"], ["a", "b"]
+    nll, _ = model.score(None, questions, answers)
+    np.testing.assert_allclose(model.score([None] * 2, questions, answers)[0], nll, rtol=1e-6)
+    some = model.generate(None, questions, max_new_tokens=4)
+    assert some == model.generate([None, None], questions, max_new_tokens=4)
+
+
+def test_rows_are_generated_as_if_each_were_alone(model):
+    found = model.generate(IMAGES[:3], PROMPTS[:3], max_new_tokens=6)
+    assert all(isinstance(text, str) for text in found)
+    alone = [
+        model.generate([image], [prompt], max_new_tokens=6)[0]
+        for image, prompt in zip(IMAGES[:3], PROMPTS[:3], strict=True)
+    ]
+    assert found == alone
+    assert len(set(found)) == 3 and "" not in found  # the test would show nothing otherwise
+
+
+def test_template_is_the_one_the_model_was_trained_with(model):
+    images, question = [picture(0)], "what is it"
+    spelled = model.config.prompt_template.replace("{}", texts.with_images(question, 1))
+    plain = model.score(images, [question], ["a dog"], template=True)[0]
+    np.testing.assert_array_equal(plain, model.score(images, [spelled], ["a dog"])[0])
+    answer = model.generate(images, [question], template=True, max_new_tokens=6)
+    assert answer == model.generate(images, [spelled], max_new_tokens=6)
+
+
+def test_seeds(model):
+    images, prompts = [picture(0)] * 4, [ASK] * 4
+    options = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 20}
+    equal = model.generate(images, prompts, seed=3, **options)
+    assert len(set(equal)) == 1  # rows with equal prompts answer alike under one seed
+    drawn = model.generate(images, prompts, seed=range(4), **options)
+    assert drawn[3] == equal[0] and len(set(drawn)) > 1
+    assert model.generate(images, prompts, seed=range(4), **options) == drawn
+    assert model.generate(images, prompts, seed=np.int64(3), **options) == equal
+    coldest = model.generate(images, prompts, max_new_tokens=6, temperature=1e-40, seed=range(4))
+    assert coldest == model.generate(images, prompts, max_new_tokens=6)
+
+
+def test_a_long_prompt_is_cut_on_the_left_where_that_is_asked_for(model):
+    long = "a b c d " * 50
+    cut = model.generate(None, [long], context=24, max_new_tokens=4)
+    assert model.generate(None, ["x y z" + long], context=24, max_new_tokens=4) == cut
+    # what is kept is the end of the prompt
+    assert model.generate(None, [long + "what is"], context=24, max_new_tokens=4) != cut
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def refused(call, *args, **options):
+    with pytest.raises(UserError) as e:
+        call(*args, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("name", ["generate", "score"])
+def test_images_and_their_places_must_agree(model, name):
+    one = picture(0)
+
+    def line(images, prompts):
+        answers = (["x"] * len(prompts),) if name == "score" else ()
+        return refused(getattr(model, name), images, prompts, *answers)
+
+    message = line([one, one], [ASK, "no place"])
+    assert "prompt 1" in message and "0 <ImageHere> and 1 images" in message
+    assert "1 <ImageHere> and 0 images" in line(None, [ASK])
+    assert "1 <ImageHere> and 2 images" in line([[one, one]], [ASK])
+    assert "1 images for 2 prompts" in line([one], [ASK, ASK])
+    assert "3 images for 1 prompts" in line([one] * 3, [ASK])
+    assert "prompt 1 is empty" in line(None, ["x", " \n"])
+    assert "prompt 0: got int" in line(None, [3])
+    long = line(None, ["short", "a b c d " * 1000])
+    assert "prompt 1" in long and str(model.config.llm.max_length) in long
+
+
+def test_lengths_that_differ(model):
+    assert "1 answers for 2 prompts" in refused(model.score, None, ["a", "b"], ["c"])
+    assert "answer 0: got NoneType" in refused(model.score, None, ["a"], [None])
+    assert "1 seeds for 2 prompts" in refused(model.generate, None, ["a", "b"], seed=[1])
+    assert "prompt 0: got NoneType" in refused(model.generate, [picture(0)], [None])
+    assert "prompt 1: " in refused(model.generate, None, ["x", "\ud83d"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0}, "top_p 0"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_k": 2.5}, "top_k 2.5: expected a whole number"),
+        ({"top_k": 1 << 40}, "expected less than 2^31"),
+        ({"temperature": "warm"}, "temperature 'warm': expected a number"),
+        ({"context": "long"}, "context 'long'"),
+        ({"seed": 1.5}, "seed 1.5: expected a whole number"),
+        ({"seed": ["a"]}, "seed ['a']"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 10**6}, "max_new_tokens 1000000"),
+    ],
+)
+def test_options_out_of_range(model, options, message):
+    assert message in refused(model.generate, None, ["x"], **options)
+
+
+def test_which_image_is_unreadable_is_said(model, tmp_path):
+    bad, good = tmp_path / "bad.png", picture(0)
+    bad.write_bytes(b"<html>no</html>")
+    message = refused(model.encode_images, [good, bad])
+    assert message.startswith("image 1: ") and "bad.png" in message and "web page" in message
+    assert "image 2: " in refused(model.encode_images, [good, good, tmp_path / "none.png"])
+    assert "image 1: " in refused(model.generate, [good, bad], [ASK, ASK])
+    message = refused(model.score, [good, [good, bad]], [ASK, PROMPTS[1]], ["x", "y"])
+    assert message.startswith("image 1 of prompt 1: ")
+    assert "float64 [4, 4, 3]" in refused(model.encode_images, [np.zeros((4, 4, 3))])
+    assert "image 0: got int" in refused(model.encode_images, [3])
+
+
+# --- model directories ---------------------------------------------------------------------------
+
+
+def test_what_is_not_a_model_directory(tmp_path):
+    line = refused(minigpt4_jax.load, tmp_path)
+    assert str(tmp_path) in line and "not a model directory" in line and "convert build" in line
+    assert "not a model directory" in refused(minigpt4_jax.load, tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(minigpt4_jax.load, tmp_path / "file")
+
+
+def test_unknown_dtype(folder):
+    line = refused(minigpt4_jax.load, folder, "float16")
+    assert "float16" in line and "float32, bfloat16" in line
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_weights(copy, share):
+    path = copy / "llm-00001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    line = refused(minigpt4_jax.load, copy)
+    assert path.name in line and "damaged" in line and "convert the model again" in line
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "<html>"])
+def test_damaged_document(copy, text):
+    (copy / "model.json").write_text(text)
+    assert "model.json is damaged" in refused(minigpt4_jax.load, copy)
+
+
+def test_documents_that_do_not_fit(copy):
+    document = json.loads((copy / "model.json").read_text())
+
+    def line(**changes):
+        (copy / "model.json").write_text(json.dumps(document | changes))
+        return refused(minigpt4_jax.load, copy)
+
+    assert "format 9" in line(format=9)
+    assert "'new'" in line(config=document["config"] | {"new": 1})
+    assert "minigpt5" in line(config=document["config"] | {"variant": "minigpt5"})
+    assert "not there" in line(base="../gone")
+    assert "in a circle" in line(base=".")
+    wider = document["config"]["llm"] | {"ffn": 48}
+    message = line(config=document["config"] | {"llm": wider})
+    assert str(copy) in message and "llm.blocks.0.mlp.up.weight" in message
+
+
+def test_files_that_are_gone(copy):
+    projection = copy / "projection-00001.safetensors"
+    whole = projection.read_bytes()
+    projection.unlink()
+    message = refused(minigpt4_jax.load, copy)
+    assert str(copy) in message and "projection.weight: missing" in message
+    shutil.rmtree(copy / "tokenizer")
+    projection.write_bytes(whole)
+    assert "has no tokenizer/" in refused(minigpt4_jax.load, copy)

@@ -1,0 +1,176 @@
+"""Sampling: against the original's logits processors, and against what the filters mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.paths import FIXTURES
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.sampling import (
+    SamplingParams,
+    SamplingStages,
+    apply_repetition_penalty,
+    draw,
+    filter_logits,
+    forbid,
+    sample,
+    stack_options,
+    stages_of,
+)
+
+# transformers 4.30's processors on float32 logits: 27 settings of top-p, temperature, penalty
+DUMP = np.load(FIXTURES / "logits_processors.npz")
+EOS = 2
+
+
+def filtered(logits, options, candidates=0):
+    """Scores [B, V] in vocabulary order, -inf where a filter removed the token."""
+    scores, ids = filter_logits(jnp.asarray(logits), options, candidates)
+    out = np.full(logits.shape, -np.inf, np.float32)
+    np.put_along_axis(out, np.asarray(ids), np.asarray(scores), axis=1)
+    return out
+
+
+def rows(n, **values):
+    return stack_options([SamplingParams(**values)] * n)
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+@pytest.mark.parametrize("name", [k for k in DUMP if k not in ("logits", "ids")])
+def test_equals_the_original(name):
+    top_p, temperature, penalty = (float(part[1:]) for part in name.split("_"))
+    options = rows(3, top_p=top_p, temperature=temperature, repetition_penalty=penalty)
+    ids = jnp.asarray(DUMP["ids"], jnp.int32)
+    logits = apply_repetition_penalty(jnp.asarray(DUMP["logits"]), ids, options.repetition_penalty)
+    logits = forbid(logits, jnp.full((3, 1), EOS), jnp.ones(3, bool))  # min_length was on
+    ours, theirs = filtered(np.asarray(logits), options), DUMP[name]
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_penalty_leaves_other_tokens_and_empty_slots_alone():
+    logits = jnp.asarray([[2.0, -2.0, 1.0, 3.0]])
+    out = apply_repetition_penalty(logits, jnp.asarray([[0, 1, 0, -1]]), jnp.asarray([2.0]))
+    np.testing.assert_allclose(out, [[1.0, -4.0, 1.0, 3.0]])
+
+
+def test_a_token_before_the_generated_ones_is_penalized_too():
+    logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0]] * 2)
+    options = stack_options([SamplingParams(repetition_penalty=2.0, before=b) for b in (-1, 1)])
+    plan = stages_of([SamplingParams(repetition_penalty=2.0)], 4)
+    none = jnp.full((2, 3), -1)
+    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), options, plan)
+    assert found.tolist() == [1, 2]
+
+
+def test_top_k_and_the_window_of_candidates():
+    logits = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
+    whole = filtered(logits, rows(4, temperature=1.0, top_k=5))
+    assert (np.isfinite(whole).sum(1) == 5).all()
+    np.testing.assert_array_equal(
+        filtered(logits, rows(4, temperature=1.0, top_k=5), candidates=8), whole
+    )
+    assert (np.argsort(-logits)[:, :5] == np.argsort(-whole)[:, :5]).all()
+
+
+def test_a_tiny_top_p_keeps_the_likeliest():
+    logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    kept = np.isfinite(filtered(logits, rows(2, temperature=1.0, top_p=1e-6)))
+    np.testing.assert_array_equal(kept.argmax(1), logits.argmax(1))
+    assert kept.sum() == 2
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_min_p_measures_against_the_likeliest(top_p):
+    """After the other filters; what they removed stays so (transformers' MinPLogitsWarper)."""
+    logits = np.random.default_rng(1).normal(0, 2, size=(3, 30)).astype(np.float32)
+    scores = filtered(logits, rows(3, temperature=0.8, top_p=top_p))
+    probs = np.exp(scores - scores.max(1, keepdims=True))
+    probs /= probs.sum(1, keepdims=True)
+    wanted = np.where(probs < 0.2 * probs.max(1, keepdims=True), -np.inf, scores)
+    ours = filtered(logits, rows(3, temperature=0.8, top_p=top_p, min_p=0.2))
+    np.testing.assert_array_equal(ours, wanted)
+    assert 3 < np.isfinite(ours).sum() < np.isfinite(scores).sum()
+    alone = np.isfinite(filtered(logits, rows(3, temperature=1.0, min_p=1.0)))
+    np.testing.assert_array_equal(alone.argmax(1), logits.argmax(1))
+    assert alone.sum() == 3
+
+
+def test_draws_follow_the_filtered_softmax():
+    """Chi-square over 8,000 draws at 1 in 10,000: a wrong filter or a biased draw fails."""
+    logits = np.random.default_rng(3).normal(0, 2, size=(1, 30)).astype(np.float32)
+    n = 8000
+    many = jnp.repeat(jnp.asarray(logits), n, 0)
+    options = rows(n, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02)
+    drawn = np.asarray(draw(*filter_logits(many, options, 16), keys(n), jnp.zeros(n, jnp.int32)))
+    scores = filtered(logits, rows(1, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02))[0]
+    probs = np.exp(scores - scores.max())
+    probs /= probs.sum()
+    counts = np.bincount(drawn, minlength=30)
+    assert counts[probs == 0].sum() == 0
+    expected = n * probs[probs > 0]
+    chi2 = ((counts[probs > 0] - expected) ** 2 / expected).sum()
+    df = len(expected) - 1
+    limit = df * (1 - 2 / (9 * df) + 3.72 * np.sqrt(2 / (9 * df))) ** 3  # Wilson-Hilferty
+    assert chi2 < limit
+
+
+def test_a_row_draws_the_same_whatever_stands_around_it():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
+    options = rows(6, temperature=1.3, top_k=7, top_p=0.9)
+    step = jnp.arange(6, dtype=jnp.int32)
+    together = draw(*filter_logits(logits, options, 0), keys(6), step)
+    for i in range(6):
+        one = rows(1, temperature=1.3, top_k=7, top_p=0.9)
+        alone = draw(*filter_logits(logits[i : i + 1], one, 8), keys(6)[i : i + 1], step[i : i + 1])
+        assert alone[0] == together[i]
+
+
+def test_stop_tokens_wait_for_the_minimum():
+    logits = jnp.zeros((2, 5)).at[:, 3].set(9.0)
+    out = forbid(logits, jnp.asarray([[3, -1], [3, -1]]), jnp.asarray([True, False]))
+    assert out.argmax(1).tolist() == [0, 3]
+
+
+def test_greedy_and_sampled_rows_in_one_batch():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20)), jnp.float32)
+    mixed = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3)]
+    none = jnp.full((2, 4), -1)
+    plan = stages_of(mixed, 20)
+    assert plan == SamplingStages(random=True, candidates=4, penalty=False, minimum=False)
+    seen = {
+        tuple(
+            sample(
+                logits, none, jnp.zeros(2, jnp.int32), none, keys(2, s), stack_options(mixed), plan
+            ).tolist()
+        )
+        for s in range(20)
+    }
+    assert {first for first, _ in seen} == {int(logits[0].argmax())}
+    assert len({second for _, second in seen}) == 3
+
+
+def test_plan_needs_no_more_than_the_rows_ask_for():
+    assert stages_of([SamplingParams()], 100) == SamplingStages(False, 0, False, False)
+    assert stages_of([SamplingParams(temperature=1.0)], 100).candidates == 0
+    assert stages_of([SamplingParams(temperature=1.0, top_k=50)], 100).candidates == 64
+    assert stages_of([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:] == (
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
+        {"top_k": -1}, {"repetition_penalty": 0.0}, {"min_new_tokens": -1}, {"min_p": -0.1},
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SamplingParams(**wrong).check()

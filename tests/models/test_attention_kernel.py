@@ -1,0 +1,61 @@
+"""Attention by a kernel: the numbers of ordinary attention, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minigpt4_jax.models.attention import KERNEL_BLOCK, attention, kernel_attention
+
+
+def test_the_kernel_is_causal_attention():
+    rows, tokens, heads, keys, width = 2, KERNEL_BLOCK + 70, 2, 1, 128
+    rng = np.random.default_rng(0)
+    q, k, v, g = (
+        jnp.asarray(rng.normal(size=(rows, tokens, n, width)), jnp.float32)
+        for n in (heads, keys, keys, heads)
+    )
+    lengths = jnp.array([tokens, KERNEL_BLOCK - 30])  # rows are padded on the right
+    real = (jnp.arange(tokens) < lengths[:, None])[:, :, None, None]
+    scale = width**-0.5
+
+    def found(q, k, v):
+        y = kernel_attention(q, k, v, scale, interpret=True)
+        return (jnp.where(real, y, 0) * g).sum(), y
+
+    def expected(q, k, v):
+        y = attention(q, k, v, scale=scale, causal=True, lengths=lengths)
+        return (jnp.where(real, y, 0) * g).sum(), y
+
+    ours, theirs = (
+        jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v) for f in (found, expected)
+    )
+    np.testing.assert_allclose(
+        *(np.where(real, y[0][1], 0) for y in (ours, theirs)), rtol=1e-5, atol=1e-5
+    )
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "width", "dtype", "window", "takes_it"),
+    [
+        ("tpu", 1344, 128, jnp.bfloat16, None, True),
+        ("tpu", 1024, 128, jnp.bfloat16, None, False),  # no gain for short rows
+        ("tpu", 1344, 64, jnp.bfloat16, None, False),
+        ("tpu", 1344, 128, jnp.float32, None, False),
+        ("tpu", 1344, 128, jnp.bfloat16, 512, False),
+        ("cpu", 1344, 128, jnp.bfloat16, None, False),
+    ],
+)
+def test_long_rows_on_a_tpu_go_to_the_kernel(platform, tokens, width, dtype, window, takes_it):
+    """As far as a program for a TPU can be made without one: it calls the kernel, compiled by Pallas."""
+
+    def f(q, k, v):
+        return attention(q, k, v, scale=0.1, causal=True, lengths=lengths, window=window)
+
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), dtype) for n in (4, 2))
+    lengths = jnp.array([tokens - 5])
+    with platform.compiling_for(platform):
+        program = jax.jit(f).trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tpu_custom_call" in program) == takes_it

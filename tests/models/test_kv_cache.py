@@ -1,0 +1,95 @@
+"""The key-value cache in floats and in int8: rounding, writing, growing, attention, bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.models.kv_cache import (
+    KVCache,
+    attend,
+    floats,
+    grow_cache,
+    in_order,
+    new_cache,
+    round_vectors,
+    write_cache,
+)
+
+KINDS = {"float": lambda x: x, "int8": round_vectors}
+
+
+def vectors(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape) * rng.exponential(size=(*shape[:-1], 1)), jnp.float32)
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.floats(1e-30, 1e30), st.integers(0, 1 << 30))
+def test_rounding_errs_by_half_a_step_at_most(h, size, seed):
+    x = np.random.default_rng(seed).standard_t(3, (5, h)).astype(np.float32) * np.float32(size)
+    x[0] = 0
+    rounded = round_vectors(jnp.asarray(x))
+    assert rounded.levels.dtype == jnp.int8
+    found = np.asarray(floats(rounded, jnp.float32))
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    assert (np.abs(found - x) <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_in_parts_and_grown_is_the_same_as_at_once(kind):
+    """Also where rows are of different lengths, and padding is overwritten."""
+    rng, to = np.random.default_rng(0), KINDS[kind]
+    x = vectors(rng, 2, 9, 3, 4)  # [B, T, K, H]
+    whole = new_cache(to(x), 16)
+    cache = KVCache([new_cache(to(x[:, :5]), 8)], [new_cache(to(x[:, :5]), 8)])
+    (cache,) = grow_cache(cache, 16).k
+    starts = jnp.asarray([[5], [3]])  # the second row's slots 3 and 4 were padding
+    positions = starts + jnp.arange(4)
+    rest = jnp.take_along_axis(x, positions[:, :, None, None], axis=1)
+    cache = write_cache(cache, to(rest), positions)
+    assert_equal(jax.tree.map(lambda a: a[0], cache), jax.tree.map(lambda a: a[0], whole))
+    assert_equal(
+        jax.tree.map(lambda a: a[1, :, :7], cache), jax.tree.map(lambda a: a[1, :, :7], whole)
+    )
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_to_int8_is_that_to_its_floats(window):
+    rng = np.random.default_rng(1)
+    q = vectors(rng, 2, 3, 6, 8)
+    k, v = (round_vectors(vectors(rng, 2, 12, 2, 8)) for _ in range(2))
+    keys, values = new_cache(k, 12), new_cache(v, 12)
+    seen = in_order(jnp.asarray([[7, 8, 9], [0, 1, 2]]), 12, window).seen
+    found = attend(q, keys, values, seen, scale=0.3)
+    wanted = attend(q, floats(keys, "float32"), floats(values, "float32"), seen, scale=0.3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("int8", "a_vector"), [(False, 256), (True, 132)])
+def test_bytes_of_vicuna_7b(int8, a_vector):
+    """128 numbers in bfloat16, or in int8 with a float32 scale."""
+    graphdef, state = nnx.split(abstract_model(ModelConfig(), stacked=False))
+    llm = nnx.merge(graphdef, state).llm
+    llm.int8_cache = int8
+    embeds = jax.ShapeDtypeStruct((1, 64, 4096), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    graphdef, state = nnx.split(llm)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), state)
+
+    def prefill(state, embeds, lengths):
+        return nnx.merge(graphdef, state).prefill(embeds, lengths, 2048)[1]
+
+    cache = jax.eval_shape(prefill, state, embeds, lengths)
+    held = {jnp.dtype("float32"): 2} if not int8 and jax.default_backend() == "cpu" else {}
+    size = sum(a.size * a.dtype.itemsize // held.get(a.dtype, 1) for a in jax.tree.leaves(cache))
+    assert size == 2 * 32 * 2048 * 32 * a_vector  # 1.07 and 0.55 GB

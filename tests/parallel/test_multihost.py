@@ -1,0 +1,271 @@
+"""Several processes, as on several hosts: the same run as in one, and an end to it when one is gone."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.multihost_harness import address, begin, in_processes
+from safetensors.numpy import load_file
+
+from minigpt4_jax.config import LoraConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.parallel.distributed import ProcessOptions, take_options
+
+LORA = LoraConfig(rank=2, dropout=0.1)
+MODELS = {
+    "qformer": {},
+    "patches": {"qformer": False},
+    "packed": {"qformer": False},
+    # with larger weights its gradient's norm differs by 4e-5 where matrices are split, by rounding
+    "v2": {"scale": 0.15, "qformer": False, "variant": "minigpt-v2", "lora": LORA},
+}
+MESHES = {  # of two processes with two devices each, then of four with one, for some
+    "qformer": ("data:2,model:2", "auto"),
+    "patches": ("fsdp:4",),
+    "packed": ("data:2,fsdp:2",),
+    "v2": ("model:4", "data:2,model:2"),
+}
+STEPS = 8
+
+
+def slurm(process: int, job: int) -> dict[str, str]:
+    """The variables that srun sets for one of two tasks on a node."""
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }  # fmt: skip
+
+
+def free_job() -> int:
+    """A number of a SLURM job for which JAX takes a port that is free."""
+    for job in random.sample(range(4096), 4096):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", 61440 + job))
+            return job
+    raise AssertionError("no port is free")
+
+
+def values(home: Path, name: str) -> dict:
+    rows, packed = [str(home / "data" / "rows.jsonl")], 128 if name == "packed" else 0
+    prompts = ["<Img><ImageHere></Img> What?", "<Img><ImageHere></Img> Where is it?"]
+    return {
+        "model": str(home / name), "steps": STEPS, "batch_size": 8, "init_lr": 1e-3,
+        "data": {"path": rows, "val_path": rows, "prompts": prompts, "pack_tokens": packed},
+        "dtype": "float32", "accumulate": 2 if packed else 1,
+        "warmup_steps": 1, "save_every": 100, "log_every": 1, "sample_images": 1, "sample_tokens": 3,
+        "eval_every": 8 if name == "patches" else 0, "sample_every": 8 if name == "patches" else 0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Every run once whole, in one process, and once begun there, continued by two processes, and
+    where they are told to stop, ended by four."""
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.write_data(folder / "data", rows=21)
+    one, two, four = [], [], []
+    for name, changes in MODELS.items():
+        tiny.write_random_model(folder / name, **changes)
+        run = {"name": name, "workdir": str(folder / f"{name}-several")}
+        plain = {"values": values(folder, name)}
+        one.append(run | plain | {"workdir": str(folder / f"{name}-one"), "stop": None})
+        one.append(run | plain | {"stop": [0, 1]})
+        meshes = [{"values": values(folder, name) | {"mesh": mesh}} for mesh in MESHES[name]]
+        two.append(run | meshes[0] | {"stop": [1, 3] if meshes[1:] else None})
+        four += [run | mesh | {"stop": None} for mesh in meshes[1:]]
+    images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
+    asked = {"model": str(folder / "qformer"), "images": images}
+    in_processes(folder, 1, 1, {"runs": one, "answers": asked | {"mesh": None}})
+    in_processes(folder, 2, 2, {"runs": two, "answers": asked | {"mesh": "data:2,model:2"}})
+    in_processes(folder, 4, 1, {"runs": four})
+    return folder
+
+
+def records(workdir: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (workdir / file).read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_losses_and_parameters_as_of_one_process(home, name):
+    one, several = home / f"{name}-one", home / f"{name}-several"
+    expected, found = records(one), records(several)
+    assert [r["step"] for r in found] == [r["step"] for r in expected]
+    for a, b in zip(expected, found, strict=True):
+        assert b.keys() - {"examples_per_second"} == a.keys() - {"examples_per_second"}
+        for key in {"loss", "val_loss", "grad_norm", "tokens", "lr"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (a, b)
+    assert records(several, "samples.jsonl") == records(one, "samples.jsonl")
+    paths = sorted((one / "model").glob("*.safetensors"))
+    assert paths
+    for path in paths:
+        trained = load_file(several / "model" / path.name)
+        for key, array in load_file(path).items():
+            np.testing.assert_allclose(trained[key], array, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def noted(home: Path, count: int) -> list[dict]:
+    return [json.loads((home / f"{n}-of-{count}.json").read_text()) for n in range(count)]
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_own_rows_and_all_of_them_the_batch(home):
+    """As digests of rows; a run of two processes began behind step 2, of four behind step 6."""
+    one, two, four = (noted(home, count) for count in (1, 2, 4))
+    whole = {name: one[0]["rows"][name][:STEPS] for name in MODELS if name != "packed"}
+
+    def shares(processes: list[dict], name: str, begin: int) -> list:
+        """(rows of a batch, for each process its share) for every step"""
+        steps = [process["rows"][name] for process in processes]
+        return list(zip(whole[name][begin:], zip(*steps, strict=True), strict=False))
+
+    for batch, (a, b) in shares(two, "patches", 2):  # rows are over both
+        assert a + b == batch
+    for batch, (a, b, c, d) in shares(four, "qformer", 6):
+        assert [*a, *b, *c, *d] == batch and len(d) == 2
+    for batch, (a, b) in shares(two, "v2", 2):  # the model is over both, rows are not
+        assert a == b == batch
+    for batch, (a, b, c, d) in shares(four, "v2", 6):
+        assert a == b and c == d and a + c == batch
+    assert len(shares(two, "patches", 2)) == 6 and len(shares(four, "v2", 6)) == 2
+
+
+def log(home: Path, process: int, count: int) -> list[str]:
+    """What a process said, without the library of collectives."""
+    lines = (home / f"{process}-of-{count}.log").read_text().splitlines()
+    return [line for line in lines if not line.startswith("[Gloo]")]
+
+
+@pytest.mark.slow
+def test_all_stop_when_one_is_told_and_one_writes(home):
+    two, four = "\n".join(log(home, 0, 2)), "\n".join(log(home, 0, 4))
+    told = "stopped by a signal to another process; step 6 is saved: start the same command again"
+    assert two.count(told) == four.count("continuing at step 6: ") == 2
+    assert two.count("continuing at step 2: ") == len(MODELS)
+    assert "device cpu, 2 processes; log in" in two
+    assert "mesh fsdp:4 of 4 devices, as asked for" in two
+    assert [log(home, n, c) for c in (2, 4) for n in range(1, c)] == [[]] * 4
+
+
+@pytest.mark.slow
+def test_answers_of_two_processes_are_those_of_one(home):
+    expected = noted(home, 1)[0]["answers"]
+    for found in noted(home, 2):
+        assert found["answers"]["text"] == expected["text"]
+        np.testing.assert_allclose(found["answers"]["nll"], expected["nll"], rtol=1e-5, atol=1e-5)
+    assert any(expected["text"])
+
+
+# --- when one is gone -----------------------------------------------------------------------
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """-> (exit code, what it wrote to stderr, of which the last line is shown to the user)"""
+    _, err = process.communicate(timeout=200)
+    return process.returncode, err
+
+
+def worker(process: subprocess.Popen) -> int:
+    """The process that trains, which is a child of the one that was started."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+
+
+@pytest.mark.slow
+def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
+    """Killed, so that its connections break; stopped, so that it is only silent; and never there."""
+    tiny.write_random_model(tmp_path / "qformer")
+    tiny.write_data(tmp_path / "data")
+    given = values(tmp_path, "qformer") | {"steps": 10_000, "save_every": 2, "eval_every": 0}
+    (tmp_path / "long.py").write_text(f"def get_config():\n    return {given!r}\n")
+    command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'long.py'}"]
+    command += ["--config.heartbeat_timeout=10", "--config.sample_every=0"]
+
+    at, job = [f"--coordinator_address={address()}", "--num_processes=2"], free_job()
+    here = [*command, f"--workdir={tmp_path / 'killed'}", *at]
+    killed = [begin([*here, f"--process_id={n}"]) for n in (0, 1)]
+    here = [*command, f"--workdir={tmp_path / 'stopped'}"]
+    stopped = [begin(here, **slurm(n, job)) for n in (0, 1)]
+    late = ["--coordinator_address", address(), "--num_processes=2", "--process_id=1"]
+    alone = begin([*command, f"--workdir={tmp_path / 'w'}", *late, "--initialization_timeout=2"])
+    code, err = ended(alone)
+    assert code == 2 and f"error: process 0 does not answer at {late[1]} within 2 s" in err
+    assert not (tmp_path / "w").exists()
+    for name, processes, ill, sent, words in (
+        ("killed", killed, 1, signal.SIGKILL, "a connection to another of the 2 processes broke"),
+        ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is gone or cannot"),
+    ):
+        while not (tmp_path / name / "checkpoints" / "00000002").exists():
+            assert processes[0].poll() is None, ended(processes[0])
+            time.sleep(0.05)
+        os.kill(worker(processes[ill]), sent)
+        code, err = ended(processes[1 - ill])
+        processes[ill].kill()
+        processes[ill].communicate()
+        assert code == 75, err
+        line = err.splitlines()[-1]
+        assert line.startswith(f"error: {words}"), err
+        last = max(p.name for p in (tmp_path / name / "checkpoints").glob("0*[0-9]"))
+        assert f"the last good checkpoint, of step {int(last)}, is kept in {tmp_path}" in line
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_others_are_waited_for(tmp_path):
+    tiny.write_random_model(tmp_path / "qformer")
+    tiny.write_data(tmp_path / "data")
+    (tmp_path / "c.py").write_text(
+        f"def get_config():\n    return {values(tmp_path, 'qformer')!r}\n"
+    )
+    at = address()
+    command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'c.py'}", "--process_id=0"]
+    command += [f"--coordinator_address={at}", "--num_processes=2", f"--workdir={tmp_path / 'w'}"]
+    process = begin(command)
+    host, port = at.split(":")
+    while True:  # until JAX has begun to wait
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            break
+        assert process.poll() is None, ended(process)
+        time.sleep(0.1)
+    time.sleep(1)
+    child = worker(process)
+    for pid in (child, process.pid):  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
+    assert not Path(f"/proc/{child}").exists()
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_options():
+    args = ["--config=a", "--num_processes=2", "--process_id", "1", "--coordinator_address=h:12"]
+    assert take_options(args) == (ProcessOptions("h:12", 2, 1), ["--config=a"])
+    assert take_options(["--num_processes=1"]) == (ProcessOptions(num_processes=1), [])
+    assert take_options(["--config.num_processes=3"])[1] == ["--config.num_processes=3"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--process_id=0"], "--process_id is given without --coordinator_address and --num_proc"),
+        (["--num_processes=2"], "--num_processes is given without"),
+        (["--num_processes=two"], "--num_processes=two: expected a whole number"),
+        (["--coordinator_address=h", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
+        (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
+        (["--initialization_timeout=0"], "expected seconds"),
+    ],
+)
+def test_options_that_cannot_be(args, message):
+    with pytest.raises(UserError, match=message):
+        take_options(args)
