@@ -41,10 +41,11 @@ from minigpt4_jax.inference.requests import (
     stack_visual,
 )
 from minigpt4_jax.inference.sampling import SamplingStages, stack_options, stages_of
-from minigpt4_jax.inference.stop_sequences import power_of_two, stack_stops
+from minigpt4_jax.inference.stop_sequences import stack_stops
 from minigpt4_jax.models.kv_cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import constrain, mesh_of, on_mesh
+from minigpt4_jax.utils.rounding import next_power_of_two
 
 BATCH_SIZE = 32  # rows decoded together
 CHUNK = 16  # steps between two looks of the host, where it has something to decide
@@ -240,7 +241,7 @@ class Engine:
 
     def _rows(self, requests: Sequence[Request], shapes: Shapes | None = None) -> Rows:
         shapes = shapes or shapes_of(requests)
-        b = power_of_two(len(requests))
+        b = next_power_of_two(len(requests))
         none = Request(tokens=[0], max_new_tokens=0)
         padded = [*requests, *[none] * (b - len(requests))]
         lengths = np.array([len(r.tokens) for r in padded], np.int32)

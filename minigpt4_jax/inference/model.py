@@ -24,7 +24,6 @@ from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.preprocess import Images, identity, make_requests, naming, paired
 from minigpt4_jax.inference.requests import Completion, Request
 from minigpt4_jax.inference.scoring import answer_rows, summed_nll
-from minigpt4_jax.inference.stop_sequences import power_of_two
 from minigpt4_jax.models.lora import adapters
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.parallel.sharding import (
@@ -38,6 +37,7 @@ from minigpt4_jax.processing import chat_templates as texts
 from minigpt4_jax.processing import sequences
 from minigpt4_jax.processing.images import ImageSource, is_image, load_pixels
 from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.utils.rounding import next_power_of_two
 
 ENCODE_BATCH = 8  # images through the vision encoder at a time
 STREAM_CHUNK = 4  # tokens between two pieces of a streamed answer
@@ -301,7 +301,7 @@ class Model:
 
     def _encode_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Up to ENCODE_BATCH images [S, S, 3] float32 -> [B, P, D] float32."""
-        padding = power_of_two(len(pixels)) - len(pixels)
+        padding = next_power_of_two(len(pixels)) - len(pixels)
         batch = np.stack([*pixels, *[np.zeros_like(pixels[0])] * padding])
         return np.asarray(self._encode(self._state, batch))[: len(pixels)]
 

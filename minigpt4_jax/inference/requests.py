@@ -8,7 +8,7 @@ import numpy as np
 
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.sampling import SamplingParams
-from minigpt4_jax.inference.stop_sequences import power_of_two
+from minigpt4_jax.utils.rounding import next_power_of_two
 
 GREEDY = SamplingParams()
 ONE_BEAM = BeamSearchConfig(1)
@@ -58,8 +58,8 @@ def shapes_of(requests: Sequence[Request]) -> Shapes:
     return Shapes(
         bucket(longest),
         bucket(max(r.max_new_tokens for r in requests), 16),
-        power_of_two(max([1, *(len(row) for row in stops)])),
-        power_of_two(max([2, *(len(ids) for row in stops for ids in row)])),
+        next_power_of_two(max([1, *(len(row) for row in stops)])),
+        next_power_of_two(max([2, *(len(ids) for row in stops for ids in row)])),
     )
 
 

@@ -9,10 +9,10 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.preprocess import naming
 from minigpt4_jax.inference.requests import bucket, stack_visual
-from minigpt4_jax.inference.stop_sequences import power_of_two
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing import sequences
 from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.utils.rounding import next_power_of_two
 
 SCORE_BATCH = 8  # rows through the language model at a time
 
@@ -68,7 +68,7 @@ def summed_nll(
 
 def _score_batch(rows: list[sequences.TokenSequence]) -> Batch:
     """Rows padded to a bucket; without pixels, as the images are encoded already."""
-    b = power_of_two(len(rows))
+    b = next_power_of_two(len(rows))
     lengths = np.ones(b, np.int32)
     tokens = np.zeros((b, bucket(max(len(row.tokens) for row in rows))), np.int32)
     answers = np.full((b, bucket(max(len(row.label_positions) for row in rows), 16)), -1, np.int32)

@@ -7,11 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is n or more."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def stack_stops(stops: Sequence[Sequence[Sequence[int]]], count: int, width: int) -> np.ndarray:
     """Stop sequences of rows -> [B, R = count, W = width] int32, each at the right end, -1 before it."""
     table = np.full((len(stops), count, width), -1, np.int32)
