@@ -1,9 +1,8 @@
-"""Boxes in text, both ways: `{<x1><y1><x2><y2>}`, whole hundredths of the image's width and height.
+"""Bounding boxes in text: parse and format `{<x1><y1><x2><y2>}`, in hundredths of width and height.
 
-MiniGPT-v2 writes an answer's boxes so (the original's demo_v2.py and its RefCOCO
-readers): several boxes of one phrase are joined by `<delim>`, a phrase stands before its boxes as
-`<p>..</p>`, and an answer that is a box and nothing else has no phrase. Models write it nearly so;
-`parse_boxes` reads what they mean.
+This is MiniGPT-v2's format (the original's demo_v2.py and RefCOCO datasets): boxes of one phrase are joined
+by `<delim>`, a phrase precedes its boxes as `<p>..</p>`, and an answer that is only a box has no phrase.
+Models deviate from it slightly; `parse_boxes` is tolerant.
 """
 
 import html
@@ -16,10 +15,10 @@ import numpy as np
 
 from minigpt4_jax.errors import UserError
 
-STEPS = 100  # of a side of the image
+STEPS = 100  # coordinates are in hundredths of the image's side
 DELIMITER = "<delim>"
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, the left upper corner first
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: top left, bottom right
 
 _NUMBER = r"(-?[0-9]+)(?:\.[0-9]*)?"
 _FOUR = r"[<>, ]{1,5}".join([_NUMBER] * 4)
@@ -32,26 +31,25 @@ _JOINT = re.compile(r"[\s,;.&]*(?:and[\s,;]*)?")  # between boxes of one phrase
 
 
 class Span(NamedTuple):
-    """A part of an answer: a phrase between <p> and </p> with its boxes in hundredths, text without
-    boxes, or boxes without text."""
+    """A part of an answer: a phrase with its boxes, text without boxes, or boxes without text."""
 
     text: str
-    boxes: tuple[tuple[int, int, int, int], ...]
-    is_phrase: bool
+    boxes: tuple[tuple[int, int, int, int], ...]  # in hundredths
+    is_phrase: bool  # whether it was between <p> and </p>
 
 
 def parse_boxes(text: str, width: float, height: float) -> list[tuple[str, Box]]:
-    """(phrase, box in pixels) of every box in an answer, in order; the phrase of a bare box is "".
+    """(phrase, box in pixels) for every box in an answer, in order; "" for a box without phrase.
 
-    width, height: of the image the boxes are about. Never raises: corners in the wrong order are
-    exchanged, numbers beyond 0 to 100 moved to the nearest, missing braces and brackets overlooked,
-    unfinished boxes left out. Exactly four whole numbers in a text without `<p>` are one box.
+    width, height: of the image in pixels. Never raises for a text: swapped corners are reordered, numbers
+    are clipped to 0..100, missing braces and brackets are tolerated, unfinished boxes are skipped. A text
+    without `<p>` and with exactly four integers is one box.
     """
     return [(span.text, _pixels(box, width, height)) for span in spans(text) for box in span.boxes]
 
 
 def spans(answer: str) -> list[Span]:
-    """The parts of an answer in order: phrases and bare boxes, and the texts between them."""
+    """The parts of an answer in order: phrases, boxes without phrase, and the texts between them."""
     text = re.sub(r"\s+", " ", html.unescape(answer))
     found = _spans(text)
     if "<p>" not in text and not any(span.boxes for span in found):
@@ -62,7 +60,7 @@ def spans(answer: str) -> list[Span]:
 
 
 class _Part:
-    """A Span while it is read."""
+    """A Span that is being parsed."""
 
     def __init__(self, text: str, is_phrase: bool):
         self.text, self.is_phrase = text, is_phrase
@@ -70,11 +68,11 @@ class _Part:
 
 
 def _spans(text: str) -> list[Span]:
-    """Walks from mark to mark. A box belongs to the phrase before it, also with words between them;
-    after the first, only with the next box close behind."""
+    """Parse mark by mark. A phrase's first box may follow after other words; further boxes of the same
+    phrase must follow directly."""
     parts: list[_Part] = []
-    phrase: str | None = None  # read since <p>; None: none is open
-    owner: _Part | None = None  # of the next box
+    phrase: str | None = None  # text since <p>; None outside of a phrase
+    owner: _Part | None = None  # the part that gets the next box
     at = 0
 
     def add(text: str, is_phrase: bool) -> _Part:
@@ -90,12 +88,12 @@ def _spans(text: str) -> list[Span]:
             if owner is not None and owner.boxes and not _JOINT.fullmatch(between):
                 owner = None
         if phrase is not None and (mark["open"] or mark["close"] or mark["box"]):
-            owner, phrase = add(phrase.strip(), True), None  # also where </p> is missing
+            owner, phrase = add(phrase.strip(), True), None  # also if </p> is missing
         if mark["open"]:
             phrase, owner = "", None
         elif mark["box"]:
             owner = owner or add("", False)
-            numbers = [n for n in mark.groups()[3:] if n is not None]  # of one of two spellings
+            numbers = [n for n in mark.groups()[3:] if n is not None]  # of one of the two notations
             owner.boxes.append(_hundredths(numbers))
     if phrase is not None:
         add((phrase + text[at:]).strip(), True)
@@ -105,8 +103,8 @@ def _spans(text: str) -> list[Span]:
 
 
 def _hundredths(numbers: Sequence[str]) -> tuple[int, int, int, int]:
-    """Four written numbers as a box within the image, its left upper corner first."""
-    # The first digits tell enough: int() refuses thousands of them.
+    """Four numbers as text -> a box within the image, top left corner first."""
+    # Nine digits suffice; int() refuses strings of thousands of digits.
     x1, y1, x2, y2 = (min(max(int(number[:9]), 0), STEPS) for number in numbers)
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
@@ -117,10 +115,10 @@ def _pixels(box: tuple[int, int, int, int], width: float, height: float) -> Box:
 
 
 def format_box(box: Sequence[float], width: float, height: float) -> str:
-    """A box in pixels (x1, y1, x2, y2) as a model reads it: `{<10><20><30><100>}`.
+    """A box in pixels (x1, y1, x2, y2) in the model's format, such as `{<10><20><30><100>}`.
 
-    Each number is the whole part of 100 * coordinate / size. UserError: not four finite numbers, an
-    image without size, corners in the wrong order, a box outside of the image.
+    Each number is floor(100 * coordinate / size). UserError: not four finite numbers, an image of size 0,
+    corners in the wrong order, a box outside the image.
     """
     values = [float(v) for v in box]
     if len(values) != 4 or not all(map(math.isfinite, values)):
@@ -132,31 +130,32 @@ def format_box(box: Sequence[float], width: float, height: float) -> str:
         raise UserError(f"box {tuple(values)}: expected x1 <= x2 and y1 <= y2")
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         raise UserError(f"box {tuple(values)} is not within the image of {width} x {height} pixels")
-    shares = (STEPS * x1 / width, STEPS * y1 / height, STEPS * x2 / width, STEPS * y2 / height)
-    # 28.999999999999996 is 29: what was read from a text is written as the same text
-    return "{" + "".join(f"<{int(share + 1e-9)}>" for share in shares) + "}"
+    hundredths = (STEPS * x1 / width, STEPS * y1 / height, STEPS * x2 / width, STEPS * y2 / height)
+    # 28.999999999999996 counts as 29, so that a parsed box is formatted as the same text.
+    return "{" + "".join(f"<{int(value + 1e-9)}>" for value in hundredths) + "}"
 
 
 def format_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -> str:
-    """The boxes of one phrase, in pixels, as one text."""
+    """The boxes of one phrase, in pixels, joined by `<delim>`. UserError: as `format_box`."""
     return DELIMITER.join(format_box(box, width, height) for box in boxes)
 
 
 def box_of_mask(mask: np.ndarray) -> Box:
-    """The box around what is not 0 in a mask [H, W] or [H, W, channels], as a user sketches it.
-    UserError: nothing is marked, or another shape."""
+    """The bounding box of the nonzero pixels of a mask [H, W] or [H, W, C], such as a user's sketch.
+
+    UserError: all pixels are 0, or another shape."""
     if mask.ndim not in (2, 3):
         raise UserError(f"mask of shape {list(mask.shape)}: expected [H, W] or [H, W, channels]")
     marked = mask.reshape(*mask.shape[:2], -1) != 0
     rows, columns = (np.flatnonzero(marked.any(axis)) for axis in ((1, 2), (0, 2)))
     if not len(rows):
-        raise UserError("mask: nothing is marked in it; every pixel is 0")
+        raise UserError("mask: nothing is marked; all pixels are 0")
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Overlap of two boxes in pixels over their union, a pixel added to every side, as the original's
-    evaluation counts (computeIoU of eval_utils.py)."""
+    """Intersection over union of two boxes in pixels, with one pixel added to every side, as in the
+    original's evaluation (computeIoU of eval_utils.py)."""
     width = min(a[2], b[2]) - max(a[0], b[0]) + 1
     height = min(a[3], b[3]) - max(a[1], b[1]) + 1
     common = max(width, 0.0) * max(height, 0.0)

@@ -1,10 +1,18 @@
-"""Chat templates: how a dialogue with images is written as the text of a prompt."""
+"""Chat templates: how a dialogue with images is written as the text of a prompt.
 
+A model either has one of the original's formats, which its released weights were trained with, or the Jinja
+template of its language model's own tokenizer, rendered by transformers (`TokenizerChatTemplate`).
+"""
+
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.tokenizer import HfTokenizer, Tokenizer
 
 IMAGE_TAG = "<ImageHere>"
 IMAGE_SLOT = f"<Img>{IMAGE_TAG}</Img>"
@@ -17,37 +25,206 @@ STAGE2_PROMPTS = (
     f"{IMAGE_SLOT} Could you describe the contents of this image for me?",
 )
 
+# config.chat_template of a model that uses its tokenizer's own template
+TOKENIZER_TEMPLATE = "tokenizer"
+
+Turn = tuple[str, str | None]  # (question, answer); an answer of None is to be generated
+
+
+class ChatFormat(Protocol):
+    """How dialogues are rendered, and what belongs to a rendered answer but not to its text."""
+
+    @property
+    def system(self) -> str:
+        """The default system message that this project adds, "" for none."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer in a dialogue of this format."""
+        ...
+
+    def render(
+        self, turns: Sequence[Turn], *, system: str | None = None, extra_bos: bool = True
+    ) -> str:
+        """The prompt of a dialogue.
+
+        turns: oldest first; an answer of None ends the prompt where generation starts. system: replaces
+        the default system message; "" is none. UserError: no turns, or a template that refuses them.
+        """
+        ...
+
+    def clean(self, text: str) -> str:
+        """The text of a decoded answer without the format's own marks."""
+        ...
+
 
 def fill_template(template: str, instruction: str) -> str:
-    """Put an instruction in the place of `{}`."""
+    """Replace the first `{}` of a template with an instruction."""
     return template.replace("{}", instruction, 1)
+
+
+def with_images(question: str, images: int) -> str:
+    """Put `<Img><ImageHere></Img>` for each image before a question that does not place them."""
+    if images == 0 or IMAGE_TAG in question:
+        return question
+    return " ".join(part for part in (IMAGE_SLOT * images, question) if part)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a dialogue is written for a language model; {} is where the message goes."""
+    """A chat format written as strings; {} is where the message goes."""
 
     user: str
     assistant: str  # the prompt for the next answer ends at its {}
     system_format: str = "{}"
     system: str = ""  # the default message
-    without_system: str = ""  # what stands in the place of an empty system message
-    system_in_user: bool = False  # no system role: the message opens the first question
+    without_system: str = ""  # replaces an empty system message
+    system_in_user: bool = False  # no system role: the message starts the first question
+    cut_at: tuple[str, ...] = ()  # an answer is cut at the first of these texts
+    cut_before: tuple[str, ...] = ()  # an answer starts after the last of these texts
+    removed: tuple[str, ...] = ()  # texts that are removed from an answer
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What the template writes after an answer, if anything."""
+        ending = self.assistant.split("{}", 1)[1].strip()
+        return (ending,) if ending else ()
+
+    def render(
+        self, turns: Sequence[Turn], *, system: str | None = None, extra_bos: bool = True
+    ) -> str:
+        """The prompt of a dialogue (the original's Conversation.get_prompt).
+
+        extra_bos=False omits the `<s>` that the llama2 and minigptv2 templates put before the first
+        question although a BOS is added in front. Otherwise as `ChatFormat.render`.
+        """
+        if not turns:
+            raise UserError("chat: there is no question to answer")
+        system = self.system if system is None else system
+        head = fill_template(self.system_format, system) if system else self.without_system
+        text, opening = ("", head) if self.system_in_user else (head, "")
+        for n, (question, answer) in enumerate(turns):
+            user = self.user if n or extra_bos else self.user.removeprefix("<s>")
+            text += fill_template(user, question if n else opening + question)
+            if answer is None:
+                return text + self.assistant.split("{}", 1)[0]
+            text += fill_template(self.assistant, answer)
+        return text
+
+    def clean(self, text: str) -> str:
+        """A decoded answer as shown (the original's Chat.answer)."""
+        for end in self.cut_at:
+            text = text.split(end)[0]
+        for mark in self.removed:
+            text = text.replace(mark, "")
+        for role in self.cut_before:
+            text = text.split(role)[-1]
+        return text.strip()
+
+
+class TokenizerChatTemplate:
+    """The chat template of the language model's own tokenizer, rendered by transformers.
+
+    What the template adds by itself, such as a default system message, is in the prompt.
+    """
+
+    system = ""
+
+    def __init__(self, tokenizer: HfTokenizer):
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def end_symbol(self) -> str:
+        """What closes an answer: the template's text after it, up to its first special token.
+
+        The tokenizer's EOS token where the template writes nothing. UserError: as `render`.
+        """
+        *_, rest = split_template(self._tokenizer, [("?", "!")])
+        special = [
+            rest.find(token) + len(token)
+            for token in self._tokenizer.special_tokens
+            if token in rest
+        ]
+        end = rest[: min(special)] if special else rest
+        return end.strip() or self._tokenizer.eos
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What closes an answer."""
+        return (self.end_symbol,)
+
+    def render(
+        self, turns: Sequence[Turn], *, system: str | None = None, extra_bos: bool = True
+    ) -> str:
+        """As `ChatFormat.render`; the template writes BOS where it belongs, so extra_bos is not used."""
+        if not turns:
+            raise UserError("chat: there is no question to answer")
+        return self._tokenizer.apply_chat_template(
+            messages_of(turns, system), add_generation_prompt=turns[-1][1] is None
+        )
+
+    def clean(self, text: str) -> str:
+        """Special tokens are not decoded, so only surrounding white space is removed."""
+        return text.strip()
+
+
+def messages_of(turns: Sequence[Turn], system: str | None = None) -> list[dict[str, Any]]:
+    """A dialogue as messages with `role` and `content`, as chat templates take them."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def split_template(
+    tokenizer: HfTokenizer, turns: Sequence[Turn], system: str | None = None
+) -> list[str]:
+    """The template's own texts around the messages of a dialogue: one more than there are messages.
+
+    The messages are replaced by marks that no template contains, and the rendered text is split at them.
+    UserError: the template drops, repeats or reorders messages.
+    """
+    marks = [
+        f"\ue000{n}\ue001" for n in range(sum(1 + (answer is not None) for _, answer in turns))
+    ]
+    following = iter(marks)
+    marked = [(next(following), None if answer is None else next(following)) for _, answer in turns]
+    text = TokenizerChatTemplate(tokenizer).render(marked, system=system)
+    pieces = re.split("\ue000[0-9]+\ue001", text)
+    if re.findall("\ue000[0-9]+\ue001", text) != marks:
+        raise UserError(
+            "the tokenizer's chat template does not write every message once and in order; "
+            "choose another --template"
+        )
+    return pieces
 
 
 _SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. "
     "You will be able to see the image once I provide it to you. Please answer my questions."
 )
+# What the original's Chat.answer removes from an answer, whatever the conversation's format.
+_ORIGINAL_CLEANING: dict[str, Any] = {
+    "cut_at": ("###", "</s>"),
+    "removed": ("<s>",),
+    "cut_before": ("Assistant:", "[/INST]"),
+}
 
-# The first three are the original's CONV_VISION templates, spacing and extra <s> as released
-# weights know them; the others are how those model families were trained to chat.
+# The first three are the original's CONV_VISION templates, with the spacing and the extra <s> that released
+# weights expect. The others are the formats of model directories written before a tokenizer's own template
+# was used; they can be chosen by name.
 CHAT_TEMPLATES = {
     "vicuna0": ChatTemplate(
-        "Human: {}###", "Assistant: {}###", "{}###", system=_SYSTEM, without_system="###"
+        "Human: {}###", "Assistant: {}###", "{}###", system=_SYSTEM, without_system="###",
+        **_ORIGINAL_CLEANING,
     ),
-    "llama2": ChatTemplate("<s>[INST] {}", " [/INST] {}", system=_SYSTEM),
-    "minigptv2": ChatTemplate("<s>[INST] {}", " [/INST]{}"),
+    "llama2": ChatTemplate(
+        "<s>[INST] {}", " [/INST] {}", system=_SYSTEM, **_ORIGINAL_CLEANING
+    ),
+    "minigptv2": ChatTemplate("<s>[INST] {}", " [/INST]{}", **_ORIGINAL_CLEANING),
     "chatml": ChatTemplate(
         "<|im_start|>user\n{}<|im_end|>\n",
         "<|im_start|>assistant\n{}<|im_end|>\n",
@@ -59,84 +236,72 @@ CHAT_TEMPLATES = {
         "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     ),
     "mistral": ChatTemplate("[INST] {}", " [/INST] {}</s>", "{}\n\n", system_in_user=True),
-}
+}  # fmt: skip
+_TRAINING = "training"
 
 
-def chat_template(config: ModelConfig) -> ChatTemplate:
-    """The template named by config.chat_template; "training" is the one the model was trained with
-    (config.prompt_template and the end symbol, no system message). UserError lists the known."""
-    name = config.chat_template
-    if name == "training":
+def chat_format(
+    config: ModelConfig, tokenizer: Tokenizer, name: str | ChatTemplate | None = None
+) -> ChatFormat:
+    """The chat format that a name stands for, by default the model's own (config.chat_template).
+
+    name: one of CHAT_TEMPLATES; "tokenizer", the tokenizer's own Jinja template; "training", the format
+    that the model was trained with (config.prompt_template and the end symbol, no system message); or a
+    ChatTemplate of your own. UserError: an unknown name, a tokenizer without template, a template
+    without `{}`.
+    """
+    if name is None:
+        name = config.chat_template
+    if isinstance(name, ChatTemplate):
+        for role in ("user", "assistant"):
+            if "{}" not in getattr(name, role):
+                raise UserError(
+                    f"template: {role} is {getattr(name, role)!r}; expected {{}} where the message goes"
+                )
+        return name
+    if name == _TRAINING:
         user, assistant = config.prompt_template.split("{}", 1)
-        return ChatTemplate(user + "{}", assistant + "{}" + config.end_symbol)
+        cleaning = _ORIGINAL_CLEANING if config.end_symbol in ("###", "</s>") else {}
+        return ChatTemplate(user + "{}", assistant + "{}" + config.end_symbol, **cleaning)
+    if name == TOKENIZER_TEMPLATE:
+        if not isinstance(tokenizer, HfTokenizer) or not tokenizer.has_chat_template:
+            raise UserError(
+                f"template {name!r}: this model's tokenizer has no chat template; "
+                f"choose one of {', '.join(CHAT_TEMPLATES)}"
+            )
+        return TokenizerChatTemplate(tokenizer)
     if name not in CHAT_TEMPLATES:
-        known = ", ".join([*CHAT_TEMPLATES, "training"])
-        raise UserError(f"chat_template {name!r} is not known; known are {known}")
+        known = ", ".join([*CHAT_TEMPLATES, _TRAINING, TOKENIZER_TEMPLATE])
+        raise UserError(f"template {name!r} is not known; known are {known}")
     return CHAT_TEMPLATES[name]
 
 
+# --- until inference uses ChatFormat ----------------------------------------------------------------
+
+
+def chat_template(config: ModelConfig) -> ChatTemplate:
+    return find_template(config, config.chat_template)
+
+
 def find_template(config: ModelConfig, template: str | ChatTemplate | None) -> ChatTemplate:
-    """The template itself, the one of CHAT_TEMPLATES that is named, or, for None, the model's.
-    UserError: an unknown name, or one without `{}`."""
-    if template is None:
-        return chat_template(config)
-    if isinstance(template, str):
-        if template not in CHAT_TEMPLATES:
-            known = ", ".join(CHAT_TEMPLATES)
-            raise UserError(f"template {template!r} is not known; known are {known}")
-        return CHAT_TEMPLATES[template]
-    for role in ("user", "assistant"):
-        if "{}" not in getattr(template, role):
-            raise UserError(
-                f"template: {role} is {getattr(template, role)!r}; expected {{}} where the "
-                "message goes"
-            )
-    return template
+    found = chat_format(config, None, template)  # type: ignore[arg-type]
+    assert isinstance(found, ChatTemplate)
+    return found
 
 
 def answer_endings(template: ChatTemplate) -> tuple[str, ...]:
-    """The stop texts of a template: what it writes after an answer, if anything."""
-    ending = template.assistant.split("{}", 1)[1].strip()
-    return (ending,) if ending else ()
-
-
-def with_images(question: str, images: int) -> str:
-    """Put `<Img><ImageHere></Img>` for each image before a question that does not place them."""
-    if images == 0 or IMAGE_TAG in question:
-        return question
-    return " ".join(part for part in (IMAGE_SLOT * images, question) if part)
+    return template.stop
 
 
 def render_chat(
     template: ChatTemplate,
-    turns: Sequence[tuple[str, str | None]],
+    turns: Sequence[Turn],
     *,
     system: str | None = None,
     extra_bos: bool = True,
 ) -> str:
-    """The prompt of a dialogue (Conversation.get_prompt).
-
-    turns: (question, answer) pairs, oldest first; an answer of None ends the prompt where it is to
-    come. system: replaces the template's own message. extra_bos=False leaves out the `<s>` that the
-    llama2 and minigptv2 templates put before the first question although a BOS is added in front.
-    """
-    if not turns:
-        raise UserError("chat: there is no question to answer")
-    system = template.system if system is None else system
-    head = fill_template(template.system_format, system) if system else template.without_system
-    text, opening = ("", head) if template.system_in_user else (head, "")
-    for n, (question, answer) in enumerate(turns):
-        user = template.user if n or extra_bos else template.user.removeprefix("<s>")
-        text += fill_template(user, question if n else opening + question)
-        if answer is None:
-            return text + template.assistant.split("{}", 1)[0]
-        text += fill_template(template.assistant, answer)
-    return text
+    return template.render(turns, system=system, extra_bos=extra_bos)
 
 
 def clean_answer(text: str) -> str:
-    """A decoded answer as shown: cut at ### and </s>, after the last role marker, stripped."""
-    text = text.split("###")[0].split("</s>")[0].replace("<s>", "")
-    for role in ("Assistant:", "[/INST]"):
-        text = text.split(role)[-1]
-    return text.strip()
+    return CHAT_TEMPLATES["vicuna0"].clean(text)

@@ -1,6 +1,6 @@
-"""Images: open and check, resize, normalize, as the vision encoder was trained to see them.
+"""Image preprocessing: open and check, resize, normalize, as the vision encoder was trained.
 
-What travels, between processes and to the device, is uint8; the model normalizes as it begins."""
+Images travel between processes and to the device as uint8; the model normalizes them."""
 
 import io
 import os
@@ -15,18 +15,19 @@ from PIL import Image
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
+from minigpt4_jax.utils.text import one_line
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs: 537 MB decoded
-# causes that broken images are counted by, where two places name the same
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs: 537 MB decoded
+# Causes by which unreadable images are counted (DataError.cause).
 UNREADABLE = "image that cannot be read"
 TOO_LARGE = "image that is too large"
-CROP_SCALE = (0.5, 1.0)  # share of the area that version 1's training crop keeps
+CROP_SCALE = (0.5, 1.0)  # of the area, in version 1's training crop
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """An image inside a larger file, such as a tar."""
+    """An image stored inside a larger file, such as a tar."""
 
     path: str
     offset: int  # bytes
@@ -37,7 +38,7 @@ ImageSource = str | PathLike[str] | FilePart | bytes | Image.Image | np.ndarray
 
 
 def is_image(value: Any) -> bool:
-    """Whether a value is meant as one image, and not as several."""
+    """Whether a value is one image rather than several."""
     one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image))
     return one or getattr(value, "ndim", 0) == 3
 
@@ -46,9 +47,9 @@ def open_image(source: ImageSource) -> Image.Image:
     """Read one image as RGB.
 
     source: a path, a part of a file, a file's bytes, a PIL image or a uint8 array [H, W, 3].
-    Palette, gray and CMYK files are converted as Pillow does, transparency is dropped and EXIF
-    rotation ignored, as in the original; 16-bit gray keeps its upper 8 bits (Pillow alone would turn
-    it white).
+    Palette, grayscale and CMYK images are converted as Pillow does; transparency is dropped and EXIF
+    orientation ignored, as in the original. 16-bit grayscale keeps its upper 8 bits (Pillow alone would
+    saturate it to white).
     DataError: missing, not an image, truncated, too large. UserError: wrong type, dtype or shape.
     """
     if isinstance(source, np.ndarray):
@@ -61,14 +62,14 @@ def open_image(source: ImageSource) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as e:
-        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
-    except Exception as e:  # Pillow's parsers raise whatever the bytes lead them to
+        raise DataError(f"{name}: {one_line(e)}; resize it first", TOO_LARGE) from None
+    except Exception as e:  # Pillow's parsers raise many types
         raise DataError(f"{name}: {_not_an_image(data, e)}", "file that is no image") from None
     return _decode(opened, name, copied=False)
 
 
 def name_of(source: ImageSource) -> str:
-    """What an image is called in messages; two images of a dataset have different names."""
+    """The name of an image in messages, unique within a dataset."""
     if isinstance(source, FilePart):
         return f"{source.path} at byte {source.offset}"
     if isinstance(source, bytes):
@@ -80,13 +81,13 @@ def name_of(source: ImageSource) -> str:
 
 
 def _read(source: Any) -> tuple[str, bytes]:
-    """(what messages call it, the bytes)"""
+    """(name in messages, content of the file)"""
     if isinstance(source, bytes):
         return f"image {name_of(source)}", source
     if isinstance(source, FilePart):
-        path, whole = Path(source.path), False
+        path, is_whole_file = Path(source.path), False
     elif isinstance(source, (str, PathLike)):
-        path, whole = Path(source), True
+        path, is_whole_file = Path(source), True
     else:
         raise UserError(
             f"image: got {type(source).__name__}; "
@@ -94,7 +95,7 @@ def _read(source: Any) -> tuple[str, bytes]:
         )
     name = f"image {name_of(source)}"
     try:
-        if whole:
+        if is_whole_file:
             return name, path.read_bytes()
         with path.open("rb", buffering=0) as file:
             file.seek(source.offset)
@@ -106,31 +107,33 @@ def _read(source: Any) -> tuple[str, bytes]:
             f"{name}: is a directory; expected an image file", "image that is a directory"
         ) from None
     except (OSError, ValueError) as e:  # ValueError: a null byte in the path
-        raise DataError(f"{name}: cannot be read ({_one_line(e)})", UNREADABLE) from None
+        raise DataError(f"{name}: cannot be read ({one_line(e)})", UNREADABLE) from None
     if len(data) < source.size:
-        raise DataError(f"{name}: the file ends before it does", UNREADABLE)
+        raise DataError(f"{name}: the file is truncated", UNREADABLE)
     return name, data
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
-    """RGB image -> uint8 [size, size, 3]: Pillow's bicubic, antialiased, aspect not kept."""
+    """RGB image -> uint8 [size, size, 3], by Pillow's antialiased bicubic; the aspect ratio is not kept."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Version 1's training augmentation: a random part, resized to uint8 [size, size, 3].
+    """Version 1's training augmentation: a random crop, resized to uint8 [size, size, 3].
 
-    The part has 0.5-1 of the area and an aspect of 3/4-4/3 (torchvision's RandomResizedCrop);
-    the same generator state gives the same part. No flip. MiniGPT-v2 takes `resize`: a crop would
+    The crop has 0.5-1 of the area and an aspect ratio of 3/4-4/3 (torchvision's RandomResizedCrop);
+    the same generator state gives the same crop. No flip. MiniGPT-v2 uses `resize`, since a crop would
     move its boxes.
     """
     return resize(image.crop(_crop_box(*image.size, rng)), size)
 
 
 def normalize(image: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> float32 (x / 255 - mean) / std, bit for bit what torchvision computes."""
+    """uint8 [..., 3] -> float32 (x / 255 - mean) / std, bit-identical to torchvision."""
     x = image.astype(np.float32, order="C")
-    rows = x.reshape(-1, 3 * (x.shape[-2] if x.ndim > 1 else 1))  # long: NumPy is slow at 3 apart
+    rows = x.reshape(
+        -1, 3 * (x.shape[-2] if x.ndim > 1 else 1)
+    )  # long rows: NumPy is slow on an axis of 3
     rows /= np.float32(255)
     rows -= np.tile(np.array(IMAGE_MEAN, np.float32), rows.shape[1] // 3)
     rows /= np.tile(np.array(IMAGE_STD, np.float32), rows.shape[1] // 3)
@@ -138,7 +141,7 @@ def normalize(image: np.ndarray) -> np.ndarray:
 
 
 def load_pixels(source: ImageSource, size: int) -> np.ndarray:
-    """Open and resize: uint8 [size, size, 3], as the model takes them."""
+    """Open and resize: uint8 [size, size, 3], the model's input. Errors: as `open_image`."""
     return resize(open_image(source), size)
 
 
@@ -150,7 +153,7 @@ def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return x, y, x + w, y + h
-    # a very long image: its middle, as near to the allowed aspect as it goes
+    # A very long image: its center, with the nearest allowed aspect ratio.
     w = min(width, max(1, round(height * CROP_RATIO[1])))
     h = min(height, max(1, round(width / CROP_RATIO[0])))
     x, y = (width - w) // 2, (height - h) // 2
@@ -179,12 +182,12 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 
 def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Image:
-    """As RGB. copied: another image than the one given, even where that is RGB."""
+    """Convert to RGB. copied: return a new image even if the given one is RGB."""
     _check_size(name, *image.size)
     if image.mode == "F":
         raise DataError(
-            f"{name}: has floating-point pixels of no known range; convert it to 8 bits",
-            "image of no known range",
+            f"{name}: has floating-point pixels of unknown range; convert it to 8 bits",
+            "image of unknown range",
         )
     try:
         image.load()
@@ -192,16 +195,16 @@ def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Imag
             image if image.mode == "RGB" and not copied else _sixteen_to_eight(image).convert("RGB")
         )
     except Image.DecompressionBombError as e:
-        raise DataError(f"{name}: {_one_line(e)}; resize it first", TOO_LARGE) from None
-    except Exception as e:  # as above
+        raise DataError(f"{name}: {one_line(e)}; resize it first", TOO_LARGE) from None
+    except Exception as e:  # Pillow's decoders raise many types
         raise DataError(
-            f"{name}: cannot be decoded ({_one_line(e)}); is the file whole?",
+            f"{name}: cannot be decoded ({one_line(e)}); is the file truncated?",
             "image that cannot be decoded",
         ) from None
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits (modes I;16*, and I of PGM and TIFF) -> 8 bits; other modes as they are."""
+    """16-bit grayscale (modes I;16*, and I of PGM and TIFF) -> 8 bits; other modes are unchanged."""
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray((values >> 8).astype(np.uint8))
@@ -216,9 +219,4 @@ def _not_an_image(data: bytes, error: Exception) -> str:
         return "is a Git LFS pointer, not an image; run `git lfs pull`"
     if isinstance(error, Image.UnidentifiedImageError):
         return "is not an image that Pillow knows"
-    return f"is not a readable image ({_one_line(error)})"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return f"is not a readable image ({one_line(error)})"

@@ -1,45 +1,68 @@
-"""Sequences of token ids: training rows, and prompts to be answered.
+"""Token sequences: training rows, and prompts for generation.
 
 A prompt is text with `<ImageHere>` where an image goes. In a sequence each of these becomes P ids IMAGE
 (config.visual_tokens), which the model replaces by projected visual tokens. Every text segment
 between images is tokenized separately, as in the original's prompt_wrap and get_context_emb
 (minigpt_base.py).
+
+Models with one of the original's formats get their rows as the original builds them. Models that use their
+tokenizer's chat template get exactly the rendered dialogue, tokenized as a whole.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template
-from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.processing.chat_templates import (
+    IMAGE_TAG,
+    TOKENIZER_TEMPLATE,
+    TokenizerChatTemplate,
+    chat_format,
+    fill_template,
+)
+from minigpt4_jax.processing.tokenizer import HfTokenizer, Tokenizer
+from minigpt4_jax.utils.text import shorten
 
-CHAT_CONTEXT = 2000  # tokens the original's chat keeps of prompt and answer together
+CHAT_CONTEXT = 2000  # tokens that the original's chat keeps of prompt and answer together
 
 
 class TokenSequence(NamedTuple):
     """One training row, without padding."""
 
     tokens: list[int]  # BOS, prompt, answer; IMAGE in the image slots
-    label_positions: list[int]  # positions in tokens of the labelled ones, ascending
+    label_positions: list[int]  # positions of the labelled tokens, ascending
     cut: bool  # whether the answer was longer than config.max_text_length
+
+
+# --- training rows ---------------------------------------------------------------------------------
+
+
+def training_prompt(tokenizer: Tokenizer, config: ModelConfig, question: str) -> str:
+    """The prompt of a single question, as the model is trained to answer it.
+
+    question: with an `<ImageHere>` for each image. UserError: the tokenizer's template refuses it.
+    """
+    if config.chat_template == TOKENIZER_TEMPLATE:
+        return chat_format(config, tokenizer).render([(question, None)])
+    return fill_template(config.prompt_template, question)
 
 
 def build_row(
     tokenizer: Tokenizer, config: ModelConfig, prompt: str | None, answer: str, *, images: int
 ) -> TokenSequence:
-    """BOS, prompt, answer + end symbol: the row of one question with one answer.
+    """The row of one prompt and its answer: BOS, prompt, answer, end symbol.
 
-    prompt: the whole templated prompt; None stands for the bare visual tokens (stage 1).
+    prompt: the whole templated prompt; None is the visual tokens alone (stage 1).
     images: how many images the row has; the prompt must have as many `<ImageHere>`.
     The prompt is cut on the right to config.max_context, the answer to config.max_text_length (then
     without its end symbol). UserError: empty prompt, images and `<ImageHere>` do not agree.
     """
+    context = _encode_prompt(tokenizer, config, prompt, images)
+    bos = _adds_bos(tokenizer, config, rendered=prompt is not None)
     answer_ids = tokenizer.encode(answer + config.end_symbol)
-    labelled = [True] * len(answer_ids)
-    return _join_row(
-        tokenizer, config, _context(tokenizer, config, prompt, images), answer_ids, labelled
-    )
+    return _join_row(tokenizer, config, context, answer_ids, [True] * len(answer_ids), bos)
 
 
 def build_conversation_row(
@@ -50,31 +73,40 @@ def build_conversation_row(
     *,
     images: int,
 ) -> TokenSequence:
-    """The row of a conversation: only answers are labelled (the original's tokenize_conversation).
+    """The row of a conversation; only answers are labelled (the original's tokenize_conversation).
 
-    questions: plain, each gets config.prompt_template; the first holds every `<ImageHere>`.
+    questions: without template, which is added here; they have an `<ImageHere>` for each image.
     Everything after the first question is cut to config.max_text_length together.
+    UserError: numbers of questions, answers, images and `<ImageHere>` that do not agree.
     """
     if not questions or len(questions) != len(answers):
         raise UserError(
-            f"conversation: {len(questions)} questions and {len(answers)} answers; expected as many"
+            f"conversation: {len(questions)} questions and {len(answers)} answers; "
+            "expected the same number of both, at least one"
         )
-    if any(IMAGE_TAG in question for question in questions[1:]):
-        raise UserError(f"conversation: {IMAGE_TAG} is allowed in the first question only")
-    first, *later = (fill_template(config.prompt_template, question) for question in questions)
+    if config.chat_template == TOKENIZER_TEMPLATE:
+        return _rendered_row(tokenizer, config, list(zip(questions, answers, strict=True)), images)
+    prompts = [fill_template(config.prompt_template, question) for question in questions]
+    in_first = prompts[0].count(IMAGE_TAG)
+    context = _encode_prompt(
+        tokenizer, config, prompts[0], in_first if len(prompts) > 1 else images
+    )
     ids: list[int] = []
     labelled: list[bool] = []
     for n, answer in enumerate(answers):
         if n:
-            question = later[n - 1]
-            has_bos = tokenizer.bos and question.startswith(tokenizer.bos)
-            asked = tokenizer.encode(question if has_bos else tokenizer.bos + question)
-            ids += asked
-            labelled += [False] * len(asked)
-        answered = tokenizer.encode(answer + config.end_symbol)
-        ids += answered
-        labelled += [True] * len(answered)
-    return _join_row(tokenizer, config, _context(tokenizer, config, first, images), ids, labelled)
+            prompt = prompts[n]
+            if not (tokenizer.bos and prompt.startswith(tokenizer.bos)):
+                prompt = tokenizer.bos + prompt
+            prompt_ids = _encode_segments(tokenizer, config, prompt.split(IMAGE_TAG))
+            ids += prompt_ids
+            labelled += [False] * len(prompt_ids)
+        answer_ids = tokenizer.encode(answer + config.end_symbol)
+        ids += answer_ids
+        labelled += [True] * len(answer_ids)
+    _check_image_count(" ".join(prompts), images)
+    bos = _adds_bos(tokenizer, config, rendered=True)
+    return _join_row(tokenizer, config, context, ids, labelled, bos)
 
 
 def _join_row(
@@ -83,49 +115,140 @@ def _join_row(
     context: list[int],
     ids: list[int],
     labelled: list[bool],
+    bos: bool,
 ) -> TokenSequence:
     tokens = context[: config.max_context]
-    # families with a tokenizer.json spell BOS in their templates; the original always adds one
-    spelled = tokenizer.kind == "hf" and tokens[:1] == [tokenizer.bos_id]
-    if tokenizer.bos_id is not None and not spelled:
+    # Families with a tokenizer.json write BOS in their templates; the original always adds one.
+    has_bos = tokenizer.kind == "hf" and tokens[:1] == [tokenizer.bos_id]
+    if bos and tokenizer.bos_id is not None and not has_bos:
         tokens = [tokenizer.bos_id, *tokens]
     limit = config.max_text_length
-    answers = [len(tokens) + n for n, label in enumerate(labelled[:limit]) if label]
-    return TokenSequence(tokens + ids[:limit], answers, len(ids) > limit)
+    label_positions = [len(tokens) + n for n, label in enumerate(labelled[:limit]) if label]
+    return TokenSequence(tokens + ids[:limit], label_positions, len(ids) > limit)
 
 
-def _context(
+def _rendered_row(
+    tokenizer: Tokenizer, config: ModelConfig, turns: Sequence[tuple[str, str]], images: int
+) -> TokenSequence:
+    """The row of a conversation as the tokenizer's chat template renders it."""
+    template = chat_format(config, tokenizer)
+    assert isinstance(template, TokenizerChatTemplate) and isinstance(tokenizer, HfTokenizer)
+    text, spans = _answer_spans(template, turns)
+    _check_image_count(text, images)
+    tokens: list[int] = []
+    labelled: list[bool] = []
+    begin = 0  # of the segment in the text
+    for n, segment in enumerate(text.split(IMAGE_TAG)):
+        if n:
+            tokens += [IMAGE] * config.visual_tokens
+            labelled += [False] * config.visual_tokens
+            begin += len(IMAGE_TAG)
+        ids, starts = tokenizer.encode_with_offsets(segment)
+        tokens += ids
+        labelled += [any(a <= begin + start < b for a, b in spans) for start in starts]
+        begin += len(segment)
+    first = labelled.index(True) if True in labelled else len(tokens)
+    return _join_row(tokenizer, config, tokens[:first], tokens[first:], labelled[first:], bos=False)
+
+
+def _answer_spans(
+    template: TokenizerChatTemplate, turns: Sequence[tuple[str, str]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """(the rendered conversation, where each answer with its end symbol begins and ends in it).
+
+    The last turn is what generation continues: the prompt, the answer, the end symbol. Some templates
+    prompt for an answer by more text than they write before answers of earlier turns.
+    """
+    end = template.end_symbol
+    (*earlier, (question, answer)) = turns
+    prompt = template.render([*earlier, (question, None)])
+    text = template.render(turns)
+    if not text.startswith(prompt):
+        text = prompt + answer + end
+    spans: list[tuple[int, int]] = []
+    for n, (asked, answered) in enumerate(earlier):
+        begins = template.render([*earlier[:n], (asked, None)])
+        start = len(begins) if text.startswith(begins) else None
+        spans.append(_locate(text, answered, end, start or (spans[-1][1] if spans else 0)))
+    spans.append(_locate(text, answer, end, len(prompt)))
+    return text[: spans[-1][1]], spans
+
+
+def _locate(text: str, answer: str, end: str, start: int) -> tuple[int, int]:
+    """Where an answer that begins at or after `start` and its end symbol stand in a text."""
+    for written in (answer, answer.strip()):  # many templates strip messages
+        stop = text.find(written, start)
+        if stop >= 0 and (
+            closing := re.compile(r"\s*" + re.escape(end)).match(text, stop + len(written))
+        ):
+            return start, closing.end()
+    stop = text.find(end, start)  # the template has changed the answer: what it wrote is labelled
+    return start, len(text) if stop < 0 else stop + len(end)
+
+
+def _adds_bos(tokenizer: Tokenizer, config: ModelConfig, *, rendered: bool) -> bool:
+    """Whether BOS goes before a text. rendered: the text comes from a chat template."""
+    if config.chat_template == TOKENIZER_TEMPLATE and isinstance(tokenizer, HfTokenizer):
+        return not rendered and tokenizer.adds_bos
+    return True
+
+
+def _encode_prompt(
     tokenizer: Tokenizer, config: ModelConfig, prompt: str | None, images: int, bos: bool = False
 ) -> list[int]:
-    """Ids of a prompt, P times IMAGE for each of its images."""
+    """Ids of a prompt, with P ids IMAGE for each of its images. None: the images alone."""
     if prompt is None:
         if images == 0:
-            raise UserError("a row without image needs a prompt")
+            raise UserError("a row without images needs a prompt")
         prompt = IMAGE_TAG * images
     if not prompt.strip():
         raise UserError(f"the prompt is empty; expected text, with {IMAGE_TAG} where an image goes")
-    first, *rest = prompt.split(IMAGE_TAG)
-    if len(rest) != images:
-        raise UserError(
-            f"the prompt has {len(rest)} {IMAGE_TAG} and {images} images were given; "
-            f"write {IMAGE_TAG} once for each image: {_short(prompt)!r}"
-        )
-    ids = tokenizer.encode(first, bos=bos)
-    for segment in rest:
-        ids += [IMAGE] * config.visual_tokens
-        ids += tokenizer.encode(segment)
+    _check_image_count(prompt, images)
+    return _encode_segments(tokenizer, config, prompt.split(IMAGE_TAG), bos)
+
+
+def _encode_segments(
+    tokenizer: Tokenizer, config: ModelConfig, segments: Iterable[str], bos: bool = False
+) -> list[int]:
+    """Ids of the texts between images. bos: BOS before the first."""
+    ids: list[int] = []
+    for n, segment in enumerate(segments):
+        if n:
+            ids += [IMAGE] * config.visual_tokens
+        ids += tokenizer.encode(segment, bos=bos and n == 0)
     return ids
 
 
-def prompt_tokens(
-    tokenizer: Tokenizer, config: ModelConfig, prompt: str, *, images: int, extra_bos: bool = True
-) -> list[int]:
-    """Ids of a prompt to be answered: BOS is added to the first segment (get_context_emb).
+def _check_image_count(prompt: str, images: int) -> None:
+    if (marks := prompt.count(IMAGE_TAG)) != images:
+        raise UserError(
+            f"the prompt has {marks} {IMAGE_TAG} and {images} images were given; "
+            f"write {IMAGE_TAG} once for each image: {shorten(prompt)!r}"
+        )
 
-    A prompt that spells `<s>` first gets a second BOS by that, and released weights were used so;
-    extra_bos=False leaves one.
+
+# --- prompts for generation ------------------------------------------------------------------------
+
+
+def prompt_tokens(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    prompt: str,
+    *,
+    images: int,
+    extra_bos: bool = True,
+    rendered: bool = False,
+) -> list[int]:
+    """Ids of a prompt for generation.
+
+    rendered: the prompt comes from the tokenizer's chat template, which writes BOS where it belongs;
+    other prompts of such a model get BOS if the tokenizer adds it. Prompts of the original's formats
+    always get BOS, before the first segment (get_context_emb). One that starts with `<s>` then has two,
+    as released weights were used; extra_bos=False leaves one.
+    UserError: as `build_row`.
     """
-    ids = _context(tokenizer, config, prompt, images, bos=True)
+    bos = _adds_bos(tokenizer, config, rendered=rendered)
+    ids = _encode_prompt(tokenizer, config, prompt, images, bos)
     if not extra_bos and ids[:2] == [tokenizer.bos_id] * 2:
         ids = ids[1:]
     return ids
@@ -136,7 +259,7 @@ def cut_left(
 ) -> tuple[list[int], int]:
     """Keep the end of a prompt so that it and its answer fit into `context` (Chat.answer_prepare).
 
-    Returns the tokens and how many visual tokens were lost: the visual tokens to merge begin there.
+    Returns the tokens, and how many visual tokens were dropped from the beginning.
     """
     begin = max(0, len(tokens) + max_new_tokens - context)
     if begin >= len(tokens):
@@ -148,19 +271,15 @@ def cut_left(
 
 
 def stop_sequences(tokenizer: Tokenizer, stop: str) -> list[list[int]]:
-    """Id sequences that end an answer: the EOS token, and `stop` at the start of a text and inside
-    it (LLaMA writes ### as 835 or as 2277, 29937)."""
-    found = [[tokenizer.eos_id]]
+    """Id sequences that end an answer: EOS, and `stop` at the start of a text and within it (LLaMA
+    tokenizes ### as 835 or as 2277, 29937)."""
+    sequences = [[tokenizer.eos_id]]
     before = tokenizer.encode("a")
-    inside = tokenizer.encode("a" + stop)
+    within = tokenizer.encode("a" + stop)
     candidates = [tokenizer.encode(stop)]
-    if inside[: len(before)] == before:
-        candidates.append(inside[len(before) :])
+    if within[: len(before)] == before:
+        candidates.append(within[len(before) :])
     for ids in candidates:
-        if ids and ids not in found:
-            found.append(ids)
-    return found
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+        if ids and ids not in sequences:
+            sequences.append(ids)
+    return sequences

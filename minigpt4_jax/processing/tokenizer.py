@@ -1,28 +1,27 @@
-"""Text to token ids and back: LLaMA's sentencepiece model as the original used it, or any other.
+"""Tokenizers: LLaMA's sentencepiece model exactly as the original used it, or transformers' own.
 
-The original ran the slow `LlamaTokenizer` of transformers 4.30 in its legacy mode. Current
-tokenizers differ from it on leading and double spaces, so that path is written out here on
-sentencepiece alone.
-Every other language model brings a tokenizer.json, which `transformers.AutoTokenizer` reads.
+The original used the slow `LlamaTokenizer` of transformers 4.30 in legacy mode. Current tokenizers
+treat leading and double spaces differently, so `SentencePieceTokenizer` implements it on sentencepiece.
+Models with a chat template of their own are read by `transformers.AutoTokenizer`.
 """
 
 import json
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import one_line
 
-PAD_PIECE = (
-    "$$"  # the original sets tokenizer.pad_token to this piece, id 3997 in LLaMA's vocabulary
-)
-HF_FILES = ("tokenizer.json", "vocab.json")
+PAD_PIECE = "$$"  # the original's pad_token: id 3997 in LLaMA's vocabulary
+HF_FILES = ("tokenizer.json", "vocab.json")  # either makes a directory one for AutoTokenizer
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+    """The interface of both tokenizers."""
 
     kind: str
     bos_id: int | None
@@ -32,41 +31,42 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of one text; with `bos` the beginning-of-sequence id comes first, as the model's own
-        tokenizer adds it. UserError: half of a character."""
+        """Ids of one text. bos: BOS comes first. UserError: an unpaired surrogate."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; special tokens are left out or written as they are. An id that the
-        vocabulary lacks (a padded embedding row) is left out."""
+        """Text of ids. Special tokens are skipped or written out. Ids outside of the vocabulary (padded
+        embedding rows) are skipped."""
         ...
 
 
-def _check(text: str) -> None:
-    """UserError: half of a character, as JSON's \\ud83d alone or undecodable bytes of a command line."""
+def _check_characters(text: str) -> None:
+    """UserError: an unpaired surrogate, such as JSON's \\ud83d or undecodable command-line bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise UserError(
-            f"the text {text[:40]!a} has half of a character at {e.start}; expected whole ones (UTF-8)"
+            f"the text {text[:40]!a} has half of a character at {e.start} (an unpaired surrogate); "
+            "expected text that UTF-8 can encode"
         ) from None
 
 
 def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
     """Read the tokenizer in `directory`.
 
-    kind: "sentencepiece" (LLaMA 1/2, Vicuna: tokenizer.model) or "hf" (tokenizer.json or its
-    like); None takes sentencepiece where a readable tokenizer.model lies, else hf.
-    UserError when the directory has none or it is damaged.
+    kind: "sentencepiece" (tokenizer.model of LLaMA 1/2 and Vicuna, as the original used it) or "hf" (any
+    files that AutoTokenizer reads); None prefers a readable tokenizer.model.
+    UserError: no tokenizer, or a damaged one.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"tokenizer: {directory} is not a directory")
-    model, has_hf = directory / "tokenizer.model", _has_hf(directory)
+    model = directory / "tokenizer.model"
+    has_hf = any((directory / name).is_file() for name in HF_FILES)
     if kind not in (None, "sentencepiece", "hf"):
         raise UserError(f"tokenizer: kind {kind!r}; expected 'sentencepiece' or 'hf'")
     if kind == "hf" or (kind is None and not model.is_file() and has_hf):
-        if not has_hf:
+        if not has_hf and not model.is_file():
             raise UserError(
                 f"tokenizer: {directory} has no tokenizer.json; "
                 "copy the language model's tokenizer files there"
@@ -85,15 +85,11 @@ def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
         raise
 
 
-def _has_hf(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in HF_FILES)
-
-
 class SentencePieceTokenizer:
     """The legacy slow LLaMA tokenizer (tokenization_llama.py, tokenization_utils.py of 4.30).
 
-    Special tokens are split out of the text first, and white space beside them is dropped; every
-    other chunk is encoded on its own, so each gets its own leading-space piece.
+    The text is first split at special tokens, and white space next to them is dropped. Each chunk
+    between them is encoded separately, so each gets its own leading-space piece.
     """
 
     kind = "sentencepiece"
@@ -107,7 +103,7 @@ class SentencePieceTokenizer:
             pieces = self._model.get_piece_size()
         except (OSError, RuntimeError, ValueError, TypeError) as e:
             raise UserError(
-                f"tokenizer: {path} is not a sentencepiece model ({_one_line(e)})"
+                f"tokenizer: {path} is not a sentencepiece model ({one_line(e)})"
             ) from None
         bos, eos, unk = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
         if pieces == 0 or eos < 0:
@@ -119,7 +115,7 @@ class SentencePieceTokenizer:
         self.bos = self._model.id_to_piece(bos) if bos >= 0 else ""
         self.pad_id = self._model.piece_to_id(
             PAD_PIECE
-        )  # unk where the piece is missing, as the original
+        )  # unk if there is no such piece, as originally
         self._special = {self._model.id_to_piece(i): i for i in (bos, eos, unk) if i >= 0}
         self._added = _read_added_tokens(directory / "added_tokens.json", self._model)
         self._added_by_id = {i: token for token, i in self._added.items()}
@@ -127,14 +123,14 @@ class SentencePieceTokenizer:
         self._keep_space = _tokens_that_keep_space(directory / "special_tokens_map.json")
         split_out = sorted([*self._special, *self._added], key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, split_out)) + ")")
-        # what skip_special leaves out; the pad piece too, as pad_token is one of the special tokens
+        # skip_special skips the pad piece too, since pad_token is a special token
         self._skipped = {*self._special.values(), self.pad_id}
         self._spelled = {*self._special, PAD_PIECE}
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        _check(text)
+        _check_characters(text)
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        parts = self._split.split(text)  # odd places hold the special and added tokens
+        parts = self._split.split(text)  # special and added tokens have odd indices
         for n, part in enumerate(parts):
             if n % 2:
                 ids.append(self._special[part] if part in self._special else self._added[part])
@@ -149,7 +145,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        chunks: list[list[str] | str] = [[]]  # lists of pieces, and added tokens on their own
+        chunks: list[list[str] | str] = [[]]  # lists of pieces, and added tokens
         for i in map(int, ids):
             if i in self._added_by_id:
                 chunks += [self._added_by_id[i], []]
@@ -160,7 +156,7 @@ class SentencePieceTokenizer:
         return " ".join(c if isinstance(c, str) else self._join(c) for c in chunks if c)
 
     def _join(self, pieces: list[str]) -> str:
-        """Pieces to text, special tokens set off by a space (convert_tokens_to_string of 4.30)."""
+        """Pieces to text, with a space before special tokens (convert_tokens_to_string of 4.30)."""
         out, run, after_special = "", [], False
         for n, piece in enumerate(pieces):
             if piece not in self._spelled:
@@ -175,21 +171,21 @@ class SentencePieceTokenizer:
 
 
 class HfTokenizer:
-    """What `transformers.AutoTokenizer` reads from local files: LLaMA 3, Mistral, Qwen, SmolLM2."""
+    """What `transformers.AutoTokenizer` reads from local files, with the model's own chat template."""
 
     kind = "hf"
 
     def __init__(self, directory: Path):
-        # No line about PyTorch, which tokenizers do without.
+        # transformers warns that PyTorch is missing; tokenizers do not need it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer  # seconds to import, hence here
+        from transformers import AutoTokenizer  # takes seconds to import
 
         try:
             self._model: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
             self.vocab_size = len(self._model)
-        except Exception as e:  # whatever its parsers raise
+        except Exception as e:  # its parsers raise many types
             raise UserError(
-                f"tokenizer: cannot read the tokenizer in {directory} ({_one_line(e)})"
+                f"tokenizer: cannot read the tokenizer in {directory} ({one_line(e)})"
             ) from None
         if self._model.eos_token_id is None:
             raise UserError(
@@ -201,20 +197,58 @@ class HfTokenizer:
             self.eos_id if self._model.pad_token_id is None else self._model.pad_token_id
         )
         self.bos: str = self._model.bos_token or ""
+        self.eos: str = self._model.eos_token
+        self.special_tokens: frozenset[str] = frozenset(self._model.all_special_tokens) | {
+            token.content for token in self._model.added_tokens_decoder.values() if token.special
+        }
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        _check(text)
+        _check_characters(text)
         ids = list(self._model.encode(text, add_special_tokens=False)) if text else []
-        # a chat template of these families begins with the BOS token itself: never two of them
+        # chat templates of these families start with the BOS token: never two of them
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, where each token starts in the text). No special token is added."""
+        _check_characters(text)
+        if not text:
+            return [], []
+        encoded = self._model(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._model.decode(
             known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS before a text."""
+        return self.bos_id is not None and self._model.encode("a")[:1] == [self.bos_id]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._model.chat_template)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+    ) -> str:
+        """The text of a dialogue by the tokenizer's own template.
+
+        messages: with "role" and "content". UserError: what the template says against them.
+        """
+        try:
+            return self._model.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as e:  # Jinja's errors, and those that templates raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the tokenizer's chat template cannot render the messages {roles}: {one_line(e)}"
+            ) from None
 
 
 def _read_added_tokens(path: Path, model: Any) -> dict[str, int]:
@@ -227,8 +261,8 @@ def _read_added_tokens(path: Path, model: Any) -> dict[str, int]:
 
 
 def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
-    """(token, side) pairs where white space stays: a token spelled as an object says so itself; one
-    that is a plain string, or not in the file, loses it on both sides (tokenize() of 4.30)."""
+    """(token, side) pairs where white space is kept: a token written as an object sets it by lstrip and
+    rstrip; for a plain string, or a token not in the file, both sides are stripped (tokenize() of 4.30)."""
     kept = set()
     for value in _read_json_object(path).values():
         if isinstance(value, dict) and isinstance(value.get("content"), str):
@@ -246,12 +280,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"tokenizer: {path} is not JSON ({_one_line(e)})") from None
+        raise UserError(f"tokenizer: {path} is not JSON ({one_line(e)})") from None
     if not isinstance(values, dict):
         raise UserError(f"tokenizer: {path} holds a {type(values).__name__}; expected an object")
     return values
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

@@ -93,7 +93,7 @@ def test_bytes_and_a_part_of_a_file(tmp_path):
         np.testing.assert_array_equal(np.asarray(images.open_image(source)), array)
     for part, message in [
         (images.FilePart(str(path), 78, len(data)), r"a\.tar at byte 78: is not an image"),
-        (images.FilePart(str(path), 90, len(data)), "the file ends before it does"),
+        (images.FilePart(str(path), 90, len(data)), "the file is truncated"),
         (images.FilePart(str(tmp_path / "b.tar"), 0, 5), "there is no such file"),
         (b"", "the file is empty"),
         (data[:-30], "image of .* cannot be decoded"),

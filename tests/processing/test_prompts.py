@@ -214,10 +214,23 @@ def test_conversation_errors():
     config = CONFIGS["c"]
     with pytest.raises(UserError, match="2 questions and 1 answers"):
         sequences.build_conversation_row(TOKENIZER, config, ["a", "b"], ["c"], images=0)
-    with pytest.raises(UserError, match="first question only"):
+    with pytest.raises(UserError, match="has 1 <ImageHere> and 2 images"):
         sequences.build_conversation_row(
-            TOKENIZER, config, ["a", chat_templates.IMAGE_SLOT], ["c", "d"], images=1
+            TOKENIZER, config, ["a", chat_templates.IMAGE_SLOT], ["c", "d"], images=2
         )
+
+
+def test_an_image_of_a_later_question_stands_where_its_mark_is():
+    config = dataclasses.replace(CONFIGS["c"], max_text_length=500)
+    text = sequences.build_conversation_row(TOKENIZER, config, ["a", "b"], ["c", "d"], images=0)
+    question = f"{chat_templates.IMAGE_SLOT}b"
+    row = sequences.build_conversation_row(TOKENIZER, config, ["a", question], ["c", "d"], images=1)
+    start = row.tokens.index(IMAGE)
+    assert row.tokens[start : start + config.visual_tokens] == [IMAGE] * config.visual_tokens
+    assert IMAGE not in row.tokens[start + config.visual_tokens :]
+    labels = [[r.tokens[i] for i in r.label_positions] for r in (row, text)]
+    assert labels[0] == labels[1]
+    assert row.label_positions[0] == text.label_positions[0] < start < row.label_positions[-1]
 
 
 def test_unknown_chat_template_lists_the_known():
@@ -304,7 +317,7 @@ def test_conversation_properties(turns, limit):
         images=0,
     )
     assert row.tokens[: len(first.tokens)] == first.tokens
-    assert row.label_positions[: len(first.answers)] == first.answers
+    assert row.label_positions[: len(first.label_positions)] == first.label_positions
     assert row.label_positions == sorted(set(row.label_positions))
     assert row.label_positions[-1] < len(row.tokens)
     whole = [i for a in answers for i in TOKENIZER.encode(a + config.end_symbol)]

@@ -122,7 +122,7 @@ def test_missing_tokenizer(tmp_path):
     with pytest.raises(UserError, match="not a directory"):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        load_tokenizer(FIXTURES / "llama_tokenizer", kind="hf")
+        load_tokenizer(tmp_path, kind="hf")
 
 
 @pytest.fixture(scope="module")
