@@ -1,4 +1,4 @@
-"""Your own data on a trained model: name the model and a file.
+"""Fine-tune a trained model on your own data.
 
     python -m minigpt4_jax.train --config=finetune --workdir=DIR --config.model=MODEL \
         --config.data.path=my.jsonl
@@ -9,36 +9,30 @@ relative to the file. Prompt template, end symbol and text length are the model'
 
 from ml_collections import ConfigDict
 
+from minigpt4_jax.training.recipes import ALIGNMENT_PROMPTS
+
 
 def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
-
     c.model = ""  # directory of the model to start from
+
     c.data = ConfigDict()
-    c.data.path = ()  # .json, .jsonl, or a directory with filter_cap.json and image/
-    c.data.val_path = ()  # rows kept apart: validation loss and sample captions appear in the log
-    c.data.prompts = ("<Img><ImageHere></Img> Describe this image in detail.",)  # for bare captions
-    c.data.workers = 0
+    c.data.path = ()  # .json, .jsonl, or a folder with filter_cap.json and image/
+    c.data.val_path = ()  # held-out rows: validation loss and sample captions appear in the log
+    c.data.prompts = ALIGNMENT_PROMPTS[:1]  # for rows with only a caption
 
     c.lora = ConfigDict()
-    c.lora.rank = 0  # 8 or 64, say: adapters for a model without; 0: the model's own, if it has any
-    c.lora.targets = ()  # of new ones: q, v; any of q, k, v, o, gate, up, down
+    c.lora.rank = 0  # such as 8 or 64: adds adapters to a model without; 0: the model's own, if any
+    c.lora.targets = ()  # of added adapters: any of q, k, v, o, gate, up, down; (): q and v
 
-    c.dtype = "bfloat16"
     c.steps = 500
     c.batch_size = 8
-    c.accumulate = 1  # raise it when memory is short: same result in as many parts
-    c.seed = 42
+    c.accumulate = 1  # micro-batches; raise it if memory runs out, the result is the same
 
-    c.init_lr = 3e-5  # as stage 2
+    c.init_lr = 3e-5  # as in stage 2
     c.min_lr = 1e-5
-    c.warmup_lr = 1e-6
     c.warmup_steps = 50
-    c.weight_decay = 0.05
 
-    c.log_every = 10
     c.eval_every = 100
     c.sample_every = 100
-    c.save_every = 100
-    c.keep = 3
     return c

@@ -1,29 +1,24 @@
-"""Stage 1 of MiniGPT-v2: broad knowledge, from web captions and from precisely labelled data
-together, at 448 px as in all its stages.
+"""Stage 1 of MiniGPT-v2: broad knowledge, from web captions and fine-grained datasets together.
 
     python -m minigpt4_jax.train --config=v2_stage1 --workdir=DIR --config.model=MODEL \
         --config.data.root=DATA
 
-DATA holds the datasets as the original's instructions lay them out (README.md has the table); a dataset
-that lies elsewhere is named by, say, --config.data.mix.gqa.path=DIR, and one that is not at hand is left
-out by --config.data.mix.gqa.ratio=0.
+MODEL is made by `python -m convert build --variant=minigpt-v2`. How DATA is laid out, and how to move or
+leave out a dataset: minigpt4_jax/training/recipes.py.
 """
 
 from ml_collections import ConfigDict
 
-from minigpt4_jax.training.v2_recipe import TASKS, WEB, recipe
+from minigpt4_jax.training.recipes import TASKS, WEB, minigpt_v2
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg:
-        raise ValueError(f"unknown argument {arg!r}; v2_stage1 takes none")
-    # The paper gives no ratios for this stage. Web captions: as in stage 1 of MiniGPT-4; the rest: as in the
-    # released mixture. The paper also has GRIT-20M, which has no reader here.
-    c = recipe(WEB + TASKS)
-    c.model = ""  # made by `python -m convert build --variant=minigpt-v2`
+    # The paper gives no ratios: web captions as in stage 1 of MiniGPT-4, the rest as in the released
+    # mixture. The paper also uses GRIT-20M, which has no reader here.
+    c = minigpt_v2(arg, WEB + TASKS)
     c.steps = 400_000
     c.batch_size = 96
-    c.accumulate = 16  # parts of 6 rows; 1 where the devices hold 96 together
+    c.accumulate = 16  # micro-batches of 6 rows; 1 if the devices together hold 96
     c.init_lr = 1e-4
-    c.min_lr = 1e-5  # the paper names the highest rate alone
+    c.min_lr = 1e-5  # the paper gives only the peak learning rate
     return c

@@ -201,7 +201,7 @@ def read(options: argparse.Namespace, rest: Sequence[str]) -> Job:
             raise UserError(f"--{name}={value}: expected a number above 0, up to {LARGEST:,}")
     given = any(arg.partition("=")[0] in ("--config", "-config") for arg in rest)
     rest = list(rest) if given else ["--config=stage2", *rest]
-    spec, _ = config_cli.take_config(rest)
+    spec, _ = config_cli.split_config_argument(rest)
     c, _ = config_cli.parse(rest, sizes_only=True)
     if c.dtype != "bfloat16":
         raise UserError(f"config.dtype is {c.dtype!r}: expected bfloat16, which TPUs are made for")

@@ -1,69 +1,114 @@
-"""The configuration of a training run: its fields, with their defaults.
+"""The configuration of a training run: its fields and their defaults.
 
-A file of settings names what it changes (training.config_files); everything else is as written here.
+A config file (`configs/`) sets what differs from these defaults; see training.config_cli.
 """
 
 from dataclasses import dataclass, field
 
 from minigpt4_jax.data.config import DataConfig
 
+SCHEDULES = ("cosine", "step")  # values of TrainConfig.schedule
+
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """Adapters on the language model. A value that is left as it is here is the model's own; a
-    model without adapters gets new ones when the rank is given."""
+    """LoRA adapters on the language model.
+
+    A value left at its default here is the model's own. A model without adapters gets new ones if
+    rank is set.
+
+    rank: 0: no new adapters.
+    alpha: of new adapters: 16 if 0.
+    targets: of new adapters: some of q, k, v, o, gate, up, down; (): q and v.
+    dropout: on the adapters' input, in training; of new adapters: 0.05 if negative.
+    """
 
     rank: int = 0
-    alpha: float = 0.0  # of new ones: 16
-    targets: tuple[str, ...] = ()  # of new ones: q, v; some of q, k, v, o, gate, up, down
-    dropout: float = -1.0  # on their input, in training; of new ones: 0.05
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    dropout: float = -1.0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on, besides its data's content and its model's weights."""
+    """Everything a run depends on besides the content of its data and its model's weights.
 
-    model: str = ""  # model directory, made by `python -m convert build` or by an earlier run
-    variant: str = ""  # refuse a model of another variant; "": any
-    llm_width: int = 0  # refuse a language model of another width; 0: any
+    Model and text
+    model: model directory, made by `python -m convert build` or by an earlier run.
+    variant: refuse a model of another variant; "": any.
+    llm_width: refuse a language model of another width; 0: any.
+    prompt_template: text around a question, which replaces {}; "": the model's own.
+    end_symbol: closes every answer; "": the model's own.
+    max_text_length: tokens of an answer, the rest is cut; 0: the model's own.
+
+    What is trained, and where
+    freeze_vit, freeze_qformer: leave these parts as they are.
+    dtype: of frozen matrices and their products; "float32" for exactness.
+    mesh: devices per axis, such as "data:2,fsdp:4"; "" or "auto": chosen and logged.
+    remat: recompute activations in the backward pass: less memory, more time.
+
+    Batches and steps
+    steps: updates of the parameters.
+    batch_size: rows per step, of all devices together.
+    accumulate: micro-batches per step; batch_size is a multiple of it.
+    seed: of the data order, the prompts and dropout; 42 in the original.
+
+    Optimizer (AdamW: weight_decay, beta1, beta2, eps)
+    schedule: "cosine" or "step": from warmup_lr to init_lr in warmup_steps, then down to min_lr.
+    steps_per_epoch: needed by the step schedule and by a warmup longer than one epoch.
+    decay_rate: of the step schedule, per epoch.
+    clip: maximum global norm of the gradient; 0: no clipping, as in the original.
+
+    Logs and checkpoints
+    log_every: steps between lines of metrics.jsonl.
+    eval_every: steps between validation losses; 0: never.
+    eval_examples: number of validation rows used.
+    sample_every: steps between captions of a few validation images in the log; 0: never.
+    sample_images, sample_tokens: how many images, and tokens per caption at most.
+    save_every: steps between checkpoints.
+    keep: checkpoints kept on disk.
+    heartbeat_timeout: with several processes: seconds without a sign of one until the others stop.
+    """
+
+    model: str = ""
+    variant: str = ""
+    llm_width: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraChoice = field(default_factory=LoraChoice)
-    prompt_template: str = ""  # around a row's question, {} in its place; "": the model's own
-    end_symbol: str = ""  # closes every answer; "": the model's own
-    max_text_length: int = 0  # tokens an answer may have; 0: the model's own
+    prompt_template: str = ""
+    end_symbol: str = ""
+    max_text_length: int = 0
 
     freeze_vit: bool = True
     freeze_qformer: bool = True
-    dtype: str = "bfloat16"  # of frozen matrices and their products; "float32" for exactness
-    # devices: sizes of data, fsdp and model, as data:2,fsdp:4; "" or "auto": chosen and told
+    dtype: str = "bfloat16"
     mesh: str = ""
-    remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    remat: bool = False
 
     steps: int = 1000
     batch_size: int = 12
-    accumulate: int = 1  # micro-batches a step
-    seed: int = 42  # the original's; order of the data, prompts, dropout
+    accumulate: int = 1
+    seed: int = 42
 
-    schedule: str = "cosine"  # or "step"
+    schedule: str = "cosine"
     init_lr: float = 3e-5
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
     warmup_steps: int = 200
-    steps_per_epoch: int = 0  # only the step schedule, and a warmup over several epochs, ask for it
-    decay_rate: float = 1.0  # of the step schedule
+    steps_per_epoch: int = 0
+    decay_rate: float = 1.0
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    clip: float = 0.0  # largest global norm of the gradient; 0: no clipping, as the original
+    clip: float = 0.0
 
     log_every: int = 10
-    eval_every: int = 200  # validation loss; 0: never
-    eval_examples: int = 200  # at most so many of the validation rows
-    sample_every: int = 200  # caption a few validation images into the log; 0: never
+    eval_every: int = 200
+    eval_examples: int = 200
+    sample_every: int = 200
     sample_images: int = 4
     sample_tokens: int = 60
-    save_every: int = 100  # checkpoint
-    keep: int = 3  # checkpoints on disk
-    # of several processes: seconds without a sign of one until the others end, as it is gone
+    save_every: int = 100
+    keep: int = 3
     heartbeat_timeout: float = 100.0

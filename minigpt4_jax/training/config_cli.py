@@ -1,7 +1,7 @@
-"""From a file of settings and the command line to a configuration.
+"""Read a configuration from a config file and the command line.
 
-A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. It
-names what it changes; everything else keeps the default of training.config.
+A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. It sets
+what differs from the defaults of training.config.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ from minigpt4_jax.training.config_values import build, known_keys, known_mix_key
 
 
 def configs_dir() -> Path:
-    """The folder of shipped configurations: beside the package, in a clone and installed."""
+    """The folder of shipped configurations, next to the package in a clone and when installed."""
     return Path(__file__).resolve().parents[2] / "configs"
 
 
 def known_configs() -> list[str]:
+    """Names of the shipped configurations."""
     return sorted(p.stem for p in configs_dir().glob("*.py") if not p.stem.startswith("_"))
 
 
 def find_config(name: str) -> Path:
-    """The file of a config: a shipped name, or a path ending in .py. UserError lists the known."""
+    """The file of a shipped name or of a path ending in .py. UserError lists the shipped names."""
     if name.endswith(".py"):
         if not Path(name).is_file():
             raise UserError(f"--config={name}: there is no such file")
@@ -45,7 +46,10 @@ def find_config(name: str) -> Path:
 
 
 def read_config_file(spec: str) -> dict[str, Any]:
-    """NAME, PATH.py, NAME:ARG or PATH.py:ARG -> what its get_config(ARG) returns, plain."""
+    """NAME, PATH.py, NAME:ARG or PATH.py:ARG -> the result of get_config(ARG) as plain values.
+
+    UserError: an unknown name, an exception in the file (with its line), a result of another type.
+    """
     name, _, arg = spec.partition(":")
     path = find_config(name)
     module = types.ModuleType(f"config_{path.stem}")
@@ -56,9 +60,12 @@ def read_config_file(spec: str) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as e:
-        at = traceback.extract_tb(e.__traceback__)[-1].lineno
+        frames = traceback.extract_tb(e.__traceback__)
+        line = next(
+            (f.lineno for f in reversed(frames) if f.filename == str(path)), frames[-1].lineno
+        )
         raise UserError(
-            f"--config={spec}: {path}, line {at}: {type(e).__name__}: {' '.join(str(e).split())}"
+            f"--config={spec}: {path}, line {line}: {type(e).__name__}: {' '.join(str(e).split())}"
         ) from e
     plain = values.to_dict() if hasattr(values, "to_dict") else values
     if not isinstance(plain, dict):
@@ -71,44 +78,44 @@ def parse(
 ) -> tuple[TrainConfig, str]:
     """`--config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE]...` -> (configuration, workdir).
 
-    data_only: the configuration is wanted for its data; no model and no workdir are needed.
-    sizes_only: nor is data.
+    data_only: no model and no workdir are needed. sizes_only: no dataset either.
 
-    Flags are absl's and overrides those of ml_collections.config_flags: typed as the field is,
-    `--config.flag` and `--noconfig.flag` for a boolean, a repeated flag for several paths.
+    Overrides are parsed by ml_collections.config_flags: values have the type of the field,
+    `--config.flag` and `--noconfig.flag` set a boolean, a repeated flag adds a path.
+    UserError: an unknown argument or key, a value of the wrong type or out of range.
     """
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    spec, overrides = take_config(args)
-    flag_values = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "where the run is kept", flag_values=flag_values)
+    spec, arguments = split_config_argument(args)
+    new_flag_values: Any = flags.FlagValues  # absl has no annotations
+    flag_values = new_flag_values()
+    flags.DEFINE_string("workdir", "", "directory of the run", flag_values=flag_values)
     base = build(TrainConfig, read_config_file(spec), "config")
-    values = ConfigDict(_with_tuples(base))
-    for arg in overrides:
+    defaults = ConfigDict(dataclasses.asdict(base))
+    for arg in arguments:
         _check_override(arg, base.data.mix)
-    overrides = [_quoted(arg, values) for arg in overrides]
-    argv = ["train", *overrides]
+    argv = ["train", *(_quote_tuple(arg, defaults) for arg in arguments)]
     holder = config_flags.DEFINE_config_dict(
-        "config", values, flag_values=flag_values, sys_argv=argv
+        "config", defaults, flag_values=flag_values, sys_argv=argv
     )
     try:
-        rest = flag_values(argv)[1:]
+        positional = flag_values(argv)[1:]
     except (flags.Error, ValueError, TypeError) as e:
         raise UserError(_flag_error(e, base)) from None
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}: options look like --config.steps=100")
+    if positional:
+        raise UserError(
+            f"unexpected argument {positional[0]!r}: options look like --config.steps=100"
+        )
     if not flag_values.workdir and not (data_only or sizes_only):
-        raise UserError("--workdir is missing: name a directory to keep the run in")
-    values = build(TrainConfig, holder.value.to_dict(), "config")
-    return (
-        check(values, model=not (data_only or sizes_only), data=not sizes_only),
-        flag_values.workdir,
-    )
+        raise UserError("--workdir is missing: name a directory for the run")
+    config = build(TrainConfig, holder.value.to_dict(), "config")
+    check(config, model=not (data_only or sizes_only), data=not sizes_only)
+    return config, flag_values.workdir
 
 
-def take_config(args: Sequence[str]) -> tuple[str, list[str]]:
-    """Split the value of --config from everything else."""
+def split_config_argument(args: Sequence[str]) -> tuple[str, list[str]]:
+    """-> (value of --config, all other arguments). UserError: --config is missing."""
     spec, rest = "", []
     it = iter(args)
     for arg in it:
@@ -120,10 +127,6 @@ def take_config(args: Sequence[str]) -> tuple[str, list[str]]:
     if not spec:
         raise UserError(f"--config is missing: one of {', '.join(known_configs())}, or a path")
     return spec, rest
-
-
-def _with_tuples(c: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(c)
 
 
 def _override_key(arg: str) -> str | None:
@@ -139,22 +142,22 @@ def _check_override(arg: str, mix: Mapping[str, Any]) -> None:
         raise unknown_key(key, mix)
 
 
-def _quoted(arg: str, values: Any) -> str:
-    """Paths reach ml_collections' tuple parser as the Python text it expects; commas separate."""
+def _quote_tuple(arg: str, defaults: Any) -> str:
+    """Rewrite `--config.PATHS=a,b` as the Python tuple that ml_collections expects."""
     key, (name, eq, text) = _override_key(arg), arg.partition("=")
     if key is None or not eq or text[:1] in ("(", "["):
         return arg
-    value: Any = values
+    default: Any = defaults
     for part in key.split("."):
-        value = value[part]
-    if not isinstance(value, tuple):
+        default = default[part]
+    if not isinstance(default, tuple):
         return arg
-    parts = [text] if key.endswith(".prompts") else text.split(",")
-    return f"{name}={tuple(parts)!r}"
+    items = [text] if key.endswith(".prompts") else text.split(",")
+    return f"{name}={tuple(items)!r}"
 
 
 def _flag_error(e: Exception, base: TrainConfig) -> str:
-    """One line from an absl error, with the type the field has."""
+    """An absl error as one line that states the field's type and default."""
     text = " ".join(str(e).split())
     if not text.startswith("flag --"):
         return text

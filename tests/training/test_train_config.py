@@ -1,4 +1,4 @@
-"""Configurations: the shipped ones, the command line, and what is refused."""
+"""Configurations: the shipped ones, command-line overrides, invalid values."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
 from minigpt4_jax.training import config_cli, config_values
 from minigpt4_jax.training.config import TrainConfig
 
@@ -22,7 +23,7 @@ def parse(*args, config="stage2"):
 
 
 @pytest.mark.parametrize("arg", ["", ":vicuna7b", ":vicuna13b", ":llama2"])
-def test_stage1_is_the_recipe(arg):
+def test_stage1_is_the_original_recipe(arg):
     c = parse(config="stage1" + arg)
     assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (1e-4, 8e-5, 1e-6, 5000)
     assert (c.steps, c.batch_size, c.weight_decay, c.clip) == (20_000, 256, 0.05, 0.0)
@@ -32,9 +33,7 @@ def test_stage1_is_the_recipe(arg):
 
 
 @pytest.mark.parametrize("arg", ["", ":vicuna7b", ":vicuna13b", ":llama2"])
-def test_stage2_is_the_recipe(arg):
-    from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
-
+def test_stage2_is_the_original_recipe(arg):
     c = parse(config="stage2" + arg)
     assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (3e-5, 1e-5, 1e-6, 200)
     assert (c.steps, c.batch_size, c.weight_decay) == (1000, 12, 0.05)
@@ -44,12 +43,12 @@ def test_stage2_is_the_recipe(arg):
     assert c.llm_width == (5120 if arg == ":vicuna13b" else 0)
 
 
-def test_finetune_keeps_what_the_model_was_trained_with():
+def test_finetune_keeps_the_text_format_of_the_model():
     c = parse(config="finetune")
     assert (c.end_symbol, c.max_text_length, c.prompt_template, c.variant) == ("", 0, "", "")
 
 
-def test_adapters_and_packing_from_the_command_line():
+def test_lora_and_packing_on_the_command_line():
     line = ["--config.lora.rank=8", "--config.lora.targets=q,down", "--config.data.pack_tokens=512"]
     c = parse(*line, config="finetune")
     assert (c.lora.rank, c.lora.targets, c.data.pack_tokens) == (8, ("q", "down"), 512)
@@ -66,7 +65,7 @@ def test_every_shipped_config_names_only_fields_that_exist():
 # --- the command line --------------------------------------------------------------------------
 
 
-def test_overrides_are_typed_as_the_field():
+def test_overrides_have_the_type_of_the_field():
     c = parse(
         "--config.steps=7", "--config.init_lr=1", "--config.remat", "--noconfig.freeze_vit",
         "--config.dtype=float32", "--config.data.workers", "3",
@@ -75,14 +74,14 @@ def test_overrides_are_typed_as_the_field():
     assert isinstance(c.init_lr, float) and c.data.workers == 3
 
 
-def test_several_paths_by_commas_or_by_repetition():
+def test_several_paths_with_commas_or_repeated_flags():
     assert parse().data.path == ("d.jsonl",)
     assert parse("--config.data.path=/a b/c.json").data.path == ("d.jsonl", "/a b/c.json")
     assert parse("--config.data.val_path=x y,z").data.val_path == ("x y", "z")
     assert parse("--config.data.prompts=one, two").data.prompts == ("one, two",)
 
 
-def test_a_path_to_a_config_of_ones_own(tmp_path):
+def test_path_of_a_user_config(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
         "from ml_collections import ConfigDict\n"
@@ -91,18 +90,18 @@ def test_a_path_to_a_config_of_ones_own(tmp_path):
     )
     c = parse(config=f"{mine}:!")
     assert (c.steps, c.end_symbol) == (3, "!")
-    assert c.batch_size == TrainConfig().batch_size  # what it does not name has the default
+    assert c.batch_size == TrainConfig().batch_size  # fields it does not set have their default
     assert parse("--config.keep=2", config=str(mine)).keep == 2
 
 
-def test_shipped_configs_are_not_taken_from_the_current_directory(tmp_path, monkeypatch):
+def test_shipped_configs_are_not_read_from_the_current_directory(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "stage2.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     assert parse().steps == 1000
 
 
-def bad(tmp_path):
+def invalid_config_files(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return {'steps': 1 / 0}\n")
     other = tmp_path / "other.py"
@@ -120,6 +119,7 @@ def bad(tmp_path):
         (["--config.init_lr=high"], "config.init_lr is 'high': expected float"),
         (["--config.init_lr=nan"], "config.init_lr is nan"),
         (["--config.min_lr=inf"], "config.min_lr is inf"),
+        (["--config.seed=-1"], "config.seed is -1: expected 0 or more"),
         (["--config.remat=maybe"], "config.remat is 'maybe': expected bool"),
         (["--config.batchsize=4"], "did you mean config.batch_size"),
         (["--config.path=x"], "did you mean config.data.path"),
@@ -140,7 +140,7 @@ def bad(tmp_path):
         (["--config.steps"], "config.steps"),
     ],
 )  # fmt: skip
-def test_refused(args, message):
+def test_invalid_override(args, message):
     with pytest.raises(UserError) as e:
         parse(*args)
     assert message in str(e.value)
@@ -153,13 +153,16 @@ def test_refused(args, message):
         ("stage3", "did you mean stage2? known are finetune"),
         ("zzz", "known are finetune"),
         ("none/such.py", "there is no such file"),
-        ("stage2:vicuna", "known are vicuna7b, vicuna13b, llama2"),
+        (
+            "stage2:vicuna",
+            "unknown argument 'vicuna'; expected vicuna7b, vicuna13b, llama2",
+        ),
         ("{broken}", "line 2: ZeroDivisionError"),
         ("{other}", "did you mean config.steps"),
     ],
 )
-def test_refused_config(config, message, tmp_path):
-    broken, other = bad(tmp_path)
+def test_invalid_config_file(config, message, tmp_path):
+    broken, other = invalid_config_files(tmp_path)
     with pytest.raises(UserError) as e:
         parse(config=config.format(broken=broken, other=other))
     assert message in str(e.value)
@@ -185,10 +188,10 @@ NUMBERS = st.floats(1e-8, 1.0)
     steps=st.integers(1, 10**9), rate=NUMBERS, remat=st.booleans(),
     paths=st.lists(st.text("abc /._-'\"(", min_size=1).filter(str.strip), min_size=1, max_size=3),
 )  # fmt: skip
-def test_what_is_given_is_what_comes_out(steps, rate, remat, paths):
+def test_override_values_survive_parsing(steps, rate, remat, paths):
     expected = ("d.jsonl", *paths)
     args = [f"--config.steps={steps}", f"--config.init_lr={rate!r}", f"--config.remat={remat}"]
-    # a text that opens with a bracket is read as Python, like ml_collections does
+    # a value that starts with a bracket is parsed as Python, as ml_collections does
     args += [f"--config.data.path={p if p[0] != '(' else repr((p,))}" for p in paths]
     c = parse(*args)
     assert (c.steps, c.init_lr, c.remat, c.data.path) == (steps, rate, remat, expected)
@@ -201,7 +204,7 @@ def test_to_dict_and_back(steps, prompts):
     assert config_values.from_mapping(config_values.to_dict(c)) == c
 
 
-def test_differences_leave_out_what_does_not_change_the_result():
+def test_differences_ignore_fields_that_do_not_change_the_result():
     c = TrainConfig(model="m", data=DataConfig(path=("d",)))
     other = dataclasses.replace(
         c, log_every=3, save_every=7, keep=9, data=dataclasses.replace(c.data, workers=4)
@@ -217,7 +220,7 @@ def test_differences_leave_out_what_does_not_change_the_result():
 
 
 def mixed(tmp_path, *args, **data):
-    """A config file with two datasets, and its mixture's settings, parsed."""
+    """Parse a config file with two datasets and the given values of config.data."""
     mine = tmp_path / "mixed.py"
     values = {
         "a": {"reader": "files", "path": "a.jsonl", "ratio": 3, "batch_size": 4},
@@ -231,7 +234,7 @@ def mixed(tmp_path, *args, **data):
     return config_cli.parse([f"--config={mine}", "--workdir=w", "--config.model=m", *args])[0]
 
 
-def test_a_mixture_from_a_file_and_the_command_line(tmp_path):
+def test_mixture_from_a_file_and_the_command_line(tmp_path):
     c = mixed(tmp_path, "--config.data.mix.coco_vqa.ratio=2", "--config.data.mix.a.path=x,y",
               "--config.data.root=/data", "--config.data.mix_by=step")  # fmt: skip
     a, b = c.data.mix["a"], c.data.mix["coco_vqa"]
@@ -262,10 +265,13 @@ def test_a_mixture_from_a_file_and_the_command_line(tmp_path):
         (["--config.data.mix.a.ratio=0", "--config.data.mix.coco_vqa.ratio=0"], "above 0"),
     ],
 )  # fmt: skip
-def test_a_mixture_is_refused(args, message, tmp_path):
+def test_invalid_mixture(args, message, tmp_path):
     with pytest.raises(UserError) as e:
         mixed(tmp_path, *args)
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_unknown_key_of_a_dataset():
     with pytest.raises(UserError, match=r"data\.mix\.a\.img is not a configuration key; did"):
         config_values.from_mapping({"model": "m", "data": {"mix": {"a": {"img": "x"}}}})

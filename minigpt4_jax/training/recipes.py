@@ -1,0 +1,146 @@
+"""What the shipped configurations share; the files in `configs/` say what each of them adds.
+
+Every recipe starts from the defaults of `training.config.TrainConfig`. It lives in the package because
+`configs` may also be the name of a user's own folder.
+
+Layout of the folder `config.data.root` for MiniGPT-v2: each `Published.path` and `Published.images` below
+it. If a dataset lies elsewhere, set its path, for example `--config.data.mix.gqa.path=DIR`; to leave one
+out, set its ratio to 0: `--config.data.mix.gqa.ratio=0`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
+
+ALIGNMENT_PROMPTS = STAGE2_PROMPTS  # "Describe this image in detail." and three more
+LANGUAGE_MODELS = ("vicuna7b", "vicuna13b", "llama2")  # of MiniGPT-4
+
+
+def check_argument(arg: str, known: Sequence[str] = ()) -> None:
+    """ValueError if ARG of `--config=NAME:ARG` is none of the known ones; "" is always known."""
+    if arg and arg not in known:
+        raise ValueError(
+            f"unknown argument {arg!r}; expected {', '.join(known) if known else 'no argument'}"
+        )
+
+
+def minigpt4(language_model: str) -> ConfigDict:
+    """Both stages of MiniGPT-4: only the projection is trained.
+
+    language_model: one of LANGUAGE_MODELS, "" for vicuna7b. ValueError for any other.
+    """
+    check_argument(language_model, LANGUAGE_MODELS)
+    c = ConfigDict()
+    c.model = ""  # model directory
+    c.variant = "minigpt4-llama2" if language_model == "llama2" else "minigpt4-vicuna"
+    c.llm_width = 5120 if language_model == "vicuna13b" else 0  # 0: any
+    c.data = ConfigDict()
+    return c
+
+
+class Published(NamedTuple):
+    """A dataset as the released training of MiniGPT-v2 (minigptv2_finetune.yaml) mixes it."""
+
+    name: str  # also the name of its reader
+    ratio: int  # share of the batches, relative to the other ratios
+    batch_size: int  # of a batch of this dataset
+    path: str  # annotations, below config.data.root
+    images: str = ""  # image folder below config.data.root, unless published with the annotations
+
+
+_COCO = "coco/images"  # train2014
+
+# Web captions, with the ratios of stage 1 of MiniGPT-4.
+WEB = (
+    Published("laion", 115, 64, "laion/laion_dataset/{00000..10488}.tar"),
+    Published("cc_sbu", 14, 64, "cc_sbu/cc_sbu_dataset/{00000..01255}.tar"),
+)
+# Fine-grained datasets: captions, referring expressions, questions.
+TASKS = (
+    Published("coco_caption", 10, 6, "coco_captions/annotations", _COCO),
+    Published("textcaps_caption", 30, 6, "textcaps"),
+    Published("refcoco", 25, 6, "refcoco_annotations", _COCO),
+    Published("refcocop", 25, 6, "refcoco_annotations", _COCO),
+    Published("refcocog", 25, 6, "refcoco_annotations", _COCO),
+    Published("invrefcoco", 10, 6, "refcoco_annotations", _COCO),
+    Published("invrefcocop", 10, 6, "refcoco_annotations", _COCO),
+    Published("invrefcocog", 10, 6, "refcoco_annotations", _COCO),
+    Published("refvg", 40, 6, "visual_genome"),
+    Published("coco_vqa", 15, 6, "vqav2", _COCO),
+    Published("ok_vqa", 8, 6, "okvqa", _COCO),
+    Published("aok_vqa", 12, 6, "aokvqa", _COCO),
+    Published("gqa", 50, 6, "gqa"),
+    Published("ocrvqa", 30, 6, "ocrvqa"),
+)
+# Conversations, instructions and grounded descriptions.
+INSTRUCTIONS = (
+    Published("multitask_conversation", 50, 2, "multitask_conversation", _COCO),
+    Published("llava_conversation", 30, 2, "llava", _COCO),
+    Published("unnatural_instruction", 10, 1, "unnatural_instructions"),
+    Published("llava_detail", 20, 4, "llava", _COCO),
+    Published("llava_reason", 80, 4, "llava", _COCO),
+    Published("flickr_grounded_caption", 80, 2, "filtered_flickr"),
+    Published("flickr_CaptionToPhrase", 80, 2, "filtered_flickr"),
+    Published("flickr_ObjectToPhrase", 80, 2, "filtered_flickr"),
+)
+
+
+def minigpt_v2(
+    arg: str, datasets: Sequence[Published], *, own_batch_sizes: bool = False
+) -> ConfigDict:
+    """All stages of MiniGPT-v2: the projection and LoRA on q and v are trained, at 448 pixels.
+
+    arg: what `--config=NAME:ARG` gave; ValueError unless empty. datasets: mixed by their ratios.
+    own_batch_sizes: each dataset uses its published batch size instead of `batch_size`.
+    """
+    check_argument(arg)
+    c = ConfigDict()
+    c.model = ""  # model directory
+    c.variant = "minigpt-v2"
+
+    c.data = ConfigDict()
+    c.data.root = ""
+    c.data.mix_by = "step"  # every batch comes from one dataset
+    c.data.mix = ConfigDict()
+    for d in datasets:
+        c.data.mix[d.name] = {"ratio": float(d.ratio), "path": d.path, "images": d.images}
+        if own_batch_sizes:
+            c.data.mix[d.name].batch_size = d.batch_size
+    c.data.workers = 8
+
+    c.end_symbol = "</s>"
+    c.max_text_length = 1024
+    c.remat = True
+
+    c.warmup_steps = 1000
+    c.steps_per_epoch = 1000
+
+    c.log_every = 50
+    c.eval_every = 0
+    c.sample_every = 0
+    c.save_every = 1000
+    return c
+
+
+def demo() -> ConfigDict:
+    """The demonstrations: a small model trained on generated images, on a CPU, in minutes."""
+    c = ConfigDict()
+    c.model = ""  # model directory
+    c.data = ConfigDict()
+    c.data.shuffle = False  # curriculum: images with few objects come first
+    c.dtype = "float32"  # the fastest on a CPU without bfloat16 units
+    c.batch_size = 4  # many small steps: there is only time for a few thousand rows
+
+    c.warmup_lr = 1e-5
+    c.weight_decay = 0.0
+    c.beta2 = 0.98
+    c.clip = 1.0
+
+    c.log_every = 20
+    c.eval_every = 0
+    c.sample_every = 0
+    c.keep = 1
+    return c
