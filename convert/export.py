@@ -4,10 +4,7 @@ The file is what torch.save writes for {"model": {key: tensor}}: a zip of a pick
 opcode by opcode, and the numbers. torch.load reads it, also with weights_only=True.
 """
 
-import errno
-import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +19,7 @@ from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_c
 from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.atomic import atomic_file, write_error
 from minigpt4_jax.storage.paths import any_path, local_path
 
 Load = Callable[[], np.ndarray]
@@ -77,22 +75,12 @@ _ALIGNMENT = 64
 
 
 def write_torch(out: Path, tensors: Mapping[str, Load]) -> None:
-    """{"model": {key: tensor}} to a .pth, whole or not at all; one tensor in memory at a time."""
-    tmp = None
+    """Write {"model": {key: tensor}} to a .pth atomically, with one tensor in memory at a time."""
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=out.absolute().parent, prefix=f".{out.name}.", delete=False
-        ) as f:
-            tmp = Path(f.name)
-            _write_zip(f, out.stem, tensors)
-        tmp.chmod(0o644)
-        os.replace(tmp, out)
+        with atomic_file(out) as temporary, temporary.open("wb") as file:
+            _write_zip(file, out.stem, tensors)
     except OSError as e:
-        cause = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        raise UserError(f"cannot write {out}: {cause}; nothing was written") from e
-    finally:
-        if tmp is not None:
-            tmp.unlink(missing_ok=True)
+        raise write_error(out, e, "nothing was written") from e
 
 
 def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:

@@ -19,6 +19,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minigpt4_jax.checkpoint.adapters import WithNewLora
@@ -43,8 +44,8 @@ from minigpt4_jax.quantization.schemes import (
     is_turned,
     stored_shape,
 )
-from minigpt4_jax.storage.atomic import NewFolder, new_folder
-from minigpt4_jax.storage.paths import any_path, reaching, relative
+from minigpt4_jax.storage.atomic import AtomicDirectory, atomic_directory, write_error
+from minigpt4_jax.storage.paths import any_path, is_remote, reaching, relative
 
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
 STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
@@ -123,29 +124,38 @@ def write_model(
     a base) a parameter is missing or has a wrong shape; all such are named in one message.
     """
     out = any_path("model directory", out)
-    with new_folder(out, "model.json") as new, reaching(out):
-        tmp = new.here
-        if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(
-                f"{out} exists and is not empty: choose another --out or remove it first"
-            )
-        written = _write_shards(new, tensors)
-        _check_shapes(written, parameter_shapes(config), out, partial=base is not None)
-        for name, content in (tokenizer or {}).items():
-            (tmp / "tokenizer").mkdir(exist_ok=True)
-            if isinstance(content, bytes):
-                (tmp / "tokenizer" / name).write_bytes(content)
-            else:
-                shutil.copyfile(content, tmp / "tokenizer" / name)
-        document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
-        if base is not None:
-            document["base"] = relative(base, out)
-        (tmp / "model.json").write_text(json.dumps(document, indent=1) + "\n")
+    document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
+    if base is not None:
+        document["base"] = relative(base, out)
+    try:
+        with atomic_directory(out, "model.json") as directory, reaching(out):
+            if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise UserError(
+                    f"{out} exists and is not empty: choose another --out or remove it first"
+                )
+            written = _write_shards(directory, tensors)
+            _check_shapes(written, parameter_shapes(config), out, partial=base is not None)
+            _write_tokenizer(directory.path / "tokenizer", tokenizer or {})
+            (directory.path / "model.json").write_text(json.dumps(document, indent=1) + "\n")
+    except (OSError, SafetensorError) as e:
+        remote = is_remote(out)
+        note = "it is no model without model.json" if remote else "nothing was written"
+        raise write_error(out, e, note) from e
     return out
 
 
+def _write_tokenizer(directory: Path, files: Mapping[str, Path | bytes]) -> None:
+    if files:
+        directory.mkdir()
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, directory / name)
+
+
 def _write_shards(
-    new: NewFolder, tensors: Iterable[tuple[str, np.ndarray]]
+    directory: AtomicDirectory, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> dict[str, tuple[int, ...]]:
     """Write tensors as they come, a file whenever a part has gathered SHARD_BYTES."""
     waiting: dict[str, dict[str, np.ndarray]] = {}
@@ -154,10 +164,10 @@ def _write_shards(
 
     def flush(part: str) -> None:
         counts[part] = counts.get(part, 0) + 1
-        path = new.here / f"{part}-{counts[part]:05d}.safetensors"
+        path = directory.path / f"{part}-{counts[part]:05d}.safetensors"
         save_file(waiting.pop(part), path)
         path.chmod(0o644)  # safetensors leaves files for the owner alone
-        new.done(path)
+        directory.finish_file(path)
 
     for name, array in tensors:
         part = part_of(name)

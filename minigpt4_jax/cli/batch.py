@@ -25,6 +25,7 @@ from minigpt4_jax.cli import common
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates as texts
 from minigpt4_jax.processing.images import load_pixels
+from minigpt4_jax.storage.atomic import write_text_atomically
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.generation_config import GenerationConfig
@@ -218,10 +219,8 @@ class Output:
 
     def __enter__(self) -> "Output":
         """Begin to write. UserError: that cannot be."""
-        temporary = self._settings_file.with_name(f".{self._settings_file.name}.{os.getpid()}")
         try:  # the settings first, and whole: without them answers could not be gone on with
-            temporary.write_text(json.dumps(self._settings, indent=1) + "\n")
-            temporary.replace(self._settings_file)
+            write_text_atomically(self._settings_file, json.dumps(self._settings, indent=1) + "\n")
             self._file = self._path.open("ab")
             self._file.truncate(self._bytes)
         except OSError as e:

@@ -22,6 +22,7 @@ from minigpt4_jax import errors
 from minigpt4_jax.cli import common
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tasks import BARE_TASKS, TASKS
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
@@ -166,15 +167,10 @@ class Session:
         if path.exists() and path.resolve() not in self._saved:
             raise UserError(f"{path} is there already; choose another name")
         document = json.dumps(self.talk.transcript(), indent=1, ensure_ascii=False) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(
-                document, encoding="utf-8", errors="backslashreplace"
-            )  # file names
-            temporary.replace(path)
+        try:  # file names may hold bytes that are no UTF-8
+            write_text_atomically(path, document, errors="backslashreplace")
         except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {e.strerror}") from None
+            raise write_error(path, e) from None
         self._saved.add(path.resolve())
         note(f"wrote {path}")
 

@@ -15,10 +15,9 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.processing.images import FilePart
+from minigpt4_jax.storage.atomic import atomic_file
 
 BROKEN, MISSING = "shards that are damaged", "shards that are missing"
 _VERSION = 1
@@ -246,7 +246,9 @@ def _index(path: Path) -> Shard:
             zipped = file.read(2) == b"\x1f\x8b"
         if zipped:
             tar = _side_file(path, ".plain")
-            damage = _write_whole(tar, lambda out: _unpack(path, out))
+            tar.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(tar) as temporary, temporary.open("wb") as out:
+                damage = _unpack(path, out)
         rows, dropped, torn = _scan(tar)
         head = {
             "version": _VERSION, "shard": stamp, "tar": str(tar) if zipped else "",
@@ -254,28 +256,16 @@ def _index(path: Path) -> Shard:
             "dropped": dropped,
         }  # fmt: skip
         content = json.dumps(head).encode() + b"\n" + rows.tobytes()
-        _write_whole(_side_file(path, ".index"), lambda out: out.write(content))
+        index = _side_file(path, ".index")
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(index) as temporary:
+            temporary.write_bytes(content)
     except OSError as e:
         raise UserError(f"data {path}: cannot be indexed ({e.strerror or e})") from None
     found = _read_index(path)
     if found is None:
         raise UserError(f"data {path}: changed while it was looked through; start again")
     return found
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> Any:
-    """Write a file that appears when it is complete; returns what `write` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            result = write(out)
-        os.chmod(new, 0o644)
-        os.replace(new, path)
-    except BaseException:
-        os.unlink(new)
-        raise
-    return result
 
 
 def _unpack(path: Path, out: IO[bytes]) -> str:

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from minigpt4_jax.shapes.text import (
     references,
     short,
 )
+from minigpt4_jax.storage.atomic import atomic_directory, write_error
 
 _CHUNK = 50  # images a task
 
@@ -88,17 +88,13 @@ def write_dataset(
     _check(request, workers)
     if _is_there(out, request):
         return out
-    part = out.parent / f".{out.name}.part-{os.getpid()}"
+    settings = json.dumps(dataclasses.asdict(request), indent=1) + "\n"
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        part.mkdir(parents=True)
-        _write_splits(part, request, workers, progress)
-        (part / "dataset.json").write_text(json.dumps(dataclasses.asdict(request), indent=1) + "\n")
-        os.replace(part, out)
+        with atomic_directory(out, "dataset.json") as directory:
+            _write_splits(directory.path, request, workers, progress)
+            (directory.path / "dataset.json").write_text(settings)
     except OSError as e:
-        raise errors.UserError(f"cannot write the dataset to {out}: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise write_error(out, e, "nothing was written") from e
     return out
 
 

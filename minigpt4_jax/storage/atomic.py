@@ -1,88 +1,125 @@
-"""A folder that appears whole or not at all, on disk or in a bucket."""
+"""Files and directories that appear complete or not at all, on disk or in a bucket.
+
+Everything is written under a temporary name and renamed at the end. The functions raise plain
+OSErrors; `write_error` makes the one line for users of them.
+"""
 
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.paths import is_remote, reaching, send
 
 
-class NewFolder:
-    """Files are written into `here` and, each when it is done, told of by `done`."""
+def write_error(path: Path | str, error: Exception, note: str = "") -> UserError:
+    """The UserError for a failed write: "cannot write PATH: CAUSE; NOTE"."""
+    cause = str(error)
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cause = "the disk is full" if full else error.strerror or cause
+    return UserError(f"cannot write {path}: {cause}" + (f"; {note}" if note else ""))
 
-    def __init__(self, here: Path, out: Path, last: str):
-        self.here, self._out, self._last = here, out, last
-        self._sent: set[str] = set()
 
-    def done(self, file: Path) -> None:
-        """A file is whole: to a bucket it goes at once, so that a disk need not hold all of them."""
-        if is_remote(self._out):
-            with reaching(self._out):
-                if not self._sent:
-                    (self._out / self._last).unlink(missing_ok=True)
-                name = file.relative_to(self.here).as_posix()
-                send(file, self._out / name)
-            self._sent.add(name)
-            file.unlink()
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path, with the suffix of `path`, and moves it to `path` when the body ends.
 
-    def appear(self) -> None:
-        if is_remote(self._out):
-            self._appear_in_bucket()
-        elif self._out.exists():
-            old = self._out.with_name(f".{self._out.name}.old-{os.getpid()}")
-            self._out.rename(old)
-            self.here.rename(self._out)
+    An existing file is replaced. After an error nothing is left and `path` is unchanged. The
+    directory of `path` must exist.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="minigpt4_jax-") as directory:
+            temporary = Path(directory) / path.name
+            yield temporary
+            send(temporary, path)
+        return
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a small UTF-8 file that is never seen half-written. errors: as for `str.encode`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+class AtomicDirectory:
+    """A directory under construction: write files into `path`, call `finish_file` after each."""
+
+    def __init__(self, path: Path, target: Path, last_file: str):
+        self.path, self._target, self._last_file = path, target, last_file
+        self._uploaded: set[str] = set()
+
+    def finish_file(self, file: Path) -> None:
+        """Upload a complete file at once where the target is in a bucket, and delete it here, so that
+        the local disk need not hold the whole directory. Optional: the rest is uploaded at the end."""
+        if not is_remote(self._target):
+            return
+        with reaching(self._target):
+            if not self._uploaded:
+                (self._target / self._last_file).unlink(missing_ok=True)
+            name = file.relative_to(self.path).as_posix()
+            send(file, self._target / name)
+        self._uploaded.add(name)
+        file.unlink()
+
+    def publish(self) -> None:
+        """Replace the target by what was written."""
+        if is_remote(self._target):
+            self._publish_to_bucket()
+        elif self._target.exists():
+            old = self._target.with_name(f".{self._target.name}.old-{os.getpid()}")
+            self._target.rename(old)
+            self.path.rename(self._target)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            self.here.rename(self._out)
+            self.path.rename(self._target)
 
-    def _appear_in_bucket(self) -> None:
-        """Objects appear one by one, and `last` makes a folder of them."""
-        rest = sorted(f for f in self.here.rglob("*") if f.is_file())
-        for file in sorted(rest, key=lambda f: f.name == self._last):
-            if file.name == self._last:
-                self._remove_others()
-            self.done(file)
+    def _publish_to_bucket(self) -> None:
+        """A bucket has no rename: objects appear one by one, `last_file` after all others."""
+        files = sorted(f for f in self.path.rglob("*") if f.is_file())
+        for file in sorted(files, key=lambda f: f.name == self._last_file):
+            if file.name == self._last_file:
+                self._remove_stale_objects()
+            self.finish_file(file)
 
-    def _remove_others(self) -> None:
-        """What another folder left here."""
-        with reaching(self._out):
-            for path in self._out.glob("*"):
-                if path.name not in {name.partition("/")[0] for name in self._sent}:
+    def _remove_stale_objects(self) -> None:
+        """Delete what an earlier directory left at the target."""
+        uploaded = {name.partition("/")[0] for name in self._uploaded}
+        with reaching(self._target):
+            for path in self._target.glob("*"):
+                if path.name not in uploaded:
                     path.rmtree() if path.is_dir() else path.unlink()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, last: str) -> Iterator[NewFolder]:
-    """A folder that appears at `out` when the body ends, in place of what is there.
+def atomic_directory(target: Path, last_file: str) -> Iterator[AtomicDirectory]:
+    """A directory that replaces `target` when the body ends; parents are created.
 
-    last: the file without which it is none of its kind: a bucket cannot make many objects appear at
-    once. UserError when `out` cannot be written.
+    last_file: the file that marks the directory as complete. In a bucket it is deleted first and
+    uploaded last. On disk, after an error, nothing is left and `target` is unchanged.
     """
-    here = None
+    temporary = None
     try:
-        if is_remote(out):
-            here = Path(tempfile.mkdtemp(prefix="minigpt4_jax-"))
+        if is_remote(target):
+            temporary = Path(tempfile.mkdtemp(prefix="minigpt4_jax-"))
         else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            here = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        here.chmod(0o755)
-        made = NewFolder(here, out, last)
-        yield made
-        made.appear()
-    except OSError as e:
-        cause = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        left = f"without {last} it is no model" if is_remote(out) else "nothing was written"
-        raise UserError(f"cannot write {out}: {cause}; {left}") from e
-    except SafetensorError as e:
-        raise UserError(f"cannot write {out}: {e}; nothing was written") from e
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.chmod(0o755)
+        directory = AtomicDirectory(temporary, target, last_file)
+        yield directory
+        directory.publish()
     finally:
-        if here is not None:
-            shutil.rmtree(here, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -132,19 +132,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A small file, which is never seen half-written."""
-    if is_remote(path):
-        _store().pipe_file(str(path), text.encode())
-        return
-    new = path.with_suffix(".tmp")
-    try:
-        new.write_text(text)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def size_of(path: Path) -> int:
     """Bytes of a file."""
     found: Any = path.stat()

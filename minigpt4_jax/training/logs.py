@@ -1,7 +1,6 @@
 """What a run shows of itself: lines, metrics.jsonl, samples.jsonl, TensorBoard, a progress bar."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.storage.paths import Spool
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
@@ -140,7 +139,7 @@ class RunLog:
         try:
             write()
         except OSError as e:
-            raise cannot_write(self._workdir, e) from e
+            raise write_error(self._workdir, e) from e
 
 
 class NoLog(RunLog):
@@ -159,13 +158,6 @@ class NoLog(RunLog):
         pass
 
 
-def cannot_write(path: Path, e: OSError) -> UserError:
-    """One line for a failed write into the working directory."""
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    cause = "the disk is full" if full else e.strerror or str(e)
-    return UserError(f"cannot write into {path}: {cause}")
-
-
 def _truncate(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     """Keep these of the whole records; a torn last line of a killed run goes too."""
     if not path.exists():
@@ -177,9 +169,7 @@ def _truncate(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    new = path.with_suffix(".tmp")
-    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    new.replace(path)
+    write_text_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

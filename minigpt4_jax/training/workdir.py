@@ -14,11 +14,11 @@ from minigpt4_jax.checkpoint.model_directory import looking
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import gathered, several
-from minigpt4_jax.storage.paths import make_folder, reaching, read_bytes, size_of, write_whole
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
+from minigpt4_jax.storage.paths import make_folder, reaching, read_bytes, size_of
 from minigpt4_jax.training.checkpoints import saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import differences, to_dict
-from minigpt4_jax.training.logs import cannot_write
 from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
@@ -40,9 +40,9 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
                 _check_same(workdir, json.loads(path.read_text()), now)
             elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
                 raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
-            write_whole(path, json.dumps(now, indent=1) + "\n")
+            write_text_atomically(path, json.dumps(now, indent=1) + "\n")
     except OSError as e:
-        raise cannot_write(workdir, e) from e
+        raise write_error(workdir, e) from e
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
 

@@ -1,6 +1,5 @@
 """Boxes of an answer drawn into its image, as the original's demo shows them (demo_v2.py)."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.boxes import Box, parse_boxes, spans
 from minigpt4_jax.processing.images import ImageSource, open_image
+from minigpt4_jax.storage.atomic import atomic_file, write_error
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
@@ -176,16 +176,13 @@ def check_file(path: Path) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all. UserError: as `check_file`, or a disk that is full."""
+    """Write a picture atomically. UserError: as `check_file`, or the file cannot be written."""
     check_file(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        picture.save(temporary)
-        temporary.replace(path)
-    except (OSError, ValueError) as e:  # ValueError: Pillow only reads this kind
-        raise UserError(f"cannot write {path}: {e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            picture.save(temporary)
+    except (OSError, ValueError) as e:  # ValueError: Pillow can only read this format
+        raise write_error(path, e) from None
 
 
 def _short(text: str) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.atomic import atomic_file, write_error
 
 _RIGHT, _WRONG, _NEUTRAL = (22, 140, 70), (205, 42, 42), (150, 150, 150)
 _INK, _FAINT, _PAPER, _CARD = (28, 28, 32), (105, 105, 112), (240, 241, 244), (255, 255, 255)
@@ -67,7 +68,7 @@ def contact_sheet(
             sheet.paste(_CARD, (*at, at[0] + card.width, at[1] + height))
             sheet.paste(card, at)
         top += height + gap
-    return _save(sheet, path)
+    return _save(path, lambda out: sheet.save(out, format="PNG"))
 
 
 def _card(
@@ -147,20 +148,15 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
     return lines
 
 
-def _cannot_write(out: Path, e: OSError) -> UserError:
-    """The error of a file that was not finished; what there is of it goes."""
-    if out.is_file():
-        out.unlink(missing_ok=True)
-    return UserError(f"cannot write {out}: {e.strerror or e}")
-
-
-def _save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+def _save(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+    """Write a file atomically, creating its directory. UserError: it cannot be written."""
     out = Path(path)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        image.save(out, format="PNG")
+        with atomic_file(out) as temporary:
+            write(temporary)
     except OSError as e:
-        raise _cannot_write(out, e) from e
+        raise write_error(out, e) from e
     return out
 
 
@@ -209,13 +205,7 @@ def loss_plot(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    out = Path(path)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="png")
-    except OSError as e:
-        raise _cannot_write(out, e) from e
-    return out
+    return _save(path, lambda out: figure.savefig(out, format="png"))
 
 
 def _curves(records: Records) -> tuple[np.ndarray, np.ndarray]:

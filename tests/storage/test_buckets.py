@@ -201,7 +201,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
 
     with pytest.raises(errors.UserError) as e:
         train(c, run, on_metrics=at_step(3, stop))
-    assert "cannot write into gs://bucket/runs/b: " in str(e.value) and "\n" not in str(e.value)
+    assert "cannot write gs://bucket/runs/b: " in str(e.value) and "\n" not in str(e.value)
     assert "the last good checkpoint, of step 2, is kept in gs://bucket/runs/b/checkpoints" in str(
         e.value
     )
@@ -296,7 +296,7 @@ def test_converted_to_a_bucket_and_from_it(bucket, tmp_path, capsys, monkeypatch
 
 def test_what_a_bucket_cannot_be(home, bucket):
     c = config(home, str(home / "model"))
-    with pytest.raises(errors.UserError, match="cannot write into gs://nowhere/run: "):
+    with pytest.raises(errors.UserError, match="cannot write gs://nowhere/run: "):
         train(c, "gs://nowhere/run")
     with pytest.raises(errors.UserError, match="is not a model directory"):
         model_directory.read_config("gs://bucket/models/none")
