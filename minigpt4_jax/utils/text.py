@@ -1,4 +1,7 @@
-"""Shortening text for messages."""
+"""Text of messages: one line, shortened, spelling hints."""
+
+import difflib
+from collections.abc import Iterable
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -9,3 +12,10 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def shorten(text: str, limit: int = 80) -> str:
     """text, cut to `limit` characters with "..." at its end if it is longer."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def spelling_hint(name: str, known: Iterable[str]) -> str:
+    """What to say about an unknown name: "did you mean NEAREST?", or "known are A, B, ..."."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
