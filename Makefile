@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
 TPU_VENV ?= .venv-tpu
 
-.PHONY: quickstart tiny_v2 test smoke tpu-check lint clean
+.PHONY: quickstart tiny_v2 test smoke tpu-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
@@ -44,6 +44,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the documentation is in build/site/index.html"
+
 clean:
 	rm -rf $(VENV) $(TPU_VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,6 +70,11 @@ $(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.created
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	@echo "installing MkDocs ..."
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.libtpu: $(VENV)/.package
