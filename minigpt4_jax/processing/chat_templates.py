@@ -28,6 +28,8 @@ STAGE2_PROMPTS = (
 # config.chat_template of a model that uses its tokenizer's own template
 TOKENIZER_TEMPLATE = "tokenizer"
 
+_MARK = re.compile("\ue000[0-9]+\ue001")
+
 Turn = tuple[str, str | None]  # (question, answer); an answer of None is to be generated
 
 
@@ -140,7 +142,7 @@ class TokenizerChatTemplate:
 
         The tokenizer's EOS token where the template writes nothing. UserError: as `render`.
         """
-        *_, rest = split_template(self._tokenizer, [("?", "!")])
+        *_, rest = self.pieces([("?", "!")])
         special = [
             rest.find(token) + len(token)
             for token in self._tokenizer.special_tokens
@@ -164,6 +166,25 @@ class TokenizerChatTemplate:
             messages_of(turns, system), add_generation_prompt=turns[-1][1] is None
         )
 
+    def pieces(self, turns: Sequence[Turn]) -> list[str]:
+        """The template's own texts around the messages of a dialogue: one more than there are messages.
+
+        UserError: the template drops, repeats or reorders messages.
+        """
+        # Messages are replaced by marks of private-use characters, at which the text is split.
+        count = sum(1 + (answer is not None) for _, answer in turns)
+        marks = [f"\ue000{n}\ue001" for n in range(count)]
+        following = iter(marks)
+        text = self.render(
+            [(next(following), None if answer is None else next(following)) for _, answer in turns]
+        )
+        if _MARK.findall(text) != marks:
+            raise UserError(
+                "the tokenizer's chat template does not write every message once and in order; "
+                "choose another --template"
+            )
+        return _MARK.split(text)
+
     def clean(self, text: str) -> str:
         """Special tokens are not decoded, so only surrounding white space is removed."""
         return text.strip()
@@ -177,29 +198,6 @@ def messages_of(turns: Sequence[Turn], system: str | None = None) -> list[dict[s
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
     return messages
-
-
-def split_template(
-    tokenizer: HfTokenizer, turns: Sequence[Turn], system: str | None = None
-) -> list[str]:
-    """The template's own texts around the messages of a dialogue: one more than there are messages.
-
-    The messages are replaced by marks that no template contains, and the rendered text is split at them.
-    UserError: the template drops, repeats or reorders messages.
-    """
-    marks = [
-        f"\ue000{n}\ue001" for n in range(sum(1 + (answer is not None) for _, answer in turns))
-    ]
-    following = iter(marks)
-    marked = [(next(following), None if answer is None else next(following)) for _, answer in turns]
-    text = TokenizerChatTemplate(tokenizer).render(marked, system=system)
-    pieces = re.split("\ue000[0-9]+\ue001", text)
-    if re.findall("\ue000[0-9]+\ue001", text) != marks:
-        raise UserError(
-            "the tokenizer's chat template does not write every message once and in order; "
-            "choose another --template"
-        )
-    return pieces
 
 
 _SYSTEM = (

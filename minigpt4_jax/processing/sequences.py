@@ -168,8 +168,13 @@ def _answer_spans(
     spans: list[tuple[int, int]] = []
     for n, (asked, answered) in enumerate(earlier):
         begins = template.render([*earlier[:n], (asked, None)])
-        start = len(begins) if text.startswith(begins) else None
-        spans.append(_locate(text, answered, end, start or (spans[-1][1] if spans else 0)))
+        if text.startswith(begins):
+            start = len(begins)
+        else:
+            between = template.pieces([*earlier[:n], (asked, answered)])[-2]
+            start = text.index(asked.strip(), spans[-1][1] if spans else 0) + len(asked.strip())
+            start = text.index(between, start) + len(between)
+        spans.append(_locate(text, answered, end, start))
     spans.append(_locate(text, answer, end, len(prompt)))
     return text[: spans[-1][1]], spans
 
