@@ -25,7 +25,7 @@ from minigpt4_jax.checkpoint.weights import part_of, write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization.schemes import BlockFormat, quantized, quantized_shapes, scheme_of
-from minigpt4_jax.storage.paths import any_path, is_remote
+from minigpt4_jax.storage.paths import is_remote, parse_path
 
 Shape = tuple[int, ...]
 
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 def build(request: Request) -> BuildPlan:
     """Make the model directory request.out, whole or not at all. UserError when it cannot be."""
     started = time.monotonic()
-    request = replace(request, out=any_path("--out", request.out))
+    request = replace(request, out=parse_path("--out", request.out))
     parent = _check_output(request.out)
     plan = make_plan(request)
     types = {name: _stored_type(plan, name, request.llm_dtype) for name in plan.wanted}

@@ -20,7 +20,7 @@ from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_error
-from minigpt4_jax.storage.paths import any_path, local_path
+from minigpt4_jax.storage.paths import parse_local_path, parse_path
 
 Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
@@ -31,7 +31,7 @@ def export(model_dir: Path, out: Path) -> list[str]:
 
     UserError when `model_dir` is no model or `out` cannot be written; then nothing is left behind.
     """
-    model_dir, out = any_path("model directory", model_dir), local_path("--out", out)
+    model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
     config = read_config(model_dir)

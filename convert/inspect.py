@@ -10,8 +10,8 @@ import numpy as np
 from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config, read_document
 from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.storage.gcs_safetensors import DTYPES
-from minigpt4_jax.storage.paths import any_path
+from minigpt4_jax.storage.paths import parse_path
+from minigpt4_jax.storage.safetensors_header import DTYPES
 
 _PARTS = ("vit", "qformer", "projection", "lora", "llm")
 # part -> the option of `build` whose file it came from, the first that was recorded
@@ -33,7 +33,7 @@ def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
 
 def describe(model_dir: Path) -> dict[str, Any]:
     """Variant, sizes, parameters, types and bytes of each part, tokens, template, origins."""
-    model_dir = any_path("model directory", model_dir)
+    model_dir = parse_path("model directory", model_dir)
     config = read_config(model_dir)
     chain = model_chain(model_dir)
     sources: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from convert.formats import safetensors, torch_file
 from convert.formats.files import HashedFile, sniff
 from convert.formats.tensors import Tensor
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage.paths import local_path
+from minigpt4_jax.storage.paths import parse_local_path
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Reader:
 
 def open_file(path: Path) -> Reader:
     """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or another thing."""
-    kind = sniff(local_path("file", path))
+    kind = sniff(parse_local_path("file", path))
     if kind == "gguf":
         raise UserError(f"{path} is a GGUF file, which holds a language model: give it as --llm")
     file = HashedFile(path)

@@ -15,17 +15,24 @@ from safetensors import SafetensorError, safe_open
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage.gcs_safetensors import BucketTensors
-from minigpt4_jax.storage.paths import StoreError, any_path, is_remote, joined, local_copy, reaching
+from minigpt4_jax.storage.gcs_safetensors import GcsSafetensors
+from minigpt4_jax.storage.paths import (
+    StorageError,
+    is_remote,
+    join_path,
+    local_copy,
+    parse_path,
+    wrap_storage_errors,
+)
 
 FORMAT = 1
 
 
 def read_document(model_dir: Path | str) -> dict[str, Any]:
     """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
-    path = any_path("model directory", model_dir) / "model.json"
+    path = parse_path("model directory", model_dir) / "model.json"
     try:
-        with reaching(path):
+        with wrap_storage_errors(path):
             text = path.read_text()
         document = json.loads(text)
         if document["format"] != FORMAT:
@@ -47,9 +54,9 @@ def read_document(model_dir: Path | str) -> dict[str, Any]:
 def looking(path: Path) -> Iterator[None]:
     """UserError where a bucket cannot be reached, or what is in it not seen."""
     try:
-        with reaching(path):
+        with wrap_storage_errors(path):
             yield
-    except StoreError as e:
+    except StorageError as e:
         raise UserError(f"cannot read {path}: {e}") from e
 
 
@@ -60,9 +67,9 @@ def read_config(model_dir: Path | str) -> ModelConfig:
 
 def model_chain(model_dir: Path | str) -> list[Path]:
     """The directory, then its base, and so on: a parameter is read from the first that has it."""
-    chain = [any_path("model directory", model_dir)]
+    chain = [parse_path("model directory", model_dir)]
     while base := read_document(chain[-1]).get("base"):
-        chain.append(joined(chain[-1], base))
+        chain.append(join_path(chain[-1], base))
         with looking(chain[-1]):
             there = chain[-1].is_dir()
         if not there:
@@ -97,7 +104,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, model_dir: Path | str):
         self._stored: dict[str, _Stored] = {}
-        self._in_bucket: dict[Path, BucketTensors] = {}  # by their files
+        self._in_bucket: dict[Path, GcsSafetensors] = {}  # by their files
         for folder in model_chain(model_dir):
             with looking(folder):
                 paths = sorted(folder.glob("*.safetensors"))
@@ -140,14 +147,14 @@ class Tensors(Mapping[str, np.ndarray]):
     def _opened(self, path: Path) -> Iterator[Any]:
         try:
             if is_remote(path):
-                with reaching(path):
+                with wrap_storage_errors(path):
                     if path not in self._in_bucket:
-                        self._in_bucket[path] = BucketTensors(path)
+                        self._in_bucket[path] = GcsSafetensors(path)
                     yield self._in_bucket[path]
             else:
                 with safe_open(path, framework="np") as file:
                     yield file
-        except StoreError as e:
+        except StorageError as e:
             raise UserError(f"cannot read {path}: {e}") from e
         except (SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{path} is damaged ({e}): convert the model again") from e

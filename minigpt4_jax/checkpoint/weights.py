@@ -45,7 +45,7 @@ from minigpt4_jax.quantization.schemes import (
     stored_shape,
 )
 from minigpt4_jax.storage.atomic import AtomicDirectory, atomic_directory, write_error
-from minigpt4_jax.storage.paths import any_path, is_remote, reaching, relative
+from minigpt4_jax.storage.paths import is_remote, parse_path, relative_path, wrap_storage_errors
 
 SHARD_BYTES = 1 << 30  # host memory while writing: one shard and one tensor
 STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading layer axis
@@ -123,12 +123,12 @@ def write_model(
     parts not given here. UserError: `out` is taken, the disk is full or not writable, or (without
     a base) a parameter is missing or has a wrong shape; all such are named in one message.
     """
-    out = any_path("model directory", out)
+    out = parse_path("model directory", out)
     document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
     if base is not None:
-        document["base"] = relative(base, out)
+        document["base"] = relative_path(base, out)
     try:
-        with atomic_directory(out, "model.json") as directory, reaching(out):
+        with atomic_directory(out, "model.json") as directory, wrap_storage_errors(out):
             if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(
                     f"{out} exists and is not empty: choose another --out or remove it first"

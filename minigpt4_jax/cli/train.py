@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt4_jax import errors
 from minigpt4_jax.parallel import distributed
-from minigpt4_jax.storage.paths import any_path
+from minigpt4_jax.storage.paths import parse_path
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_cli import known_configs, parse
 from minigpt4_jax.training.config_values import known_keys, to_dict
@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _kept(workdir: str) -> str:
     from minigpt4_jax.training.workdir import kept  # imports JAX
 
-    return kept(any_path("workdir", workdir))
+    return kept(parse_path("workdir", workdir))
 
 
 def _keys() -> str:

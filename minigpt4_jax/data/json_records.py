@@ -20,7 +20,7 @@ from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, IMAGE_TAG, with_images
 from minigpt4_jax.processing.images import ImageSource
-from minigpt4_jax.storage.paths import local_path
+from minigpt4_jax.storage.paths import parse_local_path
 
 STAGE2_FILE = "filter_cap.json"
 MAX_CAPTION_WORDS = 50
@@ -49,7 +49,9 @@ def read_sources(
     if not paths:
         raise UserError("data: no dataset is named; name a directory, a .json or a .jsonl file")
     return [
-        example for path in paths for example in _read(local_path("data", path), clean_captions)
+        example
+        for path in paths
+        for example in _read(parse_local_path("data", path), clean_captions)
     ]
 
 

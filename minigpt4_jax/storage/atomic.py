@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage.paths import is_remote, reaching, send
+from minigpt4_jax.storage.paths import is_remote, upload, wrap_storage_errors
 
 
 def write_error(path: Path | str, error: Exception, note: str = "") -> UserError:
@@ -37,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="minigpt4_jax-") as directory:
             temporary = Path(directory) / path.name
             yield temporary
-            send(temporary, path)
+            upload(temporary, path)
         return
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
@@ -65,11 +65,11 @@ class AtomicDirectory:
         the local disk need not hold the whole directory. Optional: the rest is uploaded at the end."""
         if not is_remote(self._target):
             return
-        with reaching(self._target):
+        with wrap_storage_errors(self._target):
             if not self._uploaded:
                 (self._target / self._last_file).unlink(missing_ok=True)
             name = file.relative_to(self.path).as_posix()
-            send(file, self._target / name)
+            upload(file, self._target / name)
         self._uploaded.add(name)
         file.unlink()
 
@@ -96,7 +96,7 @@ class AtomicDirectory:
     def _remove_stale_objects(self) -> None:
         """Delete what an earlier directory left at the target."""
         uploaded = {name.partition("/")[0] for name in self._uploaded}
-        with reaching(self._target):
+        with wrap_storage_errors(self._target):
             for path in self._target.glob("*"):
                 if path.name not in uploaded:
                     path.rmtree() if path.is_dir() else path.unlink()  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Where files lie: on disk, or in a bucket (gs://), whose objects are read and written by etils' epath.
+"""Paths on disk and in buckets (gs://), whose objects are read and written through etils' epath.
 
-A path in a bucket has the methods of pathlib's, and this module has what differs there: nothing is
-appended to or renamed at once, an object appears whole when its writing ends, there are no folders to
-make, and what a library wants as a file on disk it gets as a copy.
+A path in a bucket has pathlib's methods. This module has what differs there: an object cannot be
+appended to or renamed, it appears complete when its upload ends, there are no directories to create,
+and libraries that need a local file get a copy.
 """
 
 import contextlib
@@ -18,54 +18,60 @@ from pathlib import Path
 from typing import Any, cast
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import one_line
 
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.S)  # also gs:/bucket, as pathlib writes it
-_LIBRARIES = {"aiohttp", "gcsfs", "google", "requests", "tensorflow", "urllib3"}  # behind epath
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.S)  # also gs:/bucket, as pathlib writes it
+# packages whose exceptions epath lets through
+_STORAGE_LIBRARIES = {"aiohttp", "gcsfs", "google", "requests", "tensorflow", "urllib3"}
 
 
-def any_path(name: str, path: Path | str) -> Path:
-    """A path as the user gave it: on disk, or in a bucket (gs://bucket/run). UserError: another kind
-    of address, or gcsfs is missing; `name` says there what the path is of."""
-    address = _ADDRESS.match(str(path))
-    if address is None:
+def parse_path(name: str, path: Path | str) -> Path:
+    """A path as the user gave it: on disk, or in a bucket (gs://bucket/run).
+
+    name: what messages call it. UserError: another kind of URL, or gcsfs is not installed.
+    """
+    url = _URL.match(str(path))
+    if url is None:
         return Path(path)
-    if address[1] != "gs" or not address[2].strip("/"):
+    if url[1] != "gs" or not url[2].strip("/"):
         raise UserError(
-            f"{name} {path} is an address and only local paths and gs://bucket/... work: mount the "
-            "bucket (s3://: with mountpoint-s3) and give the folder it is mounted at"
+            f"{name} {path} is a URL, and only local paths and gs://bucket/... work: mount the bucket "
+            "(s3://: with mountpoint-s3) and give the directory it is mounted at"
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{name} {path}: for gs:// install gcsfs (pip install '.[gcs]')")
-    _set_up_gcsfs()
+    _configure_gcsfs()
     from etils import epath
 
-    return cast(Path, epath.Path(f"gs://{address[2].rstrip('/')}"))
+    return cast(Path, epath.Path(f"gs://{url[2].rstrip('/')}"))
 
 
-def local_path(name: str, path: os.PathLike[str] | str) -> Path:
-    """`path`, unless it is an address such as gs://bucket/run: pathlib would make a folder "gs:" of
-    that. UserError; `name` says there what the path is of."""
-    if _ADDRESS.match(str(path)):
+def parse_local_path(name: str, path: os.PathLike[str] | str) -> Path:
+    """A path as the user gave it, on disk only: pathlib would make a directory "gs:" of a URL.
+
+    name: what messages call it. UserError: it is a URL.
+    """
+    if _URL.match(str(path)):
         raise UserError(
-            f"{name} {path} is an address and only local paths work: copy it here (gcloud storage "
-            "cp), or mount the bucket and give the folder it is mounted at"
+            f"{name} {path} is a URL, and only local paths work: copy it here (gcloud storage cp), or "
+            "mount the bucket and give the directory it is mounted at"
         )
     return Path(path)
 
 
 @functools.cache
-def _set_up_gcsfs() -> None:
-    """It would remember what it found in a folder, where other hosts write too, and show a traceback
-    of what is said by an error here."""
+def _configure_gcsfs() -> None:
+    """No cached directory listings, since other hosts write there too, and no logged tracebacks of
+    errors that this package reports itself."""
     import fsspec
 
     logging.getLogger("gcsfs").addFilter(lambda record: not record.exc_info)
-    for name in ("gs", "gcs"):
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    for protocol in ("gs", "gcs"):
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
 
 
-def _store() -> Any:
-    """The object behind epath's paths in buckets."""
+def _filesystem() -> Any:
+    """The fsspec filesystem behind epath's paths in buckets."""
     import fsspec
 
     return fsspec.filesystem("gs", finalize_on_close=True)
@@ -76,72 +82,71 @@ def is_remote(path: Path | str) -> bool:
     return str(path).startswith("gs://")
 
 
-class StoreError(OSError):
-    """What the libraries say when a bucket cannot be reached, read or written."""
+class StorageError(OSError):
+    """A bucket cannot be reached, read or written."""
 
 
 @contextlib.contextmanager
-def reaching(path: Path | str) -> Iterator[None]:
-    """StoreError for the errors of the libraries behind a path in a bucket, whose types are their own."""
+def wrap_storage_errors(path: Path | str) -> Iterator[None]:
+    """Within it, errors of the libraries behind a path in a bucket become StorageErrors."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        # theirs, some of which are OSErrors with a number, or gcsfs's plain OSError("Forbidden: ...")
-        theirs = type(e).__module__.partition(".")[0] in _LIBRARIES
+        # some are OSErrors with an errno; gcsfs also raises a plain OSError("Forbidden: ...")
+        from_library = type(e).__module__.partition(".")[0] in _STORAGE_LIBRARIES
         plain = isinstance(e, OSError) and e.errno is None and not isinstance(e, FileNotFoundError)
-        if not is_remote(path) or not (theirs or plain) or isinstance(e, StoreError):
+        if not is_remote(path) or not (from_library or plain) or isinstance(e, StorageError):
             raise
-        text = " ".join(str(e).split()) or type(e).__name__
-        raise StoreError(text[:300]) from e
+        raise StorageError(one_line(e, 300)) from e
 
 
-# --- what differs ----------------------------------------------------------------------------
+# --- the same operation on disk and in a bucket ------------------------------------------------
 
 
-def absolute(path: Path) -> Path:
+def absolute_path(path: Path) -> Path:
     return path if is_remote(path) else path.resolve()
 
 
-def joined(folder: Path, other: str) -> Path:
-    """`other`, which is relative to a folder, absolute or an address."""
-    if is_remote(other) or os.path.isabs(other):
-        return any_path("path", other)
-    if is_remote(folder):
-        bucket = str(folder).removeprefix("gs://")
-        return any_path("path", "gs://" + posixpath.normpath(posixpath.join(bucket, other)))
-    return Path(os.path.normpath(folder / other))
+def join_path(directory: Path, path: str) -> Path:
+    """`path`, which is relative to the directory, absolute or a URL."""
+    if is_remote(path) or os.path.isabs(path):
+        return parse_path("path", path)
+    if is_remote(directory):
+        bucket = str(directory).removeprefix("gs://")
+        return parse_path("path", "gs://" + posixpath.normpath(posixpath.join(bucket, path)))
+    return Path(os.path.normpath(directory / path))
 
 
-def relative(path: Path | str, folder: Path) -> str:
-    """`path` as `joined` takes it: relative where both are on disk or in the same bucket."""
-    path = absolute(any_path("path", path))
-    if is_remote(path) != is_remote(folder) or (
-        is_remote(path) and path.parts[2] != folder.parts[2]
+def relative_path(path: Path | str, directory: Path) -> str:
+    """The inverse of `join_path`: relative if both are on disk or in the same bucket."""
+    path = absolute_path(parse_path("path", path))
+    if is_remote(path) != is_remote(directory) or (
+        is_remote(path) and path.parts[2] != directory.parts[2]
     ):
         return str(path)
     if is_remote(path):
-        return posixpath.relpath(*(str(p).removeprefix("gs://") for p in (path, folder)))
-    return os.path.relpath(path, folder.resolve())
+        return posixpath.relpath(*(str(p).removeprefix("gs://") for p in (path, directory)))
+    return os.path.relpath(path, directory.resolve())
 
 
-def make_folder(path: Path) -> None:
-    """With those above it. A bucket has no folders, and must be there already."""
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents. A bucket has no directories, and must exist already."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a file."""
-    found: Any = path.stat()
-    return int(found.length if is_remote(path) else found.st_size)
+    stat: Any = path.stat()
+    return int(stat.length if is_remote(path) else stat.st_size)
 
 
-def read_bytes(path: Path, start: int, end: int) -> bytes:
-    """Bytes start to end of a file, fewer where it is shorter. From a bucket no more is fetched."""
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file, fewer if it is shorter. Nothing else is fetched from a bucket."""
     if is_remote(path):
-        return cast(bytes, _store().cat_file(str(path), start=start, end=end))
+        return cast(bytes, _filesystem().cat_file(str(path), start=start, end=end))
     with path.open("rb") as file:
         file.seek(start)
         return file.read(end - start)
@@ -150,52 +155,57 @@ def read_bytes(path: Path, start: int, end: int) -> bytes:
 # --- copies ----------------------------------------------------------------------------------
 
 
-def send(file: Path, to: Path) -> None:
-    """Copy a file on disk into a bucket. (What epath opens would be tried twice where it fails.)"""
-    _store().put_file(str(file), str(to))
+def upload(file: Path, target: Path) -> None:
+    """Copy a local file into a bucket. (A file opened by epath would be retried twice on errors.)"""
+    _filesystem().put_file(str(file), str(target))
 
 
-def local_copy(folder: Path) -> Path:
-    """A folder whose files are on disk: itself, or a copy that lasts as long as this process."""
-    return Path(_fetched(str(folder)).name) if is_remote(folder) else folder
+def local_copy(directory: Path) -> Path:
+    """A directory on disk with the same files: itself, or a copy that is deleted when Python exits."""
+    return Path(_download(str(directory)).name) if is_remote(directory) else directory
 
 
 @functools.cache
-def _fetched(folder: str) -> "tempfile.TemporaryDirectory[str]":
+def _download(directory: str) -> "tempfile.TemporaryDirectory[str]":
     copy = tempfile.TemporaryDirectory(prefix="minigpt4_jax-")
-    with reaching(folder):
-        for path in any_path("folder", folder).iterdir():
+    with wrap_storage_errors(directory):
+        for path in parse_path("directory", directory).iterdir():
             (Path(copy.name) / path.name).write_bytes(path.read_bytes())
     return copy
 
 
-class Spool:
-    """A folder on disk for files that grow: `folder` itself, or one that `send` copies to the bucket."""
+class SyncedDirectory:
+    """A local directory for files that grow, whose changes are uploaded to a bucket on request.
 
-    def __init__(self, folder: Path):
-        self._folder, self._sent = folder, dict[Path, tuple[int, int]]()
+    local: where to write. If the target is on disk, it is the target itself.
+    """
+
+    def __init__(self, target: Path):
+        self._target = target
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # file -> size and time of modification
         self._temporary = None
-        self.here = folder
-        if is_remote(folder):
+        self.local = target
+        if is_remote(target):
             self._temporary = tempfile.TemporaryDirectory(prefix="minigpt4_jax-")
-            self.here = Path(self._temporary.name)
+            self.local = Path(self._temporary.name)
 
-    def fetch(self, name: str) -> None:
-        """Copy a file of the bucket, if it is there."""
+    def download(self, name: str) -> None:
+        """Copy a file from the bucket, if it exists there."""
         if self._temporary is not None:
-            with reaching(self._folder), contextlib.suppress(FileNotFoundError):
-                (self.here / name).write_bytes((self._folder / name).read_bytes())
+            with wrap_storage_errors(self._target), contextlib.suppress(FileNotFoundError):
+                (self.local / name).write_bytes((self._target / name).read_bytes())
 
-    def send(self) -> None:
-        """Copy what has changed. StoreError when the bucket cannot be written."""
+    def upload_changes(self) -> None:
+        """Upload the files that changed since the last call. StorageError: the bucket cannot be
+        written."""
         if self._temporary is None:
             return
-        for file in (f for f in self.here.rglob("*") if f.is_file()):
-            now = file.stat().st_size, file.stat().st_mtime_ns
-            if self._sent.get(file) != now:
-                with reaching(self._folder):
-                    send(file, self._folder / file.relative_to(self.here).as_posix())
-                self._sent[file] = now
+        for file in (f for f in self.local.rglob("*") if f.is_file()):
+            version = file.stat().st_size, file.stat().st_mtime_ns
+            if self._uploaded.get(file) != version:
+                with wrap_storage_errors(self._target):
+                    upload(file, self._target / file.relative_to(self.local).as_posix())
+                self._uploaded[file] = version
 
     def close(self) -> None:
         if self._temporary is not None:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import is_broken
-from minigpt4_jax.storage.paths import absolute, is_remote, reaching
+from minigpt4_jax.storage.paths import absolute_path, is_remote, wrap_storage_errors
 from minigpt4_jax.training.train_step import Trainable
 
 
@@ -45,7 +45,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
         try:
             self._manager = ocp.CheckpointManager(
-                absolute(folder),
+                absolute_path(folder),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
@@ -162,7 +162,7 @@ class Checkpoints:
                 break
             aside = path.with_name(f"damaged-{path.name}-{n}")
         try:
-            with reaching(path):
+            with wrap_storage_errors(path):
                 if jax.process_index() == 0:
                     path.rename(aside)
         except OSError as e:
@@ -198,7 +198,7 @@ class Checkpoints:
     def _good(self) -> int | None:
         """The latest step that is there, whole."""
         try:
-            with reaching(self._folder):
+            with wrap_storage_errors(self._folder):
                 return max(saved_steps(self._folder), default=None)
         except OSError:
             return self._whole

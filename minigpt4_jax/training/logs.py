@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
-from minigpt4_jax.storage.paths import Spool
+from minigpt4_jax.storage.paths import SyncedDirectory
 
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 VAL_LOSS = "val_loss"
@@ -34,8 +34,8 @@ class RunLog:
 
     def __init__(self, workdir: Path, step: int, steps: int, owed: Collection[str] = ()):
         self._workdir, self._step = workdir, step
-        self._spool = Spool(workdir)
-        self.here = self._spool.here  # the folder that the files grow in
+        self._directory = SyncedDirectory(workdir)
+        self.here = self._directory.local  # the folder that the files grow in
         self._writer: Any = None
         self._files: dict[str, IO[str]] = {}
         for name in (METRICS, SAMPLES):
@@ -51,7 +51,7 @@ class RunLog:
             again = name in owed or (VAL_LOSS in record and VAL_LOSS in owed)
             return record["step"] < step + (not again)
 
-        self._spool.fetch(name)
+        self._directory.download(name)
         path = self.here / name
         _truncate(path, is_kept)
         self._files[name] = path.open("a", encoding="utf-8")
@@ -90,7 +90,7 @@ class RunLog:
         if self._writer is not None:
             self._guard(self._writer.flush)
         if self._files:
-            self._guard(self._spool.send)
+            self._guard(self._directory.upload_changes)
 
     def close(self) -> None:
         """Never raises: what matters was flushed before, and another error may be on its way."""
@@ -100,7 +100,7 @@ class RunLog:
             with contextlib.suppress(OSError):
                 file.close()
         if self._files:
-            self._spool.close()
+            self._directory.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         self._guard(lambda: self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n"))

@@ -32,7 +32,7 @@ from minigpt4_jax.parallel.multihost import (
 )
 from minigpt4_jax.parallel.sharding import put_rows, put_whole
 from minigpt4_jax.processing.tokenizer import load_tokenizer
-from minigpt4_jax.storage.paths import StoreError, any_path, reaching
+from minigpt4_jax.storage.paths import StorageError, parse_path, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import from_mapping
@@ -89,7 +89,7 @@ def train(
     of them see; if one is gone, the others raise processes.Gone, or are aborted by JAX.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
-    folder = any_path("workdir", workdir)
+    folder = parse_path("workdir", workdir)
     with listen() as stop, _reached(folder), ExitStack() as closing:
         stop.running = several()  # then all stop together, at a step
         with noticing(partial(kept, folder), closing):
@@ -100,9 +100,9 @@ def train(
 def _reached(workdir: Path) -> Iterator[None]:
     """UserError where a bucket could not be reached, and nothing in the body has said so."""
     try:
-        with reaching(workdir):
+        with wrap_storage_errors(workdir):
             yield
-    except StoreError as e:
+    except StorageError as e:
         raise UserError(f"cannot reach {workdir}: {e}; {kept(workdir)}") from e
 
 

@@ -15,7 +15,7 @@ from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import gathered, several
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
-from minigpt4_jax.storage.paths import make_folder, reaching, read_bytes, size_of
+from minigpt4_jax.storage.paths import file_size, make_directory, read_range, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import differences, to_dict
@@ -34,8 +34,8 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
     now = {"config": to_dict(c), "model": fingerprint(c.model)}
     path = workdir / CONFIG
     try:
-        with reaching(workdir):
-            make_folder(workdir)
+        with wrap_storage_errors(workdir):
+            make_directory(workdir)
             if path.exists():
                 _check_same(workdir, json.loads(path.read_text()), now)
             elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
@@ -66,7 +66,7 @@ def kept(workdir: Path) -> str:
     """What is left of a run that ended here."""
     folder = workdir / CHECKPOINTS
     try:
-        with reaching(folder):
+        with wrap_storage_errors(folder):
             steps = saved_steps(folder)
     except OSError:
         return f"what was saved before is kept in {folder}"
@@ -106,8 +106,8 @@ def fingerprint(model_dir: str) -> str:
         digest.update(json.dumps(document["config"], sort_keys=True).encode())
         with looking(folder):
             for path in sorted(folder.glob("*.safetensors")):
-                digest.update(f"{path.name} {size_of(path)}".encode())
-                digest.update(read_bytes(path, 0, _HASHED_BYTES))
+                digest.update(f"{path.name} {file_size(path)}".encode())
+                digest.update(read_range(path, 0, _HASHED_BYTES))
     return digest.hexdigest()[:16]
 
 
