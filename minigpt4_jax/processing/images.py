@@ -4,14 +4,15 @@ Images travel between processes and to the device as uint8; the model normalizes
 
 import io
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
@@ -34,28 +35,47 @@ class FilePart:
     size: int  # bytes
 
 
-ImageSource = str | PathLike[str] | FilePart | bytes | Image.Image | np.ndarray
+class ArrayLike(Protocol):
+    """An array of NumPy, JAX or another library."""
+
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+
+ImageSource = (
+    str | PathLike[str] | FilePart | bytes | BinaryIO | Image.Image | np.ndarray | ArrayLike
+)
+
+_ACCEPTED = (
+    "a path, an open file, bytes, a PIL image or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 "
+    "(0-255) or floats (0-1)"
+)
 
 
 def is_image(value: Any) -> bool:
     """Whether a value is one image rather than several."""
-    one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image))
-    return one or getattr(value, "ndim", 0) == 3
+    one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image)) or hasattr(value, "read")
+    return one or getattr(value, "ndim", 0) in (2, 3)
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, *, exif: bool = False) -> Image.Image:
     """Read one image as RGB.
 
-    source: a path, a part of a file, a file's bytes, a PIL image or a uint8 array [H, W, 3].
-    Palette, grayscale and CMYK images are converted as Pillow does; transparency is dropped and EXIF
-    orientation ignored, as in the original. 16-bit grayscale keeps its upper 8 bits (Pillow alone would
-    saturate it to white).
+    source: a path, a part of a file, a file opened in binary mode, a file's bytes, a PIL image, or an array
+    (NumPy, JAX) [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 in 0..255 or floats in 0..1.
+    exif: rotate as the EXIF orientation says, as viewers show the picture. The original ignores it, and so
+    do the published datasets, whose boxes are for the stored pixels.
+    Palette, grayscale and CMYK images are converted as Pillow does; transparency is dropped, as in the
+    original. 16-bit grayscale keeps its upper 8 bits (Pillow alone would saturate it to white).
     DataError: missing, not an image, truncated, too large. UserError: wrong type, dtype or shape.
     """
-    if isinstance(source, np.ndarray):
+    if hasattr(source, "__array__") and not isinstance(source, Image.Image):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "image")
+        return _decode(source, "image", exif=exif)
     name, data = _read(source)
     if not data:
         raise DataError(f"{name}: the file is empty", "image that is empty")
@@ -65,7 +85,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise DataError(f"{name}: {one_line(e)}; resize it first", TOO_LARGE) from None
     except Exception as e:  # Pillow's parsers raise many types
         raise DataError(f"{name}: {_not_an_image(data, e)}", "file that is no image") from None
-    return _decode(opened, name, copied=False)
+    return _decode(opened, name, copied=False, exif=exif)
 
 
 def name_of(source: ImageSource) -> str:
@@ -76,6 +96,10 @@ def name_of(source: ImageSource) -> str:
         return f"of {len(source)} bytes ({zlib.crc32(source):08x})"
     if isinstance(source, (str, PathLike)):
         return os.fspath(source)
+    if isinstance(getattr(source, "name", None), str):
+        return source.name  # type: ignore[union-attr]
+    if hasattr(source, "read"):
+        return f"in an open {type(source).__name__}"
     size = source.size if isinstance(source, Image.Image) else source.shape[1::-1]
     return f"{size[0]} x {size[1]} ({zlib.crc32(np.asarray(source).tobytes()):08x})"
 
@@ -86,13 +110,12 @@ def _read(source: Any) -> tuple[str, bytes]:
         return f"image {name_of(source)}", source
     if isinstance(source, FilePart):
         path, is_whole_file = Path(source.path), False
+    elif hasattr(source, "read"):
+        return _read_open_file(source)
     elif isinstance(source, (str, PathLike)):
         path, is_whole_file = Path(source), True
     else:
-        raise UserError(
-            f"image: got {type(source).__name__}; "
-            "expected a path, a PIL image or a uint8 array [H, W, 3]"
-        )
+        raise UserError(f"image: got {type(source).__name__}; expected {_ACCEPTED}")
     name = f"image {name_of(source)}"
     try:
         if is_whole_file:
@@ -101,6 +124,10 @@ def _read(source: Any) -> tuple[str, bytes]:
             file.seek(source.offset)
             data = file.read(source.size)
     except FileNotFoundError:
+        if re.match("https?://", str(source), re.IGNORECASE):
+            raise DataError(
+                f"{name}: URLs are not read; download the image and give its path", "image at a URL"
+            ) from None
         raise DataError(f"{name}: there is no such file", "image that is missing") from None
     except IsADirectoryError:
         raise DataError(
@@ -110,6 +137,19 @@ def _read(source: Any) -> tuple[str, bytes]:
         raise DataError(f"{name}: cannot be read ({one_line(e)})", UNREADABLE) from None
     if len(data) < source.size:
         raise DataError(f"{name}: the file is truncated", UNREADABLE)
+    return name, data
+
+
+def _read_open_file(file: Any) -> tuple[str, bytes]:
+    name = f"image {name_of(file)}"
+    try:
+        data = file.read()
+    except (OSError, ValueError) as e:
+        raise DataError(f"{name}: cannot be read ({one_line(e)})", UNREADABLE) from None
+    if not isinstance(data, bytes):
+        raise UserError(
+            f"{name}: is opened as text; open it in binary mode, as open(path, 'rb') does"
+        )
     return name, data
 
 
@@ -140,9 +180,9 @@ def normalize(image: np.ndarray) -> np.ndarray:
     return x
 
 
-def load_pixels(source: ImageSource, size: int) -> np.ndarray:
-    """Open and resize: uint8 [size, size, 3], the model's input. Errors: as `open_image`."""
-    return resize(open_image(source), size)
+def load_pixels(source: ImageSource, size: int, *, exif: bool = False) -> np.ndarray:
+    """Open and resize: uint8 [size, size, 3], the model's input. Otherwise as `open_image`."""
+    return resize(open_image(source, exif=exif), size)
 
 
 def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -160,14 +200,36 @@ def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
     return x, y, x + w, y + h
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+def _from_array(source: Any) -> Image.Image:
+    array = np.asarray(source)
+    channels = array.shape[2] if array.ndim == 3 else 1
+    values = _to_uint8(array)
+    if values is None or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        hint = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and channels not in (1, 3, 4):
+            hint = "; channels come last: transpose it to [H, W, C]"
         raise UserError(
-            f"image: got an array {array.dtype} {list(array.shape)}; "
-            "expected uint8 [H, W, 3] (0-255, RGB)"
+            f"image: got an array {array.dtype} {list(array.shape)}"
+            + (f" with values {array.min():.4g} to {array.max():.4g}" if array.size else "")
+            + f"; expected {_ACCEPTED}{hint}"
         )
     _check_size("image", array.shape[1], array.shape[0])
-    return Image.fromarray(array)
+    return Image.fromarray(values[..., 0] if array.ndim == 3 and channels == 1 else values).convert(
+        "RGB"
+    )
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray | None:
+    """uint8 values as they are, floats in 0..1 times 255, integers in 0..255; None for other values."""
+    if array.dtype == np.uint8 or array.size == 0:
+        return array.astype(np.uint8)
+    # bfloat16 (ml_dtypes) is of kind "V"
+    is_float = array.dtype.kind == "f" or "float" in array.dtype.name
+    if is_float and array.min() >= 0 and array.max() <= 1:
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
+        return array.astype(np.uint8)
+    return None
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -181,7 +243,9 @@ def _check_size(name: str, width: int, height: int) -> None:
         )
 
 
-def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Image:
+def _decode(
+    image: Image.Image, name: str, *, copied: bool = True, exif: bool = False
+) -> Image.Image:
     """Convert to RGB. copied: return a new image even if the given one is RGB."""
     _check_size(name, *image.size)
     if image.mode == "F":
@@ -191,6 +255,8 @@ def _decode(image: Image.Image, name: str, *, copied: bool = True) -> Image.Imag
         )
     try:
         image.load()
+        if exif:
+            image = ImageOps.exif_transpose(image)
         return (
             image if image.mode == "RGB" and not copied else _sixteen_to_eight(image).convert("RGB")
         )

@@ -222,7 +222,7 @@ def test_which_image_is_unreadable_is_said(model, tmp_path):
     assert "image 1: " in refused(model.generate, [good, bad], [ASK, ASK])
     message = refused(model.score, [good, [good, bad]], [ASK, PROMPTS[1]], ["x", "y"])
     assert message.startswith("image 1 of prompt 1: ")
-    assert "float64 [4, 4, 3]" in refused(model.encode_images, [np.zeros((4, 4, 3))])
+    assert "float64 [4, 4, 3]" in refused(model.encode_images, [np.full((4, 4, 3), 2.0)])
     assert "image 0: got int" in refused(model.encode_images, [3])
 
 

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.paths import FIXTURES, REFERENCE
@@ -159,16 +160,58 @@ def test_one_pixel():
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]"),
-        (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\]"),
-        (np.zeros((3, 4, 4), np.uint8), r"uint8 \[3, 4, 4\]"),
-        (np.zeros((4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\]"),
+        (np.full((4, 4, 3), 1.5, np.float32), r"float32 \[4, 4, 3\] with values 1.5 to 1.5"),
+        (np.full((4, 4, 3), np.nan), r"float64 \[4, 4, 3\] with values nan"),
+        (np.full((4, 4, 3), -1), r"int64 \[4, 4, 3\] with values -1 to -1"),
+        (np.zeros((4,), np.uint8), r"uint8 \[4\]"),
+        (np.zeros((3, 5, 5), np.uint8), r"uint8 \[3, 5, 5\].*channels come last"),
+        (np.zeros((4, 4, 2), np.uint8), r"uint8 \[4, 4, 2\]"),
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
     ],
 )
 def test_wrong_arrays(array, message):
     with pytest.raises(UserError, match=message):
         images.open_image(array)
+
+
+def test_arrays_whose_meaning_is_clear():
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    gray = np.broadcast_to(rgb[..., :1], rgb.shape)
+    alpha = np.concatenate([rgb, np.full((5, 4, 1), 9, np.uint8)], -1)
+    shares = (rgb / 255).astype(np.float32)
+    for source, wanted in [
+        (rgb, rgb), (rgb.astype(np.int64), rgb), (shares, rgb), (jnp.asarray(rgb), rgb),
+        (jnp.asarray(shares), rgb), (rgb[..., 0], gray), (rgb[..., :1], gray), (alpha, rgb),
+        (np.zeros((5, 4, 3)), np.zeros_like(rgb)), (jnp.ones((5, 4, 3), jnp.bfloat16), rgb * 0 + 255),
+    ]:  # fmt: skip
+        assert images.is_image(source)
+        np.testing.assert_array_equal(np.asarray(images.open_image(source)), wanted)
+
+
+def test_open_files_and_urls(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.new("RGB", (3, 2), (9, 8, 7)), "PNG"))
+    with path.open("rb") as file:
+        assert images.is_image(file) and images.open_image(file).size == (3, 2)
+    assert images.open_image(io.BytesIO(path.read_bytes())).size == (3, 2)
+    with path.open(errors="replace") as file, pytest.raises(UserError, match="opened as text"):
+        images.open_image(file)
+    with pytest.raises(UserError, match=r"https://a/b\.png: URLs are not read; download"):
+        images.open_image("https://a/b.png")
+
+
+def test_exif_orientation_is_applied_on_request(tmp_path):
+    picture = Image.new("RGB", (6, 4))
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown by viewers turned by 90 degrees clockwise
+    path = tmp_path / "phone.png"
+    picture.save(path, exif=exif)
+    assert images.open_image(path).size == (6, 4)  # as the original
+    turned = images.open_image(path, exif=True)
+    assert turned.size == (4, 6) and turned.getpixel((3, 0)) == (255, 0, 0)
+    assert images.open_image(turned, exif=True).size == (4, 6)  # not turned twice
 
 
 def test_wrong_type():
