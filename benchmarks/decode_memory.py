@@ -24,8 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.aot.presets import SIZES
-from minigpt4_jax.aot.programs import parameters
+from minigpt4_jax.aot.presets import PRESETS
+from minigpt4_jax.aot.programs import parameter_specs
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 
@@ -36,7 +36,7 @@ TARGETS = {("7b", "int8"): 9.0, ("13b", "int8"): 15.5, ("7b", "int4"): 5.5, ("13
 
 def weights_of(config: ModelConfig) -> int:
     """Bytes of all parameters."""
-    return sum(math.prod(shape) * kind.itemsize for _, shape, kind in parameters(config))
+    return sum(math.prod(shape) * kind.itemsize for _, shape, kind in parameter_specs(config))
 
 
 def cache_of(config: ModelConfig, rows: int, context: int) -> int:
@@ -92,7 +92,7 @@ def measure(
     compiler: Compiler, model: str, precision: str, rows: int, context: int
 ) -> dict[str, float]:
     """GB by column."""
-    config = dataclasses.replace(SIZES[MODELS[model]], quantize=PRECISIONS[precision]).check()
+    config = dataclasses.replace(PRESETS[MODELS[model]], quantize=PRECISIONS[precision]).check()
     encode, prefill = (
         compiler.figures(model, precision, program, 1) for program in ("encode", "prefill")
     )

@@ -13,18 +13,17 @@ float32 copies of weights and activations, so they bound from above what an acce
 
 import argparse
 import dataclasses
-import os
-import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from minigpt4_jax.aot import programs
-from minigpt4_jax.aot.compiler import TooLarge, compile_for_chip
-from minigpt4_jax.aot.presets import SIZES
+from minigpt4_jax.aot.compiler import OutOfMemory, compile_lowered, exit_without_waiting
+from minigpt4_jax.aot.presets import PRESETS
+from minigpt4_jax.aot.topology import slice_devices
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.models.minigpt import Batch
@@ -57,7 +56,7 @@ def lowered_step(config: ModelConfig, args: argparse.Namespace, mesh: Mesh) -> A
     numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     batch = batch_shapes(config, args.rows, args.text, args.packed)
     given = (jax.eval_shape(tx.init, split.trainable), batch, *numbers)
-    opt_state, batch, *numbers = programs.lies_whole(given, mesh)
+    opt_state, batch, *numbers = programs.replicate_shapes(given, mesh)
     with platform.compiling_for(mesh.devices.flat[0].platform):
         return step.lower(split.trainable, opt_state, split.frozen, batch, *numbers)
 
@@ -72,16 +71,16 @@ def main() -> None:
     p.add_argument("--packed", action="store_true", help="rows with segments")
     p.add_argument("--code", action="store_true", help="machine code too: minutes, and its size")
     args = p.parse_args()
-    llm = dataclasses.replace(SIZES["v2"].llm, layers=args.layers)
-    config = dataclasses.replace(SIZES["v2"], llm=llm).check()
+    llm = dataclasses.replace(PRESETS["v2"].llm, layers=args.layers)
+    config = dataclasses.replace(PRESETS["v2"], llm=llm).check()
     if args.topology == "none":
         mesh = one_device()
     else:
         jax.config.update("jax_platforms", "cpu")  # no TPU is looked for
-        mesh = make_mesh({}, platform.devices(args.topology)[:1])
+        mesh = make_mesh({}, slice_devices(args.topology)[:1])
     begun = time.perf_counter()
-    plan = compile_for_chip(lowered_step(config, args, mesh), code=args.code)
-    if isinstance(plan, TooLarge):
+    plan = compile_lowered(lowered_step(config, args, mesh), machine_code=args.code)
+    if isinstance(plan, OutOfMemory):
         raise UserError(
             f"it takes {plan.needed / 1e9:.2f} GB of {plan.available / 1e9:.2f} GB: take a larger "
             "chip for --topology, or fewer rows"
@@ -96,12 +95,5 @@ def main() -> None:
     print(f"{'together':14}{plan.memory.peak / 1e9:8.2f} GB of {DEVICE_GB} GB")
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process without waiting for machine code that nobody asked for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    run(main, _leave)
+    run(main, exit_without_waiting)

@@ -1,4 +1,4 @@
-"""`python -m minigpt4_jax.compile ...`: compile for a TPU slice from shapes alone (cli/compile.py)."""
+"""`python -m minigpt4_jax.compile ...`: see cli/compile.py."""
 
 from minigpt4_jax.cli.compile import run
 

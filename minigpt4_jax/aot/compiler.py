@@ -1,8 +1,8 @@
-"""The compiler, asked for its plan of a program: every instruction, and what lies where in memory.
+"""Compile a lowered program and read XLA's dump: optimized HLO and buffer assignment.
 
-The plan is there within seconds. Making machine code of it, which says nothing more but its own size,
-takes the compiler for TPUs minutes (2 to 7 for a training step on one core). So the plan is read from the
-files that XLA writes on its way (`xla_dump_to`), and the machine code is left out unless it is asked for.
+Both files are written within seconds. Generating machine code takes the TPU compiler minutes (2 to 7
+for a training step on one core) and adds only the size of the code itself. So the files are read as
+soon as XLA has dumped them (`xla_dump_to`), and machine code is skipped unless requested.
 """
 
 import os
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-_STILL_WRITTEN: list[Path] = []  # folders of programs whose machine code is still being made
-PLAN, MEMORY = "*after_optimizations.txt", "*after_optimizations-buffer-assignment.txt"
+_HLO_FILE = "*after_optimizations.txt"
+_BUFFER_FILE = "*after_optimizations-buffer-assignment.txt"
+_unfinished_dumps: list[Path] = []  # dump directories of compilations that still run
 
 
-class TooLarge(NamedTuple):
-    """A program that the compiler refused because a chip's memory cannot hold it; bytes."""
+class OutOfMemory(NamedTuple):
+    """The compiler rejected a program because it exceeds the HBM of a chip; bytes."""
 
     needed: float
     available: float
@@ -32,9 +33,9 @@ class Memory:
     """HBM of one chip, bytes."""
 
     arguments: int
-    results: int  # that are not written over arguments
+    results: int  # outputs that do not alias arguments
     temporaries: int
-    program: int  # 0 where no machine code was made
+    program: int  # machine code; 0 if none was generated
 
     @property
     def peak(self) -> int:
@@ -44,91 +45,91 @@ class Memory:
 class CompiledProgram(NamedTuple):
     """A compiled program."""
 
-    text: str  # its instructions, in XLA's own format
+    hlo_text: str  # optimized HLO
     memory: Memory
 
 
-def compile_for_chip(lowered: Any, *, code: bool = True) -> CompiledProgram | TooLarge:
-    """The plan of a lowered program, or what it lacks. code: make machine code as well.
+def compile_lowered(lowered: Any, *, machine_code: bool = True) -> CompiledProgram | OutOfMemory:
+    """Compile the result of `jax.jit(...).lower(...)`. machine_code: wait for the machine code too.
 
-    Without it the compiler works on in a thread of its own when this returns, so that a process
-    should end by `leave`: threads of libtpu are not to be stopped otherwise.
+    Without it, the compiler keeps running in a background thread when this returns, and libtpu's
+    threads cannot be stopped: end the process with `exit_without_waiting`.
     """
-    folder = Path(tempfile.mkdtemp())
+    dump_dir = Path(tempfile.mkdtemp())
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            outcome.append(lowered.compile(compiler_options={"xla_dump_to": str(folder)}))
-        except Exception as e:  # the runtime raises its own kinds
+            outcome.append(lowered.compile(compiler_options={"xla_dump_to": str(dump_dir)}))
+        except Exception as e:  # the runtime raises its own types
             outcome.append(e)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while thread.is_alive() and (code or not _is_written(folder)):
+        while thread.is_alive() and (machine_code or not _dump_is_complete(dump_dir)):
             thread.join(0.2)
-        return _found(folder, outcome)
+        return _read_result(dump_dir, outcome)
     finally:
-        if thread.is_alive():  # it would make the folder again
-            _STILL_WRITTEN.append(folder)
+        if thread.is_alive():  # the compiler would recreate the directory
+            _unfinished_dumps.append(dump_dir)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(dump_dir, ignore_errors=True)
 
 
-def _found(folder: Path, outcome: list[Any]) -> CompiledProgram | TooLarge:
-    """What the compiler has written, or said."""
+def _read_result(dump_dir: Path, outcome: list[Any]) -> CompiledProgram | OutOfMemory:
     if outcome and isinstance(outcome[0], Exception):
-        if (lacks := lacks_of(str(outcome[0]))) is None:
+        if (out_of_memory := parse_out_of_memory(str(outcome[0]))) is None:
             raise outcome[0]
-        return lacks
-    files = _files(folder)
-    if not files:  # the program was in JAX's cache of compiled ones
-        return _plan_of(outcome[0])
-    size = outcome[0].memory_analysis().generated_code_size_in_bytes if outcome else 0
-    return CompiledProgram(files[0].read_text(), memory_of(files[1].read_text(), size))
+        return out_of_memory
+    files = _dump_files(dump_dir)
+    if not files:  # the executable came from JAX's compilation cache
+        return _from_executable(outcome[0])
+    code_size = outcome[0].memory_analysis().generated_code_size_in_bytes if outcome else 0
+    hlo_text, buffers = (file.read_text() for file in files)
+    return CompiledProgram(hlo_text, parse_buffer_assignment(buffers, code_size))
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for machine code that nobody asked for."""
+def exit_without_waiting(code: int) -> NoReturn:
+    """End the process without waiting for machine code that still compiles in the background."""
     sys.stdout.flush()
     sys.stderr.flush()
-    for folder in _STILL_WRITTEN:
-        shutil.rmtree(folder, ignore_errors=True)
+    for dump_dir in _unfinished_dumps:
+        shutil.rmtree(dump_dir, ignore_errors=True)
     os._exit(code)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Those of the plan, or none as long as not both are there."""
-    files = [f for pattern in (PLAN, MEMORY) for f in folder.glob(pattern)]
+def _dump_files(dump_dir: Path) -> list[Path]:
+    """The HLO and buffer assignment files; empty until both exist."""
+    files = [f for pattern in (_HLO_FILE, _BUFFER_FILE) for f in dump_dir.glob(pattern)]
     return files if len(files) == 2 else []
 
 
-def _is_written(folder: Path) -> bool:
-    """Whether the plan is there, and whole: its files do not grow any more."""
-    before = [f.stat().st_size for f in _files(folder)]
-    if not before or 0 in before:
+def _dump_is_complete(dump_dir: Path) -> bool:
+    """Whether both files exist and no longer grow."""
+    sizes = [f.stat().st_size for f in _dump_files(dump_dir)]
+    if not sizes or 0 in sizes:
         return False
     time.sleep(0.3)
-    return before == [f.stat().st_size for f in _files(folder)]
+    return sizes == [f.stat().st_size for f in _dump_files(dump_dir)]
 
 
-def _plan_of(compiled: Any) -> CompiledProgram:
+def _from_executable(compiled: Any) -> CompiledProgram:
     m = compiled.memory_analysis()
-    results = m.output_size_in_bytes - m.alias_size_in_bytes
-    return CompiledProgram(
-        compiled.as_text(),
-        Memory(
-            m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes
-        ),
+    memory = Memory(
+        arguments=m.argument_size_in_bytes,
+        results=m.output_size_in_bytes - m.alias_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        program=m.generated_code_size_in_bytes,
     )
+    return CompiledProgram(compiled.as_text(), memory)
 
 
-def memory_of(text: str, program: int = 0) -> Memory:
-    """The sizes in HBM of XLA's buffer assignment, whose lines are, for instance,
-    "allocation 360: size 1157612032, preallocated-temp:". What lies elsewhere has a color.
+def parse_buffer_assignment(text: str, code_size: int = 0) -> Memory:
+    """Sizes in HBM from XLA's buffer assignment, with lines such as
+    "allocation 360: size 1157612032, preallocated-temp:". Allocations in other memories have a color.
 
-    (`memory_analysis` of a compiled program counts the gaps between temporaries twice.)
+    (`memory_analysis()` of an executable counts the gaps between temporaries twice.)
     """
     arguments = results = temporaries = 0
     for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*):$", text, re.MULTILINE):
@@ -140,21 +141,26 @@ def memory_of(text: str, program: int = 0) -> Memory:
             results += int(size)
         else:
             temporaries += int(size)
-    return Memory(arguments, results, temporaries, program)
+    return Memory(arguments, results, temporaries, code_size)
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
 
-def lacks_of(message: str) -> TooLarge | None:
-    """What the compiler says is missing: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ...",
-    or "the total memory required for HLO temporaries (17.15G) exceeds available HBM (15.75G)"."""
-    found = re.search(
+def parse_out_of_memory(message: str) -> OutOfMemory | None:
+    """Parse a compiler error: "... Used 20.10G of 15.75G hbm. Exceeded hbm capacity by ..." or
+    "the total memory required for HLO temporaries (17.15G) exceeds available HBM (15.75G)".
+    None if it is another error."""
+    match = re.search(
         r"Used ([\d.]+)([KMGTP]?)B? of ([\d.]+)([KMGTP]?)B? hbm|"
         r"memory required .*\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)",
         message,
     )
-    if not found:
+    if not match:
         return None
-    used, unit, room, other = found.groups()[:4] if found[1] else found.groups()[4:]
-    return TooLarge(float(used) * _UNITS[unit], float(room) * _UNITS[other])
+    needed, needed_unit, available, available_unit = (
+        match.groups()[:4] if match[1] else match.groups()[4:]
+    )
+    return OutOfMemory(
+        float(needed) * _UNITS[needed_unit], float(available) * _UNITS[available_unit]
+    )

@@ -1,10 +1,10 @@
-"""What a compiled program does on one chip, counted from its text: operations, bytes, collectives.
+"""Cost of a compiled program on one chip, counted from its HLO: FLOPs, HBM bytes, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once, and a scan over layers is a loop; here a
-computation counts as often as it runs (`hlo.Module.runs`).
+XLA's own `cost_analysis()` counts a loop body once, and a scan over layers is a loop. Here every
+computation counts as often as it runs (`hlo.Module.execution_counts`).
 
-Operations are those of matrix products, 2 for each multiplication and addition, in the partitioned
-program: what a chip computes twice or in vain counts (`products`). Bytes: `traffic`.
+FLOPs are those of matrix products in the partitioned program, 2 per multiply-add, including
+recomputation and padding (`matmul_flops`). Bytes: `hbm_traffic`.
 """
 
 import math
@@ -12,120 +12,133 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from minigpt4_jax.aot.hbm_traffic import traffic
-from minigpt4_jax.aot.hlo import Instruction, Module, Table, arrays_in, is_collective
-from minigpt4_jax.aot.matmul_flops import operations
+from minigpt4_jax.aot.hbm_traffic import hbm_traffic
+from minigpt4_jax.aot.hlo import Computation, Instruction, Module, is_collective, operand_arrays
+from minigpt4_jax.aot.matmul_flops import matmul_flops
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Exchanges of one kind, size and number of chips in a group."""
+    """All collectives of one kind, size and group size."""
 
-    kind: str
-    group: int  # chips that take part
-    bytes: int  # of the whole array: gathered, reduced or passed on
-    count: int  # times a program runs it
-    ahead: bool  # started before its result is needed, so that it runs beside other work
+    kind: str  # HLO opcode
+    group_size: int  # participating chips
+    bytes: int  # of the full array: gathered, reduced or permuted
+    count: int  # executions per run of the program
+    overlapped: bool  # asynchronous: runs while other instructions execute
 
     @property
-    def sent(self) -> float:
-        """Bytes that a chip passes on each time, in a ring."""
-        n, kind = self.group, self.kind
+    def sent_bytes(self) -> float:
+        """Bytes that a chip sends per execution, in a ring algorithm."""
+        n = self.group_size
         if n <= 1:
             return 0.0
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
-        return self.bytes * share.get(kind, (n - 1) / n)
+        return self.bytes * share.get(self.kind, (n - 1) / n)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one instruction does each time it runs."""
+class InstructionCost:
+    """Cost of one execution of an instruction."""
 
-    flops: float  # operations of products, as one pass of the unit makes them
-    passes: float  # the same with the passes that a float32 product takes
-    bytes: float  # to and from HBM
-    ahead: bool  # these are moved while other instructions run
-    count: int
+    flops: float  # of matrix products
+    mxu_flops: float  # the same times the bfloat16 passes that a float32 product takes
+    hbm_bytes: float  # read and written
+    overlapped: bool  # asynchronous copy: runs while other instructions execute
+    count: int  # executions per run of the program
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run of a program on one chip; where a loop's turns are not known, of one turn."""
+    """Cost of one run on one chip. Loops of unknown trip count are counted with one iteration."""
 
-    steps: tuple[Step, ...]
+    instructions: tuple[InstructionCost, ...]
     collectives: tuple[Collective, ...]
-    open_loops: int
+    unknown_loops: int  # loops of unknown trip count
 
     @property
     def flops(self) -> float:
-        return sum(s.flops * s.count for s in self.steps)
+        return sum(i.flops * i.count for i in self.instructions)
 
     @property
-    def bytes(self) -> float:
-        return sum(s.bytes * s.count for s in self.steps)
+    def hbm_bytes(self) -> float:
+        return sum(i.hbm_bytes * i.count for i in self.instructions)
 
     @property
-    def sent(self) -> float:
-        """Bytes a chip passes on to others."""
-        return sum(c.sent * c.count for c in self.collectives)
+    def sent_bytes(self) -> float:
+        """Bytes a chip sends to other chips."""
+        return sum(c.sent_bytes * c.count for c in self.collectives)
+
+
+# Opcodes that run a computation's instructions as they are (unlike a fusion); None: the entry
+_EXECUTES_BODY = (None, "while", "conditional", "call", "async-start")
 
 
 def cost_of(module: Module) -> Cost:
-    """Count a whole program."""
-    steps: list[Step] = []
-    found: dict[tuple, int] = {}
-    for name, times in module.runs.items():
-        body = module.computations[name]
-        table = {i.name: i for i in body}
-        fused = module.caller.get(name) == "fusion"
-        for i in filter(is_collective, body):
-            # One that runs beside products is in the fusions of these, piece by piece; it may begin
-            # before a loop, whose every turn advances it, and end behind it.
-            ahead = fused or i.opcode.endswith("-start") or module.caller.get(name) == "async-start"
+    """Count a whole program. ValueError: unknown format of replica groups."""
+    instructions: list[InstructionCost] = []
+    # (kind, group size, bytes, overlapped, channel) -> executions
+    executions: dict[tuple[str, int, int, bool, str], int] = {}
+    for name, count in module.execution_counts.items():
+        computation = module.computations[name]
+        caller = module.caller_opcodes.get(name)
+        for i in filter(is_collective, computation.values()):
+            # A collective that overlaps products is split into pieces inside their fusions, with one
+            # channel. It may start before a loop, advance in each iteration and end after the loop.
+            fused = caller == "fusion"
+            overlapped = fused or i.opcode.endswith("-start") or caller == "async-start"
             channel = i.attribute("channel_id") if fused else i.name
-            if not (group := _group(i)):
-                raise ValueError(f"the groups of {i.name} in the compiled program: {i.attributes}")
-            key = (i.opcode.removesuffix("-start"), group, _size(i, table), ahead, channel)
-            found[key] = min(found.get(key, times), times)
-        if not fused and module.caller.get(name) in _STEPS:
-            steps += [s for i in body if (s := _step(i, table, module, times))]
-    alike: dict[tuple, int] = defaultdict(int)
-    for (*sort, _), times in found.items():
-        alike[tuple(sort)] += times
-    collectives = [Collective(k, g, size, n, ahead) for (k, g, size, ahead), n in alike.items()]
-    collectives.sort(key=lambda c: -c.sent * c.count)
-    return Cost(tuple(steps), tuple(collectives), module.open_loops)
+            kind, size = i.opcode.removesuffix("-start"), _full_size(i, computation)
+            key = (kind, _group_size(i), size, overlapped, channel)
+            executions[key] = min(executions.get(key, count), count)
+        if caller in _EXECUTES_BODY:
+            costs = (_instruction_cost(i, computation, module, count) for i in computation.values())
+            instructions += [cost for cost in costs if cost.flops or cost.hbm_bytes]
+    return Cost(tuple(instructions), _merge(executions), module.unknown_loops)
 
 
-_STEPS = (None, "while", "conditional", "call", "async-start")  # that run computations as they are
+def _merge(executions: dict[tuple[str, int, int, bool, str], int]) -> tuple[Collective, ...]:
+    """Sum collectives that differ only in their channel; those that send most come first."""
+    counts: dict[tuple[str, int, int, bool], int] = defaultdict(int)
+    for (kind, group_size, size, overlapped, _), count in executions.items():
+        counts[kind, group_size, size, overlapped] += count
+    collectives = [Collective(k, g, size, n, o) for (k, g, size, o), n in counts.items()]
+    return tuple(sorted(collectives, key=lambda c: -c.sent_bytes * c.count))
 
 
-def _step(i: Instruction, table: Table, module: Module, times: int) -> Step | None:
-    flops, passes = operations(i, table, module)
-    moved, ahead = traffic(i, table, module)
-    return Step(flops, passes, moved, ahead, times) if flops or moved else None
+def _instruction_cost(
+    i: Instruction, computation: Computation, module: Module, count: int
+) -> InstructionCost:
+    flops, mxu_flops = matmul_flops(i, computation, module)
+    hbm_bytes, overlapped = hbm_traffic(i, computation, module)
+    return InstructionCost(flops, mxu_flops, hbm_bytes, overlapped, count)
 
 
-def _group(i: Instruction) -> int:
-    """Chips in a group, of replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=4] {'b'}; of a
-    permutation 2; 0: not said in a known way."""
+def _group_size(i: Instruction) -> int:
+    """Chips per group, from replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=4] {'b'};
+    2 for a permutation. ValueError: another format."""
     text = i.attributes
+    size = 0
     if m := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", m[2]))
-    if m := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(m[2])
-    if m := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(m[1].split(","))
-    return 2 if "source_target_pairs" in text else 0
+        axis_sizes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
+        size = math.prod(int(axis_sizes[axis]) for axis in re.findall(r"'(\w+)'", m[2]))
+    elif m := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        size = int(m[2])
+    elif m := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        size = len(m[1].split(","))
+    elif "source_target_pairs" in text:
+        size = 2
+    if not size:
+        raise ValueError(f"unknown replica groups of {i.name} in the compiled program: {text}")
+    return size
 
 
-def _size(i: Instruction, table: Table) -> int:
-    """Bytes of the whole array, before it is scattered or after it is gathered."""
+def _full_size(i: Instruction, computation: Computation) -> int:
+    """Bytes of the full array, before a scatter or after a gather."""
     kind = i.opcode.removesuffix("-start")
     if kind == "reduce-scatter":
-        return sum(a.bytes for name in i.operands for a in arrays_in(name, table))
-    parts = i.arrays
+        return sum(a.bytes for name in i.operands for a in operand_arrays(name, computation))
+    arrays = i.arrays
     if i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        parts = parts[len(i.operands) : 2 * len(i.operands)]  # (operands, results, ...)
-    return sum(a.bytes for a in parts)
+        arrays = arrays[len(i.operands) : 2 * len(i.operands)]  # (operands, results, ...)
+    return sum(a.bytes for a in arrays)

@@ -1,8 +1,7 @@
-"""The text of a compiled program (HLO), read as far as its costs need: computations, instructions,
-shapes, and how many times each computation runs.
+"""Parse optimized HLO text as far as cost counting needs: computations, instructions, shapes, and how
+often each computation runs.
 
-The text is XLA's own dump format; what is read of it are the types before each opcode, the operands,
-and the attributes.
+Only the result type before each opcode, the operands and the attributes are read.
 """
 
 import math
@@ -11,49 +10,49 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 
-BITS = {
+DTYPE_BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16,
     "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64,
 }  # fmt: skip
 
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_END = re.compile(r"\}(, execution_thread=.*)?$")
-_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION_START = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COMPUTATION_END = re.compile(r"\}(, execution_thread=.*)?$")
+_INSTRUCTION_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
+_TRIP_COUNT = re.compile(r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a type: element type, dimensions, and whether it lies in HBM."""
+    """One array of a type: element type, dimensions, and whether it is in HBM."""
 
-    kind: str
+    dtype: str
     dims: tuple[int, ...]
     hbm: bool
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        return math.ceil(self.size * BITS.get(self.kind, 0) / 8)
+        return math.ceil(self.size * DTYPE_BITS.get(self.dtype, 0) / 8)
 
 
-def arrays_of(text: str) -> list[Array]:
-    """The arrays of a type, a tuple's one after another. Memory space 0, the layout's default, is
-    HBM; others, as S(1), are on the chip."""
-    found = []
-    for kind, dims, layout in _SHAPE.findall(text):
-        if kind in BITS:
+def parse_type(text: str) -> list[Array]:
+    """The arrays of a type, a tuple flattened. Memory space 0, the default of a layout, is HBM; others,
+    such as S(1), are on the chip."""
+    arrays = []
+    for dtype, dims, layout in _SHAPE.findall(text):
+        if dtype in DTYPE_BITS:
             hbm = re.search(r"S\([1-9]", layout) is None
-            found.append(Array(kind, tuple(int(d) for d in dims.split(",") if d), hbm))
-    return found
+            arrays.append(Array(dtype, tuple(int(d) for d in dims.split(",") if d), hbm))
+    return arrays
 
 
 @dataclass
@@ -65,49 +64,49 @@ class Instruction:
     type: str
     operands: list[str]  # names
     attributes: str
-    text: str = ""  # what is between the parentheses
+    argument_text: str = ""  # between the parentheses
 
     @cached_property
     def arrays(self) -> list[Array]:
-        """Of the result."""
-        return arrays_of(self.type)
+        """Arrays of the result."""
+        return parse_type(self.type)
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that this one runs."""
+        """Names of the computations that this instruction runs."""
         names = _CALLED.findall(self.attributes)
         for group in _BRANCHES.findall(self.attributes):
             names += [name.strip().lstrip("%") for name in group.split(",")]
         return names
 
     def attribute(self, name: str) -> str:
-        """A value without spaces, or one within braces; "" when it is not there."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
-        return found[1] if found else ""
+        """Value of an attribute, a word or braces with their content; "" if it is missing."""
+        match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
+        return match[1] if match else ""
 
 
-Table = dict[str, Instruction]  # of a computation, by name
+Computation = dict[str, Instruction]  # by name, in program order
 
 
-def arrays_in(name: str, table: Table) -> list[Array]:
-    """The arrays that an operand's name stands for."""
-    return table[name].arrays if name in table else []
+def operand_arrays(name: str, computation: Computation) -> list[Array]:
+    """Arrays of the operand called `name`; empty if it is unknown."""
+    return computation[name].arrays if name in computation else []
 
 
-def source(name: str, table: Table) -> Instruction | None:
-    """What a name stands for, seen through copies."""
-    found = table.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        found = table.get(found.operands[0])
-    return found
+def skip_copies(name: str, computation: Computation) -> Instruction | None:
+    """The instruction behind a name, with copies and bitcasts skipped."""
+    i = computation.get(name)
+    while i is not None and i.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        i = computation.get(i.operands[0])
+    return i
 
 
-def constant_of(name: str, table: Table) -> int | None:
-    """The whole number that a name stands for; None: it is no constant."""
-    found = source(name, table)
-    if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.text):
+def constant_value(name: str, computation: Computation) -> int | None:
+    """The integer constant behind a name; None if it is not one."""
+    i = skip_copies(name, computation)
+    if i is None or i.opcode != "constant" or not re.fullmatch(r"-?\d+", i.argument_text):
         return None
-    return int(found.text)
+    return int(i.argument_text)
 
 
 COLLECTIVES = (
@@ -117,7 +116,7 @@ COLLECTIVES = (
 
 
 def is_collective(i: Instruction) -> bool:
-    """Whether chips exchange something; of one in two halves the first counts."""
+    """Whether chips communicate; of an asynchronous collective only the start counts."""
     return i.opcode.removesuffix("-start") in COLLECTIVES
 
 
@@ -125,131 +124,135 @@ def is_collective(i: Instruction) -> bool:
 class Module:
     """A whole program."""
 
-    computations: dict[str, list[Instruction]]
+    computations: dict[str, Computation]
     entry: str
-    # Opcode of the instruction that runs a computation: fusion, while, async-start ...
-    caller: dict[str, str] = field(default_factory=dict)
+    # Computation -> opcode of the instruction that runs it (fusion, while, async-start ...); filled
+    # by `execution_counts`
+    caller_opcodes: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def runs(self) -> dict[str, int]:
-        """How many times each computation runs. A loop whose count is not known counts as one
-        turn; of a conditional, every branch counts."""
+    def execution_counts(self) -> dict[str, int]:
+        """Computation -> number of executions. A loop of unknown trip count counts as one iteration;
+        every branch of a conditional counts."""
         order: list[str] = []
-        self._visit(self.entry, order, set())
-        runs: dict[str, int] = defaultdict(int)
-        runs[self.entry] = 1
+        self._append_postorder(self.entry, order, set())
+        counts: dict[str, int] = defaultdict(int)
+        counts[self.entry] = 1
         for name in reversed(order):  # callers first
-            table = self._table(name)
-            for instruction in self.computations[name]:
-                loops = instruction.opcode == "while"
-                known = self.trips(instruction, table) if loops else None
-                times = 1 if known is None else known
-                for called in instruction.called:
-                    if called in self.computations:
-                        runs[called] += runs[name] * times
-                        self.caller.setdefault(called, instruction.opcode)
-        return dict(runs)
+            computation = self.computations[name]
+            for i in computation.values():
+                trip_count = self.trip_count(i, computation) if i.opcode == "while" else None
+                for called in self._known(i.called):
+                    counts[called] += counts[name] * (1 if trip_count is None else trip_count)
+                    self.caller_opcodes.setdefault(called, i.opcode)
+        return dict(counts)
 
-    def trips(self, loop: Instruction, within: "Table") -> int | None:
-        """How many times a loop runs: as noted on it, or else by its condition, `n < constant`, where
-        n starts from a constant and grows by one. None: it depends on what is computed.
-        within: the computation that the loop is in."""
-        if found := _TRIPS.search(loop.attributes):
-            return int(found[1])
-        table = self._table(loop.attribute("condition")[1:])
-        test = next(reversed(table.values()), None)
-        if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+    def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
+        """Iterations of a while loop: its known_trip_count, or computed from the condition
+        `counter < constant` if the counter starts at a constant and grows by a constant. None if it
+        depends on data. computation: the one that contains the loop."""
+        if match := _TRIP_COUNT.search(loop.attributes):
+            return int(match[1])
+        condition = self._called_by(loop, "condition")
+        compare = next(reversed(condition.values()), None)
+        if (
+            compare is None
+            or compare.opcode != "compare"
+            or "direction=LT" not in compare.attributes
+        ):
             return None
-        counter, bound = (source(name, table) for name in test.operands)
+        counter, bound = (skip_copies(name, condition) for name in compare.operands)
         index = counter.attribute("index") if counter else ""
         if bound is None or bound.opcode != "constant" or not index:
             return None
-        first = self._first(loop, int(index), within)
-        growth = self._growth(loop, int(index))
-        if first is None or not growth:
+        start = _initial_value(loop, int(index), computation)
+        increment = self._increment(loop, int(index))
+        if start is None or not increment:
             return None
-        return max(0, -(-(int(bound.text) - first) // growth))
+        return max(0, -(-(int(bound.argument_text) - start) // increment))
 
-    def _table(self, name: str) -> "Table":
-        return {i.name: i for i in self.computations.get(name, ())}
+    @cached_property
+    def unknown_loops(self) -> int:
+        """Number of loops whose trip count is unknown."""
+        return sum(
+            i.opcode == "while" and self.trip_count(i, computation) is None
+            for name, computation in self.computations.items()
+            if name in self.execution_counts
+            for i in computation.values()
+        )
 
-    def _first(self, loop: Instruction, index: int, within: "Table") -> int | None:
-        """What the counter, an element of the loop's state, starts from."""
-        state = within.get(loop.operands[0])
-        if state is None or state.opcode != "tuple":
-            return None
-        return constant_of(state.operands[index], within)
+    def _known(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.computations]
 
-    def _growth(self, loop: Instruction, index: int) -> int | None:
-        """By how much the counter grows each time."""
-        body = self._table(loop.attribute("body")[1:])
+    def _called_by(self, loop: Instruction, attribute: str) -> Computation:
+        return self.computations.get(loop.attribute(attribute)[1:], {})
+
+    def _increment(self, loop: Instruction, index: int) -> int | None:
+        """Constant that an iteration adds to element `index` of the loop state."""
+        body = self._called_by(loop, "body")
         state = next(reversed(body.values()), None)
         if state is None or state.opcode != "tuple":
             return None
-        after = source(state.operands[index], body)
-        if after is None or after.opcode != "add":
+        updated = skip_copies(state.operands[index], body)
+        if updated is None or updated.opcode != "add":
             return None
-        found = [constant_of(name, body) for name in after.operands]
-        return next((n for n in found if n is not None), None)
+        constants = (constant_value(name, body) for name in updated.operands)
+        return next((n for n in constants if n is not None), None)
 
-    def _visit(self, name: str, order: list[str], seen: set[str]) -> None:
-        if name in seen:
+    def _append_postorder(self, name: str, order: list[str], visited: set[str]) -> None:
+        if name in visited:
             return
-        seen.add(name)
-        for instruction in self.computations[name]:
-            for called in instruction.called:
-                if called in self.computations:
-                    self._visit(called, order, seen)
+        visited.add(name)
+        for i in self.computations[name].values():
+            for called in self._known(i.called):
+                self._append_postorder(called, order, visited)
         order.append(name)
 
-    @cached_property
-    def open_loops(self) -> int:
-        """Loops whose number of turns the compiler does not know."""
-        return sum(
-            i.opcode == "while" and self.trips(i, self._table(name)) is None
-            for name, body in self.computations.items()
-            if name in self.runs
-            for i in body
-        )
+
+def _initial_value(loop: Instruction, index: int, computation: Computation) -> int | None:
+    """Constant that element `index` of the loop state starts from."""
+    state = computation.get(loop.operands[0])
+    if state is None or state.opcode != "tuple":
+        return None
+    return constant_value(state.operands[index], computation)
 
 
 def parse(text: str) -> Module:
-    """Read the text of a compiled program."""
-    computations: dict[str, list[Instruction]] = {}
+    """Parse the HLO text of a compiled program. ValueError: it has no entry computation."""
+    computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            current = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif _END.match(line):  # an attribute may be of several lines, and end alike
+        if start := _COMPUTATION_START.match(line):
+            current = computations.setdefault(start[2], {})
+            entry = start[2] if start[1] else entry
+        elif _COMPUTATION_END.match(line):  # also ends some multi-line attributes
             current = None
-        elif current is not None and (instruction := _instruction(line)):
-            current.append(instruction)
+        elif current is not None and (i := _parse_instruction(line)):
+            current[i.name] = i
     if not entry:
-        raise ValueError("no ENTRY computation in the compiled program's text")
+        raise ValueError("no ENTRY computation in the text of the compiled program")
     return Module(computations, entry)
 
 
-def _instruction(line: str) -> Instruction | None:
-    found = _NAME.match(line)
-    if not found:
+def _parse_instruction(line: str) -> Instruction | None:
+    match = _INSTRUCTION_NAME.match(line)
+    if not match:
         return None
-    rest = line[found.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
+    rest = line[match.end() :]
+    end = _closing_parenthesis(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    result_type, rest = rest[:end], rest[end:].lstrip()
     opcode, _, _ = rest.partition("(")
-    close = _closing(rest, len(opcode))
-    inner = rest[len(opcode) + 1 : close]
-    operands = re.findall(r"%([\w.\-]+)", inner)
-    return Instruction(found[1], opcode, kind, operands, rest[close + 1 :], inner)
+    close = _closing_parenthesis(rest, len(opcode))
+    arguments = rest[len(opcode) + 1 : close]
+    operands = re.findall(r"%([\w.\-]+)", arguments)
+    return Instruction(match[1], opcode, result_type, operands, rest[close + 1 :], arguments)
 
 
-def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at start."""
+def _closing_parenthesis(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return at
+            return index
     return len(text) - 1

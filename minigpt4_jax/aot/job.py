@@ -1,9 +1,9 @@
-"""What a command asks to be compiled: a model, a run's configuration, a slice."""
+"""What to compile: a model, a training or inference configuration, and a TPU slice."""
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from minigpt4_jax.aot import programs
-from minigpt4_jax.aot.presets import size_of
-from minigpt4_jax.aot.report import Figures, Slice, figures
-from minigpt4_jax.aot.roofline import needed_flops
-from minigpt4_jax.aot.topology import chip_of, sides_of, slice_devices
+from minigpt4_jax.aot.presets import model_for
+from minigpt4_jax.aot.report import Report, Target, compile_and_report
+from minigpt4_jax.aot.roofline import count_model_flops
+from minigpt4_jax.aot.topology import chip_of, slice_devices, slice_shape
 from minigpt4_jax.checkpoint import weights
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
@@ -32,190 +32,213 @@ from minigpt4_jax.training.memory_estimate import Shape, longest
 from minigpt4_jax.training.mesh_selection import choose_sizes
 from minigpt4_jax.training.train_step import trained_parts
 
-LARGEST = 1 << 20  # rows, or tokens of one: compilers count elements in 32 bits
+MAX_SIZE = 1 << 20  # rows, or tokens of a row: compilers count elements in 32 bits
 
 
 @dataclass(frozen=True)
 class Job:
     """Programs of one model for one slice."""
 
-    name: str  # of the configuration
-    size: str
-    run: TrainConfig
-    config: ModelConfig
+    config_name: str
+    model_name: str
+    train_config: TrainConfig
+    model_config: ModelConfig
     topology: str
-    mesh: str | None
-    tokens: int | None
-    quantize: str | None = None
+    mesh: str | None = None  # None: chosen automatically
+    tokens: int | None = None  # of a training row; None: of the longest answer
+    quantize: str | None = None  # inference only, as are the next three
     int8_cache: bool = False
-    batch: int = 1
-    context: int = 2048
-    keep: str | None = None  # folder for the programs' text
-    code: bool = False  # make machine code, too
+    batch_size: int = 1
+    context: int = 2048  # tokens
+    hlo_dir: str | None = None  # where to save the HLO text
+    machine_code: bool = False
 
     def title(self) -> str:
         return (
-            f"{self.name}, {self.size}, on {self.topology} ({len(self.devices)} chips); the compiler's "
-            "figures and what published peaks allow, nothing was run"
+            f"{self.config_name}, {self.model_name}, on {self.topology} ({len(self.devices)} chips); "
+            "figures of the compiler and a roofline of published peaks, nothing was run"
         )
 
     @cached_property
     def devices(self) -> list[Any]:
-        chip_of(self.topology), sides_of(self.topology)
+        slice_shape(self.topology)  # raises UserError with a better message than libtpu's
         return slice_devices(self.topology)
 
-    # --- where ------------------------------------------------------------------------------
+    def without_devices(self) -> "Job":
+        """A copy that can be pickled: devices are looked up again."""
+        return dataclasses.replace(self)
+
+    # --- mesh -------------------------------------------------------------------------------
 
     @cached_property
-    def training(self) -> Slice:
-        c = dataclasses.replace(self.run, mesh=self.mesh or self.run.mesh)
-        count, chip = len(self.devices), chip_of(self.topology)
-        sizes, why = choose_sizes(c, self.config, count, chip.usable)
-        return Slice(self.topology, count, describe(make_mesh(sizes, self.devices)), why)
+    def train_target(self) -> Target:
+        c = dataclasses.replace(self.train_config, mesh=self.mesh or self.train_config.mesh)
+        chip = chip_of(self.topology)
+        axis_sizes, reason = choose_sizes(c, self.model_config, len(self.devices), chip.usable_hbm)
+        return self._target(axis_sizes, reason)
 
     @cached_property
-    def answering(self) -> Slice:
-        count = len(self.devices)
-        sizes = sizes_for_inference(self.mesh or "auto", self.answering_config, count)
-        asked = self.mesh not in (None, "", "auto")
-        why = "as asked for" if asked else "heads over as many chips as they divide among"
-        return Slice(self.topology, count, describe(make_mesh(sizes, self.devices)), why)
+    def inference_target(self) -> Target:
+        config, requested = self.inference_config, self.mesh or "auto"
+        axis_sizes = sizes_for_inference(requested, config, len(self.devices))
+        automatic = "heads split over as many chips as divide them"
+        return self._target(axis_sizes, automatic if requested == "auto" else "as requested")
 
-    def place(self, program: str) -> Slice:
-        return self.training if program == "train" else self.answering
+    def _target(self, axis_sizes: dict[str, int], reason: str) -> Target:
+        mesh = describe(make_mesh(axis_sizes, self.devices))
+        return Target(self.topology, len(self.devices), mesh, reason)
 
-    def _mesh(self, where: Slice) -> Mesh:
-        text = where.mesh if where.chips > 1 else "data:1"
-        return make_mesh(parse_mesh(text, where.chips), self.devices)
+    def target(self, program: str) -> Target:
+        return self.train_target if program == "train" else self.inference_target
 
-    # --- how many rows ----------------------------------------------------------------------
+    def _mesh(self, target: Target) -> Mesh:
+        text = target.mesh if target.num_chips > 1 else "data:1"
+        return make_mesh(parse_mesh(text, target.num_chips), self.devices)
+
+    # --- batch size -------------------------------------------------------------------------
 
     def with_rows(self, program: str, rows: int) -> "Job":
-        """The same with so many rows at once."""
+        """A copy that processes `rows` at once."""
         if program == "train":
-            return dataclasses.replace(
-                self, run=dataclasses.replace(self.run, batch_size=rows, accumulate=1)
-            )
-        return dataclasses.replace(self, batch=rows)
+            c = dataclasses.replace(self.train_config, batch_size=rows, accumulate=1)
+            return dataclasses.replace(self, train_config=c)
+        return dataclasses.replace(self, batch_size=rows)
 
-    def first_rows(self, program: str) -> int:
-        """About as many as are asked for, and one for every chip, or a power of two of them."""
-        train = program == "train"
-        asked = self.run.batch_size // self.run.accumulate if train else self.batch
-        chips = len(self.devices)
-        return chips << max(0, math.ceil(math.log2(asked / chips)))
+    def initial_rows(self, program: str) -> int:
+        """The configured batch rounded up to a power of two times the number of chips."""
+        c, num_chips = self.train_config, len(self.devices)
+        rows = c.batch_size // c.accumulate if program == "train" else self.batch_size
+        return num_chips << max(0, math.ceil(math.log2(rows / num_chips)))
 
-    def least_rows(self, program: str) -> int:
-        """The fewest that a mesh which was asked for divides."""
-        text = self.mesh or (self.run.mesh if program == "train" else "auto")
+    def min_rows(self, program: str) -> int:
+        """The smallest batch that a requested mesh divides."""
+        if program != "train":
+            return 1
+        text = self.mesh or self.train_config.mesh
         if text in ("", "auto"):
             return 1
-        sizes = parse_mesh(text, len(self.devices))
-        return sizes["data"] * sizes["fsdp"] if program == "train" else 1
+        axis_sizes = parse_mesh(text, len(self.devices))
+        return axis_sizes["data"] * axis_sizes["fsdp"]
 
-    # --- what -------------------------------------------------------------------------------
-
-    @property
-    def answering_config(self) -> ModelConfig:
-        return dataclasses.replace(self.config, quantize=self.quantize or self.config.quantize)
+    # --- programs ---------------------------------------------------------------------------
 
     @property
-    def shape(self) -> Shape:
-        """Rows of the longest answer that the configuration lets in, with one image."""
-        return longest(self.run, self.config, self.tokens)
+    def inference_config(self) -> ModelConfig:
+        quantize = self.quantize or self.model_config.quantize
+        return dataclasses.replace(self.model_config, quantize=quantize)
 
-    def figures(self, program: str) -> Figures:
+    @property
+    def batch_shape(self) -> Shape:
+        """Training rows of the longest allowed answer, with one image each."""
+        return longest(self.train_config, self.model_config, self.tokens)
+
+    def compile(self, program: str) -> Report:
         """Compile one of train, encode, prefill and decode."""
-        return self._train() if program == "train" else self._answer(program)
+        return self._compile_train() if program == "train" else self._compile_inference(program)
 
-    def _train(self) -> Figures:
-        c, shape = self.run, self.shape
-        parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
-        weights.check_masters(self.size, self.config, parts)
-        split = f" in {c.accumulate} parts" if c.accumulate > 1 else ""
-        remat = ", layers computed again" if c.remat else ""
-        return figures(
+    def _compile_train(self) -> Report:
+        c, shape = self.train_config, self.batch_shape
+        trained = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+        weights.check_masters(self.model_name, self.model_config, trained)
+        accumulation = f" in {c.accumulate} accumulation steps" if c.accumulate > 1 else ""
+        remat = ", remat" if c.remat else ""
+        return compile_and_report(
             "train",
-            f"{shape.rows} rows of {shape.tokens} tokens{split}{remat}", shape.rows,
-            lambda: programs.train_step(c, self.config, self._mesh(self.training), shape),
-            self.training,
-            needed=needed_flops(self.config, *shape, parts),
-            keep=self._keeper("train"), code=self.code,
+            f"{shape.rows} rows of {shape.tokens} tokens{accumulation}{remat}",
+            shape.rows,
+            lambda: programs.lower_train_step(
+                c, self.model_config, self._mesh(self.train_target), shape
+            ),
+            self.train_target,
+            model_flops=count_model_flops(self.model_config, *shape, trained),
+            save_hlo=self._hlo_writer("train"),
+            machine_code=self.machine_code,
+        )
+
+    def _compile_inference(self, program: str) -> Report:
+        config, mesh = self.inference_config, self._mesh(self.inference_target)
+        engine = programs.AbstractEngine(config, mesh, int8_cache=self.int8_cache)
+        rows, context = self.batch_size, self.context
+        lower: Callable[[], Any]
+        description, lower = {
+            "encode": (f"{rows} images", lambda: engine.lower_encode(rows)),
+            "prefill": (
+                f"{rows} prompts of {context} tokens",
+                lambda: engine.lower_prefill(rows, context, context),
+            ),
+            "decode": (
+                f"{rows} rows, a cache of {context} tokens",
+                lambda: engine.lower_decode(rows, context),
+            ),
+        }[program]
+        return compile_and_report(
+            program, f"{description}, {config.quantize or 'bfloat16'}", rows, lower,
+            self.inference_target, model_flops=self._inference_flops(program),
+            other_weights=self._unused_weight_bytes(program, mesh),
+            save_hlo=self._hlo_writer(program), machine_code=self.machine_code,
         )  # fmt: skip
 
-    def _answer(self, program: str) -> Figures:
-        config, mesh = self.answering_config, self._mesh(self.answering)
-        of = programs.Answering(config, mesh, int8_cache=self.int8_cache)
-        rows, context = self.batch, self.context
-        make = {
-            "encode": lambda: of.lower_encode(rows),
-            "prefill": lambda: of.lower_prefill(rows, context, context),
-            "decode": lambda: of.lower_decode(rows, context),
-        }[program]
-        what = {
-            "encode": f"{rows} images",
-            "prefill": f"{rows} prompts of {context} tokens",
-            "decode": f"{rows} rows, a cache of {context} tokens",
-        }[program]
-        held = "bfloat16" if config.quantize is None else config.quantize
-        return figures(
-            program, f"{what}, {held}", rows, make, self.answering,
-            needed=self._needed(program), beside=self._beside(program, mesh),
-            keep=self._keeper(program), code=self.code,
-        )  # fmt: skip
-
-    def _needed(self, program: str) -> float:
-        """Operations of all chips; the language model's alone, or the vision side's."""
-        config, rows = self.answering_config, self.batch
-        vision = needed_flops(config, rows, 0, 0, None)
+    def _inference_flops(self, program: str) -> float:
+        """Required FLOPs over all chips: of the vision side for encode, else of the language model."""
+        config, rows = self.inference_config, self.batch_size
+        vision = count_model_flops(config, rows, 0, 0, None)
         if program == "encode":
             return vision
         tokens = self.context if program == "prefill" else 1
-        found = needed_flops(config, rows, tokens, 1, None) - vision
-        if program == "decode":  # one token looks at all of the cache
+        flops = count_model_flops(config, rows, tokens, 1, None) - vision
+        if program == "decode":  # one token attends to the whole cache
             c = config.llm
-            found += 4.0 * rows * self.context * c.heads * c.head_dim * c.layers
-        return found
+            flops += 4.0 * rows * self.context * c.heads * c.head_dim * c.layers
+        return flops
 
-    def _beside(self, program: str, mesh: Mesh) -> int:
-        """Bytes on a chip of weights that the program does not use."""
-        vision = program == "encode"
+    def _unused_weight_bytes(self, program: str, mesh: Mesh) -> int:
+        """Bytes per chip of weights that stay in HBM but that the program does not use."""
+        config, is_vision = self.inference_config, program == "encode"
         total = 0
-        for name, shape, kind in programs.parameters(self.answering_config):
-            if name.startswith("llm.") == vision:
-                where = parameter_sharding(name, shape, kind, self.answering_config, mesh)
-                total += math.prod(where.shard_shape(shape)) * kind.itemsize
+        for name, shape, dtype in programs.parameter_specs(config):
+            if name.startswith("llm.") == is_vision:
+                sharding = parameter_sharding(name, shape, dtype, config, mesh)
+                total += math.prod(sharding.shard_shape(shape)) * dtype.itemsize
         return total
 
-    def _keeper(self, program: str) -> Any:
-        if self.keep is None:
+    def _hlo_writer(self, program: str) -> Callable[[str], Any] | None:
+        if self.hlo_dir is None:
             return None
-        return (Path(self.keep) / f"{program}.hlo.txt").write_text
+        return (Path(self.hlo_dir) / f"{program}.hlo.txt").write_text
 
 
-def read(options: argparse.Namespace, rest: Sequence[str]) -> Job:
-    """The job of a command line. UserError: anything wrong with it."""
+def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
+    """The job of a command line. config_args: --config and --config.KEY=VALUE.
+
+    UserError: an option or a configuration value is invalid.
+    """
     for name in ("tokens", "batch", "context"):
         value = getattr(options, name)
-        if value is not None and not 0 < value <= LARGEST:
-            raise UserError(f"--{name}={value}: expected a number above 0, up to {LARGEST:,}")
-    given = any(arg.partition("=")[0] in ("--config", "-config") for arg in rest)
-    rest = list(rest) if given else ["--config=stage2", *rest]
-    spec, _ = config_cli.split_config_argument(rest)
-    c, _ = config_cli.parse(rest, sizes_only=True)
+        if value is not None and not 0 < value <= MAX_SIZE:
+            raise UserError(f"--{name}={value}: expected a number above 0, up to {MAX_SIZE:,}")
+    has_config = any(arg.partition("=")[0] in ("--config", "-config") for arg in config_args)
+    config_args = list(config_args) if has_config else ["--config=stage2", *config_args]
+    config_name, _ = config_cli.split_config_argument(config_args)
+    c, _ = config_cli.parse(config_args, sizes_only=True)
     if c.dtype != "bfloat16":
-        raise UserError(f"config.dtype is {c.dtype!r}: expected bfloat16, which TPUs are made for")
-    size, config = size_of(c, options.size)
-    for name in ("tokens", "context"):
-        value, image = getattr(options, name), config.visual_tokens
-        if value is not None and value <= image:
-            raise UserError(f"--{name}={value}: expected more than {image}, which an image takes")
-    if options.quantize and config.quantize not in (None, options.quantize):
         raise UserError(
-            f"--quantize={options.quantize}: {size} is stored in {config.quantize}: leave it out"
+            f"config.dtype is {c.dtype!r}: expected bfloat16, the type that TPUs compute in"
+        )
+    model_name, model_config = model_for(c, options.size)
+    for name in ("tokens", "context"):
+        value, image_tokens = getattr(options, name), model_config.visual_tokens
+        if value is not None and value <= image_tokens:
+            raise UserError(
+                f"--{name}={value}: expected more than {image_tokens}, the tokens of an image"
+            )
+    if options.quantize and model_config.quantize not in (None, options.quantize):
+        raise UserError(
+            f"--quantize={options.quantize}: {model_name} is stored in {model_config.quantize}: "
+            "omit the option"
         )
     return Job(
-        spec, size, c, config, options.topology, options.mesh, options.tokens,
-        options.quantize, options.kv_cache == "int8", options.batch, options.context, options.hlo,
-        options.code,
+        config_name, model_name, c, model_config, options.topology, options.mesh,
+        tokens=options.tokens, quantize=options.quantize, int8_cache=options.kv_cache == "int8",
+        batch_size=options.batch, context=options.context, hlo_dir=options.hlo,
+        machine_code=options.code,
     )  # fmt: skip

@@ -1,6 +1,5 @@
-"""The most rows that a slice holds: doubled as long as a program fits, or halved until it does."""
+"""Search for the largest batch that fits a slice: double while it fits, or halve until it does."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -9,88 +8,84 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from minigpt4_jax.aot.job import Job
-from minigpt4_jax.aot.report import Figures, Slice
+from minigpt4_jax.aot.report import Report, Target
 
-CODE = 0.15e9  # bytes left for machine code where none is made: it takes 0.04 to 0.11 GB
+# Bytes left for machine code if none was generated: it takes 0.04 to 0.11 GB.
+MACHINE_CODE_BYTES = 0.15e9
 
-Tried = tuple[Figures, Slice]
+Attempt = tuple[Report, Target]
 
 
-def fullest(job: Job, program: str, tell: Callable[[str], None]) -> Tried:
-    """What fits with the most rows, or, if nothing does, what was tried with the fewest. Counts of rows
-    are one for every chip, times a power of two. tell: called with a line on every one that
-    is tried.
-    """
+def find_max_batch(job: Job, program: str, log: Callable[[str], object]) -> Attempt:
+    """The largest batch that fits; if none fits, the smallest that was tried. Batches are a power of
+    two times one row per chip. log: called with a line per attempt."""
 
-    def attempt(rows: int) -> Tried:
-        found = _apart(job.with_rows(program, rows), program)
-        tell(line(found))
-        return found
+    def attempt(rows: int) -> Attempt:
+        result = _compile_in_subprocess(job.with_rows(program, rows), program)
+        log(format_attempt(result))
+        return result
 
-    rows, least = job.first_rows(program), job.least_rows(program)
+    rows, min_rows = job.initial_rows(program), job.min_rows(program)
     best = attempt(rows)
     if _fits(best):
-        while _fits(more := attempt(rows := 2 * rows)):
-            best = more
+        while _fits(larger := attempt(rows := 2 * rows)):
+            best = larger
         return best
-    while rows % 2 == 0 and rows // 2 >= least:
+    while rows % 2 == 0 and rows // 2 >= min_rows:
         best = attempt(rows := rows // 2)
         if _fits(best):
             break
     return best
 
 
-def _fits(found: Tried) -> bool:
-    figures, where = found
-    made = figures.memory is not None and figures.memory.program > 0
-    return figures.fits(where.chip) and figures.peak + (0 if made else CODE) <= where.chip.usable
+def _fits(attempt: Attempt) -> bool:
+    report, target = attempt
+    has_machine_code = report.memory is not None and report.memory.program > 0
+    reserve = 0 if has_machine_code else MACHINE_CODE_BYTES
+    return report.fits(target.chip) and report.peak + reserve <= target.chip.usable_hbm
 
 
-def line(found: Tried) -> str:
-    """The line on a program that was compiled to see whether it fits."""
-    f, where = found
-    peak = f.peak + (f.lacks.needed if f.lacks else 0)
-    verdict = "fits" if _fits(found) else "does not fit"
-    if f.fits(where.chip) and not _fits(found):
-        verdict = f"leaves no room for machine code ({CODE / 1e9:g} GB)"
+def format_attempt(attempt: Attempt) -> str:
+    """One line: the program, its memory, and whether it fits."""
+    report, target = attempt
+    verdict = "fits" if _fits(attempt) else "does not fit"
+    if report.fits(target.chip) and not _fits(attempt):
+        verdict = f"leaves no room for machine code ({MACHINE_CODE_BYTES / 1e9:g} GB)"
     return (
-        f"{f.program}: {f.what}, mesh {where.mesh}: {peak / 1e9:.2f} of {where.chip.usable / 1e9:.2f} GB, "
-        f"{verdict}"
+        f"{report.program}: {report.description}, mesh {target.mesh}: {report.peak / 1e9:.2f} of "
+        f"{target.chip.usable_hbm / 1e9:.2f} GB, {verdict}"
     )
 
 
-def _apart(job: Job, program: str) -> Tried:
-    """The figures, from a process that ends with them: the compiler there works on at machine code that
-    nobody wants, and would slow down the next attempt."""
+def _compile_in_subprocess(job: Job, program: str) -> Attempt:
+    """Compile in a process that is killed once the report is there: otherwise the compiler would go on
+    generating machine code and slow down the next attempt."""
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        args = (dataclasses.replace(job), program, theirs, folder)
-        child = spawn.Process(target=_compile, args=args)
+    receiver, sender = spawn.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp_dir:
+        child = spawn.Process(target=_child, args=(job.without_devices(), program, sender, tmp_dir))
         child.start()
-        theirs.close()
+        sender.close()
         try:
-            found = ours.recv()
+            result: Attempt | Exception = receiver.recv()
         except EOFError:
             child.join()
-            raise RuntimeError(f"the compiler's process ended with code {child.exitcode}") from None
+            raise RuntimeError(
+                f"the compiler process ended with exit code {child.exitcode}"
+            ) from None
         finally:
             child.kill()
             child.join()
-    if isinstance(found, Exception):
-        raise found
-    return found
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def _compile(job: Job, program: str, to: Connection, folder: str) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the process before this one says what is to be said
-    tempfile.tempdir = (
-        folder  # this process is killed, and what it wrote there goes with the folder
-    )
+def _child(job: Job, program: str, sender: Connection, tmp_dir: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    tempfile.tempdir = tmp_dir  # the parent deletes it after killing this process
     try:
-        to.send((job.figures(program), job.place(program)))
+        sender.send((job.compile(program), job.target(program)))
     except Exception as e:
-        to.send(e)
+        sender.send(e)
     os._exit(0)

@@ -1,7 +1,7 @@
-"""The programs of training and answering, compiled for a slice from shapes alone.
+"""Lower the programs of training and inference from shapes alone, for devices that need not exist.
 
-They are the ones that run: `training.step.make_step` and the programs of `generate.Engine`, given
-shapes that say where they would lie.
+They are the programs that really run, `train_step.make_step` and those of `inference.engine.Engine`,
+with `jax.ShapeDtypeStruct`s that carry shardings instead of arrays.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minigpt4_jax.checkpoint import weights
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.inference.engine import PRNG, Engine, Rows, State
+from minigpt4_jax.inference.decode_state import PRNG, Rows, State
+from minigpt4_jax.inference.engine import Engine
 from minigpt4_jax.inference.sampling import SamplingParams, stages_of
 from minigpt4_jax.models.kv_cache import cache_axes
 from minigpt4_jax.models.minigpt import Batch
@@ -40,103 +40,117 @@ from minigpt4_jax.training.train_step import (
 )
 from minigpt4_jax.utils import platform
 
+# Any, as shapes stand in for arrays; JAX does not annotate the constructors.
+ShapeDtypeStruct: Any = jax.ShapeDtypeStruct
+P: Any = PartitionSpec
+
 BF16 = jnp.dtype(jnp.bfloat16)
+MAX_NEW_TOKENS = 256  # that the decoding state has buffers for
 
 
-def shape_of(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+def sharded_shape(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    return ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def lies_whole(tree: Any, mesh: Mesh) -> Any:
-    """Shapes of a tree, whole on every chip."""
-    return jax.tree.map(lambda a: shape_of(a.shape, a.dtype, replicated(mesh)), tree)
+def replicate_shapes(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree, fully replicated."""
+    return jax.tree.map(lambda a: sharded_shape(a.shape, a.dtype, replicated(mesh)), tree)
 
 
-def by_rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
-    """The shape of an array whose rows are split over the chips, as `sharding.put_rows` puts it."""
-    where = NamedSharding(mesh, P(*fitting(shape[:1], (BATCH_AXES,), mesh.shape)))
-    return shape_of(shape, dtype, where)
+def batch_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
+    """The shape of a batch array, its rows sharded as `sharding.put_rows` does."""
+    spec = P(*fitting(shape[:1], (BATCH_AXES,), mesh.shape))
+    return sharded_shape(shape, dtype, NamedSharding(mesh, spec))
 
 
-def parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], jnp.dtype]]:
-    """(name, shape, type) of the model's parameters for answering in bfloat16."""
+def parameter_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], jnp.dtype]]:
+    """(name, shape, dtype) of the parameters for inference in bfloat16."""
     state = nnx.state(weights.abstract_model(config, stacked=False))
     for path, leaf in nnx.to_flat_state(state):
-        yield ".".join(map(str, path)), leaf.shape, _kind(path, leaf, BF16)
+        yield ".".join(map(str, path)), leaf.shape, _dtype(path, leaf, BF16)
 
 
-def _kind(path: tuple, leaf: Any, dtype: jnp.dtype) -> jnp.dtype:
+def _dtype(path: tuple[Any, ...], leaf: Any, dtype: jnp.dtype) -> jnp.dtype:
+    """Integer parameters (quantized weights) keep their type."""
     integer = jnp.issubdtype(leaf.dtype, jnp.integer)
     return jnp.dtype(leaf.dtype) if integer else weights.parameter_dtype(path, dtype)
 
 
-def model_shapes(config: ModelConfig, mesh: Mesh, *, stacked: bool, masters: Any = ()) -> Any:
-    """The model as `weights.load_model` in bfloat16 puts it on a mesh, of shapes."""
+def model_shapes(
+    config: ModelConfig, mesh: Mesh, *, stacked: bool, masters: frozenset[str] = frozenset()
+) -> Any:
+    """The model with shapes as parameters, sharded as `weights.load_model` in bfloat16 does. masters:
+    parts in float32."""
     graphdef, state = nnx.split(weights.abstract_model(config, stacked=stacked))
-    filled = []
+    leaves = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        exact = weights.part_of(name) in masters
-        kind = _kind(path, leaf, jnp.dtype(jnp.float32) if exact else BF16)
-        where = replicated(mesh) if exact else parameter_sharding(
-            name, leaf.shape, leaf.dtype, config, mesh
-        )  # fmt: skip
-        filled.append((path, leaf.replace(shape_of(leaf.shape, kind, where))))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+        if weights.part_of(name) in masters:
+            dtype, sharding = _dtype(path, leaf, jnp.dtype(jnp.float32)), replicated(mesh)
+        else:
+            dtype = _dtype(path, leaf, BF16)
+            sharding = parameter_sharding(name, leaf.shape, leaf.dtype, config, mesh)
+        leaves.append((path, leaf.replace(sharded_shape(leaf.shape, dtype, sharding))))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
-def split_shapes(config: ModelConfig, parts: frozenset[str], mesh: Mesh) -> Split:
-    """As `split_model` of the loaded model, of shapes."""
-    graphdef, state = nnx.split(model_shapes(config, mesh, stacked=True, masters=parts))
-    kept: list[Split] = []
+def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Split:
+    """`split_model` of the loaded model, with shapes."""
+    graphdef, state = nnx.split(model_shapes(config, mesh, stacked=True, masters=trained))
+    splits: list[Split] = []
 
-    def take_apart(state: Any) -> Any:
-        kept.append(split_model(nnx.merge(graphdef, state), parts, BF16))
-        return kept[0].trainable, kept[0].frozen
+    def split(state: Any) -> Any:
+        splits.append(split_model(nnx.merge(graphdef, state), trained, BF16))
+        return splits[0].trainable, splits[0].frozen
 
-    trainable, shapes = jax.eval_shape(take_apart, state)
+    trainable, frozen_shapes = jax.eval_shape(split, state)
+    # eval_shape drops the shardings
     frozen = tuple(
-        leaf.get_value() for path, leaf in nnx.to_flat_state(state) if not is_trained(path, parts)
+        leaf.get_value() for path, leaf in nnx.to_flat_state(state) if not is_trained(path, trained)
     )
-    if [a.shape for a in frozen] != [a.shape for a in shapes]:
-        raise AssertionError("split_model orders the frozen arrays in another way")
-    return kept[0]._replace(trainable=lies_whole(trainable, mesh), frozen=frozen)
+    if [a.shape for a in frozen] != [a.shape for a in frozen_shapes]:
+        raise AssertionError("split_model orders the frozen arrays differently")
+    return splits[0]._replace(trainable=replicate_shapes(trainable, mesh), frozen=frozen)
 
 
-def train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Shape) -> Any:
-    """The lowered step of a run: a row has one image."""
+def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Shape) -> Any:
+    """The lowered training step, with one image per row."""
     parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
     split = split_shapes(config, parts, mesh)
     tx = optimizer.adamw(
         split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip
     )
-    lora = config.lora is not None and config.lora.dropout > 0
-    qformer = "qformer" in parts and config.qformer is not None and config.qformer.dropout > 0
-    dropout_in = {"lora": lora, "qformer": qformer}
+    has_dropout = {
+        "lora": config.lora is not None and config.lora.dropout > 0,
+        "qformer": "qformer" in parts and config.qformer is not None and config.qformer.dropout > 0,
+    }
     step: Any = make_step(
         split, tx, accumulate=c.accumulate, remat=c.remat,
-        dropout_seed=c.seed if any(dropout_in.values()) else None,
-        dropout_in=[part for part, on in dropout_in.items() if on],
+        dropout_seed=c.seed if any(has_dropout.values()) else None,
+        dropout_in=[part for part, enabled in has_dropout.items() if enabled],
     )  # fmt: skip
     b, edge = shape.rows, config.vision.image_size
     batch = Batch(
-        by_rows((b, 1, edge, edge, 3), jnp.uint8, mesh), by_rows((b, shape.tokens), jnp.int32, mesh),
-        by_rows((b,), jnp.int32, mesh), by_rows((b, shape.labels), jnp.int32, mesh),
-    )  # fmt: skip
-    opt_state = lies_whole(jax.eval_shape(tx.init, split.trainable), mesh)
-    numbers = [shape_of((), kind, replicated(mesh)) for kind in (jnp.float32, jnp.int32)]
+        batch_shape((b, 1, edge, edge, 3), jnp.uint8, mesh),
+        batch_shape((b, shape.tokens), jnp.int32, mesh),
+        batch_shape((b,), jnp.int32, mesh),
+        batch_shape((b, shape.labels), jnp.int32, mesh),
+    )
+    opt_state = replicate_shapes(jax.eval_shape(tx.init, split.trainable), mesh)
+    scalars = [sharded_shape((), dtype, replicated(mesh)) for dtype in (jnp.float32, jnp.int32)]
     with platform.compiling_for("tpu"):
-        return step.lower(split.trainable, opt_state, split.frozen, batch, *numbers)
+        return step.lower(split.trainable, opt_state, split.frozen, batch, *scalars)
 
 
-# --- answering ----------------------------------------------------------------------------------
+# --- inference ----------------------------------------------------------------------------------
 
 
-class Answering(Engine):
-    """The programs of answering, greedily, for a model on a mesh. To be lowered, not run."""
+class AbstractEngine(Engine):
+    """An inference engine with shapes as parameters: its programs can be lowered, not run. Greedy
+    decoding."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool):
         self.mesh, self.model = mesh, model_shapes(config, mesh, stacked=False)
@@ -145,56 +159,60 @@ class Answering(Engine):
         self.plan = stages_of([SamplingParams()], config.llm.vocab)
 
     def lower_encode(self, images: int) -> Any:
-        """The vision side on so many images."""
+        """The vision side for a number of images."""
         graphdef, state = nnx.split(self.model)
         edge = self.config.vision.image_size
-        pixels = shape_of((images, edge, edge, 3), jnp.uint8, replicated(self.mesh))
+        pixels = sharded_shape((images, edge, edge, 3), jnp.uint8, replicated(self.mesh))
 
-        def program(state: Any, pixels: jax.Array) -> jax.Array:  # as api.Model's
+        def encode(state: Any, pixels: jax.Array) -> jax.Array:  # as inference.model.Model does
             model: Any = nnx.merge(graphdef, state)
             return constrain(model.encode(constrain(pixels, BATCH_AXES)[:, None]))
 
         with platform.compiling_for("tpu"):
-            return jax.jit(on_mesh(program, self.mesh)).lower(state, pixels)
+            return jax.jit(on_mesh(encode, self.mesh)).lower(state, pixels)
 
-    def lower_prefill(self, rows: int, tokens: int, context: int, room: int = 256) -> Any:
-        """Reading prompts of so many tokens into a cache of `context`."""
+    def lower_prefill(self, rows: int, tokens: int, context: int) -> Any:
+        """Prefill of prompts of `tokens` tokens into a cache of `context`."""
         with platform.compiling_for("tpu"):
             return self._start.lower(
-                self._leaves, self._shapes(rows, tokens), context, room, self.plan
+                self._leaves, self._request_shapes(rows, tokens), context, MAX_NEW_TOKENS, self.plan
             )
 
-    def lower_decode(self, rows: int, context: int, room: int = 256) -> Any:
-        """The decoding loop over a cache of `context`; of its turns each makes a token a row."""
+    def lower_decode(self, rows: int, context: int) -> Any:
+        """The decoding loop over a cache of `context`; an iteration generates one token per row."""
         with platform.compiling_for("tpu"):
             state = jax.eval_shape(
-                lambda leaves, shapes: self._start(leaves, shapes, context, room, self.plan),
-                self._leaves, self._shapes(rows, min(32, context)),
+                lambda leaves, requests: self._start(
+                    leaves, requests, context, MAX_NEW_TOKENS, self.plan
+                ),
+                self._leaves, self._request_shapes(rows, min(32, context)),
             )  # fmt: skip
-            steps = shape_of((), jnp.int32, replicated(self.mesh))
-            return self._decode.lower(self._leaves, self._placed(state), steps, self.plan)
+            steps = sharded_shape((), jnp.int32, replicated(self.mesh))
+            return self._decode.lower(self._leaves, self._shard_state(state), steps, self.plan)
 
-    def _shapes(self, rows: int, tokens: int) -> Rows:
+    def _request_shapes(self, rows: int, tokens: int) -> Rows:
         c = self.config
         seeds = jnp.zeros(rows, jnp.uint32)
         keys = jax.eval_shape(lambda: jax.vmap(partial(jax.random.key, impl=PRNG))(seeds))
-        number = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        real = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        found = Rows(
-            jax.ShapeDtypeStruct((rows, tokens), jnp.int32), number,
-            jax.ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), number,
-            jax.ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
-            SamplingParams(real, number, real, real, number, real, number),
+        integers = ShapeDtypeStruct((rows,), jnp.int32)
+        floats = ShapeDtypeStruct((rows,), jnp.float32)
+        shapes = Rows(
+            ShapeDtypeStruct((rows, tokens), jnp.int32), integers,
+            ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), integers,
+            ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
+            SamplingParams(floats, integers, floats, floats, integers, floats, integers),
         )  # fmt: skip
-        return lies_whole(found, self.mesh)
+        requests: Rows = replicate_shapes(shapes, self.mesh)
+        return requests
 
-    def _placed(self, state: State) -> State:
-        """The shapes of a state, where the programs of the engine leave it."""
+    def _shard_state(self, state: State) -> State:
+        """Shapes of a decoding state with the shardings that the engine's programs give it."""
         axes = cache_axes(state.cache)
 
-        def put(a: Any) -> Any:
+        def shard(a: Any) -> Any:
             spec = P(*fitting(a.shape[: len(axes)], axes, self.mesh.shape))
-            return shape_of(a.shape, a.dtype, NamedSharding(self.mesh, spec))
+            return sharded_shape(a.shape, a.dtype, NamedSharding(self.mesh, spec))
 
-        cache = jax.tree.map(put, state.cache)
-        return lies_whole(state._replace(cache=None), self.mesh)._replace(cache=cache)
+        cache = jax.tree.map(shard, state.cache)
+        without_cache: State = replicate_shapes(state._replace(cache=None), self.mesh)
+        return without_cache._replace(cache=cache)

@@ -1,4 +1,4 @@
-"""One compiled program as figures: measured by the compiler, counted, predicted; as text and as JSON."""
+"""Memory, cost and predicted time of one compiled program, as text and as JSON."""
 
 import dataclasses
 import time
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigpt4_jax.aot import hlo
-from minigpt4_jax.aot.compiler import Memory, TooLarge, compile_for_chip
+from minigpt4_jax.aot.compiler import Memory, OutOfMemory, compile_lowered
 from minigpt4_jax.aot.cost import Collective, Cost, cost_of
 from minigpt4_jax.aot.roofline import Prediction, predict
-from minigpt4_jax.aot.topology import Chip, chip_of, sides_of
+from minigpt4_jax.aot.topology import Chip, chip_of, slice_shape
 from minigpt4_jax.training.mesh_selection import size_text
 
-SHOWN = 8  # kinds of collectives in the text
+MAX_COLLECTIVES = 8  # listed in the text
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Where a program is for."""
+class Target:
+    """What a program is compiled for: a slice and a mesh over its chips."""
 
     topology: str
-    chips: int
+    num_chips: int
     mesh: str
-    why: str  # this mesh
+    mesh_reason: str  # why this mesh
 
     @property
     def chip(self) -> Chip:
@@ -31,109 +31,111 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one program on each chip of a slice."""
+class Report:
+    """Figures of one program, per chip of its slice."""
 
     program: str  # train, encode, prefill, decode
-    what: str  # its sizes in words
-    rows: int  # examples, images or rows that a run of it works on
-    memory: Memory | None  # None: it does not fit
-    beside: int  # bytes of HBM that other programs' weights hold meanwhile
-    lacks: TooLarge | None
+    description: str  # batch and sequence sizes in words
+    rows: int  # examples, images or sequences of one run
+    memory: Memory | None  # None: out of memory
+    other_weights: int  # bytes of HBM held by weights that the program does not use
+    out_of_memory: OutOfMemory | None
     cost: Cost | None
-    needed: float  # operations of products that it cannot do without, of all chips together
+    model_flops: float  # FLOPs that the program requires, over all chips
     prediction: Prediction | None
-    seconds: float  # that compiling took
+    compile_seconds: float
 
     @property
     def peak(self) -> float:
-        """Bytes of HBM."""
-        return (self.memory.peak if self.memory else 0) + self.beside
+        """Bytes of HBM that the program and the other weights need."""
+        needed = self.out_of_memory.needed if self.out_of_memory else 0
+        return (self.memory.peak if self.memory else needed) + self.other_weights
 
     def fits(self, chip: Chip) -> bool:
-        return self.memory is not None and self.peak <= chip.usable
+        return self.memory is not None and self.peak <= chip.usable_hbm
 
 
-def figures(
+def compile_and_report(
     program: str,
-    what: str,
+    description: str,
     rows: int,
-    make: Callable[[], Any],
-    where: Slice,
+    lower: Callable[[], Any],
+    target: Target,
     *,
-    needed: float,
-    beside: int = 0,
-    keep: Callable[[str], None] | None = None,
-    code: bool = True,
-) -> Figures:
-    """Compile what `make` lowers, and count. keep: called with the program's text. code: as of
-    `compile_for_chip`."""
-    begun = time.perf_counter()
-    found = compile_for_chip(make(), code=code)
-    if isinstance(found, TooLarge):
-        spent = time.perf_counter() - begun
-        return Figures(program, what, rows, None, beside, found, None, needed, None, spent)
-    text, memory = found
-    if keep is not None:
-        keep(text)
-    cost = cost_of(hlo.parse(text))
-    guess = predict(cost, where.chip, sides_of(where.topology), needed)
-    spent = time.perf_counter() - begun
-    return Figures(program, what, rows, memory, beside, None, cost, needed, guess, spent)
+    model_flops: float,
+    other_weights: int = 0,
+    save_hlo: Callable[[str], Any] | None = None,
+    machine_code: bool = True,
+) -> Report:
+    """Compile the program that `lower` returns and analyze it. save_hlo: called with the HLO text.
+    machine_code: as in `compile_lowered`."""
+    start = time.perf_counter()
+    compiled = compile_lowered(lower(), machine_code=machine_code)
+    memory = out_of_memory = cost = prediction = None
+    if isinstance(compiled, OutOfMemory):
+        out_of_memory = compiled
+    else:
+        memory = compiled.memory
+        if save_hlo is not None:
+            save_hlo(compiled.hlo_text)
+        cost = cost_of(hlo.parse(compiled.hlo_text))
+        prediction = predict(cost, target.chip, slice_shape(target.topology), model_flops)
+    return Report(
+        program, description, rows, memory, other_weights, out_of_memory, cost, model_flops,
+        prediction, time.perf_counter() - start,
+    )  # fmt: skip
 
 
 # --- text ---------------------------------------------------------------------------------------
 
 
-def lines(f: Figures, where: Slice) -> list[str]:
-    """What the command prints of a program."""
-    chip = where.chip
-    head = f"{f.program}: {f.what}"
-    if f.memory is None or f.cost is None or f.prediction is None:
-        assert f.lacks is not None
-        return [head, f"  does not fit    {_lacks(f, chip)}"]
-    m, c, p = f.memory, f.cost, f.prediction
-    beside = f", other weights {_gb(f.beside)}" if f.beside else ""
+def format_report(r: Report, target: Target) -> list[str]:
+    """Lines that the command prints for a program."""
+    chip = target.chip
+    title = f"{r.program}: {r.description}"
+    if r.memory is None or r.cost is None or r.prediction is None:
+        return [title, f"  does not fit    {_format_shortage(r)}"]
+    m, c, p = r.memory, r.cost, r.prediction
+    other = f", other weights {_gb(r.other_weights)}" if r.other_weights else ""
     code = f", program {_gb(m.program)}" if m.program else ""
-    verdict = "" if f.fits(chip) else f"; does not fit: {_gb(f.peak - chip.usable)} GB too many"
-    found = [
-        head,
-        f"  HBM of a chip   {_gb(f.peak)} of {_gb(chip.usable)} GB{verdict} (arguments "
-        f"{_gb(m.arguments)}, results {_gb(m.results)}, temporaries {_gb(m.temporaries)}{code}{beside})",
-        f"  products        {c.flops / 1e12:.3g} TFLOP, {_ms(p.compute)} at {chip.flops / 1e12:.0f} "
-        f"TFLOP/s; the step needs {f.needed / where.chips / 1e12:.3g}",
-        f"  HBM traffic     {_gb(c.bytes)} GB, {_ms(p.memory)} at {chip.bandwidth / 1e9:.0f} GB/s",
-        f"  links           {_gb(c.sent)} GB sent, {_ms(p.links)} at {chip.ring / 1e9:.0f} GB/s",
+    verdict = "" if r.fits(chip) else f"; does not fit: {_gb(r.peak - chip.usable_hbm)} GB too many"
+    unit = "a token of each row" if r.program == "decode" else "a run"
+    return [
+        title,
+        f"  HBM per chip    {_gb(r.peak)} of {_gb(chip.usable_hbm)} GB{verdict} (arguments "
+        f"{_gb(m.arguments)}, results {_gb(m.results)}, temporaries {_gb(m.temporaries)}{code}{other})",
+        f"  matmuls         {c.flops / 1e12:.3g} TFLOP, {_ms(p.compute_seconds)} at "
+        f"{chip.flops / 1e12:.0f} TFLOP/s; required {r.model_flops / target.num_chips / 1e12:.3g}",
+        f"  HBM traffic     {_gb(c.hbm_bytes)} GB, {_ms(p.memory_seconds)} at "
+        f"{chip.hbm_bandwidth / 1e9:.0f} GB/s",
+        f"  links           {_gb(c.sent_bytes)} GB sent, {_ms(p.link_seconds)} at "
+        f"{chip.ring_bandwidth / 1e9:.0f} GB/s",
+        *(f"    {line}" for line in format_collectives(c)),
+        f"  predicted       {_ms(p.seconds)} {unit}, limited by {p.bottleneck}; {p.mfu:.1%} of peak; "
+        f"{r.rows / p.seconds:.3g} rows/s",
     ]
-    found += [f"    {line}" for line in exchanges(c)]
-    unit = "a token of each row" if f.program == "decode" else "a run"
-    found.append(
-        f"  predicted       {_ms(p.seconds)} {unit}, limited by {p.limit}; {p.share:.1%} of peak; "
-        f"{f.rows / p.seconds:.3g} rows/s"
-    )
-    return found
 
 
-def exchanges(c: Cost) -> list[str]:
-    """The collectives, those that send most first."""
-    found = [
-        f"{x.count:6} x {x.kind} of {size_text(x.bytes)} among {x.group} chips, "
-        f"{'beside other work' if x.ahead else 'waited for'}"
-        for x in c.collectives[:SHOWN]
+def format_collectives(c: Cost) -> list[str]:
+    """One line per kind of collective, those that send most first."""
+    lines = [
+        f"{x.count:6} x {x.kind} of {size_text(x.bytes)} among {x.group_size} chips, "
+        f"{'overlapped' if x.overlapped else 'exposed'}"
+        for x in c.collectives[:MAX_COLLECTIVES]
     ]
-    rest = c.collectives[SHOWN:]
+    rest = c.collectives[MAX_COLLECTIVES:]
     if rest:
-        sent = sum(x.sent * x.count for x in rest)
-        found.append(f"{sum(x.count for x in rest):6} x others, {size_text(sent)} sent together")
-    return found
+        sent = sum(x.sent_bytes * x.count for x in rest)
+        lines.append(f"{sum(x.count for x in rest):6} x others, {size_text(sent)} sent in total")
+    return lines
 
 
-def _lacks(f: Figures, chip: Chip) -> str:
-    assert f.lacks is not None
-    needed, room = f.lacks.needed + f.beside, f.lacks.available
+def _format_shortage(r: Report) -> str:
+    assert r.out_of_memory is not None
+    available = r.out_of_memory.available
     return (
-        f"{_gb(needed)} GB of {_gb(room)} GB: {_gb(needed - room)} GB too many. Take more chips, "
-        "a mesh with fsdp or model, fewer rows at once (config.accumulate), config.remat or --quantize"
+        f"{_gb(r.peak)} GB of {_gb(available)} GB: {_gb(r.peak - available)} GB too many. Use more "
+        "chips, a mesh with fsdp or model, fewer rows at once (config.accumulate), config.remat or --quantize"
     )
 
 
@@ -145,29 +147,39 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-# --- JSON ---------------------------------------------------------------------------------------
+# --- JSON: the keys are read by scripts and stay as they are --------------------------------------
 
 
-def record(f: Figures, where: Slice) -> dict[str, Any]:
-    """Plain values; bytes, seconds and operations of one chip, `needed_flops` of all."""
-    found: dict[str, Any] = {
-        "program": f.program, "what": f.what, "rows": f.rows, "topology": where.topology,
-        "chips": where.chips, "mesh": where.mesh, "fits": f.fits(where.chip),
-        "hbm": where.chip.usable, "peak": f.peak, "needed_flops": f.needed,
-        "compile_seconds": round(f.seconds, 1),
+def to_json(r: Report, target: Target) -> dict[str, Any]:
+    """Plain values: bytes, seconds and FLOPs of one chip, except `needed_flops`, of all chips."""
+    hbm = r.out_of_memory.available if r.out_of_memory else target.chip.usable_hbm
+    values: dict[str, Any] = {
+        "program": r.program, "what": r.description, "rows": r.rows, "topology": target.topology,
+        "chips": target.num_chips, "mesh": target.mesh, "fits": r.fits(target.chip),
+        "hbm": hbm, "peak": r.peak, "needed_flops": r.model_flops,
+        "compile_seconds": round(r.compile_seconds, 1),
     }  # fmt: skip
-    if f.lacks is not None:
-        return found | {"peak": f.lacks.needed + f.beside, "hbm": f.lacks.available}
-    assert f.memory is not None and f.cost is not None and f.prediction is not None
-    return found | {
-        "memory": dataclasses.asdict(f.memory) | {"beside": f.beside},
-        "flops": f.cost.flops,
-        "bytes": f.cost.bytes,
-        "sent": f.cost.sent,
-        "collectives": [_plain(c) for c in f.cost.collectives],
-        "predicted": dataclasses.asdict(f.prediction),
+    if r.memory is None or r.cost is None or r.prediction is None:
+        return values
+    return values | {
+        "memory": dataclasses.asdict(r.memory) | {"beside": r.other_weights},
+        "flops": r.cost.flops,
+        "bytes": r.cost.hbm_bytes,
+        "sent": r.cost.sent_bytes,
+        "collectives": [_collective_to_json(c) for c in r.cost.collectives],
+        "predicted": _prediction_to_json(r.prediction),
     }
 
 
-def _plain(c: Collective) -> dict[str, Any]:
-    return dataclasses.asdict(c) | {"sent": c.sent}
+def _collective_to_json(c: Collective) -> dict[str, Any]:
+    return {
+        "kind": c.kind, "group": c.group_size, "bytes": c.bytes, "count": c.count,
+        "ahead": c.overlapped, "sent": c.sent_bytes,
+    }  # fmt: skip
+
+
+def _prediction_to_json(p: Prediction) -> dict[str, Any]:
+    return {
+        "compute": p.compute_seconds, "memory": p.memory_seconds, "links": p.link_seconds,
+        "seconds": p.seconds, "limit": p.bottleneck, "share": p.mfu,
+    }  # fmt: skip

@@ -1,9 +1,8 @@
-"""How long a program would take on chips that do what is published of them.
+"""Roofline prediction of a program's time on chips that reach their published peaks.
 
-Instruction by instruction: the longer of its products at the peak of the unit and its traffic at
-the bandwidth of HBM. To that the exchanges between chips: those the compiler starts ahead run
-beside the rest, the others wait. Peaks are not reached by anything real: what this predicts is the
-shortest time that the program as compiled could take, and what it would wait for.
+Each instruction takes the longer of its matrix products at peak FLOP/s and its HBM traffic at peak
+bandwidth. Overlapped collectives run beside the instructions, the others are added. No real program
+reaches these peaks: the prediction is a lower bound for the program as compiled, and names its bottleneck.
 """
 
 import math
@@ -17,88 +16,94 @@ from minigpt4_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step on every chip."""
+    """Predicted time of one run of a program."""
 
-    compute: float  # products alone
-    memory: float  # HBM alone
-    links: float  # exchanges alone
-    seconds: float  # of the step
-    limit: str  # compute, memory or links: what most of it waits for
-    share: float  # of the peak of all chips, by the operations that the step needs
+    compute_seconds: float  # matrix products alone
+    memory_seconds: float  # HBM traffic alone
+    link_seconds: float  # collectives alone
+    seconds: float  # all together
+    bottleneck: str  # compute, memory or links
+    mfu: float  # model FLOPs utilization: needed FLOPs over the peak of all chips
 
 
-def predict(cost: Cost, chip: Chip, sides: tuple[int, ...], needed: float) -> Prediction:
-    """sides: of the slice, as (2, 4). needed: operations of all chips together, see `needed_flops`."""
-    memory = cost.bytes / chip.bandwidth
+def predict(cost: Cost, chip: Chip, slice_shape: tuple[int, ...], model_flops: float) -> Prediction:
+    """slice_shape: as (2, 4). model_flops: of all chips together, see `count_model_flops`."""
+    memory = cost.hbm_bytes / chip.hbm_bandwidth
     times = [
-        (s.passes / chip.flops, s.bytes / chip.bandwidth, s.count)
-        for s in cost.steps
-        if not s.ahead
+        (i.mxu_flops / chip.flops, i.hbm_bytes / chip.hbm_bandwidth, i.count)
+        for i in cost.instructions
+        if not i.overlapped
     ]
     busy = max(memory, sum(max(product, traffic) * n for product, traffic, n in times))
-    products = sum(product * n for product, traffic, n in times if product >= traffic)
-    beside = sum(_seconds(c, chip, sides) for c in cost.collectives if c.ahead)
-    waiting = sum(_seconds(c, chip, sides) for c in cost.collectives if not c.ahead)
-    seconds = max(busy, beside) + waiting
-    exposed = seconds - busy
-    waits = {"compute": products, "memory": busy - products, "links": exposed}
+    compute_bound = sum(product * n for product, traffic, n in times if product >= traffic)
+    overlapped, exposed = (
+        sum(
+            _collective_seconds(c, chip, slice_shape) for c in cost.collectives if c.overlapped is o
+        )
+        for o in (True, False)
+    )
+    seconds = max(busy, overlapped) + exposed
+    waits = {"compute": compute_bound, "memory": busy - compute_bound, "links": seconds - busy}
+    peak_flops = chip.flops * math.prod(slice_shape)
     return Prediction(
-        compute=sum(product * n for product, _, n in times),
-        memory=memory,
-        links=beside + waiting,
+        compute_seconds=sum(product * n for product, _, n in times),
+        memory_seconds=memory,
+        link_seconds=overlapped + exposed,
         seconds=seconds,
-        limit=max(waits, key=lambda name: waits[name]),
-        share=needed / (seconds * chip.flops * math.prod(sides)) if seconds else 0.0,
+        bottleneck=max(waits, key=lambda name: waits[name]),
+        mfu=model_flops / (seconds * peak_flops) if seconds else 0.0,
     )
 
 
-def _seconds(c: Collective, chip: Chip, sides: tuple[int, ...]) -> float:
-    """Of all exchanges of one kind: bandwidth of a ring, and the way of the first byte."""
-    around = min(c.group - 1, sum(sides)) if c.group > 1 else 0
-    hops = {"all-reduce": 2 * around, "collective-permute": 1}.get(c.kind, around)
-    return c.count * (c.sent / chip.ring + hops * HOP_SECONDS)
+def _collective_seconds(c: Collective, chip: Chip, slice_shape: tuple[int, ...]) -> float:
+    """Time of all executions of a collective: ring bandwidth plus the latency of the hops."""
+    ring_hops = min(c.group_size - 1, sum(slice_shape)) if c.group_size > 1 else 0
+    hops = {"all-reduce": 2 * ring_hops, "collective-permute": 1}.get(c.kind, ring_hops)
+    return c.count * (c.sent_bytes / chip.ring_bandwidth + hops * HOP_SECONDS)
 
 
-def needed_flops(
-    config: ModelConfig, rows: int, tokens: int, labels: int, parts: frozenset[str] | None
+def count_model_flops(
+    config: ModelConfig, rows: int, tokens: int, labels: int, trained: frozenset[str] | None
 ) -> float:
-    """Operations of products that a step cannot do without, of all chips together: forward, and the
-    gradients that what is trained asks for; not what is computed again to save memory.
+    """FLOPs of the matrix products that a step requires, over all chips: the forward pass and the
+    gradients of the trained parts, without recomputation.
 
-    tokens, labels: of a row with one image. parts: that are trained; None: forward alone.
+    tokens, labels: of a row with one image. trained: trained parts; None: forward pass only.
     """
     config, total = replace(config, quantize=None, kept=()), 0.0
-    seen = config.vision.patches + 1
+    vision_tokens = config.vision.patches + 1
     queries = config.qformer.queries if config.qformer else 0
     for name, shape in parameter_shapes(config).items():
         part = name.split(".")[0]
         if (not name.endswith(".weight") and ".lora_" not in name) or len(shape) != 2:
             continue
         if part == "qformer":
-            many = seen if ".cross.k" in name or ".cross.v" in name else queries
+            positions = vision_tokens if ".cross.k" in name or ".cross.v" in name else queries
         elif part == "projection":
-            many = config.visual_tokens
+            positions = config.visual_tokens
+        elif part == "llm":
+            positions = labels if "head" in name else tokens
         else:
-            many = {"vit": seen, "llm": labels if "head" in name else tokens}.get(part, 0)
-        total += 2 * many * math.prod(shape) * _passes(name, part, parts)
+            positions = vision_tokens if part == "vit" else 0
+        total += 2 * positions * math.prod(shape) * _products(name, part, trained)
     c, v = config.llm, config.vision
     if config.llm.tie:
-        total += 2 * labels * c.vocab * c.width * (1 if parts is None else 2)
-    # scores and sums over values; of a causal row half
-    total += 4 * seen**2 * v.width * v.depth * (3 if parts and "vit" in parts else 1)
-    total += 2 * tokens**2 * c.heads * c.head_dim * c.layers * (1 if parts is None else 3)
+        total += 2 * labels * c.vocab * c.width * (1 if trained is None else 2)
+    # attention scores and weighted values; a causal row needs half of them
+    total += 4 * vision_tokens**2 * v.width * v.depth * (3 if trained and "vit" in trained else 1)
+    total += 2 * tokens**2 * c.heads * c.head_dim * c.layers * (1 if trained is None else 3)
     return total * rows
 
 
-def _passes(name: str, part: str, parts: frozenset[str] | None) -> int:
-    """Products with a matrix: forward, for the gradient of its input, for its own."""
-    if parts is None:
+def _products(name: str, part: str, trained: frozenset[str] | None) -> int:
+    """Products with a matrix: forward, gradient of its input, gradient of the matrix."""
+    if trained is None:
         return 1
-    own = ("lora" if ".lora_" in name else part) in parts
-    before = {
+    weight_gradient = ("lora" if ".lora_" in name else part) in trained
+    trained_before = {
         "vit": False,
-        "qformer": "vit" in parts,
-        "projection": bool({"vit", "qformer"} & parts),
+        "qformer": "vit" in trained,
+        "projection": bool({"vit", "qformer"} & trained),
     }
-    first = part == "vit" and own
-    return 1 + (first or before.get(part, True)) + own
+    within_vit = part == "vit" and weight_gradient
+    return 1 + (within_vit or trained_before.get(part, True)) + weight_gradient

@@ -1,11 +1,10 @@
-"""What is published of each TPU chip. Nothing here was measured.
+"""Published figures of TPU chips, and the devices of a slice for AOT compilation. Nothing was measured.
 
 Sources, read in November 2026: the key specifications on Google's pages docs.cloud.google.com/tpu/docs/v4,
-/v5e, /v5p and /v6e. There the bidirectional bandwidth between chips is 400 GB/s on v5e, 1200 on
-v5p and 800 on v6e, over 4, 6 and 4 links. For v4 it is the TPU v4 paper (Jouppi et al. 2023,
-"An optically reconfigurable supercomputer"), table 4: 6 links of 50 GB/s. int8 of v5p: Google's
-announcement of December 2023. The time of a hop is that of "How To Scale Your Model" (Austin et al.
-2025, part 3), about 1 microsecond.
+/v5e, /v5p and /v6e. Their bidirectional interchip bandwidth is 400 GB/s on v5e, 1200 on v5p and 800
+on v6e, over 4, 6 and 4 links. v4: the TPU v4 paper (Jouppi et al. 2023, "An optically reconfigurable
+supercomputer"), table 4: 6 links of 50 GB/s. int8 of v5p: Google's announcement of December 2023.
+Latency per hop: "How To Scale Your Model" (Austin et al. 2025, part 3), about 1 microsecond.
 """
 
 import math
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import one_line
 
 GIB = 1 << 30
 HOP_SECONDS = 1e-6
@@ -25,24 +25,24 @@ class Chip:
     """Peak figures of one chip."""
 
     name: str
-    flops: float  # FLOP/s in bfloat16
-    int8: float  # OP/s of int8 by int8; products of int8 weights here are bfloat16's
-    hbm: int  # bytes
-    bandwidth: float  # of HBM, bytes/s
-    link: float  # of a link between chips, bytes/s in one direction
+    flops: float  # bfloat16 FLOP/s
+    int8_ops: float  # int8 x int8 OP/s; int8 weights here are multiplied in bfloat16
+    hbm_bytes: int
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # of one interchip link (ICI) in one direction, bytes/s
     links: int
-    axes: int  # of a slice's shape
-    most: int  # chips of the largest slice
+    axes: int  # dimensions of a slice's shape
+    max_chips: int  # of the largest slice
 
     @property
-    def usable(self) -> int:
-        """Bytes of HBM that programs may take: the compiler keeps a quarter of a GiB."""
-        return self.hbm - GIB // 4
+    def usable_hbm(self) -> int:
+        """Bytes of HBM available to programs: the compiler reserves a quarter of a GiB."""
+        return self.hbm_bytes - GIB // 4
 
     @property
-    def ring(self) -> float:
-        """Bytes/s that a chip passes on in a ring of chips, both ways round."""
-        return 2 * self.link
+    def ring_bandwidth(self) -> float:
+        """Bytes/s that a chip sends in a bidirectional ring."""
+        return 2 * self.link_bandwidth
 
 
 CHIPS = {
@@ -54,7 +54,7 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a slice such as "v5e:2x4". UserError: none that is known."""
+    """The chip of a slice such as "v5e:2x4". UserError: unknown chip."""
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise UserError(
@@ -63,44 +63,45 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def sides_of(topology: str) -> tuple[int, ...]:
-    """ "v5e:2x4" -> (2, 4). UserError: not of this form, or no slice of this kind of chip."""
+def slice_shape(topology: str) -> tuple[int, ...]:
+    """ "v5e:2x4" -> (2, 4). UserError: malformed, or not a slice of this chip."""
     text = topology.partition(":")[2]
     if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", text):
         raise UserError(f"topology {topology!r}: expected a shape such as v5e:2x4 or v5p:2x2x1")
-    chip, sides = chip_of(topology), tuple(map(int, text.split("x")))
-    if len(sides) != chip.axes or math.prod(sides) > chip.most:
+    chip, shape = chip_of(topology), tuple(map(int, text.split("x")))
+    if len(shape) != chip.axes or math.prod(shape) > chip.max_chips:
         raise UserError(
-            f"topology {topology!r}: expected {chip.axes} sides, as {chip.name}'s slices have, and "
-            f"at most {chip.most} chips, for instance {chip.name}:{'x'.join('221'[: chip.axes])}"
+            f"topology {topology!r}: {chip.name} slices have {chip.axes} dimensions and at most "
+            f"{chip.max_chips} chips, for instance {chip.name}:{'x'.join('221'[: chip.axes])}"
         )
-    return sides
+    return shape
 
 
 def slice_devices(topology: str) -> list[Any]:
-    """The devices of a slice, for instance "v5e:2x4", for lowering alone.
+    """The devices of a slice such as "v5e:2x4", for lowering and compiling only.
 
     UserError: libtpu is not installed, or does not know the slice.
     """
     from jax.experimental import topologies
 
-    # else libtpu asks the network which machine this is
+    # Otherwise libtpu queries the network for the kind of machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # no chip is held, so nothing is shared
+    # No chip is opened, so several processes may load libtpu.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     shape = topology.partition(":")[2]
-    single = set(shape) <= {"1", "x"} and shape != ""
-    bounds: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    single_chip = set(shape) <= {"1", "x"} and shape != ""
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if single_chip else {}
     if topology.startswith("v4:"):
-        bounds["chip_config_name"] = "megacore"  # its two cores as one, as they are used
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
-    except Exception as e:  # the runtime raises its own kinds, among them for a missing library
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        )
+    except Exception as e:  # the runtime raises its own types, also for a missing library
         raise UserError(
-            f"topology {topology!r}: {str(e).splitlines()[0][:200]}; expected for instance "
+            f"topology {topology!r}: {one_line(e)}; expected for instance "
             "v5e:2x4, v5p:2x2x1 or v6e:4x4, and libtpu (pip install '.[tpu]')"
         ) from e
-    return list(found.devices)
+    return list(description.devices)

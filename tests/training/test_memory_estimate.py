@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from minigpt4_jax.aot.presets import size_of
+from minigpt4_jax.aot.presets import model_for
 from minigpt4_jax.aot.topology import CHIPS
 from minigpt4_jax.parallel.sharding import AXES
 from minigpt4_jax.training.config import TrainConfig
@@ -40,14 +40,14 @@ def test_the_estimate_is_near_what_the_compiler_plans(
     sizes = dict.fromkeys(AXES, 1) | mesh
     chips = sizes["data"] * sizes["fsdp"]
     c = run_of(config, batch_size=rows * chips, accumulate=1, remat=remat)
-    need = estimate(c, size_of(c, None)[1], sizes)
+    need = estimate(c, model_for(c, None)[1], sizes)
     assert need.weights + need.trained + need.batch == pytest.approx(lying * GB, rel=0.01)
     assert need.kept + need.working == pytest.approx(temporaries * GB, rel=0.1)
 
 
 def chosen(config: str, chip: str, devices: int = 8, **values) -> tuple[dict[str, int], str]:
     c = run_of(config, **values)
-    sizes, why = choose_sizes(c, size_of(c, None)[1], devices, CHIPS[chip].usable)
+    sizes, why = choose_sizes(c, model_for(c, None)[1], devices, CHIPS[chip].usable_hbm)
     return {name: n for name, n in sizes.items() if n > 1}, why
 
 
@@ -85,7 +85,7 @@ def test_what_does_not_fit_any_mesh_is_told():
 
 def test_rows_are_as_long_as_the_longest_answer():
     c = run_of("stage2", batch_size=4)
-    config = size_of(c, None)[1]
+    config = model_for(c, None)[1]
     assert longest(c, config) == Shape(4, 256, 160)
     packed = dataclasses.replace(c, data=dataclasses.replace(c.data, pack_tokens=512))
     assert longest(packed, config).tokens == 512
