@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config, read_document
 from minigpt4_jax.checkpoint.weights import part_of
 from minigpt4_jax.config import ModelConfig
@@ -64,7 +62,7 @@ def _parts(tensors: Tensors) -> dict[str, dict[str, Any]]:
     for name in tensors:
         empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
         part = parts.setdefault(part_of(name), empty)
-        dtype, size = np.dtype(DTYPES[tensors.dtype(name)]), math.prod(tensors.shape(name))
+        dtype, size = DTYPES[tensors.dtype(name)], math.prod(tensors.shape(name))
         kind = dtype.name
         if kind == "uint8":  # two parameters a byte (minigpt4_jax/quantization/schemes.py)
             part["parameters"] += 2 * size

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.failed_downloads import LFS_POINTER, WEB_PAGE, failed_download
 
 CHUNK = 1 << 24
 
@@ -73,7 +74,7 @@ class HashedFile:
 def sniff(path: Path) -> str:
     """What a file is by its first bytes: "zip", "pickle", "gguf" or "safetensors".
 
-    UserError, naming the likely cause, when it is missing, empty, a web page, a git-lfs pointer,
+    UserError, naming the likely cause, when it is missing, empty, a web page, a Git LFS pointer,
     or nothing known.
     """
     if path.is_dir():
@@ -88,7 +89,7 @@ def sniff(path: Path) -> str:
     for kind, looks in _KINDS:
         if looks(head):
             return kind
-    raise UserError(f"{path} {_what_else(head)}")
+    raise UserError(f"{path} {_describe_unknown(head)}")
 
 
 _KINDS: list[tuple[str, Callable[[bytes], bool]]] = [
@@ -99,16 +100,15 @@ _KINDS: list[tuple[str, Callable[[bytes], bool]]] = [
 ]
 
 
-def _what_else(head: bytes) -> str:
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+def _describe_unknown(head: bytes) -> str:
+    """What an unrecognized file is, and what to do about it."""
     if not head:
         return "is empty (0 bytes): the download failed, fetch it again"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page (HTML), not weights: the link led to a page; download the file itself"
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            "is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file itself"
-        )
+    kind = failed_download(head)
+    if kind == WEB_PAGE:
+        return f"is {kind}, not weights: the link led to a page; download the file itself"
+    if kind == LFS_POINTER:
+        return f"is {kind}, not weights: run `git lfs pull`, or download the file itself"
     if not head.strip(b"\0"):
         return "begins with zeros: the download is incomplete, fetch it again"
     return (

@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from convert.formats.files import HashedFile
 from convert.formats.gguf_blocks import Blocks
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage import safetensors_header
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,7 @@ class Tensor:
     blocks: tuple[str, Callable[[], Blocks]] | None = None
 
 
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-    "int16": np.dtype(np.int16),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-}
+DTYPES = {dtype.name: dtype for dtype in safetensors_header.DTYPES.values()}
 
 
 def strided(

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
+from minigpt4_jax.storage.failed_downloads import LFS_POINTER, WEB_PAGE, failed_download
 from minigpt4_jax.utils.text import one_line
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs: 537 MB decoded
@@ -278,11 +279,11 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 
 def _not_an_image(data: bytes, error: Exception) -> str:
-    start = data[:200].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
-        return "is a web page or XML, not an image; was the download refused?"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not an image; run `git lfs pull`"
+    kind = failed_download(data[:200])
+    if kind == WEB_PAGE:
+        return f"is {kind}, not an image; was the download refused?"
+    if kind == LFS_POINTER:
+        return f"is {kind}, not an image; run `git lfs pull`"
     if isinstance(error, Image.UnidentifiedImageError):
         return "is not an image that Pillow knows"
     return f"is not a readable image ({one_line(error)})"

@@ -32,7 +32,7 @@ HTML = b"<!DOCTYPE html><html><body>Sign in to download</body></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1893\n"
 WRONG_CONTENT = {
     "web page (HTML)": HTML,
-    "git-lfs pointer": LFS,
+    "Git LFS pointer": LFS,
     "empty": b"",
     "begins with zeros": bytes(4096),
     "not a checkpoint": b"hello, world",
