@@ -1,11 +1,11 @@
-"""python -m convert build | export | merge | unmerge | inspect: see `python -m convert build --help`."""
+"""The command line of `python -m convert`."""
 
 import argparse
 import math
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from minigpt4_jax import errors
 from minigpt4_jax.config import QUANTIZATIONS, VARIANTS
@@ -16,83 +16,144 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m convert", description="Convert weights to and from a model directory."
+        prog="python -m convert",
+        description="Converts released checkpoints to a model directory and back.",
+        epilog="python -m convert COMMAND --help describes the options of a command.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-
-    b = commands.add_parser(
-        "build", help="make a model directory from checkpoints",
-        description="Make a model directory. Sources may be .pth/.bin (no pickle code is run), "
-        ".safetensors, sharded directories, and GGUF for the language model.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_BUILD_NOTES,
-    )  # fmt: skip
-    b.add_argument(
-        "--variant", default=VARIANTS[0], help=f"{', '.join(VARIANTS)} (default: %(default)s)"
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
-    b.add_argument(
-        "--llm", type=Path, required=True, help="language model: Hugging Face directory or .gguf"
-    )
-    b.add_argument(
-        "--out", type=Path, required=True, help="model directory to make; must not exist"
-    )
-    b.add_argument(
-        "--vision",
-        type=Path,
-        help="eva_vit_g.pth, or this project's .safetensors or model directory",
-    )
-    b.add_argument("--qformer", type=Path, help="blip2_pretrained_flant5xxl.pth, or as --vision")
-    b.add_argument("--checkpoint", type=Path, help="fine-tuned MiniGPT-4 or -v2; without it the "
-                   "projection is new, to be trained")  # fmt: skip
-    b.add_argument("--llm-delta", type=Path, help="Vicuna delta, added to the LLaMA in --llm")
-    b.add_argument(
-        "--tokenizer", type=Path, help="directory of tokenizer files, instead of --llm's own"
-    )
-    b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-                   help="override an architecture value; may be repeated")  # fmt: skip
-    b.add_argument(
-        "--llm-dtype",
-        choices=_FLOATS,
-        help="store the language model's matrices so; default: as they are (quantized: float32)",
-    )
-    b.add_argument(
-        "--quantize",
-        choices=(*QUANTIZATIONS, "keep"),
-        help="round the matrices of language model and vision encoder to this (embedding: int8); "
-        "keep: a GGUF file's stay as they are",
-    )
-    b.add_argument("--seed", type=int, default=0, help="for a new projection (default: 0)")
-    b.add_argument("--projection-scale", type=_factor, default=1.0, metavar="FACTOR",
-                   help="on a new projection's first values, which are torch.nn.Linear's: below 1 "
-                   "visual tokens begin nearer the size of word embeddings")  # fmt: skip
-
-    e = commands.add_parser("export", help="write the trained part as the original's .pth")
-    e.add_argument(
-        "--model", type=Path, required=True, help="model directory, or one that training wrote"
-    )
-    e.add_argument("--out", type=Path, required=True, help="file to write")
-
-    m = commands.add_parser(
-        "merge", help="add LoRA to the weights it is on: a model without LoRA that says the same"
-    )
-    m.add_argument("--model", type=Path, required=True, help="model directory with LoRA")
-    u = commands.add_parser("unmerge", help="take merged LoRA out of the weights again")
-    u.add_argument("--model", type=Path, required=True, help="directory that merge wrote")
-    u.add_argument("--lora", type=Path, required=True, help="the one it was made of")
-    for command in (m, u):
-        command.add_argument("--out", type=Path, required=True, help="model directory to make")
-        command.add_argument(
-            "--dtype", choices=_FLOATS, default="float32", help="store changed matrices so "
-            "(default: %(default)s; a 16-bit type may lose a small adapter)"
-        )  # fmt: skip
-
-    i = commands.add_parser("inspect", help="say what a model directory holds")
-    i.add_argument("model", type=Path)
-    i.add_argument("--json", action="store_true", help="the same as JSON")
+    _add_build(commands)
+    _add_export(commands)
+    _add_merge(commands)
+    _add_unmerge(commands)
+    _add_inspect(commands)
     return parser
 
 
-def _factor(text: str) -> float:
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def _add_build(commands: Commands) -> None:
+    b = commands.add_parser(
+        "build",
+        help="make a model directory from checkpoints",
+        description="Makes a model directory from checkpoints. Accepted are .pth and .bin files (code "
+        "in them is never run), .safetensors files, sharded Hugging Face directories, and GGUF files "
+        "for the language model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_BUILD_NOTES,
+    )
+    b.add_argument("--variant", default=VARIANTS[0], metavar="NAME",
+                   help=f"the architecture: {', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
+    b.add_argument("--llm", type=Path, required=True, metavar="PATH",
+                   help="language model: a Hugging Face directory or a .gguf file")  # fmt: skip
+    b.add_argument("--out", type=Path, required=True, metavar="DIR",
+                   help="the model directory to write; must not exist")  # fmt: skip
+    b.add_argument("--vision", type=Path, metavar="PATH",
+                   help="vision encoder: eva_vit_g.pth, or a .safetensors file or model directory of "
+                   "this project (default: the packaged demonstration encoder)")  # fmt: skip
+    b.add_argument("--qformer", type=Path, metavar="PATH",
+                   help="Q-Former: blip2_pretrained_flant5xxl.pth, or a file or directory as for "
+                   "--vision")  # fmt: skip
+    b.add_argument("--checkpoint", type=Path, metavar="PATH",
+                   help="fine-tuned MiniGPT-4 or MiniGPT-v2 checkpoint (default: none; the projection "
+                   "is initialized at random and must be trained)")  # fmt: skip
+    b.add_argument("--llm-delta", type=Path, metavar="DIR",
+                   help="Vicuna delta weights, added to the LLaMA weights of --llm")  # fmt: skip
+    b.add_argument("--tokenizer", type=Path, metavar="DIR",
+                   help="directory with tokenizer files (default: those of --llm)")  # fmt: skip
+    b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+                   help="override a value of the model's configuration, see below; repeatable")  # fmt: skip
+    b.add_argument("--llm-dtype", choices=_FLOATS,
+                   help="store the language model's matrices in this dtype (default: that of the "
+                   "file; float32 for quantized files)")  # fmt: skip
+    b.add_argument("--quantize", choices=(*QUANTIZATIONS, "keep"),
+                   help="quantize the matrices of the language model and the vision encoder; the "
+                   "embedding always to int8. keep: use the quantized blocks of a GGUF file as they "
+                   "are, see below")  # fmt: skip
+    b.add_argument("--seed", type=int, default=0, metavar="N",
+                   help="random seed for new weights (default: %(default)s)")  # fmt: skip
+    b.add_argument("--projection-scale", type=_positive_number, default=1.0, metavar="FACTOR",
+                   help="multiply the initial values of a new projection, which are those of "
+                   "torch.nn.Linear; below 1, visual tokens start closer in size to the word "
+                   "embeddings (default: 1)")  # fmt: skip
+
+
+_BUILD_NOTES = """\
+Keys of --set (any field of the configuration; an unknown key is answered with similar ones):
+  image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol,
+  prompt_template, chat_template, llm.rope_theta, ...
+  lora.rank, lora.alpha, lora.dropout, lora.targets=q,v (from q k v o gate up down): any of these adds
+  LoRA to a variant without it. A checkpoint does not record alpha: give the value used in training.
+Sizes follow from the shapes of the tensors, except the number of attention heads: give vision.heads
+and qformer.heads for encoders whose width is not that of the released ones.
+
+--quantize=keep: blocks of the types Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0 keep their exact
+values (4-bit types take 4 bits a weight, the others 8); matrices of other types are rounded to int8.
+
+Without --vision the packaged demonstration encoder is used; it only recognizes drawn shapes.
+A language model with its own chat format (ChatML, Llama 3, Mistral) is prompted in that format."""
+
+
+def _add_export(commands: Commands) -> None:
+    e = commands.add_parser(
+        "export",
+        help="write the trained weights as a .pth file of the original",
+        description="Writes the trained weights (projection, LoRA and whatever else was trained) as "
+        "a .pth file that the original implementation loads.",
+    )
+    e.add_argument("--model", type=Path, required=True, metavar="DIR",
+                   help="model directory, also one that training wrote")  # fmt: skip
+    e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
+
+
+def _add_merge(commands: Commands) -> None:
+    m = commands.add_parser(
+        "merge",
+        help="add LoRA to the weights it adapts",
+        description="Adds LoRA to the weights it adapts: writes a model without LoRA that computes the "
+        "same.",
+    )
+    m.add_argument("--model", type=Path, required=True, metavar="DIR",
+                   help="model directory with LoRA")  # fmt: skip
+    _add_output(m)
+
+
+def _add_unmerge(commands: Commands) -> None:
+    u = commands.add_parser(
+        "unmerge",
+        help="subtract merged LoRA from the weights again",
+        description="Subtracts merged LoRA from the weights again: writes a model with LoRA that "
+        "computes the same.",
+    )
+    u.add_argument("--model", type=Path, required=True, metavar="DIR",
+                   help="model directory that `merge` wrote")  # fmt: skip
+    u.add_argument("--lora", type=Path, required=True, metavar="DIR",
+                   help="the model directory with LoRA that was merged")  # fmt: skip
+    _add_output(u)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, metavar="DIR",
+                         help="the model directory to write; must not exist")  # fmt: skip
+    command.add_argument("--dtype", choices=_FLOATS, default="float32",
+                         help="store the changed matrices in this dtype (default: %(default)s; "
+                         "rounding to a 16-bit dtype may lose a small adapter)")  # fmt: skip
+
+
+def _add_inspect(commands: Commands) -> None:
+    i = commands.add_parser(
+        "inspect",
+        help="print what a model directory contains",
+        description="Prints what a model directory contains: parameters, dtypes and bytes of each "
+        "part, the configuration, and the files it was made from.",
+    )
+    i.add_argument("model", type=Path, metavar="DIR", help="model directory")
+    i.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _positive_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -102,29 +163,15 @@ def _factor(text: str) -> float:
     return value
 
 
-_BUILD_NOTES = """\
---set keys (the rest of the configuration works too, a wrong key names the nearest):
-  image_size, vision.depth, vision.heads, qformer.heads, max_text_length, end_symbol,
-  prompt_template, chat_template, llm.rope_theta, ...
-  lora.rank, lora.alpha, lora.dropout, lora.targets=q,v (of q k v o gate up down): one of them gives a
-  model adapters that its variant has not; alpha is not told by a checkpoint's shapes.
-Heads are needed for encoders that are not of the released width; everything else the shapes tell.
---quantize=keep: blocks of the types Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0 keep their values
-  to the bit (4 bits in half a byte, more in one); matrices of other types are rounded to int8.
-Without --vision the small demonstration encoder in this package is used (it knows drawn shapes).
-Without --checkpoint the projection is new. A language model with a chat format of its own (ChatML,
-Llama 3, Mistral) is prompted in it."""
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; `argv` is what follows `python -m convert`. UserError for a mistake."""
+    """Run one command; argv is what follows `python -m convert`. UserError: a mistake in it."""
     args = _parser().parse_args(argv)
     if args.command == "build":
         from convert.build import build
-        from convert.build_plan import Request
+        from convert.build_plan import BuildRequest
 
         fields = {k: v for k, v in vars(args).items() if k != "command"}
-        build(Request(**fields))
+        build(BuildRequest(**fields))
     elif args.command == "export":
         from convert.export import export
 
@@ -144,8 +191,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str] | None = None) -> NoReturn:
-    """Run the command and end the process; a UserError is one line on stderr."""
-    # SIGTERM as an exception, so that half-written output is removed; quiet when piped into head.
+    """Run one command and end the process; a UserError becomes one line on stderr."""
+    # SIGTERM raises SystemExit, so that incomplete output is removed. SIGPIPE ends the process
+    # silently, for `| head`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

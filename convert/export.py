@@ -1,7 +1,7 @@
-"""python -m convert export: the trained part of a model, as the original's .pth.
+"""python -m convert export: writes the trained weights as a .pth file of the original.
 
-The file is what torch.save writes for {"model": {key: tensor}}: a zip of a pickle, written here
-opcode by opcode, and the numbers. torch.load reads it, also with weights_only=True.
+The file is what torch.save writes for {"model": {key: tensor}}: a zip with a pickle, written here
+opcode by opcode, and the tensors' data. torch.load reads it, also with weights_only=True.
 """
 
 import struct
@@ -27,9 +27,9 @@ Shape = tuple[int, ...]
 
 
 def export(model_dir: Path, out: Path) -> list[str]:
-    """Write projection, LoRA and whatever else training changed; returns the keys.
+    """Write projection, LoRA and whatever else was trained to `out`, atomically; returns the keys.
 
-    UserError when `model_dir` is no model or `out` cannot be written; then nothing is left behind.
+    UserError: `model_dir` is not a model directory, or `out` cannot be written.
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
@@ -51,8 +51,9 @@ def export(model_dir: Path, out: Path) -> list[str]:
 
 
 def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
+    """Projection, LoRA, and all tensors that training wrote into a directory of its own."""
     names = {n for n in tensors if part_of(n) in ("projection", "lora")}
-    base = model_chain(model_dir)[-1]  # a directory that training wrote holds what was trained
+    base = model_chain(model_dir)[-1]
     return names | {n for n in tensors if tensors.path(n).parent != base}
 
 
@@ -61,7 +62,8 @@ def _load(tensors: Tensors, name: str, shape: Shape) -> np.ndarray:
 
 
 def original_shape(name: str, shape: Shape, config: ModelConfig) -> Shape:
-    """The original keeps the patch embedding as a convolution and some leading axes of length 1."""
+    """The shape in the original, where patch embeddings are a convolution and some tensors have
+    leading axes of length 1."""
     if name == "vit.patch.weight":
         return (shape[0], 3, config.vision.patch_size, config.vision.patch_size)
     leading = {"vit.cls": (1, 1), "vit.pos": (1,), "qformer.query": (1,)}
@@ -87,10 +89,10 @@ def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:
     entries = []
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def put(name: str, data: bytes) -> None:
-            entry = zipfile.ZipInfo(
-                f"{stem}/{name}"
-            )  # dated 1980, so that equal weights give equal files
+        def add(name: str, data: bytes) -> None:
+            """Add an uncompressed file whose data is aligned, so that torch can memory-map it."""
+            # ZipInfo's default date is fixed, so that equal weights give equal files
+            entry = zipfile.ZipInfo(f"{stem}/{name}")
             start = file.tell() + 30 + len(entry.filename.encode()) + 4
             padding = -start % _ALIGNMENT
             entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -99,12 +101,12 @@ def _write_zip(file: IO[bytes], stem: str, tensors: Mapping[str, Load]) -> None:
         for i, (key, load) in enumerate(tensors.items()):
             array = np.asarray(load(), order="C")
             if array.dtype.name not in _STORAGES:
-                raise UserError(f"{key}: cannot export element type {array.dtype.name}")
-            put(f"data/{i}", array.tobytes())
+                raise UserError(f"{key}: cannot export dtype {array.dtype.name}")
+            add(f"data/{i}", array.tobytes())
             entries.append((key, array.dtype.name, array.shape))
-        put("data.pkl", _pickle(entries))
-        put("byteorder", b"little")
-        put("version", b"3\n")
+        add("data.pkl", _pickle(entries))
+        add("byteorder", b"little")
+        add("version", b"3\n")
 
 
 def _pickle(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:

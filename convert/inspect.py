@@ -1,4 +1,4 @@
-"""python -m convert inspect: what a model directory holds and where it came from."""
+"""python -m convert inspect: prints what a model directory contains and where it came from."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from minigpt4_jax.storage.paths import parse_path
 from minigpt4_jax.storage.safetensors_header import DTYPES
 
 _PARTS = ("vit", "qformer", "projection", "lora", "llm")
-# part -> the option of `build` whose file it came from, the first that was recorded
+# part -> the options of `build` that it may come from; the first that was recorded counts
 _ORIGINS = {
     "vit": ("vision",),
     "qformer": ("qformer",),
@@ -23,14 +23,14 @@ _ORIGINS = {
 
 
 def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
-    """Print what describe() finds, as a table or JSON. UserError when it is no model directory."""
-    found = describe(model_dir)
-    print(json.dumps(found, indent=1) if as_json else _table(found))
-    return found
+    """Print describe() as a table or JSON. UserError: not a model directory."""
+    description = describe(model_dir)
+    print(json.dumps(description, indent=1) if as_json else _table(description))
+    return description
 
 
 def describe(model_dir: Path) -> dict[str, Any]:
-    """Variant, sizes, parameters, types and bytes of each part, tokens, template, origins."""
+    """Variant, configuration, origins, and the parameters, dtypes and bytes of each part."""
     model_dir = parse_path("model directory", model_dir)
     config = read_config(model_dir)
     chain = model_chain(model_dir)
@@ -57,39 +57,39 @@ def describe(model_dir: Path) -> dict[str, Any]:
 
 
 def _parts(tensors: Tensors) -> dict[str, dict[str, Any]]:
-    """Part -> counts."""
+    """Part -> parameters, bytes, dtypes, files and directories."""
     parts: dict[str, dict[str, Any]] = {}
     for name in tensors:
         empty = {"parameters": 0, "bytes": 0, "dtypes": [], "files": [], "directories": []}
         part = parts.setdefault(part_of(name), empty)
-        dtype, size = DTYPES[tensors.dtype(name)], math.prod(tensors.shape(name))
-        kind = dtype.name
-        if kind == "uint8":  # two parameters a byte (minigpt4_jax/quantization/schemes.py)
-            part["parameters"] += 2 * size
-            kind = "int4"
+        dtype, count = DTYPES[tensors.dtype(name)], math.prod(tensors.shape(name))
+        dtype_name = dtype.name
+        if dtype_name == "uint8":  # packed int4: two parameters in a byte
+            part["parameters"] += 2 * count
+            dtype_name = "int4"
         elif not name.endswith(("_scale", "_offset")):  # of a quantized weight
-            part["parameters"] += size
-        part["bytes"] += size * dtype.itemsize
+            part["parameters"] += count
+        part["bytes"] += count * dtype.itemsize
         path = tensors.path(name)
-        facts = (("dtypes", kind), ("files", path.name), ("directories", str(path.parent)))
-        for key, value in facts:
+        values = {"dtypes": dtype_name, "files": path.name, "directories": str(path.parent)}
+        for key, value in values.items():
             if value not in part[key]:
                 part[key].append(value)
     return {name: parts[name] for name in _PARTS if name in parts}
 
 
-def _table(found: dict[str, Any]) -> str:
-    config = ModelConfig.from_dict(found["config"])
-    lines = [f"{found['model']}: {found['variant']}"]
-    lines += [f"  trained part of {folder}" for folder in found["base"]]
+def _table(description: dict[str, Any]) -> str:
+    config = ModelConfig.from_dict(description["config"])
+    lines = [f"{description['model']}: {description['variant']}"]
+    lines += [f"  trained part of {folder}" for folder in description["base"]]
     lines += ["", f"{'part':12}{'parameters':>16}{'bytes':>12}  {'types':20}from"]
-    rows = [(name, p, _origin(p["source"])) for name, p in found["parts"].items()]
-    total = {"parameters": found["parameters"], "bytes": found["bytes"], "dtypes": []}
+    rows = [(name, p, _origin(p["source"])) for name, p in description["parts"].items()]
+    total = {"parameters": description["parameters"], "bytes": description["bytes"], "dtypes": []}
     for name, p, origin in [*rows, ("total", total, "")]:
         size, types = f"{p['bytes'] / 1e6:,.1f} MB", ", ".join(p["dtypes"])
         lines.append(f"{name:12}{p['parameters']:>16,}{size:>12}  {types:20}{origin}".rstrip())
     lines += ["", *_configuration(config), "", "sources"]
-    for option, source in found["sources"].items():
+    for option, source in description["sources"].items():
         lines += _source_lines(option, source)
     return "\n".join(lines)
 
@@ -103,8 +103,8 @@ def _configuration(c: ModelConfig) -> list[str]:
         if q is None
         else f"{q.queries} queries, {q.layers} layers, width {q.hidden}, {q.heads} heads, "
         f"FFN {q.ffn}",
-        "visual tokens": f"{c.visual_tokens} an image"
-        + (f" ({c.merge_patches} patches joined)" if c.merge_patches > 1 else ""),
+        "visual tokens": f"{c.visual_tokens} per image"
+        + (f" ({c.merge_patches} patches concatenated)" if c.merge_patches > 1 else ""),
         "projection": f"{c.projection_in} -> {m.width}",
         "llm": f"{m.model_type}, {m.layers} layers, width {m.width}, {m.heads} heads "
         f"({m.kv_heads} key/value), FFN {m.ffn}, vocabulary {m.vocab}"
@@ -124,11 +124,13 @@ def _configuration(c: ModelConfig) -> list[str]:
 
 
 def _origin(source: dict[str, Any] | None) -> str:
+    """One line for an entry of model.json's sources."""
     if source is None:
         return "not recorded"
-    if not source.get("file"):
-        return source.get("note") or ", ".join(f"{k} {v}" for k, v in source.items())
-    return source["file"] + (f" ({source['note']})" if "note" in source else "")
+    file, note = source.get("file"), source.get("note")
+    if not file:
+        return str(note or ", ".join(f"{k} {v}" for k, v in source.items()))
+    return f"{file} ({note})" if note is not None else str(file)
 
 
 def _source_lines(option: str, source: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Which key of a checkpoint becomes which parameter: one table a format, strict both ways.
+"""Maps checkpoint keys to parameter names: one table for each format, strict in both directions.
 
-A key matches exactly one rule, or is on the table's ignore list, or is reported.
+A key matches exactly one rule, or is on the table's ignore list, or is reported as unknown.
 """
 
 import math
@@ -19,70 +19,77 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """A change on the way: `fits` says whether a source shape can become the wanted one."""
+    """How a stored tensor becomes a parameter.
+
+    fits(source_shape, target_shape): whether it can; apply(array, target_shape): the parameter.
+    """
 
     fits: Callable[[Shape, Shape], bool]
     apply: Callable[[np.ndarray, Shape], np.ndarray]
 
 
-KEEP = Transform(lambda have, want: have == want, lambda x, want: x)
-# Leading axes of length 1 are dropped; a convolution kernel [D, 3, p, p] becomes [D, 3*p*p].
+IDENTITY = Transform(lambda source, target: source == target, lambda x, target: x)
+# Drops leading axes of length 1.
 RESHAPE = Transform(
-    lambda have, want: math.prod(have) == math.prod(want) and have[-1:] == want[-1:],
-    lambda x, want: x.reshape(want),
+    lambda source, target: math.prod(source) == math.prod(target) and source[-1:] == target[-1:],
+    lambda x, target: x.reshape(target),
 )
+# Turns a convolution kernel [D, 3, p, p] into [D, 3*p*p].
 FLATTEN = Transform(
-    lambda have, want: have[:1] == want[:1] and math.prod(have) == math.prod(want),
-    lambda x, want: x.reshape(want),
+    lambda source, target: source[:1] == target[:1] and math.prod(source) == math.prod(target),
+    lambda x, target: x.reshape(target),
 )
-POSITIONS = Transform(
-    lambda have, want: have[-1] == want[-1],
-    lambda x, want: x.reshape(want) if x.shape[-2:] == want else resample_positions(x, want[0]),
+# Interpolates position embeddings if the image size differs.
+RESAMPLE = Transform(
+    lambda source, target: source[-1] == target[-1],
+    lambda x, target: (
+        x.reshape(target) if x.shape[-2:] == target else resample_positions(x, target[0])
+    ),
 )
 
 
 def unpermute(heads: int) -> Transform:
     """Undo llama.cpp's order of query and key rows: pairs (2i, 2i+1) back to halves (i, i+h/2)."""
 
-    def apply(x: np.ndarray, want: Shape) -> np.ndarray:
+    def apply(x: np.ndarray, target: Shape) -> np.ndarray:
         half = x.shape[0] // heads // 2
         return x.reshape(heads, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
-    return Transform(KEEP.fits, apply)
+    return Transform(IDENTITY.fits, apply)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys like `key` become parameters like `target`; {} stands for a number, {*} for anything."""
+    """Keys like `source` become parameters like `target`; {} is a number, {*} is any text."""
 
-    key: str
+    source: str
     target: str
-    transform: Transform = KEEP
+    transform: Transform = IDENTITY
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        return re.compile(_expression(self.key))
+        return re.compile(_regex(self.source))
 
-    def under(self, prefix: str) -> "Rule":
+    def with_prefix(self, prefix: str) -> "Rule":
         """The same rule for keys that begin with `prefix`."""
-        return Rule(prefix + self.key, self.target, self.transform)
+        return Rule(prefix + self.source, self.target, self.transform)
 
 
-def _expression(template: str) -> str:
+def _regex(template: str) -> str:
     return re.escape(template).replace(r"\{\*\}", "(.+)").replace(r"\{\}", r"(\d+)")
 
 
 def translate(source: str, target: str, name: str) -> str | None:
-    """`name`, if it looks like the template `source`, as the template `target` has it."""
-    if not (m := re.fullmatch(_expression(source), name)):
+    """`name` rewritten from the template `source` to the template `target`; None if it differs."""
+    if not (m := re.fullmatch(_regex(source), name)):
         return None
-    parts = iter(m.groups())
-    return re.sub(r"\{\*?\}", lambda _: next(parts), target)
+    groups = iter(m.groups())
+    return re.sub(r"\{\*?\}", lambda _: next(groups), target)
 
 
 @dataclass
-class Table:
-    """The rules of one format, and what it may hold besides that is knowingly not used."""
+class KeyTable:
+    """The rules of one format. ignored: keys it may also hold, which are not used."""
 
     name: str
     rules: list[Rule]
@@ -90,19 +97,19 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Where one parameter comes from."""
+class MappedKey:
+    """The key that a parameter is read from, and its transform."""
 
     key: str
     transform: Transform
 
 
-def match(table: Table, keys: Iterable[str]) -> tuple[dict[str, Match], list[str]]:
-    """(parameter -> its key and transform, keys that the table does not know).
+def map_keys(table: KeyTable, keys: Iterable[str]) -> tuple[dict[str, MappedKey], list[str]]:
+    """(parameter -> its key and transform, unknown keys).
 
-    UserError when two keys claim the same parameter.
+    UserError when two keys map to the same parameter.
     """
-    found: dict[str, Match] = {}
+    mapped: dict[str, MappedKey] = {}
     unknown = []
     for key in keys:
         rule = next((r for r in table.rules if r.pattern.fullmatch(key)), None)
@@ -110,18 +117,19 @@ def match(table: Table, keys: Iterable[str]) -> tuple[dict[str, Match], list[str
             if not any(p.fullmatch(key) for p in table.ignored):
                 unknown.append(key)
             continue
-        target = translate(rule.key, rule.target, key) or rule.target
-        if target in found:
-            other = found[target].key
-            raise UserError(f"{table.name}: {other} and {key} are the same parameter")
-        found[target] = Match(key, rule.transform)
-    return found, unknown
+        target = translate(rule.source, rule.target, key) or rule.target
+        if target in mapped:
+            raise UserError(
+                f"{table.name}: {mapped[target].key} and {key} are the same parameter, {target}"
+            )
+        mapped[target] = MappedKey(key, rule.transform)
+    return mapped, unknown
 
 
-def original_key(table: Table, name: str) -> str | None:
-    """The key a table has for one of this project's parameters."""
+def original_key(table: KeyTable, name: str) -> str | None:
+    """The key of one of this project's parameters in a table's format; None if it has none."""
     for rule in table.rules:
-        if key := translate(rule.target, rule.key, name):
+        if key := translate(rule.target, rule.source, name):
             return key
     return None
 
@@ -129,14 +137,17 @@ def original_key(table: Table, name: str) -> str | None:
 _NORMS = ("norm", "q_norm", "k_norm", "ln_vision")
 
 
-def _layers(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
-    """Rules for weight and bias of each (their module, ours); a norm's weight is its scale."""
+def _module_rules(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
+    """Rules for weight and bias of each (source module, target module).
+
+    The weight of a norm is named `scale` here.
+    """
     rules = []
-    for theirs, ours in modules:
-        is_norm = ours.rpartition(".")[2].startswith(_NORMS)
+    for source_module, target_module in modules:
+        is_norm = target_module.rpartition(".")[2].startswith(_NORMS)
         weight = "scale" if is_norm else "weight"
-        rules.append(Rule(f"{source}{theirs}.weight", f"{target}{ours}.{weight}"))
-        rules.append(Rule(f"{source}{theirs}.bias", f"{target}{ours}.bias"))
+        rules.append(Rule(f"{source}{source_module}.weight", f"{target}{target_module}.{weight}"))
+        rules.append(Rule(f"{source}{source_module}.bias", f"{target}{target_module}.bias"))
     return rules
 
 
@@ -148,13 +159,13 @@ def _ignore(*patterns: str) -> list[re.Pattern[str]]:
 
 _VIT = [
     Rule("cls_token", "vit.cls", RESHAPE),
-    Rule("pos_embed", "vit.pos", POSITIONS),
+    Rule("pos_embed", "vit.pos", RESAMPLE),
     Rule("patch_embed.proj.weight", "vit.patch.weight", FLATTEN),
     Rule("patch_embed.proj.bias", "vit.patch.bias"),
     Rule("blocks.{}.attn.q_bias", "vit.blocks.{}.attn.q_bias"),
     Rule("blocks.{}.attn.v_bias", "vit.blocks.{}.attn.v_bias"),
     Rule("blocks.{}.attn.qkv.weight", "vit.blocks.{}.attn.qkv.weight"),
-    *_layers(
+    *_module_rules(
         "blocks.{}.",
         "vit.blocks.{}.",
         [
@@ -167,11 +178,13 @@ _VIT = [
     ),
 ]
 
-EVA = Table("EVA-ViT", _VIT, _ignore(r"(head|norm|fc_norm|lm_head)\.(weight|bias)", "mask_token"))
+EVA = KeyTable(
+    "EVA-ViT", _VIT, _ignore(r"(head|norm|fc_norm|lm_head)\.(weight|bias)", "mask_token")
+)
 
 # --- BLIP-2 (Q-Former and ln_vision) ------------------------------------------------------------
 
-_LN_VISION = _layers("", "", [("ln_vision", "ln_vision")])
+_LN_VISION = _module_rules("", "", [("ln_vision", "ln_vision")])
 _ATTENTION = [
     ("self.query", "q"),
     ("self.key", "k"),
@@ -181,12 +194,14 @@ _ATTENTION = [
 ]
 _QFORMER = [
     Rule("query_tokens", "qformer.query", RESHAPE),
-    *_layers("Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]),
-    *_layers("Qformer.bert.encoder.layer.{}.attention.", "qformer.blocks.{}.attn.", _ATTENTION),
-    *_layers(
+    *_module_rules("Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]),
+    *_module_rules(
+        "Qformer.bert.encoder.layer.{}.attention.", "qformer.blocks.{}.attn.", _ATTENTION
+    ),
+    *_module_rules(
         "Qformer.bert.encoder.layer.{}.crossattention.", "qformer.blocks.{}.cross.", _ATTENTION
     ),
-    *_layers(
+    *_module_rules(
         "Qformer.bert.encoder.layer.{}.",
         "qformer.blocks.{}.mlp.",
         [
@@ -202,7 +217,7 @@ _QFORMER_TEXT = (  # the Q-Former's text branch, which MiniGPT-4 removes
     r"Qformer\.cls\..*",
 )
 
-BLIP2 = Table(
+BLIP2 = KeyTable(
     "BLIP-2",
     _QFORMER + _LN_VISION,
     _ignore(
@@ -231,14 +246,14 @@ _LLM_LAYER = [
 _LLM_BODY = [
     Rule("embed_tokens.weight", "llm.embed"),
     Rule("norm.weight", "llm.norm.scale"),
-    *_layers("layers.{}.", "llm.blocks.{}.", _LLM_LAYER),
+    *_module_rules("layers.{}.", "llm.blocks.{}.", _LLM_LAYER),
 ]
 _ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
 
-LLM = Table(
+LLM = KeyTable(
     "language model",
     [
-        *(r.under("model.") for r in _LLM_BODY),
+        *(r.with_prefix("model.") for r in _LLM_BODY),
         *_LLM_BODY,
         Rule("lm_head.weight", "llm.head.weight"),
     ],
@@ -260,51 +275,57 @@ _GGUF_LAYER = [
 ]
 
 
-def gguf_table(heads: int, kv_heads: int, permuted: bool) -> Table:
-    """llama.cpp's names. permuted: query and key rows are reordered ("llama" architecture only)."""
+def gguf_table(heads: int, kv_heads: int, permuted: bool) -> KeyTable:
+    """llama.cpp's names. permuted: query and key rows are reordered ("llama" architecture)."""
     rules = [
         Rule("token_embd.weight", "llm.embed"),
         Rule("output_norm.weight", "llm.norm.scale"),
         Rule("output.weight", "llm.head.weight"),
-        *_layers("blk.{}.", "llm.blocks.{}.", _GGUF_LAYER),
+        *_module_rules("blk.{}.", "llm.blocks.{}.", _GGUF_LAYER),
     ]
     if permuted:
-        turned = {".attn_q.": unpermute(heads), ".attn_k.": unpermute(kv_heads)}
+        transforms = {".attn_q.": unpermute(heads), ".attn_k.": unpermute(kv_heads)}
         rules = [
-            Rule(r.key, r.target, next((t for part, t in turned.items() if part in r.key), KEEP))
+            Rule(
+                r.source,
+                r.target,
+                next((t for part, t in transforms.items() if part in r.source), IDENTITY),
+            )
             for r in rules
         ]
-    return Table("GGUF", rules, _ignore(r"rope_freqs\.weight"))
+    return KeyTable("GGUF", rules, _ignore(r"rope_freqs\.weight"))
 
 
-# --- fine-tuned MiniGPT-4 checkpoints: what was not frozen --------------------------------------
+# --- fine-tuned MiniGPT-4 checkpoints (the parameters that were not frozen) ----------------------
 
 _PEFT = "llama_model.base_model.model.model.layers.{}."
-_ADAPTED = [(theirs, ours) for theirs, ours in _LLM_LAYER if theirs.endswith("_proj")]
 _LORA = [
-    Rule(f"{_PEFT}{theirs}.lora_{ab}.{middle}weight", f"llm.blocks.{{}}.{ours}.lora_{ab.lower()}")
-    for middle in ("", "default.")  # peft 0.2, and 0.3 on
-    for theirs, ours in _ADAPTED
+    Rule(
+        f"{_PEFT}{source}.lora_{ab}.{adapter}weight", f"llm.blocks.{{}}.{target}.lora_{ab.lower()}"
+    )
+    for adapter in ("", "default.")  # peft 0.2; peft 0.3 and later
+    for source, target in _LLM_LAYER
+    if source.endswith("_proj")
     for ab in "AB"
 ]
 
-FINE_TUNED = Table(
+FINE_TUNED = KeyTable(
     "fine-tuned checkpoint",
     [
-        *_layers("", "", [("llama_proj", "projection")]),
+        *_module_rules("", "", [("llama_proj", "projection")]),
         *_LORA,
         *_QFORMER,
         *_LN_VISION,
-        *(r.under("visual_encoder.") for r in _VIT),
+        *(r.with_prefix("visual_encoder.") for r in _VIT),
     ],
     _ignore(r"llama_model\." + _ROTARY, *_QFORMER_TEXT),
 )
 
 # --- this project's own files -------------------------------------------------------------------
 
-_OWN = ("vit.{*}", "ln_vision.{*}", "qformer.{*}", "projection.{*}")
-_OWN_LORA = tuple(f"llm.blocks.{{}}.{{*}}.lora_{ab}" for ab in "ab")
-OWN = Table(
+_NATIVE = ("vit.{*}", "ln_vision.{*}", "qformer.{*}", "projection.{*}")
+_NATIVE_LORA = tuple(f"llm.blocks.{{}}.{{*}}.lora_{ab}" for ab in "ab")
+NATIVE = KeyTable(
     "this project's weights",
-    [Rule("vit.pos", "vit.pos", POSITIONS), *(Rule(name, name) for name in _OWN + _OWN_LORA)],
+    [Rule("vit.pos", "vit.pos", RESAMPLE), *(Rule(name, name) for name in _NATIVE + _NATIVE_LORA)],
 )

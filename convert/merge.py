@@ -1,12 +1,13 @@
-"""python -m convert merge | unmerge: LoRA added to the weights it is on, and taken out again.
+"""python -m convert merge | unmerge: adds LoRA to the weights it adapts, and subtracts it again.
 
-Merged, W + alpha / rank * B A stands in the place of W, and the model is one without LoRA. Sums are
-made and, by default, stored in float32: to a 16-bit type a small adapter may be lost in rounding.
+Merging replaces W by W + alpha / rank * B A; the result is a model without LoRA. Sums are computed
+and, by default, stored in float32, because rounding to a 16-bit type can lose a small adapter.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,34 +27,34 @@ Arrays = Iterator[tuple[str, np.ndarray]]
 
 
 def merge(model_dir: Path, out: Path, dtype: str = "float32") -> None:
-    """Write model_dir without LoRA, the adapters added to the weights.
+    """Write model_dir with its adapters added to the weights, as a model without LoRA.
 
-    dtype: of the matrices that change. UserError: no LoRA, quantized, damaged, `out` is taken.
+    dtype: of the changed matrices. UserError: no LoRA, quantized, damaged, or `out` exists.
     """
     config = read_config(model_dir)
     if config.lora is None:
         raise UserError(f"{model_dir} has no LoRA to merge")
     _refuse_quantized(model_dir, config)
     tensors = check_tensors(model_dir, config)
-    kept = [name for name in tensors if part_of(name) != "lora"]
-    changed = _with_deltas(kept, tensors, tensors, config.lora, 1.0, DTYPES[dtype])
-    _write(out, dataclasses.replace(config, lora=None), changed, model_dir, "merged")
+    names = [name for name in tensors if part_of(name) != "lora"]
+    merged = _with_deltas(names, tensors, tensors, config.lora, 1.0, DTYPES[dtype])
+    _write(out, dataclasses.replace(config, lora=None), merged, model_dir, "merged")
     print(f"wrote {out}: LoRA on {', '.join(config.lora.targets)} merged, in {dtype}")
 
 
 def unmerge(model_dir: Path, lora_dir: Path, out: Path, dtype: str = "float32") -> None:
-    """Write model_dir, which holds the adapters of lora_dir merged, with them apart again.
+    """Write model_dir, into which the adapters of lora_dir were merged, as base weights and adapters.
 
-    UserError: it has LoRA of its own, lora_dir has none or one for other weights; else as `merge`.
+    UserError: model_dir has LoRA, lora_dir has none or is for another language model; else as `merge`.
     """
     config, lora = read_config(model_dir), read_config(lora_dir).lora
     if lora is None:
         raise UserError(f"--lora: {lora_dir} has no LoRA")
     if config.lora is not None:
-        raise UserError(f"{model_dir} has LoRA of its own: nothing is merged in it")
+        raise UserError(f"{model_dir} has LoRA of its own, so none is merged into it")
     _refuse_quantized(model_dir, config)
     if config.llm != read_config(lora_dir).llm:
-        raise UserError(f"--lora: {lora_dir} is for another language model than {model_dir} has")
+        raise UserError(f"--lora: {lora_dir} is for another language model than {model_dir}")
     tensors, adapters = check_tensors(model_dir, config), Tensors(lora_dir)
 
     def arrays() -> Arrays:
@@ -61,14 +62,14 @@ def unmerge(model_dir: Path, lora_dir: Path, out: Path, dtype: str = "float32") 
         yield from _with_deltas(list(tensors), tensors, adapters, lora, -1.0, DTYPES[dtype])
 
     _write(out, dataclasses.replace(config, lora=lora), arrays(), model_dir, "unmerged")
-    print(f"wrote {out}: LoRA on {', '.join(lora.targets)} apart, the weights under it in {dtype}")
+    print(f"wrote {out}: LoRA on {', '.join(lora.targets)} unmerged, in {dtype}")
 
 
 def _refuse_quantized(model_dir: Path, config: ModelConfig) -> None:
     if config.quantize is not None:
         raise UserError(
-            f"{model_dir} is in {config.quantize}, which LoRA cannot be merged into: merge the "
-            "model it was made of, and quantize that with load(quantize=...)"
+            f"{model_dir} is quantized to {config.quantize}, and LoRA cannot be merged into quantized "
+            "weights: merge the model it was made from, then quantize with load(quantize=...)"
         )
 
 
@@ -80,7 +81,7 @@ def _with_deltas(
     sign: float,
     dtype: np.dtype,
 ) -> Arrays:
-    """The named tensors, one at a time; W [out, in] + sign * alpha / rank * B A where there is one."""
+    """The named tensors, one at a time; W [out, in] + sign * alpha / rank * B A for adapted ones."""
     factor = np.float32(sign * lora.alpha / lora.rank)
     for name in names:
         stem = name.removesuffix(".weight")
@@ -91,10 +92,11 @@ def _with_deltas(
         yield name, (tensors[name].astype(np.float32) + factor * (b @ a)).astype(dtype)
 
 
-def _write(out: Path, config: ModelConfig, arrays: Arrays, origin: Path, how: str) -> None:
-    sources: dict = {}
+def _write(out: Path, config: ModelConfig, arrays: Arrays, origin: Path, operation: str) -> None:
+    """Write a model directory with the tokenizer and sources of `origin`."""
+    sources: dict[str, Any] = {}
     for folder in reversed(model_chain(origin)):
         sources |= read_document(folder).get("sources") or {}
-    sources |= {how: {"file": str(origin)}}
+    sources |= {operation: {"file": str(origin)}}
     files = {path.name: path for path in tokenizer_dir(origin).iterdir()}
     write_model(out, config, arrays, tokenizer=files, sources=sources)

@@ -1,4 +1,4 @@
-"""What a variant implies, and --set key=value on top of it."""
+"""The defaults of each variant, and --set KEY=VALUE."""
 
 import dataclasses
 import difflib
@@ -21,12 +21,12 @@ from minigpt4_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Values of one of the released systems (MiniGPT-4 and MiniGPT-v2 papers, stage-2 configs)."""
+    """Configuration of a released model (MiniGPT-4 and MiniGPT-v2 papers, stage-2 configs)."""
 
     qformer: bool
     lora: bool
     merge_patches: int
-    image_scale: int  # image size over the size the position embedding was trained at
+    image_scale: int  # image size / the size that the position embedding was trained at
     prompt_template: str
     chat_template: str
     end_symbol: str
@@ -34,7 +34,7 @@ class Variant:
 
 
 _VICUNA = "###Human: {} ###Assistant: "
-_TABLE = {
+_VARIANTS = {
     "minigpt4-vicuna": Variant(True, False, 1, 1, _VICUNA, "vicuna0", "###", 160),
     "minigpt4-llama2": Variant(False, False, 4, 1, "[INST] {} [/INST] ", "llama2", "</s>", 160),
     "minigpt-v2": Variant(False, True, 4, 2, "[INST] {} [/INST]", "minigptv2", "</s>", 1024),
@@ -42,15 +42,14 @@ _TABLE = {
 
 
 def variant_named(name: str) -> Variant:
-    """UserError lists the known ones."""
-    if name not in _TABLE:
+    """The variant's defaults. UserError: no such variant."""
+    if name not in _VARIANTS:
         raise UserError(f"--variant={name}: expected one of {', '.join(VARIANTS)}")
-    return _TABLE[name]
+    return _VARIANTS[name]
 
 
 _LLAMA3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
-# A language model's own chat format, told by a word of its Jinja template:
-# (word, chat_template, prompt_template, end_symbol)
+# (text in a language model's Jinja template, chat_template, prompt_template, end_symbol)
 _CHAT_FORMATS = (
     (
         "<|im_start|>",
@@ -69,13 +68,17 @@ _CHAT_FORMATS = (
 
 
 def chat_format(template: str) -> dict[str, str]:
-    """Config fields for a language model with this Jinja chat template; {} when it is not known.
+    """ModelConfig fields for a language model with this Jinja chat template; {} if it is unknown.
 
-    Llama 2's (it has <<SYS>>) is not here: the variants' own formats were made for it.
+    Not for Llama 2 (its template has <<SYS>>): the variants' own prompts are in its format.
     """
-    for word, chat, prompt, end in _CHAT_FORMATS:
-        if word in template and "<<SYS>>" not in template:
-            return {"chat_template": chat, "prompt_template": prompt, "end_symbol": end}
+    for marker, chat_template, prompt_template, end_symbol in _CHAT_FORMATS:
+        if marker in template and "<<SYS>>" not in template:
+            return {
+                "chat_template": chat_template,
+                "prompt_template": prompt_template,
+                "end_symbol": end_symbol,
+            }
     return {}
 
 
@@ -88,40 +91,47 @@ _PARTS = {
 _ALIASES = {"image_size": "vision.image_size", "patch_size": "vision.patch_size"}
 
 
-def _known() -> dict[str, Any]:
-    """Dotted name -> type of every value --set can change."""
-    known: dict[str, Any] = {}
+def _setting_types() -> dict[str, Any]:
+    """Dotted name -> type of every value that --set can change."""
+    setting_types: dict[str, Any] = {}
     for prefix, cls in {"": ModelConfig, **_PARTS}.items():
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             name = f"{prefix}.{f.name}" if prefix else f.name
             if name != "variant" and name not in _PARTS:
-                known[name] = hints[f.name]
-    return known
+                setting_types[name] = hints[f.name]
+    return setting_types
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:
-    """["vision.depth=3", ...] -> {"vision.depth": 3, ...}. UserError: unknown key, unfit value."""
-    known = _known()
+    """["vision.depth=3", ...] -> {"vision.depth": 3, ...}. UserError: unknown key, invalid value."""
+    known = _setting_types()
     values: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         key = key.strip()
         if not equals:
-            raise UserError(f"--set {item}: expected key=value")
+            raise UserError(f"--set {item}: expected KEY=VALUE")
         name = _ALIASES.get(key, key)
         if name not in known:
-            near = [k for k in known if k.endswith("." + key.rpartition(".")[2])]
-            near += difflib.get_close_matches(key, [*known, *_ALIASES], n=3, cutoff=0.5)
-            near = list(dict.fromkeys(near))[:3]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            similar = [k for k in known if k.endswith("." + key.rpartition(".")[2])]
+            similar += difflib.get_close_matches(key, [*known, *_ALIASES], n=3, cutoff=0.5)
+            similar = list(dict.fromkeys(similar))[:3]
+            hint = (
+                f"did you mean {' or '.join(similar)}?"
+                if similar
+                else f"known keys: {', '.join(known)}"
+            )
             raise UserError(f"--set {key}: unknown key; {hint}")
         values[name] = _parse(key, text, known[name])
     return values
 
 
-def _parse(key: str, text: str, kind: Any) -> Any:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+def _parse(key: str, text: str, annotation: Any) -> Any:
+    """The value of a field with this annotation (a type, or a type | None)."""
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    )
     if type(None) in options and text.lower() in ("none", "null"):
         return None
     kind = next(k for k in options if k is not type(None))
@@ -138,20 +148,20 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         raise UserError(f"--set {key}={text}: expected {expected}") from None
     if typing.get_origin(kind) is tuple:
         return tuple(t for t in text.split(",") if t)
-    # a shell passes a line break on as two characters
+    # a shell passes "\\n" as two characters
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def apply_settings(config: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Put values into a nested configuration; returns those that have no place in this variant."""
+def apply_settings(config: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Set values in a nested configuration; returns the names that this variant does not have."""
     unused = []
-    for name, value in values.items():
+    for name, value in settings.items():
         *path, last = name.split(".")
-        at: Any = config
+        node: Any = config
         for part in path:
-            at = at.get(part) if isinstance(at, dict) else None
-        if at is None:
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is None:
             unused.append(name)
         else:
-            at[last] = value
+            node[last] = value
     return unused

@@ -1,94 +1,107 @@
-"""Files that do not belong together, named by the likely mistake."""
+"""Checks that the input files belong together; messages name the likely mistake."""
 
 from collections.abc import Collection, Mapping
 
-from convert.key_mapping import Match
-from convert.sources import Source, Sources, lora_shapes
+from convert.sources import BuildInputs, ParameterSource, lora_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 
 FLOATS = ("float16", "bfloat16", "float32")
 
 
-def check_language(config: ModelConfig, s: Sources, pieces: int) -> None:
-    """UserError unless the tokenizer fits the vocabulary, and the vocabulary the embedding."""
-    where, vocab = s.llm.where, config.llm.vocab
-    rows = s.llm.shapes("llm.embed").get("llm.embed", (vocab,))[0]
+def check_vocabulary(config: ModelConfig, inputs: BuildInputs, tokens: int) -> None:
+    """UserError unless tokenizer, config.json and embedding agree. tokens: of the tokenizer."""
+    label, vocab = inputs.llm.label, config.llm.vocab
+    rows = inputs.llm.shapes("llm.embed").get("llm.embed", (vocab,))[0]
     if rows != vocab:
         raise UserError(
-            f"{where}: config.json says {vocab} tokens, the embedding has {rows}: the files do not "
+            f"{label}: config.json says {vocab} tokens, the embedding has {rows}: the files do not "
             f"belong together (give --set llm.vocab={rows} if they do)"
         )
-    if pieces > vocab:
+    if tokens > vocab:
         raise UserError(
-            f"{where}: the tokenizer has {pieces} tokens, the model only {vocab}: "
+            f"{label}: the tokenizer has {tokens} tokens, the model only {vocab}: "
             "it is another model's tokenizer"
         )
-    if vocab - pieces > max(1024, vocab // 10):  # rows that only pad the vocabulary are fewer
+    if vocab - tokens > max(1024, vocab // 10):  # padding of the vocabulary is less
         raise UserError(
-            f"{where}: the model has {vocab} tokens, the tokenizer only {pieces}: "
+            f"{label}: the model has {vocab} tokens, the tokenizer only {tokens}: "
             "it is another model's tokenizer"
         )
 
 
-def check_trained(config: ModelConfig, s: Sources) -> None:
+def check_fine_tuned(config: ModelConfig, inputs: BuildInputs) -> None:
     """UserError unless the fine-tuned checkpoint belongs to this variant and language model."""
-    if s.checkpoint is None:
+    checkpoint = inputs.checkpoint
+    if checkpoint is None:
         return
-    where, shapes = s.checkpoint.where, s.checkpoint.shapes()
-    lora = lora_shapes(s.checkpoint)
+    label, shapes = checkpoint.label, checkpoint.shapes()
+    lora = lora_shapes(checkpoint)
     if lora and config.lora is None:
         raise UserError(
-            f"{where} holds {len(lora)} LoRA weights ({s.checkpoint.found[min(lora)].key}, ...), which "
+            f"{label} has {len(lora)} LoRA weights ({checkpoint.mapped[min(lora)].key}, ...), which "
             f"{config.variant} would lose: for a minigpt-v2 checkpoint give --variant=minigpt-v2, "
-            "for one with LoRA of its own --set lora.alpha=N, as it was trained with"
+            "otherwise --set lora.alpha=N with the value it was trained with"
         )
     if config.variant == "minigpt-v2" and config.lora is not None and not lora:
         raise UserError(
-            f"{where} holds no LoRA weights, which {config.variant} needs: it is a MiniGPT-4 "
+            f"{label} has no LoRA weights, which {config.variant} needs: it is a MiniGPT-4 "
             "checkpoint, give --variant=minigpt4-llama2 or minigpt4-vicuna"
         )
     if "projection.weight" not in shapes:
-        raise UserError(f"{where} holds no llama_proj.weight: it is not a MiniGPT-4 checkpoint")
+        raise UserError(f"{label} has no llama_proj.weight: it is not a MiniGPT-4 checkpoint")
     if len(shapes["projection.weight"]) != 2:
-        raise UserError(f"{where}: llama_proj.weight has shape {shapes['projection.weight']}")
+        raise UserError(
+            f"{label}: llama_proj.weight has shape {shapes['projection.weight']}; expected a matrix"
+        )
     n_out, n_in = shapes["projection.weight"]
     if n_out != config.llm.width:
         raise UserError(
-            f"{where} was trained for a language model of width {n_out}, {s.llm.where} has width "
-            f"{config.llm.width}: use the language model it was trained with"
+            f"{label} was trained for a language model of width {n_out}, {inputs.llm.label} has "
+            f"width {config.llm.width}: use the language model it was trained with"
         )
     if n_in != config.projection_in:
-        raise UserError(f"{where} projects from width {n_in}, but {_other_width(config, s, n_in)}")
+        cause = _explain_input_width(config, inputs, n_in)
+        raise UserError(f"{label} projects from width {n_in}, but {cause}")
 
 
-def _other_width(config: ModelConfig, s: Sources, n_in: int) -> str:
-    joined = 4 * config.vision.width
-    if s.qformer is not None:
-        have = f"the Q-Former of {config.variant} gives {config.projection_in}"
-        if n_in == joined:
-            return f"{have}: give --variant=minigpt4-llama2, whose patches give {joined}"
-        return f"{have}: check {s.qformer.where}"
-    have = f"{config.merge_patches} patches of {config.variant} give {config.projection_in}"
+def _explain_input_width(config: ModelConfig, inputs: BuildInputs, n_in: int) -> str:
+    four_patches = 4 * config.vision.width
+    if inputs.qformer is not None:
+        actual = f"the Q-Former of {config.variant} has width {config.projection_in}"
+        if n_in == four_patches:
+            return (
+                f"{actual}: give --variant=minigpt4-llama2, whose four patches have {four_patches}"
+            )
+        return f"{actual}: check {inputs.qformer.label}"
+    actual = f"{config.merge_patches} patches of {config.variant} have {config.projection_in}"
     if n_in < config.projection_in:
-        return f"{have}: it may be a minigpt4-vicuna checkpoint; if not, check {s.vision.where}"
-    return f"{have}: check {s.vision.where}"
+        return (
+            f"{actual}: it may be a minigpt4-vicuna checkpoint; if not, check {inputs.vision.label}"
+        )
+    return f"{actual}: check {inputs.vision.label}"
 
 
 def shape_problems(
-    wanted: Mapping[str, tuple[int, ...]],
-    origin: Mapping[str, tuple[Source, Match]],
-    fresh: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, ParameterSource],
+    new_parameters: Collection[str],
 ) -> list[str]:
-    """A line for each parameter without source, key without place, and unfit shape or type."""
-    problems = [f"{n} is in no file" for n in wanted if n not in origin and n not in fresh]
-    for name, (source, m) in origin.items():
-        tensor = source.reader.tensors[m.key]
-        where = f"{source.where}: {m.key}"
-        if name not in wanted:
-            problems.append(f"{where} has no place in this model")
-        elif not m.transform.fits(tensor.shape, wanted[name]):
-            problems.append(f"{where} has shape {tensor.shape}, expected {wanted[name]}")
+    """A message for each parameter without a source, unexpected parameter, and wrong shape or dtype.
+
+    shapes: of all parameters of the model.
+    """
+    problems = [
+        f"{n} is in no file" for n in shapes if n not in sources and n not in new_parameters
+    ]
+    for name, source in sources.items():
+        tensor = source.tensor
+        if name not in shapes:
+            problems.append(f"{source.label} is not a part of this model")
+        elif not source.transform.fits(tensor.shape, shapes[name]):
+            problems.append(f"{source.label} has shape {tensor.shape}, expected {shapes[name]}")
         elif tensor.dtype.name not in (*FLOATS, "float64"):
-            problems.append(f"{where} holds {tensor.dtype.name}, expected floating point numbers")
+            problems.append(
+                f"{source.label} has dtype {tensor.dtype.name}, expected floating point numbers"
+            )
     return problems

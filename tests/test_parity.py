@@ -42,7 +42,7 @@ class Case:
 
     def __init__(self, name, folder):
         from convert.build import build
-        from convert.build_plan import Request
+        from convert.build_plan import BuildRequest
 
         self.name = name
         variant, checkpoint, size, text, extra = CASES[name]
@@ -53,7 +53,7 @@ class Case:
             "end_symbol=" + ("###" if name == "a" else "</s>"), *extra,
         ]  # fmt: skip
         build(
-            Request(
+            BuildRequest(
                 variant, files / "llama", out, vision=files / "eva_vit_g.pth",
                 qformer=files / "blip2_pretrained_flant5xxl.pth" if name == "a" else None,
                 checkpoint=files / checkpoint, settings=settings,

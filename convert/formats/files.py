@@ -1,4 +1,4 @@
-"""Files that may be damaged: what one really is, and reading it once while hashing it."""
+"""Reads a file while hashing it, and recognizes checkpoint formats by their first bytes."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,17 +13,17 @@ CHUNK = 1 << 24
 
 
 class HashedFile:
-    """A file read in pieces; its SHA-256 comes from the same pass over the disk.
+    """A file that is read in pieces and hashed (SHA-256) in the same pass.
 
-    Pieces read in ascending order are hashed from the buffer the caller gets, so a 13 GB file is
-    read once. Plain reads, not mmap: a file cut short is an error, not a SIGBUS, and its pages do
-    not count as this process's memory.
+    Pieces that are read in ascending order are hashed from the returned buffer, so a 13 GB file is
+    read from disk once. It is not memory-mapped: a truncated file is then an error instead of a
+    SIGBUS, and its pages do not count as this process's memory.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 (open as long as its reader)
+            self._file = open(path, "rb")  # noqa: SIM115 (stays open with the object)
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}") from e
         self.size = path.stat().st_size
@@ -31,7 +31,7 @@ class HashedFile:
         self._hashed = 0
 
     def peek(self, offset: int, count: int) -> bytes:
-        """Bytes for looking around (headers): read without hashing."""
+        """Read bytes without hashing them (headers)."""
         self._file.seek(offset)
         data = self._file.read(count)
         if len(data) != count:
@@ -41,7 +41,7 @@ class HashedFile:
     def read(self, offset: int, count: int) -> np.ndarray:
         """`count` bytes as a fresh uint8 array."""
         if offset > self._hashed:
-            self._advance(offset)
+            self._hash_until(offset)
         buffer = np.empty(count, np.uint8)
         self._fill(offset, buffer)
         if offset <= self._hashed < offset + count:
@@ -50,11 +50,11 @@ class HashedFile:
         return buffer
 
     def sha256(self) -> str:
-        """Hex digest of the whole file; what has not been read yet is read now."""
-        self._advance(self.size)
+        """Hex digest of the whole file; reads what has not been read yet."""
+        self._hash_until(self.size)
         return self._hash.hexdigest()
 
-    def _advance(self, end: int) -> None:
+    def _hash_until(self, end: int) -> None:
         while self._hashed < end:
             buffer = np.empty(min(CHUNK, end - self._hashed), np.uint8)
             self._fill(self._hashed, buffer)
@@ -64,18 +64,18 @@ class HashedFile:
     def _fill(self, offset: int, buffer: np.ndarray) -> None:
         try:
             self._file.seek(offset)
-            got = self._file.readinto(buffer.data)
+            count = self._file.readinto(buffer.data)
         except OSError as e:
             raise UserError(f"cannot read {self.path}: {e.strerror}") from e
-        if got != buffer.size:
+        if count != buffer.size:
             raise UserError(f"{self.path} is truncated: it ends before byte {offset + buffer.size}")
 
 
-def sniff(path: Path) -> str:
-    """What a file is by its first bytes: "zip", "pickle", "gguf" or "safetensors".
+def detect_format(path: Path) -> str:
+    """The format of a file by its first bytes: "zip", "pickle", "gguf" or "safetensors".
 
-    UserError, naming the likely cause, when it is missing, empty, a web page, a Git LFS pointer,
-    or nothing known.
+    UserError, with the likely cause, when it is missing, empty, a web page, a Git LFS pointer, or of
+    an unknown format.
     """
     if path.is_dir():
         raise UserError(f"{path} is a directory; expected a checkpoint file")
@@ -86,13 +86,13 @@ def sniff(path: Path) -> str:
         raise UserError(f"{path} does not exist") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    for kind, looks in _KINDS:
-        if looks(head):
-            return kind
+    for name, matches in _FORMATS:
+        if matches(head):
+            return name
     raise UserError(f"{path} {_describe_unknown(head)}")
 
 
-_KINDS: list[tuple[str, Callable[[bytes], bool]]] = [
+_FORMATS: list[tuple[str, Callable[[bytes], bool]]] = [
     ("zip", lambda h: h[:4] == b"PK\x03\x04"),
     ("gguf", lambda h: h[:4] == b"GGUF"),
     ("safetensors", lambda h: len(h) > 8 and h[8:9] == b"{" and h[7] == 0),

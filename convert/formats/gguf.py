@@ -6,25 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.files import HashedFile, sniff
-from convert.formats.gguf_blocks import KINDS, take_apart
+from convert.formats.files import HashedFile, detect_format
+from convert.formats.gguf_blocks import BLOCK_FORMATS, unpack
 from convert.formats.readers import Reader
-from convert.formats.tensors import DTYPES, Tensor
+from convert.formats.tensors import DTYPES, QuantizedBlocks, Tensor
 from minigpt4_jax.errors import UserError
 
-# llama.cpp's architecture -> model_type. Only "llama" (LLaMA, Vicuna, Mistral, SmolLM) has its
-# query and key rows permuted for interleaved rotary embedding; the Qwen ones turn halves, as here.
+# llama.cpp's architecture -> model_type. Only for "llama" (LLaMA, Vicuna, Mistral, SmolLM) llama.cpp
+# permutes query and key rows for interleaved rotary embeddings; Qwen rotates halves, as Hugging Face.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PERMUTED = ("llama",)
 
-_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16"}
+_FLOATS = {"F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16"}
 
 
 class Gguf:
-    """An open GGUF file: `fields` (metadata) and `reader` (tensors)."""
+    """An open GGUF file: `field` (metadata) and `reader` (tensors)."""
 
     def __init__(self, path: Path):
-        if sniff(path) != "gguf":
+        if detect_format(path) != "gguf":
             raise UserError(
                 f"{path} is not a GGUF file; a Hugging Face model is given as its directory"
             )
@@ -33,7 +33,7 @@ class Gguf:
         parsed = _parse(path)
         if parsed.byte_order != "I":
             raise UserError(
-                f"{path} has the byte order of another kind of machine; convert it there"
+                f"{path} has the byte order of another machine architecture; convert the model here"
             )
         self._values = parsed.fields
         if (self.field("split.count") or 1) > 1:
@@ -44,9 +44,9 @@ class Gguf:
         self.reader = Reader(str(path), self.tensors, [self._file])
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A metadata value as Python's; the default where it is absent."""
-        found = self._values.get(name)
-        return default if found is None else found.contents()
+        """A metadata value as a Python object; the default if it is absent."""
+        value = self._values.get(name)
+        return default if value is None else value.contents()
 
     def _tensor(self, t: Any) -> Tensor:
         shape = tuple(int(n) for n in reversed(t.shape))
@@ -55,19 +55,21 @@ class Gguf:
             raise UserError(
                 f"{self.path} is truncated: {t.name} ends past its end; download it again"
             )
-        plain = _PLAIN.get(t.tensor_type.name)
-        dtype = DTYPES[plain or "float32"]
+        gguf_type = t.tensor_type.name
+        float_type = _FLOATS.get(gguf_type)
+        dtype = DTYPES[float_type or "float32"]
 
         def load() -> np.ndarray:
             raw = self._file.read(start, count)
-            if plain is not None:
+            if float_type is not None:
                 return raw.view(dtype).reshape(shape)
             return _dequantize(raw, t, shape, f"{self.path}: {t.name}")
 
-        kind = t.tensor_type.name
         blocks = None
-        if kind in KINDS and len(shape) == 2:
-            blocks = (kind, lambda: take_apart(self._file.read(start, count), kind, shape))
+        if gguf_type in BLOCK_FORMATS and len(shape) == 2:
+            blocks = QuantizedBlocks(
+                gguf_type, lambda: unpack(self._file.read(start, count), gguf_type, shape)
+            )
         return Tensor(shape, dtype, count, load, (str(self.path), start), blocks)
 
     @property
@@ -75,7 +77,7 @@ class Gguf:
         return str(self.field("general.architecture"))
 
     def hf_config(self) -> dict[str, Any]:
-        """What config.json would say. UserError for an architecture that is not supported."""
+        """The model's config.json. UserError: the architecture is not supported."""
         arch = self.architecture
         if arch not in ARCHITECTURES:
             raise UserError(
@@ -85,25 +87,25 @@ class Gguf:
         if self.field(f"{arch}.expert_count"):
             raise UserError(f"{self.path} is a mixture of experts, which is not supported")
         config: dict[str, Any] = {"model_type": ARCHITECTURES[arch]}
-        for ours, theirs in _FIELDS.items():
-            value = self.field(f"{arch}.{theirs}")
+        for key, gguf_field in _FIELDS.items():
+            value = self.field(f"{arch}.{gguf_field}")
             if isinstance(value, list):
                 if len(set(value)) != 1:
                     raise UserError(
-                        f"{self.path}: {arch}.{theirs} differs between layers: not supported"
+                        f"{self.path}: {arch}.{gguf_field} differs between layers: not supported"
                     )
                 value = value[0]
             if value is not None:
-                config[ours] = value
+                config[key] = value
         if missing := [k for k in _NEEDED if k not in config]:
             raise UserError(
                 f"{self.path}: metadata lacks {arch}.{_FIELDS[missing[0]]}; convert it again"
             )
-        config["rms_norm_eps"] = _short(config["rms_norm_eps"])
-        return self._finish(config)
+        config["rms_norm_eps"] = _undo_float32(config["rms_norm_eps"])
+        return self._add_from_tensors(config)
 
-    def _finish(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Facts that the tensors tell, and the rotary embedding."""
+    def _add_from_tensors(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Add the values that follow from the tensors, and the rotary embedding."""
         arch, names = self.architecture, self.tensors
         if "token_embd.weight" not in names:
             raise UserError(
@@ -129,7 +131,7 @@ class Gguf:
         return config
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Llama 3.1's scaling, found again from the divisors that GGUF keeps of it."""
+        """The parameters of Llama 3.1's scaling, recovered from the frequency divisors in the file."""
         divisors = self.reader.read("rope_freqs.weight").astype(np.float64)
         theta, dim = config.get("rope_theta", 10000.0), config["head_dim"]
         wavelength = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
@@ -164,8 +166,8 @@ _NEEDED = (
 )
 
 
-def _short(value: float) -> float:
-    """1e-5 that went through float32 is 1e-5 again."""
+def _undo_float32(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 1e-5, not 9.99999974e-06."""
     return float(np.format_float_positional(np.float32(value)))
 
 

@@ -1,4 +1,4 @@
-"""One view of every checkpoint format: names with shape and type, and one tensor read at a time."""
+"""Opens checkpoints of any format as lazy tensors with a name, shape and dtype."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.formats import safetensors, torch_file
-from convert.formats.files import HashedFile, sniff
+from convert.formats.files import HashedFile, detect_format
 from convert.formats.tensors import Tensor
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.paths import parse_local_path
@@ -17,10 +17,9 @@ from minigpt4_jax.storage.paths import parse_local_path
 
 @dataclass
 class Reader:
-    """Lazy tensors of one source, whatever files it is made of.
+    """The lazy tensors of one checkpoint, which may consist of several files.
 
-    label: what messages call it. files: those read, for their SHA-256. metadata: what the format
-    stores beside the tensors (safetensors).
+    label: its name in messages. files: for their SHA-256. metadata: of a safetensors file.
     """
 
     label: str
@@ -29,7 +28,7 @@ class Reader:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a fresh array."""
+        """Read one tensor as a new array."""
         return self.tensors[name].load()
 
     def origin(self) -> dict[str, Any]:
@@ -42,15 +41,15 @@ class Reader:
 
 
 def open_file(path: Path) -> Reader:
-    """A .pth, .bin or .safetensors file. UserError when it is missing, damaged or another thing."""
-    kind = sniff(parse_local_path("file", path))
-    if kind == "gguf":
+    """Open a .pth, .bin or .safetensors file. UserError: missing, damaged or of another format."""
+    file_format = detect_format(parse_local_path("file", path))
+    if file_format == "gguf":
         raise UserError(f"{path} is a GGUF file, which holds a language model: give it as --llm")
     file = HashedFile(path)
-    if kind == "safetensors":
+    if file_format == "safetensors":
         tensors, metadata = safetensors.open_tensors(file)
         return Reader(str(path), tensors, [file], metadata)
-    return Reader(str(path), torch_file.open_tensors(file, kind), [file])
+    return Reader(str(path), torch_file.open_tensors(file, file_format), [file])
 
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -58,20 +57,20 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin", "model.bin")
 
 
 def open_directory(folder: Path) -> Reader:
-    """A Hugging Face model directory: one file, or shards named by an index."""
+    """Open a Hugging Face model directory: one file, or the shards named in an index."""
     for name in _INDEXES:
         if (folder / name).is_file():
             return _open_shards(folder, folder / name)
     for name in _SINGLES:
         if (folder / name).is_file():
             return open_file(folder / name)
-    loose = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not loose:
+    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
         raise UserError(
             f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or shards "
             f"with {' or '.join(_INDEXES)}"
         )
-    return _join(folder, [open_file(path) for path in loose])
+    return _join(folder, [open_file(path) for path in shards])
 
 
 def _open_shards(folder: Path, index: Path) -> Reader:
@@ -81,15 +80,15 @@ def _open_shards(folder: Path, index: Path) -> Reader:
     names = sorted(set(map(str, weight_map.values())))
     if bad := [n for n in names if Path(n).name != n]:
         raise UserError(f"{index} names a file outside its directory: {bad[0]}")
-    if absent := [n for n in names if not (folder / n).is_file()]:
+    if missing := [n for n in names if not (folder / n).is_file()]:
         raise UserError(
-            f"{folder} lacks {', '.join(absent)}, named in {index.name}: download again"
+            f"{folder} lacks {', '.join(missing)}, which {index.name} names: download it again"
         )
     reader = _join(folder, [open_file(folder / n) for n in names])
-    if absent := [k for k in weight_map if k not in reader.tensors]:
+    if missing := [k for k in weight_map if k not in reader.tensors]:
         raise UserError(
-            f"{folder}: {absent[0]} is in {index.name} but not in {weight_map[absent[0]]}: "
-            "download again"
+            f"{folder}: {missing[0]} is in {index.name} but not in {weight_map[missing[0]]}: "
+            "download it again"
         )
     return reader
 
@@ -97,32 +96,36 @@ def _open_shards(folder: Path, index: Path) -> Reader:
 def _join(folder: Path, shards: list[Reader]) -> Reader:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        if twice := tensors.keys() & shard.tensors.keys():
-            raise UserError(f"{folder}: {min(twice)} is in two files, one of them {shard.label}")
+        if duplicates := tensors.keys() & shard.tensors.keys():
+            raise UserError(
+                f"{folder}: {min(duplicates)} is in two files, one of them {shard.label}"
+            )
         tensors |= shard.tensors
     return Reader(str(folder), tensors, [f for s in shards for f in s.files])
 
 
-def combined(
+def combine(
     label: str,
     base: Reader,
     delta: Reader,
     add: Callable[[np.ndarray, np.ndarray], np.ndarray],
     names: Mapping[str, str],
 ) -> Reader:
-    """Tensors of delta, each joined with its counterpart in base (`names`: delta's -> base's)."""
+    """The tensors of `delta`, each combined with one of `base` by `add(base, delta)`.
 
-    def make(d: Tensor, b: Tensor) -> Tensor:
-        return Tensor(
-            d.shape, b.dtype, d.nbytes + b.nbytes, lambda: add(b.load(), d.load()), d.order
-        )
+    names: delta's tensor -> base's tensor.
+    """
 
-    tensors = {d: make(delta.tensors[d], base.tensors[b]) for d, b in names.items()}
+    def combined(d: Tensor, b: Tensor) -> Tensor:
+        nbytes = d.nbytes + b.nbytes
+        return Tensor(d.shape, b.dtype, nbytes, lambda: add(b.load(), d.load()), d.position)
+
+    tensors = {d: combined(delta.tensors[d], base.tensors[b]) for d, b in names.items()}
     return Reader(label, tensors, [*base.files, *delta.files])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. UserError when it is missing, damaged or not an object."""
+    """Read a JSON object. UserError: the file is missing, damaged or not an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

@@ -1,4 +1,4 @@
-"""A tensor that has not been read yet, and the element types checkpoints use."""
+"""Lazy tensors of a checkpoint, and the element types that checkpoints use."""
 
 import math
 from collections.abc import Callable
@@ -7,24 +7,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.formats.files import HashedFile
-from convert.formats.gguf_blocks import Blocks
+from convert.formats.gguf_blocks import UnpackedBlocks
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage import safetensors_header
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """shape and dtype as `load` gives them; nbytes to read; order: ascending along the files.
+class QuantizedBlocks:
+    """A matrix in GGUF's quantized blocks. gguf_type: a key of gguf_blocks.BLOCK_FORMATS."""
 
-    blocks: of a matrix quantized in the file, its type's name and what reads it undequantized.
+    gguf_type: str
+    load: Callable[[], UnpackedBlocks]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that has not been read yet.
+
+    shape and dtype: of the array that `load` returns. nbytes: to be read. position: (file, byte), for
+    reading in order. blocks: the same matrix without dequantizing it, if it is quantized in the file.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     nbytes: int
     load: Callable[[], np.ndarray]
-    order: tuple[str, int]
-    blocks: tuple[str, Callable[[], Blocks]] | None = None
+    position: tuple[str, int]
+    blocks: QuantizedBlocks | None = None
 
 
 DTYPES = {dtype.name: dtype for dtype in safetensors_header.DTYPES.values()}
@@ -38,7 +47,10 @@ def strided(
     stride: tuple[int, ...],
     swap: bool = False,
 ) -> Tensor:
-    """A tensor whose first element lies at byte `start` of `file`; strides count elements."""
+    """A tensor whose first element is at byte `start` of `file`.
+
+    stride: in elements. swap: the file has the other byte order.
+    """
     count = span(shape, stride)
 
     def load() -> np.ndarray:
@@ -47,8 +59,8 @@ def strided(
             flat = flat.byteswap()
         if stride == contiguous(shape):
             return flat.reshape(shape)
-        steps = tuple(s * dtype.itemsize for s in stride)
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, steps))
+        byte_strides = tuple(s * dtype.itemsize for s in stride)
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, byte_strides))
 
     nbytes = count * dtype.itemsize
     return Tensor(shape, dtype, nbytes, load, (str(file.path), start))
@@ -60,14 +72,14 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one of a strided tensor, inclusive."""
+    """Number of elements from the first to the last of a strided tensor, inclusive."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def dtype_named(name: str, where: str) -> np.dtype:
-    """NumPy's dtype for a name such as bfloat16. UserError for one that weights do not use."""
+    """The dtype of a name such as "bfloat16". UserError, which begins with `where`: unsupported."""
     if name not in DTYPES:
         raise UserError(f"{where}: element type {name!r} is not supported")
     return DTYPES[name]

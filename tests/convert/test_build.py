@@ -163,7 +163,7 @@ def test_without_vision_the_packaged_encoder_is_used(files, command):
     )
     assert code == 0, err
     shipped = packaged_encoder()
-    assert f"the packaged demonstration encoder {shipped.name} is used" in out
+    assert f"using the packaged demonstration encoder {shipped.name}" in out
     with safe_open(shipped, framework="np") as file:
         sizes = json.loads(file.metadata()["config"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

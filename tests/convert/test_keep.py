@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minigpt4_jax
-from convert.formats.gguf_blocks import KINDS, joined, kinds_of, packed, take_apart
+from convert.formats.gguf_blocks import BLOCK_FORMATS, common_format, kept_formats, repack, unpack
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
 from minigpt4_jax.checkpoint.weights import load_model
 from minigpt4_jax.quantization.schemes import BlockFormat, dequantize
@@ -27,7 +27,7 @@ def random_blocks(kind, rows, n_in, seed):
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows * n_in // block, size), dtype=np.uint8)
-    for at in (-2,) if kind == "Q6_K" else (0, 2) if KINDS[kind].offset else (0,):
+    for at in (-2,) if kind == "Q6_K" else (0, 2) if BLOCK_FORMATS[kind].offset else (0,):
         high = rng.integers(0, 0x7B, len(raw)) | rng.choice([0, 0x80], len(raw))
         raw[:, at + 1] = high  # exponent and sign of a float16
     return raw.reshape(-1)
@@ -39,20 +39,20 @@ def test_blocks_keep_every_value():
 
     @settings(max_examples=60, deadline=None)
     @given(
-        st.sampled_from(sorted(KINDS)), st.sets(st.sampled_from(sorted(KINDS))),
+        st.sampled_from(sorted(BLOCK_FORMATS)), st.sets(st.sampled_from(sorted(BLOCK_FORMATS))),
         st.integers(1, 3), st.integers(1, 2), st.integers(0, 1 << 30),
     )  # fmt: skip
     def check(kind, others, rows, blocks, seed):
         shape = (rows, 256 * blocks)
         raw = random_blocks(kind, *shape, seed)
         theirs = gguf.quants.dequantize(raw.reshape(rows, -1), TYPES[kind]).reshape(shape)
-        held = joined([KINDS[kind], *(KINDS[o] for o in others)])
-        arrays = packed(take_apart(raw, kind, shape), held)
-        assert {n: a.shape for n, a in arrays.items()} == held.shapes(shape)
+        stored = common_format([BLOCK_FORMATS[kind], *(BLOCK_FORMATS[o] for o in others)])
+        arrays = repack(unpack(raw, kind, shape), stored)
+        assert {n: a.shape for n, a in arrays.items()} == stored.shapes(shape)
         for xp in (np, jnp):
             ours = dequantize(
                 *(xp.asarray(arrays[n]) for n in ("", "_scale")), np.float32, xp,
-                offset=xp.asarray(arrays["_offset"]) if held.offset else None,
+                offset=xp.asarray(arrays["_offset"]) if stored.offset else None,
             )  # fmt: skip
             np.testing.assert_array_equal(ours, theirs)
 
@@ -60,14 +60,14 @@ def test_blocks_keep_every_value():
 
 
 def test_kinds():
-    assert all(BlockFormat.parse(str(k)) == k for k in KINDS.values())
+    assert all(BlockFormat.parse(str(k)) == k for k in BLOCK_FORMATS.values())
     assert BlockFormat.parse("int8") is None and BlockFormat.parse("int4") is None
     types = {
         "llm.embed": "Q8_0", "llm.head.weight": None,
         "llm.blocks.0.mlp.up.weight": "Q4_K", "llm.blocks.1.mlp.up.weight": "Q6_K",
     }  # fmt: skip
     lines = ("llm.blocks.mlp.up.weight int8/16+", "llm.embed int8/32", "llm.head.weight int8")
-    assert kinds_of(types) == lines
+    assert kept_formats(types) == lines
 
 
 def mixed(name):
@@ -89,7 +89,7 @@ def test_a_kept_model_is_the_dequantized_one(files, command, tmp_path):
     line = files.arguments("minigpt4-vicuna", out=kept, **given)
     code, out, err = command(*line, "--quantize=keep")
     assert code == 0, err
-    assert "8 of the 9 kinds of matrix stay" in out and "1 of other types" in out
+    assert "8 of the 9 kinds of matrix are kept" in out and "1 have another type" in out
     one, two = Tensors(floats), Tensors(kept)
     kinds = dict(line.split() for line in read_config(kept).kept)
     assert kinds["llm.blocks.attn.q.weight"] == "int4/32+"
@@ -133,10 +133,10 @@ def test_scores_of_a_kept_model(files, command, tmp_path, stacked):
 
 def test_nothing_to_keep(files, refused, tmp_path):
     line = refused(*files.arguments("minigpt4-vicuna"), "--quantize=keep")
-    assert "holds no matrix in Q4_0" in line and "--quantize=int8" in line
+    assert "has no matrix of type Q4_0" in line and "--quantize=int8" in line
     save_hf(tmp_path / "hf", WIDE, llm_state(WIDE))
     given = files.arguments("minigpt4-vicuna", llm=tmp_path / "hf", checkpoint=None)
-    assert "holds no matrix" in refused(*given, "--quantize=keep")
+    assert "has no matrix" in refused(*given, "--quantize=keep")
 
 
 @pytest.mark.slow

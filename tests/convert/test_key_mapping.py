@@ -13,7 +13,7 @@ from convert.key_mapping import (
     FINE_TUNED,
     LLM,
     gguf_table,
-    match,
+    map_keys,
     original_key,
     unpermute,
 )
@@ -30,7 +30,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_every_key_is_known_and_has_its_own_parameter(name):
     table, keys = TABLES[name]
-    found, unknown = match(table, keys)
+    found, unknown = map_keys(table, keys)
     assert not unknown
     used = {m.key for m in found.values()}
     assert len(used) == len(found)
@@ -42,17 +42,17 @@ def test_every_key_is_known_and_has_its_own_parameter(name):
 @given(data=st.data())
 def test_a_misspelt_key_is_reported(name, data):
     table, keys = TABLES[name]
-    key = data.draw(st.sampled_from([m.key for m in match(table, keys)[0].values()]))
+    key = data.draw(st.sampled_from([m.key for m in map_keys(table, keys)[0].values()]))
     at = data.draw(st.integers(0, len(key)))
     letter = data.draw(st.sampled_from("xyzXYZ _é"))
-    found, unknown = match(table, [key[:at] + letter + key[at:]])
+    found, unknown = map_keys(table, [key[:at] + letter + key[at:]])
     assert not found and len(unknown) == 1
 
 
 @pytest.mark.parametrize("state", [vit_state(), blip2_state()], ids=["vit", "blip2"])
 def test_original_keys_come_back(state):
     prefix = "visual_encoder." if "cls_token" in state else ""
-    found, _ = match(FINE_TUNED, [prefix + k for k in state])
+    found, _ = map_keys(FINE_TUNED, [prefix + k for k in state])
     assert found
     for name, m in found.items():
         assert original_key(FINE_TUNED, name) == m.key
@@ -64,9 +64,9 @@ def test_original_keys_come_back(state):
 
 def test_bare_and_prefixed_language_model_keys():
     bare = [k.removeprefix("model.") for k in llm_state(llm_config())]
-    assert match(LLM, bare)[0].keys() == match(LLM, llm_state(llm_config()))[0].keys()
+    assert map_keys(LLM, bare)[0].keys() == map_keys(LLM, llm_state(llm_config()))[0].keys()
     with pytest.raises(UserError, match="same parameter"):
-        match(LLM, ["model.norm.weight", "norm.weight"])
+        map_keys(LLM, ["model.norm.weight", "norm.weight"])
 
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 6), rest=st.sampled_from([(), (1,), (7,)]))
@@ -83,7 +83,7 @@ def test_only_query_and_key_are_permuted():
         "blk.0.attn_v.weight",
         "blk.0.attn_q_norm.weight",
     ]
-    found, unknown = match(gguf_table(2, 1, True), keys)
+    found, unknown = map_keys(gguf_table(2, 1, True), keys)
     assert not unknown
     x = np.arange(8)
     moved = {m.key for m in found.values() if not np.array_equal(m.transform.apply(x, x.shape), x)}

@@ -235,7 +235,7 @@ def test_settings(files, refused):
     assert "qformer.layers or llm.layers" in refused(*arguments, "--set=layers=2")
     assert "whole number" in refused(*arguments, "--set=vision.depth=two")
     assert "whole number" in refused(*arguments, "--set=vision.heads=0")
-    assert "key=value" in refused(*arguments, "--set=vision.depth")
+    assert "KEY=VALUE" in refused(*arguments, "--set=vision.depth")
     assert "vit.blocks.3" in refused(*arguments, "--set=vision.depth=4")
     assert "multiple of the patch" in refused(*arguments, "--set=image_size=7")
     assert "has no {}" in refused(*arguments, "--set=prompt_template=hello")

@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from convert.key_mapping import LLM, match  # noqa: E402
+from convert.key_mapping import LLM, map_keys  # noqa: E402
 from minigpt4_jax.config import LlmConfig  # noqa: E402
 from minigpt4_jax.errors import UserError  # noqa: E402
 from minigpt4_jax.models.llm import Llm  # noqa: E402
@@ -61,7 +61,7 @@ def build(family):
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if c.tie:
         tensors.pop("lm_head.weight", None)
-    found, unknown = match(LLM, tensors)  # the table that conversion uses
+    found, unknown = map_keys(LLM, tensors)  # the table that conversion uses
     assert not unknown
     ours = Llm(c, None, nnx.Rngs(0))
     for path, leaf in nnx.to_flat_state(nnx.state(ours)):

@@ -15,7 +15,7 @@ from helpers import tiny
 from helpers.multihost_harness import in_processes
 
 from convert.build import build
-from convert.build_plan import Request
+from convert.build_plan import BuildRequest
 from minigpt4_jax import errors
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.data.config import DataConfig
@@ -216,7 +216,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
         with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/tiny: "):
             model_directory.Tensors("gs://bucket/models/tiny")
     with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/new: "):
-        build(Request("minigpt-v2", llm=home, out="gs://bucket/models/new"))
+        build(BuildRequest("minigpt-v2", llm=home, out="gs://bucket/models/new"))
     bucket.start()
     seen = []
     result = train(c, run, on_metrics=lambda r: seen.append(r["step"]))
