@@ -43,12 +43,17 @@ def build(request: BuildRequest) -> BuildPlan:
             f"--out: the disk is full: {parent} has {free / 1e9:.1f} GB free, "
             f"the model needs {size / 1e9:.1f} GB"
         )
-    origins: dict[str, Any] = {}
-    tensors = _tensors(plan, dtypes, request, origins)
+    tensors = _tensors(plan, dtypes, request)
     config = plan.stored_config
     if config.quantize is not None:
         tensors = quantized(tensors, config.quantize, config.kept)
-    write_model(request.out, config, tensors, tokenizer=plan.language.tokenizer, sources=origins)
+    write_model(
+        request.out,
+        config,
+        tensors,
+        tokenizer=plan.language.tokenizer,
+        sources=lambda: _origins(plan),  # after the files were read, which hashes them
+    )
     for note in plan.notes:
         print(f"note: {note}")
     count = sum(math.prod(shape) for shape in plan.shapes.values())
@@ -104,9 +109,9 @@ def _stored_size(name: str, shape: Shape, dtype: np.dtype, config: ModelConfig) 
 
 
 def _tensors(
-    plan: BuildPlan, dtypes: dict[str, np.dtype], request: BuildRequest, origins: dict[str, Any]
+    plan: BuildPlan, dtypes: dict[str, np.dtype], request: BuildRequest
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every parameter, in the order of the files. Fills `origins` at the end (see _origins)."""
+    """Every parameter, in the order of the files."""
     from tqdm import tqdm
 
     rng = np.random.default_rng(request.seed)
@@ -130,7 +135,6 @@ def _tensors(
                 array = transform.apply(tensor.load(), shape)
                 yield name, array.astype(dtypes[name], copy=False)
             bar.update(tensor.nbytes)
-    origins |= _origins(plan)
 
 
 def _initialize(name: str, shapes: dict[str, Shape], rng: np.random.Generator) -> np.ndarray:

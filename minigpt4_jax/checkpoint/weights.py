@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,18 +113,19 @@ def write_model(
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     tokenizer: Mapping[str, Path | bytes] | None = None,
-    sources: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     base: Path | str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model directory, whole or not at all; `tensors` is consumed one at a time.
 
-    tokenizer: file name -> path or content, copied to tokenizer/. base: directory that holds the
+    tokenizer: file name -> path or content, copied to tokenizer/. sources: recorded in model.json; a
+    function is called when all tensors have been written. base: directory that holds the
     parts not given here. UserError: `out` is taken, the disk is full or not writable, or (without
     a base) a parameter is missing or has a wrong shape; all such are named in one message.
     """
     out = parse_path("model directory", out)
-    document = {"format": FORMAT, "config": config.to_dict(), "sources": dict(sources or {})}
+    document = {"format": FORMAT, "config": config.to_dict(), "sources": {}}
     if base is not None:
         document["base"] = relative_path(base, out)
     try:
@@ -136,6 +137,7 @@ def write_model(
             written = _write_shards(directory, tensors)
             _check_shapes(written, parameter_shapes(config), out, partial=base is not None)
             _write_tokenizer(directory.path / "tokenizer", tokenizer or {})
+            document["sources"] = dict((sources() if callable(sources) else sources) or {})
             (directory.path / "model.json").write_text(json.dumps(document, indent=1) + "\n")
     except (OSError, SafetensorError) as e:
         remote = is_remote(out)
