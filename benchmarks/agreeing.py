@@ -28,7 +28,7 @@ def train(folder: Path, steps: int) -> dict[bool, list[float]]:
     from minigpt4_jax.parallel import multihost
     from minigpt4_jax.training.trainer import train
 
-    agree, calls = multihost.Sums.__call__, [0]
+    agree, calls = multihost.AllReduceSum.__call__, [0]
 
     def sometimes(self: Any, *numbers: int) -> Any:
         import numpy as np
@@ -38,7 +38,7 @@ def train(folder: Path, steps: int) -> dict[bool, list[float]]:
             return np.array(numbers, np.int32)
         return agree(self, *numbers)
 
-    multihost.Sums.__call__ = sometimes  # type: ignore[method-assign]
+    multihost.AllReduceSum.__call__ = sometimes  # type: ignore[method-assign]
     ends: list[float] = []
     values = {
         "model": str(folder / "model"), "steps": steps, "batch_size": 8, "dtype": "float32",
@@ -57,7 +57,7 @@ def one_of(count: int, index: int, address: str, folder: Path, steps: int) -> No
     from minigpt4_jax.parallel import distributed
 
     if count > 1:
-        distributed.join(distributed.ProcessOptions(address, count, index, 60), 60)
+        distributed.initialize(distributed.ProcessOptions(address, count, index, 60), 60)
     times = train(folder, steps)
     if index == 0:
         ms = {

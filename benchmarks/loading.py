@@ -75,7 +75,7 @@ def load(folder: Path, count: int, index: int, address: str, quantize: str | Non
     from minigpt4_jax.parallel import distributed
 
     if count > 1:
-        distributed.join(distributed.ProcessOptions(address, count, index, 300), 300)
+        distributed.initialize(distributed.ProcessOptions(address, count, index, 300), 300)
     import jax
 
     from minigpt4_jax.checkpoint.weights import load_model

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.multihost import is_broken
+from minigpt4_jax.parallel.multihost import is_connection_error
 from minigpt4_jax.storage.paths import absolute_path, is_remote, wrap_storage_errors
 from minigpt4_jax.training.train_step import Trainable
 
@@ -178,7 +178,7 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, what: str, e: Exception) -> Exception:
-        if is_broken(e):  # it is not the disk that failed
+        if is_connection_error(e):  # it is not the disk that failed
             return RuntimeError(str(e))
         if jax.process_index() == 0 and not is_remote(self._folder):
             for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):

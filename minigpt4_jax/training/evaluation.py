@@ -10,7 +10,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batching import Padding
 from minigpt4_jax.data.json_records import Example, read_sources
 from minigpt4_jax.data.loader import make_loader
-from minigpt4_jax.parallel.multihost import several
+from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import mesh_of, put_rows
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template, with_images
 from minigpt4_jax.processing.images import name_of
@@ -55,7 +55,7 @@ class Validation:
             batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed, prompts=c.data.prompts,
             shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
             padding=Padding(c.data.pad_tokens, c.data.pad_answers), timeout=c.data.timeout,
-            share=partial(share_of, mesh) if mesh is not None and several() else None,
+            share=partial(share_of, mesh) if mesh is not None and is_multiprocess() else None,
         )  # fmt: skip
         sums: list[tuple[jax.Array, jax.Array]] = []
         for batch in loader:

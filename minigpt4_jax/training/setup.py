@@ -16,7 +16,7 @@ from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.packing import Packed, pack
 from minigpt4_jax.data.readers import open_parts
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.multihost import several
+from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import replicated
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.training import optimizer
@@ -35,7 +35,7 @@ def open_loader(c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh:
         batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
         padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
         timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
-        pack=_packing(c, config, tokenizer, mesh), share=_share(c, mesh) if several() else None,
+        pack=_packing(c, config, tokenizer, mesh), share=_share(c, mesh) if is_multiprocess() else None,
     )  # fmt: skip
 
 

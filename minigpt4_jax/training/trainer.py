@@ -22,13 +22,13 @@ from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.parallel.multihost import (
-    Sums,
-    any_of,
-    gathered,
-    is_first,
-    noticing,
-    several,
-    together,
+    AllReduceSum,
+    all_gather_json,
+    any_process,
+    detect_lost_peer,
+    is_main_process,
+    is_multiprocess,
+    raise_together,
 )
 from minigpt4_jax.parallel.sharding import put_rows, put_whole
 from minigpt4_jax.processing.tokenizer import load_tokenizer
@@ -55,8 +55,8 @@ from minigpt4_jax.training.workdir import (
     CHECKPOINTS,
     MODEL,
     check_shared,
+    describe_saved_state,
     is_done,
-    kept,
     model_config,
     open_workdir,
     write_trained,
@@ -86,13 +86,13 @@ def train(
     given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM
     (143) or Ctrl-C (130), once the state is saved.
     Where jax.distributed is initialized, every process calls this alike, with one workdir that all
-    of them see; if one is gone, the others raise processes.Gone, or are aborted by JAX.
+    of them see; if one is gone, the others raise PeerLostError, or are aborted by JAX.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
     folder = parse_path("workdir", workdir)
     with listen() as stop, _reached(folder), ExitStack() as closing:
-        stop.running = several()  # then all stop together, at a step
-        with noticing(partial(kept, folder), closing):
+        stop.running = is_multiprocess()  # then all stop together, at a step
+        with detect_lost_peer(partial(describe_saved_state, folder), closing):
             return _Loop(c, folder, stop, on_metrics, closing).run()
 
 
@@ -103,7 +103,7 @@ def _reached(workdir: Path) -> Iterator[None]:
         with wrap_storage_errors(workdir):
             yield
     except StorageError as e:
-        raise UserError(f"cannot reach {workdir}: {e}; {kept(workdir)}") from e
+        raise UserError(f"cannot reach {workdir}: {e}; {describe_saved_state(workdir)}") from e
 
 
 class _Dispatched(NamedTuple):
@@ -128,23 +128,23 @@ class _Loop:
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         enable_compilation_cache()
-        if is_first():
+        if is_main_process():
             import_tensorboard()
         self.c, self.workdir, self.stop = c, workdir, stop
         self.on_metrics, self.closing = on_metrics, closing
-        with together():
+        with raise_together():
             held_out = self._look_at_everything()
-        with together():  # what is written once
-            if is_first():
+        with raise_together():  # what is written once
+            if is_main_process():
                 open_workdir(workdir, c)
-        with together():
+        with raise_together():
             check_shared(workdir)
-        self.done = gathered(is_done(workdir, c))[0]
+        self.done = all_gather_json(is_done(workdir, c))[0]
         if self.done:
             return
         self.checkpoints = Checkpoints(workdir / CHECKPOINTS, c.keep)
         closing.callback(self.checkpoints.close)
-        with together():
+        with raise_together():
             built = build(c, self.model_config, self.parts, self.mesh)
         self.split, self.trainable, self.opt_state, self.rate, self.update = built
         del built
@@ -163,7 +163,7 @@ class _Loop:
         )
         self.parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
         self.mesh, self.why = choose_mesh(c, self.model_config)
-        self.sums = Sums(self.mesh)
+        self.sums = AllReduceSum(self.mesh)
         self.loader = open_loader(c, self.model_config, self.tokenizer, self.mesh)
         self.closing.callback(self.loader.close)
         held_out = read_validation(c)
@@ -180,13 +180,13 @@ class _Loop:
                 (found.trainable, found.opt_state), self.mesh
             )
             loader = found.extra["loader"]
-            with together():  # all counts are the first process's, for their sum to be right
-                self.loader.restore(loader if is_first() else loader | {"tally": {}})
+            with raise_together():  # all counts are the first process's, for their sum to be right
+                self.loader.restore(loader if is_main_process() else loader | {"tally": {}})
         # Of this step's validation and samples, what a stop left undone.
         self.owed: list[str] = found.extra["owed"] if found else []
-        with together():
+        with raise_together():
             log = (self.workdir, self.step, self.c.steps, self.owed)
-            self.log = RunLog(*log) if is_first() else NoLog()
+            self.log = RunLog(*log) if is_main_process() else NoLog()
         self.closing.callback(self.log.close)
         for line in found.damaged if found else ():
             self.log.line(line)
@@ -198,7 +198,7 @@ class _Loop:
 
     def run(self) -> Result:
         if self.done:
-            if is_first():
+            if is_main_process():
                 print(
                     f"{self.workdir} is done: its model is in {self.workdir / MODEL}",
                     flush=True,
@@ -233,7 +233,7 @@ class _Loop:
 
     def _devices(self) -> str:
         kind = f"device {jax.devices()[0].device_kind}"
-        return f"{kind}, {jax.process_count()} processes" if several() else kind
+        return f"{kind}, {jax.process_count()} processes" if is_multiprocess() else kind
 
     def _counts(self) -> tuple[int, int]:
         trained = sum(a.size for a in self.trainable.values())
@@ -242,7 +242,7 @@ class _Loop:
     def _next_batch(self) -> Batch:
         """Waits for it, unless the run is told to stop meanwhile: of several processes, each must
         take the step that the others take."""
-        alone = not several()
+        alone = not is_multiprocess()
         while not self.loader.ready(seconds=1.0) and not (alone and self.stop):
             pass
         if alone and self.stop:
@@ -250,7 +250,9 @@ class _Loop:
         try:
             return next(self.loader)
         except UserError as e:
-            raise UserError(f"{e}; {self._keep() if alone else kept(self.workdir)}") from e
+            raise UserError(
+                f"{e}; {self._keep() if alone else describe_saved_state(self.workdir)}"
+            ) from e
 
     def _dispatch(self) -> None:
         batch = put_rows(self._next_batch(), self.mesh, (self.loader.size, self.loader.here))
@@ -306,7 +308,7 @@ class _Loop:
         while len(self.pending) > leave:
             step, metrics, sums = self.pending.pop(0)
             told, rows, skipped = np.asarray(sums).tolist()
-            self.told |= several() and told > 0
+            self.told |= is_multiprocess() and told > 0
             loss, norm, tokens = (float(m) for m in metrics)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._not_finite(step, loss, norm)
@@ -321,7 +323,7 @@ class _Loop:
         self.log.flush()
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         raise UserError(
-            f"step {step}: {what} is not finite; {kept(self.workdir)}. Lower init_lr, set clip, "
+            f"step {step}: {what} is not finite; {describe_saved_state(self.workdir)}. Lower init_lr, set clip, "
             "or look at the data, in another --workdir"
         )
 
@@ -345,16 +347,16 @@ class _Loop:
 
     def _tally(self) -> SkipCounter:
         """Of the rows of all processes; waits for these."""
-        if not several():
+        if not is_multiprocess():
             return self.loader.tally
-        return SkipCounter.total(gathered(self.loader.tally.report()))
+        return SkipCounter.total(all_gather_json(self.loader.tally.report()))
 
     def _is_told(self) -> bool:
         """Whether the run is to stop: of several processes, whether one of them is told; then all
         must ask at the same place, and know it from there on."""
-        if not several():
+        if not is_multiprocess():
             return bool(self.stop)
-        self.told = self.told or any_of(self.stop)
+        self.told = self.told or any_process(self.stop)
         return self.told
 
     def _stop(self) -> None:
@@ -375,8 +377,8 @@ class _Loop:
             self._stop()
         done = self._result()
         loss = done.metrics["loss"]
-        with together():
-            if is_first():
+        with raise_together():
+            if is_main_process():
                 self._write(loss)
         self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
         return done

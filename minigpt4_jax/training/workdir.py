@@ -13,7 +13,7 @@ from minigpt4_jax.checkpoint import model_directory, weights
 from minigpt4_jax.checkpoint.model_directory import looking
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.multihost import gathered, several
+from minigpt4_jax.parallel.multihost import all_gather_json, is_multiprocess
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.storage.paths import file_size, make_directory, read_range, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import saved_steps
@@ -50,10 +50,10 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
 def check_shared(workdir: Path) -> None:
     """UserError where the processes of this run see different folders by this path."""
     path, until = workdir / CONFIG, time.monotonic() + _APPEARS
-    while several() and not path.exists() and time.monotonic() < until:
+    while is_multiprocess() and not path.exists() and time.monotonic() < until:
         time.sleep(0.1)  # network file systems may take a moment
     text = path.read_text() if path.exists() else ""
-    seen = gathered(hashlib.sha256(text.encode()).hexdigest())
+    seen = all_gather_json(hashlib.sha256(text.encode()).hexdigest())
     other = [process for process, digest in enumerate(seen) if digest != seen[0]]
     if other:
         raise UserError(
@@ -62,7 +62,7 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def kept(workdir: Path) -> str:
+def describe_saved_state(workdir: Path) -> str:
     """What is left of a run that ended here."""
     folder = workdir / CHECKPOINTS
     try:

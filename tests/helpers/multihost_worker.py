@@ -66,7 +66,7 @@ def answers(model: str, mesh: str | None, images: list[str]) -> dict:
 if __name__ == "__main__":
     folder, address, count, index = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
     if count > 1:
-        distributed.join(distributed.ProcessOptions(address, count, index, 60), 30)
+        distributed.initialize(distributed.ProcessOptions(address, count, index, 60), 30)
     jobs = json.loads((folder / "jobs.json").read_text())
     for job in jobs["runs"]:
         train(**job)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.distributed import ProcessOptions, take_options
+from minigpt4_jax.parallel.distributed import ProcessOptions, parse_process_options
 
 LORA = LoraConfig(rank=2, dropout=0.1)
 MODELS = {
@@ -202,7 +202,7 @@ def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
     assert not (tmp_path / "w").exists()
     for name, processes, ill, sent, words in (
         ("killed", killed, 1, signal.SIGKILL, "a connection to another of the 2 processes broke"),
-        ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is gone or cannot"),
+        ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is lost or cannot"),
     ):
         while not (tmp_path / name / "checkpoints" / "00000002").exists():
             assert processes[0].poll() is None, ended(processes[0])
@@ -250,9 +250,9 @@ def test_ctrl_c_while_the_others_are_waited_for(tmp_path):
 @pytest.mark.smoke
 def test_options():
     args = ["--config=a", "--num_processes=2", "--process_id", "1", "--coordinator_address=h:12"]
-    assert take_options(args) == (ProcessOptions("h:12", 2, 1), ["--config=a"])
-    assert take_options(["--num_processes=1"]) == (ProcessOptions(num_processes=1), [])
-    assert take_options(["--config.num_processes=3"])[1] == ["--config.num_processes=3"]
+    assert parse_process_options(args) == (ProcessOptions("h:12", 2, 1), ["--config=a"])
+    assert parse_process_options(["--num_processes=1"]) == (ProcessOptions(num_processes=1), [])
+    assert parse_process_options(["--config.num_processes=3"])[1] == ["--config.num_processes=3"]
 
 
 @pytest.mark.parametrize(
@@ -268,4 +268,4 @@ def test_options():
 )
 def test_options_that_cannot_be(args, message):
     with pytest.raises(UserError, match=message):
-        take_options(args)
+        parse_process_options(args)
