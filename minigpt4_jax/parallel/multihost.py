@@ -30,7 +30,7 @@ _CONNECTION_ERROR = re.compile(
 
 
 def is_multiprocess() -> bool:
-    return jax.process_count() > 1
+    return bool(jax.process_count() > 1)
 
 
 def is_main_process() -> bool:
@@ -92,7 +92,8 @@ class AllReduceSum:
         local[0] = numbers
         shape = (self._num_devices, len(numbers))
         rows = jax.make_array_from_process_local_data(self._row_per_device, local, shape)
-        return self._sum(rows)
+        total: jax.Array = self._sum(rows)
+        return total
 
 
 # --- lost processes -------------------------------------------------------------------------

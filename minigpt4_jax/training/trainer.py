@@ -65,7 +65,7 @@ from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 from minigpt4_jax.utils.malloc import keep_freed_memory
 
 
-class Result(NamedTuple):
+class TrainResult(NamedTuple):
     """What `train` leaves."""
 
     model: Path  # model directory with the trained parts
@@ -78,7 +78,7 @@ def train(
     workdir: str | Path,
     *,
     on_metrics: Callable[[dict[str, float]], None] | None = None,
-) -> Result:
+) -> TrainResult:
     """Train as `config` (TrainConfig, ConfigDict or nested dict) says, keeping everything in
     `workdir`; continue there if it was begun before.
 
@@ -196,7 +196,7 @@ class _Loop:
 
     # --- running --------------------------------------------------------------------------------
 
-    def run(self) -> Result:
+    def run(self) -> TrainResult:
         if self.done:
             if is_main_process():
                 print(
@@ -323,8 +323,8 @@ class _Loop:
         self.log.flush()
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         raise UserError(
-            f"step {step}: {what} is not finite; {describe_saved_state(self.workdir)}. Lower init_lr, set clip, "
-            "or look at the data, in another --workdir"
+            f"step {step}: {what} is not finite; {describe_saved_state(self.workdir)}. Lower init_lr, "
+            "set clip, or look at the data, in another --workdir"
         )
 
     def _save(self) -> None:
@@ -370,7 +370,7 @@ class _Loop:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def _finish(self) -> Result:
+    def _finish(self) -> TrainResult:
         self.checkpoints.wait()
         self.log.flush()
         if self._is_told():
@@ -393,8 +393,8 @@ class _Loop:
             {"steps": self.step, "loss": loss, "seed": self.c.seed},
         )  # fmt: skip
 
-    def _result(self) -> Result:
+    def _result(self) -> TrainResult:
         last: dict[str, float] = {}
         for record in read_metrics(self.workdir):
             last |= record
-        return Result(self.workdir / MODEL, last, self.c.steps)
+        return TrainResult(self.workdir / MODEL, last, self.c.steps)
