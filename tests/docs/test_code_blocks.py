@@ -30,7 +30,14 @@ from minigpt4_jax.training.config_cli import parse as parse_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"sh", "python", "json", "text", "diff"}
-SHORT = ["steps=2", "batch_size=2", "log_every=1", "eval_every=0", "sample_every=0", "dtype=float32"]
+SHORT = [
+    "steps=2",
+    "batch_size=2",
+    "log_every=1",
+    "eval_every=0",
+    "sample_every=0",
+    "dtype=float32",
+]
 # What the tiny checkpoints' shapes do not tell, and room for the prompts
 SIZES = ["--set=vision.heads=2", "--set=llm.max_length=2048"]
 QFORMER_SIZES = ["--set=qformer.heads=3"]
@@ -154,7 +161,9 @@ def run_shell(block: Block) -> None:
                 patch.setattr(sys, "argv", command[1:])
                 runpy.run_path(command[1], run_name="__main__")
         else:
-            raise AssertionError(f"{block}: {command[0]} cannot be run here: mark the block `not run`")
+            raise AssertionError(
+                f"{block}: {command[0]} cannot be run here: mark the block `not run`"
+            )
 
 
 def run(block: Block, names: dict[str, object]) -> None:
@@ -170,7 +179,11 @@ def run(block: Block, names: dict[str, object]) -> None:
         run_shell(block)
 
 
-RUN = [p for p in PAGES if any(b.language in ("python", "sh", "json") and not b.not_run for b in blocks(p))]
+RUN = [
+    p
+    for p in PAGES
+    if any(b.language in ("python", "sh", "json") and not b.not_run for b in blocks(p))
+]
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
@@ -228,7 +241,9 @@ def check_module(module: str, args: list[str]) -> None:
         batch.parse(args)
     elif module == "minigpt4_jax.compile":
         _, rest = compile_cli._parser().parse_known_args(args)
-        parse_config([*([] if "--config" in " ".join(rest) else ["--config=stage2"]), *rest], sizes_only=True)
+        parse_config(
+            [*([] if "--config" in " ".join(rest) else ["--config=stage2"]), *rest], sizes_only=True
+        )
     elif module == "convert":
         convert.cli._parser().parse_args(args)
 

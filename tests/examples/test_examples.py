@@ -9,6 +9,8 @@ import pytest
 from helpers import tiny
 from helpers.paths import ROOT
 
+from minigpt4_jax.data.datasets import DATASETS
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -49,7 +51,14 @@ def test_chat_two_images(run):
 
 def test_finetune(run, folder):
     output = run(
-        "finetune.py", "data/rows.jsonl", "--workdir", "run", "--steps", "2", "--image", "data/0.png"
+        "finetune.py",
+        "data/rows.jsonl",
+        "--workdir",
+        "run",
+        "--steps",
+        "2",
+        "--image",
+        "data/0.png",
     )
     assert "2 steps, loss " in output
     assert (folder / "run" / "model" / "model.json").is_file()
@@ -66,10 +75,7 @@ def test_rank_answers(run):
     assert len(losses) == 3 and losses == sorted(losses)
 
 
-def test_add_dataset(run, folder, monkeypatch):
-    from minigpt4_jax.data.datasets import DATASETS
-
-    monkeypatch.setattr("minigpt4_jax.data.datasets.DATASETS", DATASETS)
+def test_add_dataset(run, folder):
     lines = [f"{n}.png,bird {n}" for n in range(6)]
     (folder / "data" / "labels.csv").write_text("\n".join(["file,label", *lines, "5.png,"]) + "\n")
     try:
