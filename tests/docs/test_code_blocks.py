@@ -1,8 +1,9 @@
 """The code blocks of README.md and docs/ work.
 
 Python blocks and shell blocks run in a sandbox directory with tiny models and data under the names that the
-pages use. The Python blocks of a page share one namespace, so a block may go on from an earlier one. Training is cut to
-two steps, answers to eight tokens. A block below `<!-- not run: REASON -->` is only parsed: its commands exist and its options are known.
+pages use. The Python blocks of a page share one namespace, so a block may go on from an earlier one. Training
+is cut to two steps and answers to eight tokens; a command that several pages show runs once. A block below
+`<!-- not run: REASON -->` is only parsed: its commands exist and its options are known.
 """
 
 import configparser
@@ -25,6 +26,8 @@ from helpers.paths import ROOT
 import convert.cli
 from minigpt4_jax.cli import batch, chat, check_data, train
 from minigpt4_jax.cli import compile as compile_cli
+from minigpt4_jax.inference import model
+from minigpt4_jax.inference.model import Model
 from minigpt4_jax.parallel import distributed
 from minigpt4_jax.training.config_cli import parse as parse_config
 
@@ -109,6 +112,30 @@ def _write_released_files(folder: Path) -> None:
     shutil.rmtree(files)
 
 
+@pytest.fixture(scope="module")
+def done() -> set[str]:
+    """Shell commands that have run in the sandbox."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def load_once() -> Iterator[None]:
+    """A model directory that has not changed is loaded, and its programs traced, once."""
+    loaded: dict[object, Model] = {}
+    load = model.load
+
+    def load_or_reuse(model_dir: str | Path, *args: object, **options: object) -> Model:
+        changed = max(path.stat().st_mtime_ns for path in Path(model_dir).iterdir())
+        key = (str(model_dir), changed, args, tuple(sorted(options.items())))
+        if key not in loaded:
+            loaded[key] = load(model_dir, *args, **options)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load", load_or_reuse)
+        yield
+
+
 # --- running ------------------------------------------------------------------------------------------
 
 
@@ -150,8 +177,11 @@ def _remove(path: str) -> None:
         os.remove(path)
 
 
-def run_shell(block: Block) -> None:
+def run_shell(block: Block, done: set[str]) -> None:
     for command in commands(block):
+        if str(command) in done:
+            continue
+        done.add(str(command))
         if command[:2] == ["python", "-m"]:
             run_python_module(command[2], command[3:])
         elif command[:2] == ["python", "-c"]:
@@ -166,8 +196,8 @@ def run_shell(block: Block) -> None:
             )
 
 
-def run(block: Block, names: dict[str, object]) -> None:
-    """Run one block, with the names that the page's earlier Python blocks defined."""
+def run(block: Block, names: dict[str, object], done: set[str]) -> None:
+    """Run one block. names: what the page's earlier Python blocks defined. done: commands that ran before."""
     if block.title:
         Path(block.title).write_text(block.text)
     if block.language == "json":
@@ -176,7 +206,7 @@ def run(block: Block, names: dict[str, object]) -> None:
     elif block.language == "python":
         exec(compile(block.text, str(block), "exec"), names)
     elif block.language == "sh":
-        run_shell(block)
+        run_shell(block, done)
 
 
 RUN = [
@@ -187,7 +217,9 @@ RUN = [
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
-def test_blocks_run(page: Path, sandbox: Path, monkeypatch, quick_compilation) -> None:
+def test_blocks_run(
+    page: Path, sandbox: Path, done: set[str], load_once: None, monkeypatch, quick_compilation
+) -> None:
     monkeypatch.chdir(sandbox)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
@@ -196,7 +228,7 @@ def test_blocks_run(page: Path, sandbox: Path, monkeypatch, quick_compilation) -
         output = io.StringIO()
         try:
             with contextlib.redirect_stdout(output):
-                run(block, names)
+                run(block, names, done)
         except BaseException as e:
             e.add_note(f"in the {block.language} block {block.page.relative_to(ROOT)}:{block.line}")
             raise
