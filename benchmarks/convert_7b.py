@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from convert.export import original_shape, write_torch
 from convert.key_mapping import BLIP2, EVA, FINE_TUNED, LLM, original_key
 from convert.language_model import find_tokenizer
-from minigpt4_jax.checkpoint.weights import parameter_shapes, part_of
+from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
 from minigpt4_jax.config import LlmConfig, ModelConfig, VisionConfig
 from minigpt4_jax.errors import UserError, run
 

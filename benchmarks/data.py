@@ -23,7 +23,7 @@ from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig, VisionConfig
 from minigpt4_jax.data.batching import example_row, pad_rows
 from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.data.loader import make_loader
-from minigpt4_jax.models.minigpt import Batch, normalized
+from minigpt4_jax.models.minigpt import Batch, normalize_pixels
 from minigpt4_jax.processing import images
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
@@ -95,7 +95,7 @@ def main() -> None:
         whole(examples, tokenizer, config, a)
 
 
-_normalized = jax.jit(normalized)
+_normalized = jax.jit(normalize_pixels)
 
 
 def to_device(pixels: np.ndarray) -> None:

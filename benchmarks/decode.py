@@ -31,7 +31,8 @@ from torch_peer import hf_config, hf_name
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.engine import Engine
@@ -47,7 +48,7 @@ class Both:
     """The two sides with the same language model."""
 
     def __init__(self, folder: Path, dtype: str):
-        model, config = weights.load_model(folder, dtype, stacked=False)
+        model, config = load_model(folder, dtype, stacked=False)
         assert isinstance(model, MiniGpt)
         self.engine, self.config = Engine(model), config.llm
         kind = getattr(torch, dtype)
@@ -123,7 +124,7 @@ def decoding(both: Both, rows: int, rounds: int, floor: float) -> None:
 def first_answer(folder: Path, dtype: str) -> None:
     """Print the seconds that a process's first answer takes, behind the loading of the weights."""
     enable_compilation_cache()
-    model, _ = weights.load_model(folder, dtype, stacked=False)
+    model, _ = load_model(folder, dtype, stacked=False)
     assert isinstance(model, MiniGpt)
     engine, begin = Engine(model), time.perf_counter()
     engine.answer([Request(list(range(5, 5 + PROMPT)), max_new_tokens=NEW)], 1)

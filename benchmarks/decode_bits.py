@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.errors import Parser, run
 from minigpt4_jax.inference.engine import Engine
 from minigpt4_jax.inference.requests import Request
@@ -25,7 +25,7 @@ SCHEMES = "float32,bfloat16,int8,int4"
 def engine(folder: Path, scheme: str, dtype: str) -> Engine:
     """Scales and what is not rounded are in dtype, and so are the products."""
     rounded = scheme.startswith("int")
-    model, _ = weights.load_model(
+    model, _ = load_model(
         folder, dtype if rounded else scheme, stacked=False, quantize=scheme if rounded else None
     )
     return Engine(model)  # type: ignore[arg-type]

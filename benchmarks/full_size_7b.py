@@ -31,7 +31,10 @@ from helpers.paths import TOKENIZER
 
 import minigpt4_jax
 from convert.language_model import find_tokenizer
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import parameter_dtype
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 
@@ -61,7 +64,7 @@ def peak_gib() -> float:
 def dtype_of(name: str) -> np.dtype:
     """Matrices in bfloat16; norms, biases and the projection in float32, as they are loaded."""
     path = tuple(name.split("."))
-    return np.dtype(weights.parameter_dtype(path, jnp.dtype(jnp.bfloat16)))
+    return np.dtype(parameter_dtype(path, jnp.dtype(jnp.bfloat16)))
 
 
 def full_size(layers: int, vision_layers: int) -> ModelConfig:
@@ -74,7 +77,7 @@ def full_size(layers: int, vision_layers: int) -> ModelConfig:
 
 
 def total_bytes(config: ModelConfig, part: str = "") -> int:
-    shapes = weights.parameter_shapes(config).items()
+    shapes = parameter_shapes(config).items()
     return sum(math.prod(s) * dtype_of(n).itemsize for n, s in shapes if n.startswith(part))
 
 
@@ -93,10 +96,10 @@ def make(out: Path, config: ModelConfig, tokenizer: Path) -> None:
         raise UserError(f"{out}: {free / 1e9:.0f} GB free, {1.05 * need / 1e9:.0f} GB are needed")
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, shape in weights.parameter_shapes(config).items():
+        for name, shape in parameter_shapes(config).items():
             yield name, sizes.tensor(name, shape).astype(dtype_of(name))
 
-    weights.write_model(out, config, tensors(), tokenizer=find_tokenizer(tokenizer))
+    write_model(out, config, tensors(), tokenizer=find_tokenizer(tokenizer))
 
 
 def memory_bandwidth(size: int = 1 << 30, repeats: int = 5) -> float:

@@ -27,9 +27,10 @@ import ml_dtypes
 import numpy as np
 import sizes
 
-from minigpt4_jax.checkpoint.weights import parameter_shapes, part_of, write_model
+from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
+from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.quantization.schemes import quantized
 
 
 def write(out: Path, config: ModelConfig, stored: str) -> None:
@@ -43,7 +44,7 @@ def write(out: Path, config: ModelConfig, stored: str) -> None:
 
     given: Iterator[tuple[str, np.ndarray]] = tensors()
     if stored != "bfloat16":
-        given, config = quantized(given, stored), replace(config, quantize=stored)
+        given, config = quantize_tensors(given, stored), replace(config, quantize=stored)
     write_model(out, config, given)
 
 
@@ -78,7 +79,7 @@ def load(folder: Path, count: int, index: int, address: str, quantize: str | Non
         distributed.initialize(distributed.ProcessOptions(address, count, index, 300), 300)
     import jax
 
-    from minigpt4_jax.checkpoint.weights import load_model
+    from minigpt4_jax.checkpoint.loader import load_model
     from minigpt4_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh({"fsdp": jax.device_count()})
@@ -86,7 +87,7 @@ def load(folder: Path, count: int, index: int, address: str, quantize: str | Non
     before, begun = resident(), time.perf_counter()
     with Peak() as peak:
         model, _ = load_model(
-            folder, "bfloat16", masters={"projection"}, quantize=quantize, mesh=mesh
+            folder, "bfloat16", trainable_parts={"projection"}, quantize=quantize, mesh=mesh
         )
         arrays = jax.tree.leaves(model)
         jax.block_until_ready(arrays)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sizes import tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt4_jax.checkpoint.weights import parameter_shapes
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig
 from minigpt4_jax.models.minigpt import LN_VISION_EPS, Batch
 

@@ -27,7 +27,7 @@ from minigpt4_jax.aot.topology import slice_devices
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import Parser, UserError, run
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.parallel.sharding import make_mesh, one_device
+from minigpt4_jax.parallel.sharding import make_mesh, single_device_mesh
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.train_step import make_step, trained_parts
 from minigpt4_jax.utils import platform
@@ -74,7 +74,7 @@ def main() -> None:
     llm = dataclasses.replace(PRESETS["v2"].llm, layers=args.layers)
     config = dataclasses.replace(PRESETS["v2"], llm=llm).check()
     if args.topology == "none":
-        mesh = one_device()
+        mesh = single_device_mesh()
     else:
         jax.config.update("jax_platforms", "cpu")  # no TPU is looked for
         mesh = make_mesh({}, slice_devices(args.topology)[:1])

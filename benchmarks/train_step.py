@@ -44,7 +44,8 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     import jax.numpy as jnp
     from flax import nnx
 
-    from minigpt4_jax.checkpoint.weights import STACKED, abstract_model, parameter_dtype
+    from minigpt4_jax.checkpoint.loader import parameter_dtype
+    from minigpt4_jax.checkpoint.parameters import STACKED, abstract_model
     from minigpt4_jax.training import optimizer
     from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
     from minigpt4_jax.utils.malloc import keep_freed_memory

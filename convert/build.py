@@ -19,12 +19,14 @@ from convert.formats.files import HashedFile
 from convert.formats.gguf_blocks import repack
 from convert.formats.tensors import DTYPES
 from convert.validate import FLOATS
-from minigpt4_jax.checkpoint.adapters import first_values
-from minigpt4_jax.checkpoint.model_directory import looking
-from minigpt4_jax.checkpoint.weights import part_of, write_model
+from minigpt4_jax.checkpoint.adapters import initial_lora
+from minigpt4_jax.checkpoint.model_directory import bucket_errors_as_user_errors
+from minigpt4_jax.checkpoint.parameters import part_of
+from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.quantization.schemes import BlockFormat, quantized, quantized_shapes, scheme_of
+from minigpt4_jax.quantization.schemes import BlockFormat, matrix_scheme, quantized_shapes
 from minigpt4_jax.storage.paths import is_remote, parse_path
 
 Shape = tuple[int, ...]
@@ -46,7 +48,7 @@ def build(request: BuildRequest) -> BuildPlan:
     tensors = _tensors(plan, dtypes, request)
     config = plan.stored_config
     if config.quantize is not None:
-        tensors = quantized(tensors, config.quantize, config.kept)
+        tensors = quantize_tensors(tensors, config.quantize, config.kept)
     write_model(
         request.out,
         config,
@@ -69,7 +71,7 @@ def _check_output(out: Path) -> Path | None:
 
     UserError: `out` exists, or cannot be written.
     """
-    with looking(out):
+    with bucket_errors_as_user_errors(out):
         exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if exists:
         raise UserError(f"--out: {out} exists and is not empty: choose another or remove it first")
@@ -98,7 +100,7 @@ def _stored_dtype(plan: BuildPlan, name: str, llm_dtype: str | None) -> np.dtype
 
 def _stored_size(name: str, shape: Shape, dtype: np.dtype, config: ModelConfig) -> int:
     """Upper bound of a parameter's bytes in the directory, with its scale and offset."""
-    scheme = scheme_of(name, config.quantize, shape[-1], config.kept)
+    scheme = matrix_scheme(name, config.quantize, shape[-1], config.kept)
     if scheme is None:
         return math.prod(shape) * dtype.itemsize
     if block_format := BlockFormat.parse(scheme):
@@ -124,7 +126,7 @@ def _tensors(
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         for name, source in sources:
             tensor, transform, shape = source.tensor, source.transform, plan.shapes[name]
-            scheme = scheme_of(name, config.quantize, shape[-1], config.kept)
+            scheme = matrix_scheme(name, config.quantize, shape[-1], config.kept)
             block_format = BlockFormat.parse(scheme or "")
             if block_format and tensor.blocks:
                 arrays = repack(tensor.blocks.load(), block_format)
@@ -141,7 +143,7 @@ def _initialize(name: str, shapes: dict[str, Shape], rng: np.random.Generator) -
     """Initial values: projection as torch.nn.Linear, LoRA as peft, ln_vision as the identity."""
     shape = shapes[name]
     if part_of(name) == "lora":
-        return first_values(name, shape, rng)
+        return initial_lora(name, shape, rng)
     if name.startswith("ln_vision."):
         return np.full(shape, name.endswith("scale"), np.float32)
     n_in = shapes["projection.weight" if name == "projection.bias" else name][-1]

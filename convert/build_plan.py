@@ -21,7 +21,7 @@ from convert.sources import (
     packaged_encoder,
 )
 from convert.validate import check_fine_tuned, check_vocabulary, shape_problems
-from minigpt4_jax.checkpoint.weights import parameter_shapes, part_of
+from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization import schemes
@@ -127,7 +127,7 @@ def _stored_config(
         return replace(config, quantize=request.quantize)
     gguf_types: dict[str, str | None] = {}
     for name, source in sources.items():
-        if name.startswith("llm.") and schemes.scheme_of(name, "int8", 1):
+        if name.startswith("llm.") and schemes.matrix_scheme(name, "int8", 1):
             blocks = source.tensor.blocks
             gguf_types[name] = None if blocks is None else blocks.gguf_type
     lines = kept_formats(gguf_types)

@@ -16,7 +16,7 @@ import numpy as np
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
 from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
-from minigpt4_jax.checkpoint.weights import part_of
+from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_error

@@ -5,8 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config, read_document
-from minigpt4_jax.checkpoint.weights import part_of
+from minigpt4_jax.checkpoint.model_directory import (
+    Tensors,
+    model_chain,
+    read_config,
+    read_model_json,
+)
+from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.storage.paths import parse_path
 from minigpt4_jax.storage.safetensors_header import DTYPES
@@ -36,7 +41,7 @@ def describe(model_dir: Path) -> dict[str, Any]:
     chain = model_chain(model_dir)
     sources: dict[str, Any] = {}
     for folder in reversed(chain):
-        sources |= read_document(folder).get("sources") or {}
+        sources |= read_model_json(folder).get("sources") or {}
     parts = _parts(Tensors(model_dir))
     for name, part in parts.items():
         origin = next((sources[o] for o in _ORIGINS[name] if o in sources), None)

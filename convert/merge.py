@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from convert.formats.tensors import DTYPES
+from minigpt4_jax.checkpoint.loader import open_tensors
 from minigpt4_jax.checkpoint.model_directory import (
     Tensors,
     model_chain,
     read_config,
-    read_document,
+    read_model_json,
     tokenizer_dir,
 )
-from minigpt4_jax.checkpoint.weights import check_tensors, part_of, write_model
+from minigpt4_jax.checkpoint.parameters import part_of
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 
@@ -35,7 +37,7 @@ def merge(model_dir: Path, out: Path, dtype: str = "float32") -> None:
     if config.lora is None:
         raise UserError(f"{model_dir} has no LoRA to merge")
     _refuse_quantized(model_dir, config)
-    tensors = check_tensors(model_dir, config)
+    tensors = open_tensors(model_dir, config)
     names = [name for name in tensors if part_of(name) != "lora"]
     merged = _with_deltas(names, tensors, tensors, config.lora, 1.0, DTYPES[dtype])
     _write(out, dataclasses.replace(config, lora=None), merged, model_dir, "merged")
@@ -55,7 +57,7 @@ def unmerge(model_dir: Path, lora_dir: Path, out: Path, dtype: str = "float32") 
     _refuse_quantized(model_dir, config)
     if config.llm != read_config(lora_dir).llm:
         raise UserError(f"--lora: {lora_dir} is for another language model than {model_dir}")
-    tensors, adapters = check_tensors(model_dir, config), Tensors(lora_dir)
+    tensors, adapters = open_tensors(model_dir, config), Tensors(lora_dir)
 
     def arrays() -> Arrays:
         yield from ((n, adapters[n]) for n in sorted(adapters) if part_of(n) == "lora")
@@ -96,7 +98,7 @@ def _write(out: Path, config: ModelConfig, arrays: Arrays, origin: Path, operati
     """Write a model directory with the tokenizer and sources of `origin`."""
     sources: dict[str, Any] = {}
     for folder in reversed(model_chain(origin)):
-        sources |= read_document(folder).get("sources") or {}
+        sources |= read_model_json(folder).get("sources") or {}
     sources |= {operation: {"file": str(origin)}}
     files = {path.name: path for path in tokenizer_dir(origin).iterdir()}
     write_model(out, config, arrays, tokenizer=files, sources=sources)

@@ -143,7 +143,7 @@ class ModelConfig:
     quantize: str | None = None  # how large matrices are held: None (floats), as above, or "gguf"
     kept: tuple[
         str, ...
-    ] = ()  # for "gguf": "NAME KIND" of the language model's matrices (quant.py)
+    ] = ()  # for "gguf": "NAME FORMAT" of the language model's matrices (quant.py)
 
     @property
     def visual_tokens(self) -> int:

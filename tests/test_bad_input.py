@@ -16,7 +16,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax import errors
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory, writer
 from minigpt4_jax.cli import train as command
 from minigpt4_jax.processing import images
 from minigpt4_jax.visualization import plots
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypat
 
     workdir = tmp_path / "w"
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "save_file", full)
+        patched.setattr(writer, "save_file", full)
         line = refused(train)
     assert "the disk is full; nothing was written" in line and str(workdir / "model") in line
     assert not (workdir / "model").exists() and not list(workdir.glob(".*"))

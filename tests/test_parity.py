@@ -13,7 +13,9 @@ from flax import nnx
 from helpers import oracle
 from helpers.paths import REFERENCE
 
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.parameters import named_tensors
 from minigpt4_jax.inference import engine
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.model import load
@@ -62,7 +64,7 @@ class Case:
         self.model = load(out, dtype="float32")
         self.config, self.tokenizer = self.model.config, self.model.tokenizer
         self.tensors = model_directory.Tensors(out)
-        self.module, _ = weights.load_model(out)
+        self.module, _ = load_model(out)
         self.pixels = self.arrays("pixels")
         self.images = [self.pixels["image_uint8_0"], self.pixels["image_uint8_1"]]
 
@@ -206,7 +208,7 @@ def test_gradients(case):
     for kind, dump, rows, images in case.forwards():
         batch = case.batch(rows, images)
         grads = jax.grad(lambda t, b=batch: nnx.merge(graphdef, t, frozen).loss(b))(trainable)
-        ours = dict(weights.tensors_of(grads))
+        ours = dict(named_tensors(grads))
         for name, grad in ours.items():
             parts = name.replace("projection", "llama_proj").split(".")
             if parts[0] == "llm":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigpt4_jax.quantization.schemes import BlockFormat, kept_name
+from minigpt4_jax.quantization.schemes import BlockFormat, name_without_layer
 
 BLOCK_FORMATS = {  # GGUF type -> the format that stores it
     "Q4_0": BlockFormat(4, 32, False), "Q4_1": BlockFormat(4, 32, True), "Q4_K": BlockFormat(4, 32, True),
@@ -46,7 +46,7 @@ def kept_formats(gguf_types: Mapping[str, str | None]) -> tuple[str, ...]:
     """
     types_by_matrix: dict[str, list[str | None]] = defaultdict(list)
     for name, gguf_type in gguf_types.items():
-        types_by_matrix[kept_name(name)].append(gguf_type)
+        types_by_matrix[name_without_layer(name)].append(gguf_type)
     lines = []
     for name, types in sorted(types_by_matrix.items()):
         formats = [BLOCK_FORMATS[t] for t in types if t]

@@ -16,15 +16,15 @@ from minigpt4_jax.aot.presets import model_for
 from minigpt4_jax.aot.report import Report, Target, compile_and_report
 from minigpt4_jax.aot.roofline import count_model_flops
 from minigpt4_jax.aot.topology import chip_of, slice_devices, slice_shape
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import check_trainable
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.sharding import (
-    describe,
+    describe_mesh,
+    inference_mesh_sizes,
     make_mesh,
     parameter_sharding,
     parse_mesh,
-    sizes_for_inference,
 )
 from minigpt4_jax.training import config_cli
 from minigpt4_jax.training.config import TrainConfig
@@ -80,12 +80,12 @@ class Job:
     @cached_property
     def inference_target(self) -> Target:
         config, requested = self.inference_config, self.mesh or "auto"
-        axis_sizes = sizes_for_inference(requested, config, len(self.devices))
+        axis_sizes = inference_mesh_sizes(requested, config, len(self.devices))
         automatic = "heads split over as many chips as divide them"
         return self._target(axis_sizes, automatic if requested == "auto" else "as requested")
 
     def _target(self, axis_sizes: dict[str, int], reason: str) -> Target:
-        mesh = describe(make_mesh(axis_sizes, self.devices))
+        mesh = describe_mesh(make_mesh(axis_sizes, self.devices))
         return Target(self.topology, len(self.devices), mesh, reason)
 
     def target(self, program: str) -> Target:
@@ -139,7 +139,7 @@ class Job:
     def _compile_train(self) -> Report:
         c, shape = self.train_config, self.batch_shape
         trained = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
-        weights.check_masters(self.model_name, self.model_config, trained)
+        check_trainable(self.model_name, self.model_config, trained)
         accumulation = f" in {c.accumulate} accumulation steps" if c.accumulate > 1 else ""
         remat = ", remat" if c.remat else ""
         return compile_and_report(

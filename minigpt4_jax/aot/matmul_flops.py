@@ -5,7 +5,7 @@ import re
 from functools import cache
 
 from minigpt4_jax.aot.hlo import Computation, Instruction, Module, operand_arrays
-from minigpt4_jax.models.attention import KERNEL_BLOCK
+from minigpt4_jax.models.attention import SPLASH_BLOCK
 
 
 def matmul_flops(i: Instruction, computation: Computation, module: Module) -> tuple[float, float]:
@@ -38,8 +38,8 @@ def _attention_kernel_flops(i: Instruction, computation: Computation) -> float:
     if not match or not operands:
         return 0.0
     *heads, tokens, head_dim = operands[0].dims  # queries [B, N, T, H], without B if it is 1
-    blocks = tokens // KERNEL_BLOCK
-    scores = math.prod(heads) * blocks * (blocks + 1) // 2 * KERNEL_BLOCK**2
+    blocks = tokens // SPLASH_BLOCK
+    scores = math.prod(heads) * blocks * (blocks + 1) // 2 * SPLASH_BLOCK**2
     return 2.0 * _KERNEL_PRODUCTS[match[1]] * scores * head_dim
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import parameter_dtype
+from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.decode_state import PRNG, Rows, State
 from minigpt4_jax.inference.engine import Engine
@@ -23,10 +24,10 @@ from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.parallel.sharding import (
     BATCH_AXES,
     constrain,
-    fitting,
-    on_mesh,
+    divisible_axes,
     parameter_sharding,
     replicated,
+    with_mesh,
 )
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.config import TrainConfig
@@ -59,13 +60,13 @@ def replicate_shapes(tree: Any, mesh: Mesh) -> Any:
 
 def batch_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
     """The shape of a batch array, its rows sharded as `sharding.put_rows` does."""
-    spec = P(*fitting(shape[:1], (BATCH_AXES,), mesh.shape))
+    spec = P(*divisible_axes(shape[:1], (BATCH_AXES,), mesh.shape))
     return sharded_shape(shape, dtype, NamedSharding(mesh, spec))
 
 
 def parameter_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], jnp.dtype]]:
     """(name, shape, dtype) of the parameters for inference in bfloat16."""
-    state = nnx.state(weights.abstract_model(config, stacked=False))
+    state = nnx.state(abstract_model(config, stacked=False))
     for path, leaf in nnx.to_flat_state(state):
         yield ".".join(map(str, path)), leaf.shape, _dtype(path, leaf, BF16)
 
@@ -73,19 +74,19 @@ def parameter_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...],
 def _dtype(path: tuple[Any, ...], leaf: Any, dtype: jnp.dtype) -> jnp.dtype:
     """Integer parameters (quantized weights) keep their type."""
     integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-    return jnp.dtype(leaf.dtype) if integer else weights.parameter_dtype(path, dtype)
+    return jnp.dtype(leaf.dtype) if integer else parameter_dtype(path, dtype)
 
 
 def model_shapes(
     config: ModelConfig, mesh: Mesh, *, stacked: bool, masters: frozenset[str] = frozenset()
 ) -> Any:
-    """The model with shapes as parameters, sharded as `weights.load_model` in bfloat16 does. masters:
+    """The model with shapes as parameters, sharded as `load_model` in bfloat16 does. masters:
     parts in float32."""
-    graphdef, state = nnx.split(weights.abstract_model(config, stacked=stacked))
+    graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     leaves = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        if weights.part_of(name) in masters:
+        if part_of(name) in masters:
             dtype, sharding = _dtype(path, leaf, jnp.dtype(jnp.float32)), replicated(mesh)
         else:
             dtype = _dtype(path, leaf, BF16)
@@ -169,7 +170,7 @@ class AbstractEngine(Engine):
             return constrain(model.encode(constrain(pixels, BATCH_AXES)[:, None]))
 
         with platform.compiling_for("tpu"):
-            return jax.jit(on_mesh(encode, self.mesh)).lower(state, pixels)
+            return jax.jit(with_mesh(encode, self.mesh)).lower(state, pixels)
 
     def lower_prefill(self, rows: int, tokens: int, context: int) -> Any:
         """Prefill of prompts of `tokens` tokens into a cache of `context`."""
@@ -210,7 +211,7 @@ class AbstractEngine(Engine):
         axes = cache_axes(state.cache)
 
         def shard(a: Any) -> Any:
-            spec = P(*fitting(a.shape[: len(axes)], axes, self.mesh.shape))
+            spec = P(*divisible_axes(a.shape[: len(axes)], axes, self.mesh.shape))
             return sharded_shape(a.shape, a.dtype, NamedSharding(self.mesh, spec))
 
         cache = jax.tree.map(shard, state.cache)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from minigpt4_jax.aot.cost import Collective, Cost
 from minigpt4_jax.aot.topology import HOP_SECONDS, Chip
-from minigpt4_jax.checkpoint.weights import parameter_shapes
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 
 

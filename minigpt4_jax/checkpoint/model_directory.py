@@ -1,15 +1,17 @@
-"""What lies in a model directory: model.json, the directories it is based on, and its tensors.
+"""Reading a model directory: model.json, its base directories, and its tensors.
 
-weights.py writes directories and makes models of them.
+A directory written by training holds only the trained parts; the field `base` of its model.json names
+the directory with the other parts.
 """
 
 import contextlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, and so with safetensors)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -26,22 +28,36 @@ from minigpt4_jax.storage.paths import (
 )
 
 FORMAT = 1
+MAX_CHAIN = 16  # directories from a model to its last base
+Shape = tuple[int, ...]
 
 
-def read_document(model_dir: Path | str) -> dict[str, Any]:
-    """model.json as a dictionary. UserError when it is absent, corrupt or of another format."""
+class ReadableTensors(Mapping[str, np.ndarray]):
+    """Lazy mapping of tensors by name; shapes are known without reading them."""
+
+    @abstractmethod
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """self[name][index]."""
+
+    @abstractmethod
+    def shape(self, name: str) -> Shape:
+        """The shape of self[name]."""
+
+
+def read_model_json(model_dir: Path | str) -> dict[str, Any]:
+    """model.json as a dictionary. UserError if it is missing, damaged or has another format version."""
     path = parse_path("model directory", model_dir) / "model.json"
     try:
         with wrap_storage_errors(path):
             text = path.read_text()
         document = json.loads(text)
         if document["format"] != FORMAT:
-            raise UserError(f"{path}: format {document['format']}, this version reads {FORMAT}")
+            raise UserError(f"{path}: format {document['format']}, but this version reads {FORMAT}")
         document["config"]
     except FileNotFoundError as e:
         raise UserError(
-            f"{model_dir} is not a model directory (no model.json): make one with "
-            "`python -m convert build --out={model_dir}`".replace("{model_dir}", str(model_dir))
+            f"{model_dir} is not a model directory (no model.json): create one with "
+            f"`python -m convert build --out={model_dir}`"
         ) from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
@@ -51,8 +67,8 @@ def read_document(model_dir: Path | str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def looking(path: Path) -> Iterator[None]:
-    """UserError where a bucket cannot be reached, or what is in it not seen."""
+def bucket_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """Turns errors of a bucket (unreachable, no permission) into UserError."""
     try:
         with wrap_storage_errors(path):
             yield
@@ -61,52 +77,54 @@ def looking(path: Path) -> Iterator[None]:
 
 
 def read_config(model_dir: Path | str) -> ModelConfig:
-    """The configuration of the model in a directory, checked."""
-    return ModelConfig.from_dict(read_document(model_dir)["config"]).check()
+    """The model configuration of a directory, checked. UserError as of `read_model_json`."""
+    return ModelConfig.from_dict(read_model_json(model_dir)["config"]).check()
 
 
 def model_chain(model_dir: Path | str) -> list[Path]:
-    """The directory, then its base, and so on: a parameter is read from the first that has it."""
+    """The directory, its base, the base of that, and so on. A parameter is read from the first
+    directory that has it. UserError: a base is missing, or the chain is a cycle."""
     chain = [parse_path("model directory", model_dir)]
-    while base := read_document(chain[-1]).get("base"):
+    while base := read_model_json(chain[-1]).get("base"):
         chain.append(join_path(chain[-1], base))
-        with looking(chain[-1]):
-            there = chain[-1].is_dir()
-        if not there:
+        with bucket_errors_as_user_errors(chain[-1]):
+            exists = chain[-1].is_dir()
+        if not exists:
             raise UserError(
-                f"{chain[-2]} holds the trained part of {chain[-1]}, which is not there: move it "
+                f"{chain[-2]} holds the trained part of {chain[-1]}, which does not exist: move it "
                 f"back, or correct 'base' in {chain[-2] / 'model.json'}"
             )
-        if len(chain) > 16:
-            raise UserError(f"{model_dir}: 'base' in model.json goes in a circle")
+        if len(chain) > MAX_CHAIN:
+            raise UserError(f"{model_dir}: 'base' in model.json is a cycle")
     return chain
 
 
 def tokenizer_dir(model_dir: Path | str) -> Path:
-    """The tokenizer/ folder of a model (its own or its base's), on disk."""
+    """The tokenizer/ folder of a model (its own or its base's), on the local disk. UserError: there is
+    none."""
     for folder in model_chain(model_dir):
-        with looking(folder):
+        with bucket_errors_as_user_errors(folder):
             if (folder / "tokenizer").is_dir():
                 return local_copy(folder / "tokenizer")
     raise UserError(f"{model_dir} has no tokenizer/: convert the model again")
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """A tensor's file and type."""
 
     path: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it, for instance F16
+    shape: Shape
+    dtype: str  # in safetensors' spelling, for instance F16
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """Lazy view of a model directory's tensors (and its bases'): each is read when asked for."""
+class Tensors(ReadableTensors):
+    """Lazy mapping of the tensors of a model directory and its bases; each is read when it is accessed."""
 
     def __init__(self, model_dir: Path | str):
         self._stored: dict[str, _Stored] = {}
-        self._in_bucket: dict[Path, GcsSafetensors] = {}  # by their files
+        self._in_bucket: dict[Path, GcsSafetensors] = {}  # file -> its tensors
         for folder in model_chain(model_dir):
-            with looking(folder):
+            with bucket_errors_as_user_errors(folder):
                 paths = sorted(folder.glob("*.safetensors"))
             for path in paths:
                 with self._opened(path) as file:
@@ -116,13 +134,13 @@ class Tensors(Mapping[str, np.ndarray]):
                         self._stored.setdefault(name, stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # Opened for this tensor alone: what was read of a file that stays open stays mapped, and a
-        # model would take its size twice.
+        # The file is opened for each tensor: pages read from a file that stays open stay mapped, and
+        # loading a model would take twice its size.
         with self._opened(self._stored[name].path) as file:
             return file.get_tensor(name)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """self[name][index], of which no more is read."""
+        """self[name][index]; no more than that is read."""
         with self._opened(self._stored[name].path) as file:
             return file.get_slice(name)[index]
 
@@ -132,7 +150,7 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._stored)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         return self._stored[name].shape
 
     def path(self, name: str) -> Path:
@@ -140,7 +158,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._stored[name].path
 
     def dtype(self, name: str) -> str:
-        """The stored type as safetensors spells it, for instance F16."""
+        """The stored type in safetensors' spelling, for instance F16."""
         return self._stored[name].dtype
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ from flax import nnx
 from optax.contrib import muon
 from safetensors.numpy import load_file, save_file
 
-from minigpt4_jax.checkpoint.weights import STACKED, tensors_of
+from minigpt4_jax.checkpoint.parameters import STACKED, named_tensors
 from minigpt4_jax.demos.vision_encoder import (
     DATA_SEED,
     GRID,
@@ -217,7 +217,7 @@ def judge(say: Any, data: dict[str, np.ndarray]) -> str:
 
 
 def save(state: Any, out: Path) -> None:
-    tensors = {k: np.asarray(v, np.float32) for k, v in tensors_of(state)}
+    tensors = {k: np.asarray(v, np.float32) for k, v in named_tensors(state)}
     for name in ("ln_vision.scale", "ln_vision.bias"):
         tensors[name] = tensors[name] * GAIN
     tensors = {k: v.astype(np.float16) for k, v in tensors.items()}

@@ -37,7 +37,7 @@ from optax.contrib import muon
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from minigpt4_jax.checkpoint.weights import tensors_of
+from minigpt4_jax.checkpoint.parameters import named_tensors
 from minigpt4_jax.config import QFormerConfig, VisionConfig
 from minigpt4_jax.errors import UserError, run
 from minigpt4_jax.models.layers import LayerNorm, Linear
@@ -223,7 +223,7 @@ def train(
 def save(state: Any, out: Path) -> None:
     kept = ("vit.", "ln_vision.", "qformer.")
     sizes = {"vision": dataclasses.asdict(VISION), "qformer": dataclasses.asdict(QFORMER)}
-    tensors = {k: np.asarray(v, np.float16) for k, v in tensors_of(state) if k.startswith(kept)}
+    tensors = {k: np.asarray(v, np.float16) for k, v in named_tensors(state) if k.startswith(kept)}
     save_file(tensors, out, metadata={"config": json.dumps(sizes)})  # convert reads the heads there
     print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB")
 

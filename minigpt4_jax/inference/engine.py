@@ -44,7 +44,7 @@ from minigpt4_jax.inference.sampling import SamplingStages, stack_options, stage
 from minigpt4_jax.inference.stop_sequences import stack_stops
 from minigpt4_jax.models.kv_cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.parallel.sharding import constrain, mesh_of, on_mesh
+from minigpt4_jax.parallel.sharding import constrain, mesh_of, with_mesh
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 BATCH_SIZE = 32  # rows decoded together
@@ -59,7 +59,7 @@ class Engine:
         self.config = model.config
         self._graphdef, self._treedef = _structure(model)
         self._leaves = jax.tree.leaves(nnx.state(model))
-        on = partial(on_mesh, mesh=mesh_of(self._leaves))
+        on = partial(with_mesh, mesh=mesh_of(self._leaves))
         self._start = jax.jit(on(self._start_program), static_argnums=(2, 3, 4))
         self._grow = jax.jit(on(grow_cache), static_argnums=(1,))
         self._resume = jax.jit(on(self._resume_program), static_argnums=(4, 5), donate_argnums=(1,))

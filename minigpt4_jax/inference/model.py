@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
-from minigpt4_jax.checkpoint.weights import load_model, parameter_shapes
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference import detokenize as written
@@ -24,14 +25,14 @@ from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.preprocess import Images, identity, make_requests, naming, paired
 from minigpt4_jax.inference.requests import Completion, Request
 from minigpt4_jax.inference.scoring import answer_rows, summed_nll
-from minigpt4_jax.models.lora import adapters
+from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.parallel.sharding import (
     BATCH_AXES,
     constrain,
-    mesh_for_inference,
+    inference_mesh,
     mesh_of,
-    on_mesh,
+    with_mesh,
 )
 from minigpt4_jax.processing import chat_templates as texts
 from minigpt4_jax.processing import sequences
@@ -70,12 +71,12 @@ def load(
         raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's floats")
     config = read_config(model_dir)
     if isinstance(mesh, str):
-        mesh = mesh_for_inference(mesh, config)
+        mesh = inference_mesh(mesh, config)
     if dtype is None:
         dtype = _default_dtype(config)
     module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize, mesh=mesh)
     if merge_lora:
-        for layer in adapters(module):
+        for layer in lora_layers(module):
             layer.merge()
     module.llm.int8_cache = kv_cache == "int8"
     return Model(module, config, load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind))
@@ -95,8 +96,8 @@ class Model:
         self._graphdef = nnx.graphdef(module)
         self._state = nnx.state(module)
         mesh = mesh_of(self._state)
-        self._encode = jax.jit(on_mesh(self._encode_program, mesh))
-        self._nll = jax.jit(on_mesh(self._nll_program, mesh))
+        self._encode = jax.jit(with_mesh(self._encode_program, mesh))
+        self._nll = jax.jit(with_mesh(self._nll_program, mesh))
 
     def set_module(self, module: MiniGpt) -> None:
         """Use other parameters of the same shapes and layout; nothing is compiled again."""
@@ -340,7 +341,7 @@ class Model:
         model = self._merge(state)
         embeds = model.merge(jnp.asarray(batch.tokens), visual)
         hidden = model.llm(embeds, jnp.asarray(batch.lengths))
-        return constrain(model.answer_nll(hidden, batch).sum(1))
+        return constrain(model.label_nll(hidden, batch).sum(1))
 
 
 def _default_dtype(config: ModelConfig) -> str:

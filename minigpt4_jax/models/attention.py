@@ -13,10 +13,10 @@ from minigpt4_jax.parallel.sharding import BATCH_AXES, shard_map_over
 from minigpt4_jax.quantization.matmul import precision
 from minigpt4_jax.utils.platform import backend
 
-MANY_QUERIES = 1024  # causal attention to more than these is computed
+CHUNKED_FROM = 1024  # causal attention to more than these is computed
 
 
-QUERY_BLOCK = 256  # by blocks of these
+QUERY_CHUNK = 256  # by blocks of these
 
 
 def attention(
@@ -37,9 +37,9 @@ def attention(
     segments [B, T = S], in place of both: a query sees the keys of its own segment.
     window: with causal, a query sees itself and the window - 1 keys before it.
     """
-    if causal and segments is None and mask is None and q.shape[1] > MANY_QUERIES:
-        if backend() == "tpu" and window is None and kernel_supports(q):
-            return kernel_attention(q, k, v, scale)
+    if causal and segments is None and mask is None and q.shape[1] > CHUNKED_FROM:
+        if backend() == "tpu" and window is None and splash_supports(q):
+            return splash_attention(q, k, v, scale)
         return _attention_by_blocks(q, k, v, scale, lengths, window)
     if segments is not None:
         mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
@@ -62,20 +62,20 @@ def _attention_by_blocks(
     """Causal `attention`, some queries after others: all scores [B, N, T, S] at once would be by far
     the largest array of a long prefill."""
     b, t, n, h = q.shape
-    count = -(-t // QUERY_BLOCK)
-    q = jnp.pad(q, ((0, 0), (0, count * QUERY_BLOCK - t), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_BLOCK, n, h), 1, 0)
+    count = -(-t // QUERY_CHUNK)
+    q = jnp.pad(q, ((0, 0), (0, count * QUERY_CHUNK - t), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_CHUNK, n, h), 1, 0)
     keys = jnp.arange(k.shape[1])
 
     def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, first = block
-        at = first + jnp.arange(QUERY_BLOCK)[:, None]
+        at = first + jnp.arange(QUERY_CHUNK)[:, None]
         seen = keys <= at
         if window is not None:
             seen &= keys > at - window
         return attention(q, k, v, scale=scale, lengths=lengths, mask=seen[None, None])
 
-    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_BLOCK))
+    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_CHUNK))
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
@@ -116,15 +116,15 @@ def cached_attention(
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
-KERNEL_BLOCK = 512  # queries, and keys, that a chip works on at once
+SPLASH_BLOCK = 512  # queries, and keys, that a chip works on at once
 
 
-def kernel_supports(q: jax.Array) -> bool:
+def splash_supports(q: jax.Array) -> bool:
     """Whether the kernel is for queries [B, T, N, H] like these."""
     return q.dtype == jnp.bfloat16 and q.shape[-1] % 128 == 0
 
 
-def kernel_attention(
+def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, interpret: bool = False
 ) -> jax.Array:
     """q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], softmax in float32. Rows are padded on the
@@ -133,7 +133,7 @@ def kernel_attention(
     interpret: the kernel as ordinary operations, for machines without a TPU.
     """
     b, t, n, _ = q.shape
-    full = -(-t // KERNEL_BLOCK) * KERNEL_BLOCK
+    full = -(-t // SPLASH_BLOCK) * SPLASH_BLOCK
     pads = ((0, 0), (0, full - t), (0, 0), (0, 0))
     heads_first = [jnp.pad(a, pads).transpose(0, 2, 1, 3) for a in (q * scale, k, v)]
 
@@ -158,8 +158,8 @@ def _kernel(heads: int, tokens: int, interpret: bool) -> jax.custom_vjp:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     sizes = splash.BlockSizes(
-        block_q=KERNEL_BLOCK, block_kv=KERNEL_BLOCK, block_q_dkv=KERNEL_BLOCK, block_kv_dkv=KERNEL_BLOCK,
-        block_q_dq=KERNEL_BLOCK, block_kv_dq=KERNEL_BLOCK,
+        block_q=SPLASH_BLOCK, block_kv=SPLASH_BLOCK, block_q_dkv=SPLASH_BLOCK, block_kv_dkv=SPLASH_BLOCK,
+        block_q_dq=SPLASH_BLOCK, block_kv_dq=SPLASH_BLOCK,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((tokens, tokens)) for _ in range(heads)])
     return splash.make_splash_mha(

@@ -52,19 +52,19 @@ class CacheUpdate(NamedTuple):
     """Where in a cache the T tokens of a step go, and what each of them looks at."""
 
     slots: jax.Array  # [B, T] int32
-    seen: jax.Array  # [B, T, S] bool
+    attention_mask: jax.Array  # [B, T, S] bool
 
 
-def in_order(positions: jax.Array, length: int, window: int | None) -> CacheUpdate:
+def causal_cache_update(positions: jax.Array, length: int, window: int | None) -> CacheUpdate:
     """Positions [B, T] of rows whose slot t of S = length holds position t."""
     slots = jnp.arange(length)
-    seen = slots <= positions[:, :, None]
+    mask = slots <= positions[:, :, None]
     if window is not None:
-        seen &= slots > positions[:, :, None] - window
-    return CacheUpdate(positions, seen)
+        mask &= slots > positions[:, :, None] - window
+    return CacheUpdate(positions, mask)
 
 
-def round_vectors(x: jax.Array) -> QuantizedArray:
+def quantize_vectors(x: jax.Array) -> QuantizedArray:
     """x [..., H] to int8, a scale for each vector."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127
@@ -72,7 +72,7 @@ def round_vectors(x: jax.Array) -> QuantizedArray:
     return QuantizedArray(levels.astype(jnp.int8), scale)
 
 
-def floats(x: Vectors, dtype: Any) -> jax.Array:
+def dequantize_vectors(x: Vectors, dtype: Any) -> jax.Array:
     """Vectors [..., H] as an array of dtype."""
     if isinstance(x, QuantizedArray):
         x = x.levels.astype(jnp.float32) * x.scale[..., None]
@@ -129,15 +129,15 @@ def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
     return jax.tree.map(write_parts, cache, x)
 
 
-def attend(
-    q: jax.Array, keys: Vectors, values: Vectors, seen: jax.Array, *, scale: float
+def attend_to_cache(
+    q: jax.Array, keys: Vectors, values: Vectors, mask: jax.Array, *, scale: float
 ) -> jax.Array:
     """`layers.cached_attention` to either kind of cache."""
     if not isinstance(keys, QuantizedArray):
-        return cached_attention(q, keys, values, seen, scale=scale)
+        return cached_attention(q, keys, values, mask, scale=scale)
     dtype = _held(q.dtype)
     return cached_attention(
-        q, keys.levels.astype(dtype), values.levels.astype(dtype), seen,
+        q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
         scale=scale, key_scale=keys.scale, value_scale=values.scale,
     )  # fmt: skip
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt4_jax.models.attention import MANY_QUERIES
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, gathered
+from minigpt4_jax.models.attention import CHUNKED_FROM
+from minigpt4_jax.parallel.sharding import BATCH_AXES, all_gather_fsdp, constrain
 from minigpt4_jax.quantization.matmul import linear
 
-TOKEN_BLOCK = 512  # tokens of a long prompt that go through an MLP together
+TOKEN_CHUNK = 512  # tokens of a long prompt that go through an MLP together
 
 
 class Linear(nnx.Module):
@@ -77,19 +77,19 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def by_tokens(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def map_token_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """f(x) of x [B, T, D], for an f that treats every token alike: of a long prompt some tokens after
     others, as the widest activations of all would be the largest arrays there."""
     b, t, d = x.shape
-    if t <= MANY_QUERIES:
+    if t <= CHUNKED_FROM:
         return f(x)
-    count = -(-t // TOKEN_BLOCK)
-    x = jnp.pad(x, ((0, 0), (0, count * TOKEN_BLOCK - t), (0, 0)))
-    y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, count, TOKEN_BLOCK, d), 1, 0))
-    return jnp.moveaxis(y, 0, 1).reshape(b, count * TOKEN_BLOCK, -1)[:, :t]
+    count = -(-t // TOKEN_CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, count * TOKEN_CHUNK - t), (0, 0)))
+    y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, count, TOKEN_CHUNK, d), 1, 0))
+    return jnp.moveaxis(y, 0, 1).reshape(b, count * TOKEN_CHUNK, -1)[:, :t]
 
 
-def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+def lookup_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of table [V, D] at index [...] -> [..., D]."""
     # Tied together, so that XLA on CPU, which gathers bfloat16 in float32, converts the rows it
     # takes; of a table that a loop does not change it would keep a float32 copy.
@@ -142,7 +142,7 @@ def run_layers(
 
     def whole(path: tuple, leaf: Any) -> Any:
         name = ".".join(map(str, (part, "blocks", 0, *path)))
-        return leaf.replace(gathered(leaf.get_value(), name, heads))
+        return leaf.replace(all_gather_fsdp(leaf.get_value(), name, heads))
 
     def scanned(x: Any, layer_state: Any) -> tuple[Any, Any]:
         # Here, so that the backward pass gathers once what it computes again and what its gradients use.

@@ -16,22 +16,22 @@ from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
     KVCache,
     QuantizedArray,
-    attend,
-    floats,
-    in_order,
+    attend_to_cache,
+    causal_cache_update,
+    dequantize_vectors,
     new_cache,
-    round_vectors,
+    quantize_vectors,
     write_cache,
 )
 from minigpt4_jax.models.layers import (
     Linear,
     RMSNorm,
-    by_tokens,
+    lookup_rows,
+    map_token_chunks,
     run_layers,
     stack_layers,
-    take_rows,
 )
-from minigpt4_jax.models.lora import apply, make_linear
+from minigpt4_jax.models.lora import apply_linear, make_linear
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.quantization.schemes import dequantize
@@ -86,9 +86,9 @@ class Attention(nnx.Module):
     def heads(self, x: jax.Array, rope: Any, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], rotated."""
         c, (b, t, _) = self.config, x.shape
-        q = apply(self.q, x, key, 0).reshape(b, t, c.heads, c.head_dim)
-        k = apply(self.k, x, key, 1).reshape(b, t, c.kv_heads, c.head_dim)
-        v = apply(self.v, x, key, 2).reshape(b, t, c.kv_heads, c.head_dim)
+        q = apply_linear(self.q, x, key, 0).reshape(b, t, c.heads, c.head_dim)
+        k = apply_linear(self.k, x, key, 1).reshape(b, t, c.kv_heads, c.head_dim)
+        v = apply_linear(self.v, x, key, 2).reshape(b, t, c.kv_heads, c.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
         return rotate(q, *rope), rotate(k, *rope), v
@@ -109,23 +109,27 @@ class Attention(nnx.Module):
         """
         c = self.config
         q, k, v = self.heads(x, rope, key)
-        kv = (round_vectors(k), round_vectors(v)) if int8 else (k, v)
-        k, v = (floats(a, q.dtype) for a in kv)
+        kv = (quantize_vectors(k), quantize_vectors(v)) if int8 else (k, v)
+        k, v = (dequantize_vectors(a, q.dtype) for a in kv)
         y = attention(
             q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, segments=segments,
             window=c.window,
         )  # fmt: skip
-        return apply(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
+        return apply_linear(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
 
     def decode(
-        self, x: jax.Array, rope: Any, place: CacheUpdate, kv: tuple
+        self, x: jax.Array, rope: Any, update: CacheUpdate, kv: tuple
     ) -> tuple[jax.Array, tuple]:
         """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
         c = self.config
         q, k, v = self.heads(x, rope)
-        new = (round_vectors(k), round_vectors(v)) if isinstance(kv[0], QuantizedArray) else (k, v)
-        keys, values = (write_cache(a, b, place.slots) for a, b in zip(kv, new, strict=True))
-        y = attend(q, keys, values, place.seen, scale=c.head_dim**-0.5)
+        new = (
+            (quantize_vectors(k), quantize_vectors(v))
+            if isinstance(kv[0], QuantizedArray)
+            else (k, v)
+        )
+        keys, values = (write_cache(a, b, update.slots) for a, b in zip(kv, new, strict=True))
+        y = attend_to_cache(q, keys, values, update.attention_mask, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -139,8 +143,8 @@ class Mlp(nnx.Module):
         self.down = make("down", c.ffn, c.width)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:  # [B, T, D]
-        wide = jax.nn.silu(apply(self.gate, x, key, 4)) * apply(self.up, x, key, 5)
-        return apply(self.down, wide, key, 6)
+        wide = jax.nn.silu(apply_linear(self.gate, x, key, 4)) * apply_linear(self.up, x, key, 5)
+        return apply_linear(self.down, wide, key, 6)
 
 
 class Block(nnx.Module):
@@ -174,12 +178,12 @@ class Block(nnx.Module):
         """As __call__, for a cache. int8: as in Attention."""
         y, kv = self.attn(self.norm1(x), rope, lengths, int8=int8)
         x = x + y.astype(jnp.float32)
-        return x + by_tokens(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
+        return x + map_token_chunks(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
 
     def decode(
-        self, x: jax.Array, rope: Any, place: CacheUpdate, kv: tuple
+        self, x: jax.Array, rope: Any, update: CacheUpdate, kv: tuple
     ) -> tuple[jax.Array, tuple]:
-        y, kv = self.attn.decode(self.norm1(x), rope, place, kv)
+        y, kv = self.attn.decode(self.norm1(x), rope, update, kv)
         return self._after(x, y), kv
 
 
@@ -206,7 +210,7 @@ class Llm(nnx.Module):
         # On a mesh the table is split by width over fsdp, so that each device looks up the tokens of
         # the others there, and then rows are exchanged: XLA finds this way only if it is shown.
         tokens = constrain(tokens, "data")
-        rows = take_rows(self.embed[...], tokens)
+        rows = lookup_rows(self.embed[...], tokens)
         if self.embed_scale is None:
             rows = rows.astype(jnp.float32)
         else:
@@ -265,20 +269,20 @@ class Llm(nnx.Module):
         embeds: jax.Array,
         positions: jax.Array,
         cache: KVCache,
-        place: CacheUpdate | None = None,
+        update: CacheUpdate | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache.
 
         place: where in the cache, by default slot t for position t, and all before it is seen.
         """
         rope = rotary(self.config, positions)
-        if place is None:
-            place = in_order(positions, cache.length, self.config.window)
+        if update is None:
+            update = causal_cache_update(positions, cache.length, self.config.window)
         x = embeds.astype(jnp.float32)
         if isinstance(self.blocks, nnx.List):
             keys, values = [], []
             for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
-                x, (k, v) = block.decode(x, rope, place, (k, v))
+                x, (k, v) = block.decode(x, rope, update, (k, v))
                 keys.append(k)
                 values.append(v)
             return self.norm(x), KVCache(keys, values)
@@ -286,7 +290,7 @@ class Llm(nnx.Module):
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             block: Any = nnx.merge(graphdef, layer[0])
-            return block.decode(x, rope, place, layer[1:])
+            return block.decode(x, rope, update, layer[1:])
 
         x, (keys, values) = jax.lax.scan(body, x, (state, cache.k, cache.v))
         return self.norm(x), KVCache(keys, values)

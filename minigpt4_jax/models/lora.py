@@ -48,7 +48,7 @@ class LoraLinear(Linear):
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         low = linear(x, self.lora_a[...].astype(dtype))
-        raised = _raised if _wide(low) else _raised_plainly
+        raised = _up_projection if _wide(low) else _plain_up_projection
         low = raised(low, self.lora_b[...].astype(dtype))
         return y + (self.scale * low).astype(y.dtype)
 
@@ -80,23 +80,23 @@ class LoraLinear(Linear):
 
 
 def _wide(low: jax.Array) -> bool:
-    """Whether the copies that `_raised` avoids would be large."""
+    """Whether the copies that `_up_projection` avoids would be large."""
     return backend() == "cpu" and math.prod(low.shape[:-1]) > 256
 
 
-def _raised_plainly(low: jax.Array, b: jax.Array) -> jax.Array:
+def _plain_up_projection(low: jax.Array, b: jax.Array) -> jax.Array:
     """low [..., r], b [out, r] -> [..., out] float32."""
     return linear(low, b, out=jnp.float32)
 
 
-_raised = jax.custom_vjp(_raised_plainly)
+_up_projection = jax.custom_vjp(_plain_up_projection)
 
 
-def _raised_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    return _raised_plainly(low, b), (low, b)
+def _up_projection_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    return _plain_up_projection(low, b), (low, b)
 
 
-def _raised_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _up_projection_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The narrow factor first: of a product over rows XLA on CPU transposes the first one, and
     autodiff puts dy there, whose transposed copy took a third of a training step."""
     low, b = kept
@@ -108,7 +108,7 @@ def _raised_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     return d_low, jax.lax.optimization_barrier(d_b).T.astype(b.dtype)
 
 
-_raised.defvjp(_raised_forward, _raised_backward)
+_up_projection.defvjp(_up_projection_forward, _up_projection_backward)
 
 
 def make_linear(
@@ -120,13 +120,13 @@ def make_linear(
     return Linear(n_in, n_out, bias=bias, rngs=rngs)
 
 
-def apply(layer: Linear, x: jax.Array, key: jax.Array | None, n: int) -> jax.Array:
+def apply_linear(layer: Linear, x: jax.Array, key: jax.Array | None, n: int) -> jax.Array:
     """layer(x); the dropout of its adapter, if it has one, follows from the block's key and n."""
     if key is not None and isinstance(layer, LoraLinear):
         return layer(x, key=jax.random.fold_in(key, n))
     return layer(x)
 
 
-def adapters(model: nnx.Module) -> list[LoraLinear]:
+def lora_layers(model: nnx.Module) -> list[LoraLinear]:
     """The adapted maps of a model; stacked layers are one of them."""
     return [m for _, m in nnx.iter_modules(model) if isinstance(m, LoraLinear)]

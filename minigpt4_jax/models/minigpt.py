@@ -13,7 +13,8 @@ from minigpt4_jax.models.layers import LayerNorm, Linear
 from minigpt4_jax.models.llm import Llm
 from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.vit import Vit
-from minigpt4_jax.quantization import schemes
+from minigpt4_jax.quantization.modules import quantize_linears, quantize_parameter
+from minigpt4_jax.quantization.schemes import matrix_scheme
 
 LN_VISION_EPS = 1e-5
 
@@ -31,7 +32,9 @@ class Batch(NamedTuple):
     # Of packed rows (data/packing.py), whose images are in pixels [N, 1, S, S, 3]:
     segments: jax.Array | np.ndarray | None = None  # [B, T] int32; a token sees those of its own
     positions: jax.Array | np.ndarray | None = None  # [B, T] int32
-    visual: jax.Array | np.ndarray | None = None  # [B, T] int32; the visual token of a slot, of N P
+    visual_index: jax.Array | np.ndarray | None = (
+        None  # [B, T] int32; the visual token of a slot, of N P
+    )
 
 
 class Dropout(NamedTuple):
@@ -44,7 +47,7 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
-def normalized(pixels: jax.Array) -> jax.Array:
+def normalize_pixels(pixels: jax.Array) -> jax.Array:
     """uint8 [..., 3] -> float32 as `images.normalize` computes it, to the last bit or two (XLA
     multiplies by 1 / 255); float32 is left as it is."""
     if pixels.dtype != jnp.uint8:
@@ -64,10 +67,10 @@ class MiniGpt(nnx.Module):
         self.llm = Llm(c.llm, c.lora, rngs)
         if c.quantize is not None:
             linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
-            schemes.quantize_modules(linears, c.quantize, nnx.Param, c.kept)
-            kind = schemes.scheme_of("llm.embed", c.quantize, c.llm.width, c.kept)
+            quantize_linears(linears, c.quantize, nnx.Param, c.kept)
+            kind = matrix_scheme("llm.embed", c.quantize, c.llm.width, c.kept)
             if kind is not None:
-                schemes.quantize_parameter(self.llm, "embed", kind, nnx.Param)
+                quantize_parameter(self.llm, "embed", kind, nnx.Param)
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
@@ -76,7 +79,7 @@ class MiniGpt(nnx.Module):
         b, i = pixels.shape[:2]
         if i == 0:  # text alone
             return jnp.zeros((b, 0, self.config.llm.width))
-        x = self.vit(normalized(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
+        x = self.vit(normalize_pixels(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
         if self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)
@@ -92,7 +95,7 @@ class MiniGpt(nnx.Module):
     ) -> jax.Array:
         """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32.
 
-        index: of packed rows, `Batch.visual`, into all of visual [N, P, D].
+        index: of packed rows, `Batch.visual_index`, into all of visual [N, P, D].
         """
         slot = tokens == IMAGE
         embeds = self.llm.embed_tokens(jnp.where(slot, 0, tokens))
@@ -112,12 +115,12 @@ class MiniGpt(nnx.Module):
         of: Any = jax.tree.map(jnp.asarray, batch)  # every field a jax.Array, or None
         visual = self.encode(of.pixels, remat=remat, dropout_key=dropout.qformer)
         hidden = self.llm(
-            self.merge(of.tokens, visual, of.visual),
+            self.merge(of.tokens, visual, of.visual_index),
             of.lengths, of.segments, of.positions, remat=remat, dropout_key=dropout.lora,
         )  # fmt: skip
-        return self.answer_nll(hidden, of)
+        return self.label_nll(hidden, of)
 
-    def answer_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
+    def label_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """hidden [B, T, D] -> [B, A]. Only the answers meet the output matrix: it is a tenth of the step."""
         at = jnp.maximum(
             batch.label_positions, 1

@@ -22,20 +22,21 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.quantization.schemes import group_size, is_turned
+from minigpt4_jax.quantization.layout import is_grouped
+from minigpt4_jax.quantization.schemes import int4_group_size
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")  # the axes that split the rows of a batch
-PART_BYTES = 64 << 20  # of an array of layers that the host holds at a time
+CHUNK_BYTES = 64 << 20  # of an array of layers that the host holds at a time
 Axis = str | tuple[str, ...] | None
 
-BY_OUTPUT, BY_INPUT = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
+COLUMN_PARALLEL, ROW_PARALLEL = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
 
 # Parameter, its layer's number left out -> how it is split, without the axis of stacked layers.
 PARTITION_RULES = (
-    (r".*\.blocks\.(attn|cross|mlp)\.(q|k|v|qkv|gate|up)\.weight", BY_OUTPUT),
-    (r".*\.blocks\.(attn|cross|mlp)\.(o|out|down)\.weight", BY_INPUT),
-    (r"llm\.(embed|head\.weight)", BY_OUTPUT),
+    (r".*\.blocks\.(attn|cross|mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
+    (r".*\.blocks\.(attn|cross|mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
+    (r"llm\.(embed|head\.weight)", COLUMN_PARALLEL),
     # what is trained, and what is small, lies whole on every device
     (r"projection\.(weight|bias)", P()),
     (r".*\.lora_[ab]", P()),
@@ -91,26 +92,26 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
         return Mesh(found, AXES, axis_types=types)
 
 
-def mesh_for_inference(text: str, config: ModelConfig) -> Mesh:
+def inference_mesh(text: str, config: ModelConfig) -> Mesh:
     """The mesh of a text for `parse_mesh`, or of "auto": the heads of the language model over as
     many devices as they divide among, rows over the rest. UserError as of `parse_mesh`."""
-    return make_mesh(sizes_for_inference(text, config, jax.device_count()))
+    return make_mesh(inference_mesh_sizes(text, config, jax.device_count()))
 
 
-def sizes_for_inference(text: str, config: ModelConfig, devices: int) -> dict[str, int]:
-    """The sizes of `mesh_for_inference` over so many devices."""
+def inference_mesh_sizes(text: str, config: ModelConfig, devices: int) -> dict[str, int]:
+    """The sizes of `inference_mesh` over so many devices."""
     if text != "auto":
         return parse_mesh(text, devices)
     model = math.gcd(devices, config.llm.kv_heads)
     return {"data": devices // model, "model": model}
 
 
-def one_device() -> Mesh:
+def single_device_mesh() -> Mesh:
     """The mesh of the first device of this process alone."""
     return make_mesh({}, jax.local_devices()[:1])
 
 
-def describe(mesh: Mesh) -> str:
+def describe_mesh(mesh: Mesh) -> str:
     """For instance "data:2,model:4"; the axes of size 1 are left out."""
     parts = [f"{name}:{size}" for name, size in mesh.shape.items() if size > 1]
     return ",".join(parts) or "one device"
@@ -136,10 +137,10 @@ def parameter_spec(
     name: a dotted path; a stacked layer's has no number, its shape a leading axis of layers. KeyError
     names a parameter that is not in PARTITION_RULES.
     """
-    return split_of(name, shape, dtype, _heads(name, config), sizes)
+    return partition_spec(name, shape, dtype, _heads(name, config), sizes)
 
 
-def split_of(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: Any) -> P:
+def partition_spec(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: Any) -> P:
     """As `parameter_spec`; heads: that an attention's matrix is made of, as far as they stay whole."""
     plain = re.sub(r"\.blocks\.\d+\.", ".blocks.", name)
     stacked = plain == name and name.startswith(("vit.blocks.", "llm.blocks."))
@@ -150,11 +151,11 @@ def split_of(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: A
         raise KeyError(
             f"{name}: no rule of minigpt4_jax.parallel.sharding.PARTITION_RULES says how it is split"
         )
-    grouped = is_turned(plain, len(dims))
+    grouped = is_grouped(plain, len(dims))
     if grouped:  # levels [groups, group, out] or scale [groups, out]: a group is not taken apart
         dims = [dims[-1], dims[0]]
     elif dtype == jax.numpy.uint8:  # a packed table: nor is one here
-        dims[-1] = 2 * dims[-1] // (group_size(2 * dims[-1]) or 2 * dims[-1])
+        dims[-1] = 2 * dims[-1] // (int4_group_size(2 * dims[-1]) or 2 * dims[-1])
     axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
     if "model" in axes and len(dims) == 2:
         at, model = axes.index("model"), sizes["model"]
@@ -164,7 +165,7 @@ def split_of(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: A
             axes[at], axes[1 - at] = None, ("fsdp", "model")
     if grouped and axes == ["model", "fsdp"] and dims[1] % sizes["fsdp"]:
         axes = [("model", "fsdp"), None]  # 22 groups of a vision encoder's width
-    found = fitting(dims, axes, sizes)
+    found = divisible_axes(dims, axes, sizes)
     if grouped:
         found = [found[1], *[None] * (weight == plain), found[0]]
     return P(*[None] * stacked, *found)
@@ -185,7 +186,7 @@ def parameter_sharding(
     return NamedSharding(mesh, parameter_spec(name, shape, dtype, config, mesh.shape))
 
 
-def fitting(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
+def divisible_axes(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
     """For each of the dimensions those of its axes that divide it."""
     found: list[Axis] = []
     for dim, axis in zip(dims, axes, strict=True):
@@ -197,7 +198,7 @@ def fitting(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
     return found
 
 
-def placed(
+def make_sharded_array(
     shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], Any]
 ) -> jax.Array:
     """An array of which every device of this process gets its part; each part is read once, and the
@@ -213,13 +214,13 @@ def placed(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def takes_parts() -> bool:
+def devices_have_own_memory() -> bool:
     """Whether the devices have memory of their own, into which `placed_in_parts` brings arrays; a CPU
     device takes the host's."""
     return jax.default_backend() != "cpu"
 
 
-def placed_in_parts(
+def make_sharded_array_in_chunks(
     shape: tuple[int, ...],
     dtype: Any,
     sharding: NamedSharding,
@@ -229,14 +230,14 @@ def placed_in_parts(
     device's share at a time, or one entry, go into it in its place. Neither the host nor a device
     holds it twice."""
     entry = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
-    count = max(1, PART_BYTES // entry)
+    count = max(1, CHUNK_BYTES // entry)
     if count >= shape[0]:
-        return placed(shape, sharding, read)
+        return make_sharded_array(shape, sharding, read)
     array, waiting = _zeros(shape, dtype, sharding)(), None
     for begin in range(0, shape[0], count):
         rows = slice(begin, min(begin + count, shape[0]))
         some = (rows.stop - begin, *shape[1:])
-        part = placed(some, sharding, partial(_rows_of, read, rows))
+        part = make_sharded_array(some, sharding, partial(_rows_of, read, rows))
         array = _put_into(sharding)(array, part, begin)
         jax.block_until_ready(waiting)  # two parts are on the host at most
         waiting = part
@@ -261,31 +262,33 @@ def _put_into(sharding: NamedSharding) -> Callable[..., jax.Array]:
 # --- batches and activations -----------------------------------------------------------------
 
 
-def rows_over(mesh: Mesh, rows: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """How arrays [B, ...] of so many rows are split."""
-    return NamedSharding(mesh, P(*fitting((rows,), (BATCH_AXES,), mesh.shape)))
+    return NamedSharding(mesh, P(*divisible_axes((rows,), (BATCH_AXES,), mesh.shape)))
 
 
-def put_rows(batch: Any, mesh: Mesh | None, share: tuple[int, int] = (1, 1)) -> Any:
+def shard_batch(batch: Any, mesh: Mesh | None, share: tuple[int, int] = (1, 1)) -> Any:
     """Arrays [B, ...] of the host, split by rows over the devices. share: rows of the whole batch, and
     of this process, where the arrays are of those alone that its devices hold."""
     if mesh is None or mesh.size == 1:
         return batch  # as it is: a compiled program takes it faster than this function
     if jax.process_count() == 1:
-        return jax.tree.map(lambda a: jax.device_put(a, rows_over(mesh, len(a))), batch)
+        return jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh, len(a))), batch)
     whole, here = share
 
     def put(a: Any) -> jax.Array:
         whole_shape = (len(a) * whole // here, *a.shape[1:])
-        where = rows_over(mesh, whole_shape[0])
+        where = batch_sharding(mesh, whole_shape[0])
         return jax.make_array_from_process_local_data(where, a, whole_shape)
 
     return jax.tree.map(put, batch)
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
     """Arrays of the host, the same in every process, onto every device."""
-    return jax.tree.map(lambda a: placed(a.shape, replicated(mesh), a.__getitem__), tree)
+    return jax.tree.map(
+        lambda a: make_sharded_array(a.shape, replicated(mesh), a.__getitem__), tree
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -293,7 +296,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def on_mesh(f: Callable, mesh: Mesh | None) -> Callable:
+def with_mesh(f: Callable, mesh: Mesh | None) -> Callable:
     """f, to be compiled: `constrain` and `shard_map_over` within it are about this mesh."""
     if mesh is None or mesh.size == 1:
         return f
@@ -312,17 +315,19 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape[: len(axes)], axes, mesh.shape)))
+    return jax.lax.with_sharding_constraint(
+        x, P(*divisible_axes(x.shape[: len(axes)], axes, mesh.shape))
+    )
 
 
-def gathered(x: jax.Array, name: str, heads: int) -> jax.Array:
+def all_gather_fsdp(x: jax.Array, name: str, heads: int) -> jax.Array:
     """The parameter of this name, as `split_of` splits it but for fsdp, over which it is gathered here,
     once for all that uses the result; of its own XLA may gather a matrix anew for every product.
     Without a mesh: x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return x
-    axes = split_of(name, x.shape, x.dtype, heads, mesh.shape)
+    axes = partition_spec(name, x.shape, x.dtype, heads, mesh.shape)
     if not any("fsdp" in _names(axis) for axis in axes):
         return x
     kept = (tuple(a for a in _names(axis) if a != "fsdp") or None for axis in axes)
@@ -345,7 +350,7 @@ def shard_map_over(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return f
-    names = fitting(shape, axes, mesh.shape)
+    names = divisible_axes(shape, axes, mesh.shape)
 
     def spec(dims: Any) -> P:
         return P(*(None if d is None else names[d] for d in dims))

@@ -11,7 +11,7 @@ from minigpt4_jax.data.batching import Padding
 from minigpt4_jax.data.json_records import Example, read_sources
 from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.parallel.multihost import is_multiprocess
-from minigpt4_jax.parallel.sharding import mesh_of, put_rows
+from minigpt4_jax.parallel.sharding import mesh_of, shard_batch
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template, with_images
 from minigpt4_jax.processing.images import name_of
 from minigpt4_jax.processing.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Validation:
             jax.block_until_ready(sums[-1:])  # else a stop would wait for all that is dispatched
             if stop():
                 break
-            rows = put_rows(batch, mesh, (loader.size, loader.here))
+            rows = shard_batch(batch, mesh, (loader.size, loader.here))
             sums.append(self._evaluate(trainable, self._split.frozen, rows))
         loader.close()
         if stop():

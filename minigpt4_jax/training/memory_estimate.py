@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt4_jax.checkpoint.weights import DTYPES, abstract_model, parameter_dtype, part_of
+from minigpt4_jax.checkpoint.loader import DTYPES, parameter_dtype
+from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import LlmConfig, ModelConfig
 from minigpt4_jax.parallel.sharding import parameter_spec
 from minigpt4_jax.training.config import TrainConfig

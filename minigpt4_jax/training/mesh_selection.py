@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batching import Share
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.sharding import describe, make_mesh, parse_mesh, rows_over
+from minigpt4_jax.parallel.sharding import batch_sharding, describe_mesh, make_mesh, parse_mesh
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.memory_estimate import estimate
 
@@ -106,7 +106,7 @@ def blocks_of(mesh: Mesh) -> int:
 def _holders(mesh: Mesh, rows: int) -> list[set[int]]:
     """For each row of a batch of so many, the processes whose devices hold it."""
     holders: list[set[int]] = [set() for _ in range(rows)]
-    devices: Any = rows_over(mesh, rows).devices_indices_map((rows,))
+    devices: Any = batch_sharding(mesh, rows).devices_indices_map((rows,))
     for device, index in devices.items():
         for row in range(rows)[index[0]]:
             holders[row].add(device.process_index)
@@ -123,7 +123,7 @@ def describe_run(mesh: Mesh, why: str, frozen: Any, trainable: Any, opt_state: A
         f"{len(cut)} of {len(arrays)} arrays are split over {' and '.join(axes)}"
     )  # fmt: skip
     return (
-        f"mesh {describe(mesh)} of {mesh.size} devices, {why}. Frozen weights: {size_text(total)}, of "
+        f"mesh {describe_mesh(mesh)} of {mesh.size} devices, {why}. Frozen weights: {size_text(total)}, of "
         f"which a device holds {size_text(here)} ({how}); trained part {size_text(_total(trainable))} and "
         f"optimizer {size_text(_total(opt_state))}, whole on each; rows go over data and fsdp"
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import DTYPES, load_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batching import Padding, Share
 from minigpt4_jax.data.json_records import read_sources
@@ -82,10 +82,10 @@ class Built(NamedTuple):
 def build(c: TrainConfig, config: ModelConfig, parts: Collection[str], mesh: Mesh) -> Built:
     """Weights onto the devices, the optimizer and the program of a step; `parts` are trained."""
     parts = frozenset(parts)
-    model, _ = weights.load_model(
-        c.model, c.dtype, masters=parts, lora=config.lora, seed=c.seed, mesh=mesh
+    model, _ = load_model(
+        c.model, c.dtype, trainable_parts=parts, lora=config.lora, seed=c.seed, mesh=mesh
     )
-    split = split_model(model, parts, jnp.dtype(weights.DTYPES[c.dtype]))
+    split = split_model(model, parts, jnp.dtype(DTYPES[c.dtype]))
     trainable, split = split.trainable, split._replace(trainable={})
     tx = optimizer.adamw(
         split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from minigpt4_jax.checkpoint.weights import STACKED, parameter_dtype, part_of
+from minigpt4_jax.checkpoint.loader import parameter_dtype
+from minigpt4_jax.checkpoint.parameters import STACKED, part_of
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, mesh_of, on_mesh
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, mesh_of, with_mesh
 from minigpt4_jax.training import optimizer
 
 Trainable = dict[str, jax.Array]
@@ -148,7 +149,7 @@ def make_step(
         metrics = Metrics(loss, optax.global_norm(grads), count)
         return jax.tree.map(constrain, (trainable, opt_state, metrics))  # whole on every device
 
-    return jax.jit(on_mesh(step, mesh_of(split.frozen)), donate_argnums=(0, 1))
+    return jax.jit(with_mesh(step, mesh_of(split.frozen)), donate_argnums=(0, 1))
 
 
 def make_evaluation(split: Split) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -158,4 +159,4 @@ def make_evaluation(split: Split) -> Callable[..., tuple[jax.Array, jax.Array]]:
         nll = split.join(trainable, frozen).token_nll(batch)
         return constrain(nll.sum()), constrain((batch.label_positions >= 0).sum())
 
-    return jax.jit(on_mesh(evaluate, mesh_of(split.frozen)))
+    return jax.jit(with_mesh(evaluate, mesh_of(split.frozen)))

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import check_trainable, open_tensors
 from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.errors import UserError
@@ -30,7 +31,7 @@ from minigpt4_jax.parallel.multihost import (
     is_multiprocess,
     raise_together,
 )
-from minigpt4_jax.parallel.sharding import put_rows, put_whole
+from minigpt4_jax.parallel.sharding import replicate, shard_batch
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 from minigpt4_jax.storage.paths import StorageError, parse_path, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import Checkpoints
@@ -167,8 +168,8 @@ class _Loop:
         self.loader = open_loader(c, self.model_config, self.tokenizer, self.mesh)
         self.closing.callback(self.loader.close)
         held_out = read_validation(c)
-        weights.check_masters(c.model, self.model_config, self.parts)
-        weights.check_tensors(c.model, self.model_config)
+        check_trainable(c.model, self.model_config, self.parts)
+        open_tensors(c.model, self.model_config)
         return held_out
 
     def _restore(self) -> None:
@@ -176,7 +177,7 @@ class _Loop:
         self.step = 0
         if found is not None:
             self.step = found.step
-            self.trainable, self.opt_state = put_whole(
+            self.trainable, self.opt_state = replicate(
                 (found.trainable, found.opt_state), self.mesh
             )
             loader = found.extra["loader"]
@@ -255,7 +256,7 @@ class _Loop:
             ) from e
 
     def _dispatch(self) -> None:
-        batch = put_rows(self._next_batch(), self.mesh, (self.loader.size, self.loader.here))
+        batch = shard_batch(self._next_batch(), self.mesh, (self.loader.size, self.loader.here))
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)

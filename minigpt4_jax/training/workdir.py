@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.checkpoint import model_directory, weights
-from minigpt4_jax.checkpoint.model_directory import looking
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.model_directory import bucket_errors_as_user_errors
+from minigpt4_jax.checkpoint.parameters import STACKED
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import all_gather_json, is_multiprocess
@@ -79,7 +81,7 @@ def is_done(workdir: Path, c: TrainConfig) -> bool:
     """Whether the run in this directory has written its model."""
     if not (workdir / MODEL / "model.json").is_file():
         return False
-    written = model_directory.read_document(workdir / MODEL)["sources"].get("training", {})
+    written = model_directory.read_model_json(workdir / MODEL)["sources"].get("training", {})
     return written.get("steps") == c.steps
 
 
@@ -102,9 +104,9 @@ def fingerprint(model_dir: str) -> str:
     """A short name for a model directory's content: configuration, and the head of every file."""
     digest = hashlib.sha256()
     for folder in model_directory.model_chain(model_dir):
-        document = model_directory.read_document(folder)
+        document = model_directory.read_model_json(folder)
         digest.update(json.dumps(document["config"], sort_keys=True).encode())
-        with looking(folder):
+        with bucket_errors_as_user_errors(folder):
             for path in sorted(folder.glob("*.safetensors")):
                 digest.update(f"{path.name} {file_size(path)}".encode())
                 digest.update(read_range(path, 0, _HASHED_BYTES))
@@ -167,7 +169,7 @@ def write_trained(
 ) -> Path:
     """Write the trained parts as the model directory WORKDIR/model, on the base they belong to."""
     training = {"training": {"base": c.model, **result}}
-    return weights.write_model(
+    return write_model(
         workdir / MODEL, config, _tensors(trainable), base=c.model, sources=training, overwrite=True
     )
 
@@ -176,7 +178,7 @@ def _tensors(trainable: Trainable) -> Any:
     """(name, array) with one entry a layer, as a model directory has them."""
     for name, array in trainable.items():
         path, value = tuple(name.split(".")), np.asarray(array)
-        if path[:2] in weights.STACKED:
+        if path[:2] in STACKED:
             rest = ".".join(path[2:])
             for i, layer in enumerate(value):
                 yield f"{path[0]}.{path[1]}.{i}.{rest}", layer

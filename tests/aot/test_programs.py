@@ -15,7 +15,7 @@ from minigpt4_jax.aot.presets import model_for
 from minigpt4_jax.aot.roofline import count_model_flops
 from minigpt4_jax.cli import compile as command
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.sharding import one_device
+from minigpt4_jax.parallel.sharding import single_device_mesh
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.memory_estimate import Shape
 from minigpt4_jax.training.train_step import trained_parts
@@ -35,7 +35,7 @@ def test_train_step_from_shapes():
     c = TrainConfig(dtype="bfloat16", batch_size=2)
     model_flops = count_model_flops(config, *shape, TRAINED)
     result = report.compile_and_report(
-        "train", "", 2, lambda: programs.lower_train_step(c, config, one_device(), shape), TARGET,
+        "train", "", 2, lambda: programs.lower_train_step(c, config, single_device_mesh(), shape), TARGET,
         model_flops=model_flops,
     )  # fmt: skip
     trained = 16 * 24 + 24  # the projection: a master and two moments, float32
@@ -51,7 +51,7 @@ def test_train_step_from_shapes():
 
 def test_decode_from_shapes():
     config, rows, context = tiny.config(), 2, 64
-    engine = programs.AbstractEngine(config, one_device(), int8_cache=False)
+    engine = programs.AbstractEngine(config, single_device_mesh(), int8_cache=False)
     text, memory = compiler.compile_lowered(engine.lower_decode(rows, context))
     llm = config.llm
     cache = 2 * llm.layers * rows * llm.kv_heads * context * llm.head_dim * 2
@@ -77,7 +77,7 @@ def test_model_follows_the_configuration(tmp_path):
     quantized = tiny.write_random_model(tmp_path / "quantized", quantize="int8")
     with pytest.raises(UserError, match="quantized is stored in int8: omit the option"):
         job(f"--config.model={quantized}", "--quantize=int4")
-    with pytest.raises(UserError, match="quantized is in int8, so vit cannot be trained"):
+    with pytest.raises(UserError, match="quantized is quantized to int8, so vit cannot be trained"):
         job(f"--config.model={quantized}", "--config.freeze_vit=false").compile("train")
 
 

@@ -24,8 +24,9 @@ from helpers.released_files import (
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, read_document
-from minigpt4_jax.checkpoint.weights import parameter_shapes
+from minigpt4_jax.checkpoint import writer
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, read_model_json
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 
 
 def same(a, b):
@@ -62,7 +63,7 @@ def test_vicuna_takes_every_tensor_to_its_place(files, command):
     assert same(t["projection.weight"], projection_state(12)["llama_proj.weight"])
     assert "block 2" in out and "is not used" in out
     digest = hashlib.sha256((files.folder / "eva.pth").read_bytes()).hexdigest()
-    assert read_document(model)["sources"]["vision"]["sha256"] == digest
+    assert read_model_json(model)["sources"]["vision"]["sha256"] == digest
 
 
 def test_llama2_has_an_identity_ln_vision_and_joins_patches(files, command):
@@ -97,7 +98,7 @@ def test_shards_give_the_same_model(files, command, suffix):
     assert code == 0, err
     ours, theirs = Tensors(files.folder / "model_a"), Tensors(other)
     assert all(same(ours[n], theirs[n]) for n in ours)
-    source = read_document(other)["sources"]["llm"]
+    source = read_model_json(other)["sources"]["llm"]
     assert len(source["files"]) == 2
     for name, digest in source["files"].items():
         assert hashlib.sha256((files.folder / "llm" / name).read_bytes()).hexdigest() == digest
@@ -173,7 +174,7 @@ def test_without_vision_the_packaged_encoder_is_used(files, command):
     assert vision == set(weights) and all(same(t[n], weights[n]) for n in vision)
     assert t["projection.weight"].shape == (16, sizes["qformer"]["hidden"])
     digest = hashlib.sha256(shipped.read_bytes()).hexdigest()
-    assert read_document(files.folder / "m")["sources"]["vision"]["sha256"] == digest
+    assert read_model_json(files.folder / "m")["sources"]["vision"]["sha256"] == digest
 
 
 def test_v2_without_checkpoint_starts_with_lora_that_changes_nothing(files, command):
@@ -270,13 +271,12 @@ def leftovers(folder, before):
 
 
 def test_a_full_disk_leaves_nothing(files, refused, monkeypatch):
-    from minigpt4_jax.checkpoint import weights
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = list(files.folder.iterdir())
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     assert "the disk is full" in refused(*files.arguments("minigpt4-vicuna"))
     assert not leftovers(files.folder, before)
 
@@ -359,7 +359,7 @@ CASES = {
 def test_reference_checkpoints_give_the_originals_visual_tokens(case, command, tmp_path):
     import jax.numpy as jnp
 
-    from minigpt4_jax.checkpoint.weights import load_model
+    from minigpt4_jax.checkpoint.loader import load_model
 
     variant, checkpoint, settings = CASES[case]
     at = REFERENCE / "checkpoints"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from convert.export import write_torch
 from convert.formats.readers import open_file
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
-from minigpt4_jax.checkpoint.weights import write_model
+from minigpt4_jax.checkpoint.writer import write_model
 
 
 @pytest.mark.smoke

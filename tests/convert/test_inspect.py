@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
-from minigpt4_jax.checkpoint.weights import write_model
+from minigpt4_jax.checkpoint.writer import write_model
 
 
 @pytest.mark.smoke

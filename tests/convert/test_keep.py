@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import minigpt4_jax
 from convert.formats.gguf_blocks import BLOCK_FORMATS, common_format, kept_formats, repack, unpack
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
-from minigpt4_jax.checkpoint.weights import load_model
 from minigpt4_jax.quantization.schemes import BlockFormat, dequantize
 
 TYPES = gguf.GGMLQuantizationType

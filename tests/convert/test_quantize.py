@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from helpers.released_files import llm_config, llm_state, save_hf
 
-from minigpt4_jax.checkpoint.weights import load_model
+from minigpt4_jax.checkpoint.loader import load_model
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import (
     IMAGE,
     LlmConfig,
@@ -121,7 +121,7 @@ def trained(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
     before = jax.tree.map(np.array, split.trainable)
     tx = optax.identity()  # the update is the gradient
     trainable = jax.device_put(split.trainable, sharding.replicated(mesh))
-    rows = sharding.put_rows(batch(config), mesh)
+    rows = sharding.shard_batch(batch(config), mesh)
     args = (trainable, tx.init(before), split.frozen, rows, 1.0, 0)
     step = make_step(split, tx, **options).lower(*args).compile()
     check_traffic(step.as_text(), mesh, before)
@@ -175,7 +175,7 @@ def main(out: str) -> None:
         lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
     )
     for name, config in MODELS.items():
-        one = functools.partial(results, config.check(), sharding.one_device())
+        one = functools.partial(results, config.check(), sharding.single_device_mesh())
         cases = [(name, shape) for shape in {s for m, s in CASES if m == name}]
         whole = one(any(case in SEARCHED for case in cases))
         arrays |= {f"{name}|one|{key}": value for key, value in whole.items()}

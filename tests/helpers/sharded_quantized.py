@@ -14,13 +14,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from helpers.sharded_programs import MODELS, requests
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.inference.engine import Engine
 from minigpt4_jax.models.kv_cache import QuantizedArray
 from minigpt4_jax.parallel import sharding
-from minigpt4_jax.quantization.schemes import quantized
 
 
 def main(folder: Path) -> None:
@@ -32,14 +34,14 @@ def main(folder: Path) -> None:
     config = dataclasses.replace(MODELS["v2"], llm=llm).check()
     tensors = {
         name: (rng.normal(0, 0.15, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(config).items()
+        for name, shape in parameter_shapes(config).items()
     }
-    model_dir = weights.write_model(folder / "model", config, tensors.items())
+    model_dir = write_model(folder / "model", config, tensors.items())
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
     for scheme in ("int8", "int4"):
         found = []
         for devices in (None, mesh):
-            module, _ = weights.load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
+            module, _ = load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
             module.llm.int8_cache = True
             engine = Engine(module)
             assert isinstance(engine.prefill(requests(config)[:8]).cache.k[0], QuantizedArray)
@@ -49,9 +51,7 @@ def main(folder: Path) -> None:
         assert found[0] == found[1], (scheme, found)
         assert len({tuple(ids) for ids in found[0]}) > 4  # there is something to compare
         stored = dataclasses.replace(config, quantize=scheme)
-        stored_dir = weights.write_model(
-            folder / scheme, stored, quantized(tensors.items(), scheme)
-        )
+        stored_dir = write_model(folder / scheme, stored, quantize_tensors(tensors.items(), scheme))
         loads_in_parts(stored_dir, mesh)
         loads_in_parts(model_dir, mesh, quantize=scheme)
 
@@ -59,9 +59,9 @@ def main(folder: Path) -> None:
 def loads_in_parts(model_dir: Path, mesh: Mesh, **options: Any) -> None:
     """The parts on the devices of a mesh are of the same arrays, and no more than they was read."""
     for stacked in (True, False):
-        whole, _ = weights.load_model(model_dir, stacked=stacked, **options)
+        whole, _ = load_model(model_dir, stacked=stacked, **options)
         READ.clear()
-        split, _ = weights.load_model(model_dir, stacked=stacked, mesh=mesh, **options)
+        split, _ = load_model(model_dir, stacked=stacked, mesh=mesh, **options)
         a, b = (jax.tree.leaves(nnx.state(model)) for model in (whole, split))
         assert any(not one.sharding.is_fully_replicated for one in b)
         for one, other in zip(a, b, strict=True):

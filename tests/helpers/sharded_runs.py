@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt4_jax import load
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint import loader
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel import sharding
 from minigpt4_jax.training.preemption import Stopped
@@ -65,7 +65,7 @@ def answers(folder: Path, mesh: str | None) -> dict:
 
 if __name__ == "__main__":
     # weights are brought in as to devices with memory of their own
-    sharding.PART_BYTES, weights.takes_parts = 100, lambda: True
+    sharding.CHUNK_BYTES, loader.devices_have_own_memory = 100, lambda: True
     home = Path(sys.argv[1])
     run(home)
     found = {str(mesh): answers(home, mesh) for mesh in (None, "data:2,model:4")}

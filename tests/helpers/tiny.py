@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from helpers.paths import TOKENIZER
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint import writer
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import LlmConfig, ModelConfig, QFormerConfig, VisionConfig
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "black": (5, 5, 5)}
@@ -40,10 +41,10 @@ def _write(out: Path, c: ModelConfig, draw: Callable[[tuple[int, ...]], np.ndarr
     """Nothing is compiled to make it, which would take seconds."""
     tensors = {
         name: (draw(shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(c).items()
+        for name, shape in parameter_shapes(c).items()
     }
     files = {p.name: p for p in TOKENIZER.iterdir()}
-    return weights.write_model(out, c, tensors.items(), tokenizer=files)
+    return writer.write_model(out, c, tensors.items(), tokenizer=files)
 
 
 def write_data(folder: Path, rows: int = 12, seed: int = 0) -> Path:

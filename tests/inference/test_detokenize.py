@@ -5,7 +5,8 @@ import pytest
 from helpers import tiny
 
 import minigpt4_jax
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.detokenize import generation, pieces
 from minigpt4_jax.inference.generation_config import GenerationConfig
@@ -23,11 +24,11 @@ def model(tmp_path_factory):
     rng = np.random.default_rng(0)
     tensors = {
         name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(c).items()
+        for name, shape in parameter_shapes(c).items()
     }
     files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
     out = tmp_path_factory.mktemp("answers") / "model"
-    weights.write_model(out, c, tensors.items(), tokenizer=files)
+    write_model(out, c, tensors.items(), tokenizer=files)
     return minigpt4_jax.load(out, dtype="float32")
 
 

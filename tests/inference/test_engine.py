@@ -11,7 +11,7 @@ from helpers.small_engine import VOCAB, P, engine, greedy, model, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import LlmConfig, ModelConfig, VisionConfig
 from minigpt4_jax.inference.engine import Engine
 from minigpt4_jax.inference.requests import Request, bucket, stack_visual

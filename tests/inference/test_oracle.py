@@ -7,7 +7,8 @@ from flax import nnx
 from helpers import oracle
 from helpers.paths import TOKENIZER
 
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.inference import engine
 from minigpt4_jax.inference.model import Model, load
@@ -38,7 +39,7 @@ def small_model(kind):
     rng = np.random.default_rng(0)
     tensors = {
         name: (rng.normal(0, 0.3, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(config).items()
+        for name, shape in parameter_shapes(config).items()
     }
     return config, tensors
 
@@ -48,7 +49,7 @@ def small(request, tmp_path_factory):
     config, tensors = small_model(request.param)
     folder = tmp_path_factory.mktemp("small") / "model"
     tokenizer = {p.name: p for p in TOKENIZER.iterdir()}
-    weights.write_model(folder, config, tensors.items(), tokenizer=tokenizer)
+    write_model(folder, config, tensors.items(), tokenizer=tokenizer)
     return load(folder, dtype="float32"), tensors
 
 

@@ -21,8 +21,8 @@ def test_blocks_of_queries(monkeypatch, window, queries):
         return y, (y[0] ** 2).sum() + y[1, :11].sum()
 
     whole, whole_gradient = run(q, k, v)[0], jax.grad(lambda *a: run(*a)[1], (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(layers, "MANY_QUERIES", 8)
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention, "CHUNKED_FROM", 8)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
     assert "scan" in str(jax.make_jaxpr(run)(q, k, v))
     blocks, gradient = run(q, k, v)[0], jax.grad(lambda *a: run(*a)[1], (0, 1, 2))(q, k, v)
     for i, n in enumerate(lengths):
@@ -37,10 +37,10 @@ def test_blocks_of_tokens(monkeypatch, tokens):
     w = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
 
     def run(x):
-        return layers.by_tokens(lambda x: jax.nn.silu(x @ w), x)
+        return layers.map_token_chunks(lambda x: jax.nn.silu(x @ w), x)
 
     whole = run(x)
-    monkeypatch.setattr(layers, "MANY_QUERIES", 8)
-    monkeypatch.setattr(layers, "TOKEN_BLOCK", 8)
+    monkeypatch.setattr(layers, "CHUNKED_FROM", 8)
+    monkeypatch.setattr(layers, "TOKEN_CHUNK", 8)
     assert "scan" in str(jax.make_jaxpr(run)(x))
     np.testing.assert_allclose(run(x), whole, rtol=1e-5, atol=1e-6)

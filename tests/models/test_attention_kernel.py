@@ -5,22 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.models.attention import KERNEL_BLOCK, attention, kernel_attention
+from minigpt4_jax.models.attention import SPLASH_BLOCK, attention, splash_attention
 
 
 def test_the_kernel_is_causal_attention():
-    rows, tokens, heads, keys, width = 2, KERNEL_BLOCK + 70, 2, 1, 128
+    rows, tokens, heads, keys, width = 2, SPLASH_BLOCK + 70, 2, 1, 128
     rng = np.random.default_rng(0)
     q, k, v, g = (
         jnp.asarray(rng.normal(size=(rows, tokens, n, width)), jnp.float32)
         for n in (heads, keys, keys, heads)
     )
-    lengths = jnp.array([tokens, KERNEL_BLOCK - 30])  # rows are padded on the right
+    lengths = jnp.array([tokens, SPLASH_BLOCK - 30])  # rows are padded on the right
     real = (jnp.arange(tokens) < lengths[:, None])[:, :, None, None]
     scale = width**-0.5
 
     def found(q, k, v):
-        y = kernel_attention(q, k, v, scale, interpret=True)
+        y = splash_attention(q, k, v, scale, interpret=True)
         return (jnp.where(real, y, 0) * g).sum(), y
 
     def expected(q, k, v):

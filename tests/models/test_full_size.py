@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from helpers import oracle
 
-from minigpt4_jax.checkpoint.weights import parameter_shapes
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.models import llm, qformer, vit
 

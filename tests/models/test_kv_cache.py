@@ -8,20 +8,20 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.kv_cache import (
     KVCache,
-    attend,
-    floats,
+    attend_to_cache,
+    causal_cache_update,
+    dequantize_vectors,
     grow_cache,
-    in_order,
     new_cache,
-    round_vectors,
+    quantize_vectors,
     write_cache,
 )
 
-KINDS = {"float": lambda x: x, "int8": round_vectors}
+KINDS = {"float": lambda x: x, "int8": quantize_vectors}
 
 
 def vectors(rng, *shape):
@@ -38,9 +38,9 @@ def assert_equal(a, b):
 def test_rounding_errs_by_half_a_step_at_most(h, size, seed):
     x = np.random.default_rng(seed).standard_t(3, (5, h)).astype(np.float32) * np.float32(size)
     x[0] = 0
-    rounded = round_vectors(jnp.asarray(x))
+    rounded = quantize_vectors(jnp.asarray(x))
     assert rounded.levels.dtype == jnp.int8
-    found = np.asarray(floats(rounded, jnp.float32))
+    found = np.asarray(dequantize_vectors(rounded, jnp.float32))
     step = np.abs(x).max(-1, keepdims=True) / 127
     assert (np.abs(found - x) <= 0.501 * step).all()
 
@@ -67,11 +67,17 @@ def test_written_in_parts_and_grown_is_the_same_as_at_once(kind):
 def test_attention_to_int8_is_that_to_its_floats(window):
     rng = np.random.default_rng(1)
     q = vectors(rng, 2, 3, 6, 8)
-    k, v = (round_vectors(vectors(rng, 2, 12, 2, 8)) for _ in range(2))
+    k, v = (quantize_vectors(vectors(rng, 2, 12, 2, 8)) for _ in range(2))
     keys, values = new_cache(k, 12), new_cache(v, 12)
-    seen = in_order(jnp.asarray([[7, 8, 9], [0, 1, 2]]), 12, window).seen
-    found = attend(q, keys, values, seen, scale=0.3)
-    wanted = attend(q, floats(keys, "float32"), floats(values, "float32"), seen, scale=0.3)
+    seen = causal_cache_update(jnp.asarray([[7, 8, 9], [0, 1, 2]]), 12, window).attention_mask
+    found = attend_to_cache(q, keys, values, seen, scale=0.3)
+    wanted = attend_to_cache(
+        q,
+        dequantize_vectors(keys, "float32"),
+        dequantize_vectors(values, "float32"),
+        seen,
+        scale=0.3,
+    )
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from minigpt4_jax.config import LORA_TARGETS, LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import Llm, unstack
-from minigpt4_jax.models.lora import LoraLinear, adapters
+from minigpt4_jax.models.lora import LoraLinear, lora_layers
 from minigpt4_jax.quantization.schemes import quantize
 
 SIZES = {"vocab": 40, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24}
@@ -57,15 +57,15 @@ def without(llm):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_the_summed_weights_do(family):
     llm = model(family)
-    assert len(adapters(llm)) == 7
+    assert len(lora_layers(llm)) == 7
     wanted, found = hidden(without(llm)), hidden(llm)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     before = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(llm))}
-    for layer in adapters(llm):
+    for layer in lora_layers(llm):
         layer.merge()
         layer.merge()  # a second time changes nothing
     np.testing.assert_allclose(hidden(llm), wanted, atol=2e-5)
-    for layer in adapters(llm):
+    for layer in lora_layers(llm):
         layer.unmerge()
     for path, leaf in nnx.to_flat_state(nnx.state(llm)):
         np.testing.assert_allclose(leaf.get_value(), before[path], atol=1e-6)
@@ -75,9 +75,9 @@ def test_it_computes_what_the_summed_weights_do(family):
 @pytest.mark.smoke
 def test_layers_in_a_list_merge_as_stacked_ones_do():
     stacked, apart = model(), unstack(model())
-    for layer in adapters(stacked) + adapters(apart):
+    for layer in lora_layers(stacked) + lora_layers(apart):
         layer.merge()
-    assert len(adapters(apart)) == 14
+    assert len(lora_layers(apart)) == 14
     for one, other in zip(
         jax.tree.leaves(nnx.state(unstack(stacked))), jax.tree.leaves(nnx.state(apart)), strict=True
     ):

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel import sharding
-from minigpt4_jax.parallel.sharding import AXES, fitting, parameter_spec, parse_mesh
+from minigpt4_jax.parallel.sharding import AXES, divisible_axes, parameter_spec, parse_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -153,17 +153,17 @@ def test_a_parameter_without_a_rule_is_named():
 
 def test_an_axis_that_does_not_divide_is_left_out():
     sizes = {"data": 2, "fsdp": 3, "model": 1}
-    assert fitting((12, 6, 4, 3, 5), [("data", "fsdp")] * 5, sizes) == [
+    assert divisible_axes((12, 6, 4, 3, 5), [("data", "fsdp")] * 5, sizes) == [
         ("data", "fsdp"), ("data", "fsdp"), "data", "fsdp", None
     ]  # fmt: skip
-    assert fitting((8,), ["model"], sizes) == [None]
+    assert divisible_axes((8,), ["model"], sizes) == [None]
 
 
 @pytest.mark.smoke
 def test_layers_are_placed_a_few_at_a_time_into_one_array(monkeypatch):
-    monkeypatch.setattr(sharding, "PART_BYTES", 200)
+    monkeypatch.setattr(sharding, "CHUNK_BYTES", 200)
     layers = np.arange(7 * 4 * 6, dtype=np.float32).reshape(7, 4, 6)  # 96 bytes each
-    asked, where = [], sharding.replicated(sharding.one_device())
+    asked, where = [], sharding.replicated(sharding.single_device_mesh())
 
     def read(index):
         asked.append(index[0])
@@ -171,7 +171,7 @@ def test_layers_are_placed_a_few_at_a_time_into_one_array(monkeypatch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # JAX warns where the old array's memory cannot be used
-        array = sharding.placed_in_parts(layers.shape, layers.dtype, where, read)
+        array = sharding.make_sharded_array_in_chunks(layers.shape, layers.dtype, where, read)
     assert asked == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
     np.testing.assert_array_equal(array, layers)
     assert array.sharding == where

@@ -16,7 +16,7 @@ from PIL import Image
 
 from minigpt4_jax import config
 from minigpt4_jax.errors import DataError, UserError
-from minigpt4_jax.models.minigpt import normalized
+from minigpt4_jax.models.minigpt import normalize_pixels
 from minigpt4_jax.processing import images
 
 pytestmark = pytest.mark.smoke
@@ -61,11 +61,11 @@ def test_pixels_equal_every_dump(variant):
 
 def test_the_model_normalizes_as_the_host_does():
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    on_device = jax.jit(normalized)(every)
+    on_device = jax.jit(normalize_pixels)(every)
     assert on_device.dtype == np.float32
     # two units in the last place of the largest values, which are above 2
     np.testing.assert_allclose(on_device, images.normalize(every), rtol=0, atol=4.8e-7)
-    assert normalized(on_device) is on_device
+    assert normalize_pixels(on_device) is on_device
 
 
 def test_normalize_equals_torchvision_arithmetic():

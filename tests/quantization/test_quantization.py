@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import minigpt4_jax
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory, quantized_tensors
+from minigpt4_jax.checkpoint.loader import load_model, parameter_dtype
+from minigpt4_jax.checkpoint.parameters import abstract_model, named_tensors, parameter_shapes
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import IMAGE, LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
-from minigpt4_jax.quantization import matmul, schemes
+from minigpt4_jax.quantization import layout, matmul, schemes
 from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.training.train_step import split_model
 
@@ -43,11 +46,11 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     tensors = {
         name: (rng.normal(0, 0.15, shape) + name.endswith("scale")).astype(np.float32)
-        for name, shape in weights.parameter_shapes(config()).items()
+        for name, shape in parameter_shapes(config()).items()
     }
     files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
     out = tmp_path_factory.mktemp("quant") / "model"
-    return weights.write_model(out, config(), tensors.items(), tokenizer=files)
+    return write_model(out, config(), tensors.items(), tokenizer=files)
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -56,10 +59,10 @@ def stored(request, folder, tmp_path_factory):
     scheme = request.param
     out = tmp_path_factory.mktemp("stored") / scheme
     floats = model_directory.Tensors(folder)
-    tensors = schemes.quantized(floats.items(), scheme)
+    tensors = quantized_tensors.quantize_tensors(floats.items(), scheme)
     files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
     held = dataclasses.replace(config(), quantize=scheme)
-    return scheme, weights.write_model(out, held, tensors, tokenizer=files)
+    return scheme, write_model(out, held, tensors, tokenizer=files)
 
 
 # --- rounding ------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def test_the_product_is_that_of_the_rounded_weights(kind, dtype, block, monkeypa
     scale, bias = scale.astype(dtype), jnp.arange(48.0)
     exact = schemes.dequantize(levels, scale, "float32")
     if kind == "int4":  # as it lies in memory
-        levels, scale = schemes.turned(levels, 2), scale.T
+        levels, scale = layout.group_and_transpose(levels, 2), scale.T
     found = linear(x, levels, bias, scale=scale)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == "float32" else 0.02
@@ -124,24 +127,24 @@ def test_the_product_is_that_of_the_rounded_weights(kind, dtype, block, monkeypa
 
 def test_large_arrays_are_rounded_in_pieces(monkeypatch):
     w = np.random.default_rng(0).normal(size=(37, 64)).astype(np.float32)
-    monkeypatch.setattr(schemes, "PIECE", 64 * 10)
+    monkeypatch.setattr(quantized_tensors, "CHUNK", 64 * 10)
     for kind in SCHEMES:
         for piece, whole in zip(
-            schemes.quantize_large(w, kind), schemes.quantize(w, kind), strict=True
+            quantized_tensors.quantize_in_chunks(w, kind), schemes.quantize(w, kind), strict=True
         ):
             np.testing.assert_array_equal(piece, whole)
 
 
 def test_which_matrices():
     held = dataclasses.replace(config(), quantize="int4", lora=LoraConfig(rank=2))
-    kinds = {n: schemes.scheme_of(n, "int4", s[-1]) for n, s in shapes(held).items() if s}
+    kinds = {n: schemes.matrix_scheme(n, "int4", s[-1]) for n, s in shapes(held).items() if s}
     assert kinds["llm.blocks.0.attn.q.weight"] == kinds["llm.blocks.1.mlp.down.weight"] == "int4"
     assert kinds["llm.head.weight"] == kinds["vit.blocks.0.attn.qkv.weight"] == "int4"
     assert kinds["llm.embed"] == "int8"
     for name in ("vit.patch.weight", "projection.weight", "llm.blocks.0.attn.q.lora_a"):
         assert kinds[name] is None
     assert not any(kind for name, kind in kinds.items() if name.startswith("qformer."))
-    assert schemes.scheme_of("llm.blocks.0.attn.q.weight", "int4", 40) == "int8"  # no groups
+    assert schemes.matrix_scheme("llm.blocks.0.attn.q.weight", "int4", 40) == "int8"  # no groups
 
 
 @pytest.mark.parametrize(("groups", "half", "n_out"), [(2, 32, 5), (2, 16, 2), (1, 32, 1)])
@@ -150,28 +153,28 @@ def test_a_grouped_matrix_is_turned_in_memory_and_stored_by_channels(groups, hal
     rng = np.random.default_rng(0)
     w = rng.normal(size=(n_out, 2 * half * groups)).astype(np.float32)
     levels, scale = rng.integers(0, 256, (n_out, groups * half), np.uint8), w[:, :groups]
-    held = schemes.as_held("m.weight", levels, (groups, half, n_out))
-    np.testing.assert_array_equal(held, schemes.turned(levels, groups))
+    held = layout.to_memory_layout("m.weight", levels, (groups, half, n_out))
+    np.testing.assert_array_equal(held, layout.group_and_transpose(levels, groups))
     np.testing.assert_array_equal(held[-1, 3, 0], levels[0, (groups - 1) * half + 3])
-    np.testing.assert_array_equal(schemes.as_stored("m.weight", held), levels)
-    turned = schemes.as_held("m.weight_scale", scale, (groups, n_out))
+    np.testing.assert_array_equal(layout.to_storage_layout("m.weight", held), levels)
+    turned = layout.to_memory_layout("m.weight_scale", scale, (groups, n_out))
     np.testing.assert_array_equal(turned, scale.T)
-    np.testing.assert_array_equal(schemes.as_stored("m.weight_scale", turned), scale)
+    np.testing.assert_array_equal(layout.to_storage_layout("m.weight_scale", turned), scale)
     for name in ("llm.embed", "llm.embed_scale"):  # a table
-        assert schemes.as_held(name, scale, scale.shape) is scale
+        assert layout.to_memory_layout(name, scale, scale.shape) is scale
 
 
 # --- whole models --------------------------------------------------------------------------------
 
 
 def shapes(c):
-    return weights.parameter_shapes(dataclasses.replace(c, quantize=None))
+    return parameter_shapes(dataclasses.replace(c, quantize=None))
 
 
 @cache
 def scores(folder, scheme, dtype="float32"):
     """Scores [B, T, V] of a fixed input."""
-    model, c = weights.load_model(folder, dtype, quantize=scheme)
+    model, c = load_model(folder, dtype, quantize=scheme)
     embeds = np.random.default_rng(1).normal(size=(2, 12, c.llm.width)).astype(np.float32)
 
     @jax.jit
@@ -196,8 +199,8 @@ def test_scores_are_near_those_of_floats(folder):
 
 def test_a_stored_directory_is_what_loading_makes(folder, stored):
     scheme, out = stored
-    one, held = weights.load_model(out)
-    other, config_of_other = weights.load_model(folder, quantize=scheme)
+    one, held = load_model(out)
+    other, config_of_other = load_model(folder, quantize=scheme)
     assert held == config_of_other and held.quantize == scheme
     flat = nnx.to_flat_state(nnx.state(one))
     same = dict(nnx.to_flat_state(nnx.state(other)))
@@ -216,21 +219,21 @@ def test_a_directory_of_an_earlier_version(folder, tmp_path):
     """Its int4 left the output matrix and the vision encoder in int8."""
     tensors = {}
     for name, array in model_directory.Tensors(folder).items():
-        kind = schemes.scheme_of(name, "int4", (array.shape or (0,))[-1])
+        kind = schemes.matrix_scheme(name, "int4", (array.shape or (0,))[-1])
         kind = "int8" if kind and not name.startswith("llm.blocks.") else kind
         if kind is None:
             tensors[name] = array
         else:
             tensors[name], tensors[f"{name}_scale"] = schemes.quantize(array, kind)
     held = dataclasses.replace(config(), quantize="int4")
-    assert tensors.keys() == weights.parameter_shapes(held).keys()
+    assert tensors.keys() == parameter_shapes(held).keys()
     out = tmp_path / "old"
     out.mkdir()
     (out / "model.json").write_text(json.dumps({"format": 1, "config": held.to_dict()}))
     save_file(tensors, out / "all.safetensors")
     found = [scores(f, s) for f, s in ((out, None), (folder, "int4"))]
     assert 0 < distance(*found) < 0.05
-    model, _ = weights.load_model(out)
+    model, _ = load_model(out)
     assert model.vit.blocks.mlp.up.weight[...].dtype == model.llm.head.weight[...].dtype == "uint8"
 
 
@@ -250,8 +253,8 @@ def test_generation_from_a_stored_directory_and_while_loading(folder, stored):
 def test_cached_decoding_equals_a_whole_forward_pass(stored):
     """Both layouts of the layers: a stack for the whole, a list for the cache."""
     _, out = stored
-    stacked, c = weights.load_model(out)
-    apart, _ = weights.load_model(out, stacked=False)
+    stacked, c = load_model(out)
+    apart, _ = load_model(out, stacked=False)
     embeds = np.random.default_rng(2).normal(size=(1, 9, c.llm.width)).astype(np.float32)
     whole = jax.jit(stacked.llm)(embeds, jnp.asarray([9]))
     _, kv = jax.jit(lambda x: apart.llm.prefill(x, jnp.asarray([8]), 16))(embeds[:, :8])
@@ -263,8 +266,8 @@ def test_a_tied_embedding_is_its_own_output_matrix(tmp_path):
     c = config()
     c = dataclasses.replace(c, llm=dataclasses.replace(c.llm, tie=True), quantize="int4")
     model = MiniGpt(c, nnx.Rngs(0))
-    out = weights.write_model(tmp_path / "m", c, weights.tensors_of(nnx.state(model)))
-    model, _ = weights.load_model(out)
+    out = write_model(tmp_path / "m", c, named_tensors(nnx.state(model)))
+    model, _ = load_model(out)
     rows = model.llm.embed_tokens(jnp.arange(785))
     exact = schemes.dequantize(model.llm.embed[...], model.llm.embed_scale[...], jnp.float32)
     np.testing.assert_allclose(rows, exact, rtol=1e-6)
@@ -276,8 +279,8 @@ def test_gradients_come_through_a_quantized_model(stored):
     """Of the projection, by a small difference; the vision encoder itself cannot be trained."""
     scheme, out = stored
     with pytest.raises(UserError, match=f"{scheme}.*vit cannot be trained"):
-        weights.load_model(out, masters={"projection", "vit"})
-    model, c = weights.load_model(out, masters={"projection"})
+        load_model(out, trainable_parts={"projection", "vit"})
+    model, c = load_model(out, trainable_parts={"projection"})
     split = split_model(model, frozenset({"projection"}), jnp.dtype("float32"))
     tokens = np.full((1, 8), IMAGE, np.int32)
     tokens[:, c.visual_tokens :] = np.arange(5, 13 - c.visual_tokens)
@@ -315,9 +318,9 @@ def test_parameters_of_vicuna_7b(scheme, gigabytes):
     """Bytes in bfloat16, the visual encoder included; counted by hand from the paper's sizes."""
     c = ModelConfig(quantize=scheme)
     total = 0
-    for path, leaf in nnx.to_flat_state(nnx.state(weights.abstract_model(c))):
+    for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(c))):
         dtype = leaf.dtype
         if not jnp.issubdtype(dtype, jnp.integer):
-            dtype = weights.parameter_dtype(path, jnp.dtype(jnp.bfloat16))
+            dtype = parameter_dtype(path, jnp.dtype(jnp.bfloat16))
         total += math.prod(leaf.shape) * dtype.itemsize
     assert total == pytest.approx(gigabytes * 1e9, rel=0.002)

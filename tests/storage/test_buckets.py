@@ -161,7 +161,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, soon, on_disk, tmp_p
     assert any(p.name == "damaged-00000004" for p in (run / "checkpoints").iterdir())
     assert not list(tmp_path.iterdir())
     assert train(c, str(run)).steps == 6  # done already
-    document = model_directory.read_document(result.model)
+    document = model_directory.read_model_json(result.model)
     assert document["base"] == "../../../models/tiny"
 
 
@@ -212,7 +212,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_it_goes_on_later(
     ):
         model_directory.read_config("gs://bucket/models/tiny")
     with monkeypatch.context() as patch:  # where that can be read, and the folder not be listed
-        patch.setattr(model_directory, "read_document", lambda folder: {})
+        patch.setattr(model_directory, "read_model_json", lambda folder: {})
         with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/tiny: "):
             model_directory.Tensors("gs://bucket/models/tiny")
     with pytest.raises(errors.UserError, match="cannot read gs://bucket/models/new: "):

@@ -9,8 +9,8 @@ import optax
 import pytest
 from helpers import tiny
 
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
-from minigpt4_jax.checkpoint.weights import load_model
 from minigpt4_jax.config import IMAGE, LoraConfig
 from minigpt4_jax.data.batching import Arrays
 from minigpt4_jax.data.config import DataConfig

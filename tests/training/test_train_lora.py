@@ -9,12 +9,15 @@ import pytest
 from helpers import tiny
 
 import minigpt4_jax
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.quantization import schemes
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.config import LoraChoice, TrainConfig
 from minigpt4_jax.training.train_step import make_evaluation, make_step, split_model, trained_parts
@@ -35,9 +38,9 @@ def home(tmp_path_factory):
     c = tiny.config()
     c = dataclasses.replace(c, quantize="int8")
     tensors = model_directory.Tensors(folder / "plain")
-    rounded = schemes.quantized(((n, tensors[n]) for n in tensors), "int8")
+    rounded = quantize_tensors(((n, tensors[n]) for n in tensors), "int8")
     files = {p.name: p for p in tiny.TOKENIZER.iterdir()}
-    weights.write_model(folder / "int8", c, rounded, tokenizer=files)
+    write_model(folder / "int8", c, rounded, tokenizer=files)
     return folder
 
 
@@ -60,7 +63,7 @@ def test_new_adapters_are_trained_and_used(home, finished):
     assert c.lora == LoraConfig(rank=2, alpha=16.0, dropout=0.3, targets=("q", "down"))
     t = model_directory.Tensors(finished.model)
     trained = {n for n in t if ".lora_" in n}
-    shapes = {n: s for n, s in weights.parameter_shapes(c).items() if ".lora_" in n}
+    shapes = {n: s for n, s in parameter_shapes(c).items() if ".lora_" in n}
     assert trained == set(shapes) and len(shapes) == 8
     assert all(np.abs(t[n]).max() > 0.01 for n in trained)
     images, answers = [str(home / "data" / "0.png")], ["a red square"]
@@ -76,7 +79,7 @@ def test_the_same_seed_gives_the_same_adapters_and_another_others(home):
     """Before any step: A from the seed, B zero."""
     lora = LoraConfig(rank=2, targets=("q", "v"))
     first = [
-        weights.load_model(home / "plain", lora=lora, seed=s)[0].llm.blocks.attn.q.lora_a[...]
+        load_model(home / "plain", lora=lora, seed=s)[0].llm.blocks.attn.q.lora_a[...]
         for s in (1, 1, 2)
     ]
     np.testing.assert_array_equal(first[0], first[1])
@@ -140,7 +143,7 @@ def row(rng) -> Batch:
 
 def split_of(home, lora):
     """(a split of the plain model with these adapters, values of them that matter)"""
-    model, _ = weights.load_model(home / "plain", lora=lora)
+    model, _ = load_model(home / "plain", lora=lora)
     split = split_model(model, PARTS, jnp.dtype("float32"))
     rng = np.random.default_rng(0)
     return split, {

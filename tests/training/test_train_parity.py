@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.paths import REFERENCE
 
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.data.batching import pad_rows
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing.sequences import build_row
@@ -84,7 +85,7 @@ LEFT_OVER = {"a": "instr", "b": "promptlist", "c": "textonly"}
 
 def loaded(model_dir):
     """(split with projection and LoRA trained, configuration)"""
-    model, config = weights.load_model(model_dir, "float32")
+    model, config = load_model(model_dir, "float32")
     parts = trained_parts(freeze_vit=True, freeze_qformer=True)
     return split_model(model, parts, jnp.dtype("float32")), config
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 import minigpt4_jax
 from minigpt4_jax import errors
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.cli import train as command
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.json_records import read_sources
@@ -170,7 +171,7 @@ def test_changed_weights_are_not_continued(home, tmp_path):
     model = tiny.write_model(tmp_path / "model")
     c = config(home, model=str(model), steps=2)
     train(c, tmp_path / "w")
-    weights.write_model(
+    write_model(
         model, tiny.config(), model_directory.Tensors(tiny.write_model(tmp_path / "m1", seed=1)).items(),
         overwrite=True,
     )  # fmt: skip

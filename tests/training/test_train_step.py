@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import tiny
 
-from minigpt4_jax.checkpoint.weights import abstract_model
+from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.training import optimizer
@@ -120,7 +120,7 @@ def test_weight_decay_is_for_matrices_alone_also_where_layers_are_stacked():
 
 
 def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
-    from minigpt4_jax.checkpoint.weights import parameter_shapes
+    from minigpt4_jax.checkpoint.parameters import parameter_shapes
 
     config = tiny.config()
     flat = nnx.to_flat_state(nnx.state(abstract_model(config)))

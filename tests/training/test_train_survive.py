@@ -12,7 +12,8 @@ from helpers import tiny
 from safetensors.numpy import load_file
 
 from minigpt4_jax import errors
-from minigpt4_jax.checkpoint import weights
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.training import trainer
@@ -155,7 +156,7 @@ def with_validation(home: Path) -> TrainConfig:
 
 def test_before_the_first_step(home, uninterrupted, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "load_model", terminating(weights.load_model))
+        patch.setattr("minigpt4_jax.training.setup.load_model", terminating(load_model))
         stopped(config(home), tmp_path / "w")
     assert capsys.readouterr().out == "stopped by SIGTERM before the first step: nothing is lost\n"
     train(config(home), tmp_path / "w")
@@ -254,7 +255,7 @@ def test_an_address_is_refused_and_makes_no_folder(home, tmp_path, monkeypatch, 
     rows = DataConfig(path=("gs://bucket/rows.jsonl",))
     assert "only local paths work" in refused(config(home, data=rows), tmp_path / "w")
     with pytest.raises(errors.UserError, match="only local paths and gs"):
-        weights.write_model(workdir, tiny.config(), ())
+        write_model(workdir, tiny.config(), ())
     assert not list(tmp_path.iterdir())
 
 

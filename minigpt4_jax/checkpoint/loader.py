@@ -1,0 +1,184 @@
+"""Reading a model directory to devices: each device gets its shard, tensor by tensor."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from minigpt4_jax.checkpoint.adapters import TensorsWithNewLora
+from minigpt4_jax.checkpoint.model_directory import ReadableTensors, Shape, Tensors, read_config
+from minigpt4_jax.checkpoint.parameters import (
+    ParameterPath,
+    abstract_model,
+    check_shapes,
+    is_stacked,
+    layer_names,
+    parameter_shapes,
+    part_of,
+)
+from minigpt4_jax.checkpoint.quantized_tensors import QuantizedTensors
+from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.parallel.sharding import (
+    devices_have_own_memory,
+    make_sharded_array,
+    make_sharded_array_in_chunks,
+    parameter_sharding,
+    replicated,
+    single_device_mesh,
+)
+from minigpt4_jax.quantization.layout import is_grouped, to_memory_layout
+from minigpt4_jax.quantization.schemes import GGUF
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Index = tuple[slice, ...]  # the shard of an array
+
+
+def load_model(
+    model_dir: Path | str,
+    dtype: str = "float32",
+    *,
+    stacked: bool = True,
+    trainable_parts: Collection[str] = (),
+    quantize: str | None = None,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[MiniGpt, ModelConfig]:
+    """Read a model directory into arrays on the devices of a mesh.
+
+    dtype: "float32" or "bfloat16". stacked: the language model's layers as arrays [L, ...] (training),
+    else as a list (generation). trainable_parts: parts that are float32 and replicated. quantize: "int8"
+    or "int4", for a directory that is not quantized already; each tensor is quantized as it is read.
+    lora: replaces the directory's own configuration and must have its shapes; a directory without LoRA
+    gets new adapters, initialized from the seed. mesh: the devices, with parameters split by the rules
+    of parallel/sharding.py; by default the first device. UserError: the directory is damaged or
+    incomplete, is quantized in another scheme, or a trainable part is quantized.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    config = _with_quantization(read_config(model_dir), quantize, model_dir)
+    config = dataclasses.replace(config, lora=lora or config.lora)
+    check_trainable(model_dir, config, trainable_parts)
+    tensors = open_tensors(model_dir, config, seed)
+    mesh = mesh or single_device_mesh()
+    graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
+    loaded = []
+    for path, leaf in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        trainable = part_of(name) in trainable_parts
+        leaf_dtype = parameter_dtype(path, jnp.dtype(jnp.float32 if trainable else DTYPES[dtype]))
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # levels of a quantized matrix
+            leaf_dtype = leaf.dtype
+        if trainable:
+            sharding = replicated(mesh)
+        else:
+            sharding = parameter_sharding(name, leaf.shape, leaf.dtype, config, mesh)
+        array = _load_parameter(tensors, path, leaf.shape, leaf_dtype, sharding)
+        loaded.append((path, leaf.replace(array)))
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded)), config
+
+
+def open_tensors(model_dir: Path | str, config: ModelConfig, seed: int = 0) -> ReadableTensors:
+    """The tensors of a model directory as `config` needs them; only names and shapes are read so far.
+
+    If `config` has LoRA and the directory does not, new adapters initialized from the seed are
+    included. UserError: files are damaged, or parameters are missing or have a wrong shape.
+    """
+    tensors: ReadableTensors = Tensors(model_dir)
+    if config.quantize not in (None, GGUF):
+        tensors = QuantizedTensors(tensors, config.quantize)
+    expected = parameter_shapes(config)
+    if config.lora is not None and read_config(model_dir).lora is None:
+        adapters = {name: s for name, s in expected.items() if part_of(name) == "lora"}
+        tensors = TensorsWithNewLora(tensors, adapters, seed)
+    check_shapes({name: tensors.shape(name) for name in tensors}, expected, model_dir)
+    return tensors
+
+
+def check_trainable(model_dir: Path | str, config: ModelConfig, parts: Collection[str]) -> None:
+    """UserError if one of the parts to be trained is quantized."""
+    if config.quantize is not None and (quantized := sorted({"vit", "llm"} & set(parts))):
+        raise UserError(
+            f"{model_dir} is quantized to {config.quantize}, so {quantized[0]} cannot be trained: "
+            "freeze it, or start from a model directory that is not quantized"
+        )
+
+
+def parameter_dtype(path: ParameterPath, dtype: jnp.dtype) -> jnp.dtype:
+    """The matrices of frozen parts have `dtype`; norms, biases, the projection and LoRA are float32."""
+    # The scale of a quantized matrix has the dtype that its products are computed in.
+    name = str(path[-1]).removesuffix("_scale").removesuffix("_offset")
+    is_matrix = name == "weight" or (*path[:-1], name) == ("llm", "embed")
+    return dtype if is_matrix and path[0] != "projection" else jnp.dtype(jnp.float32)
+
+
+def _with_quantization(
+    config: ModelConfig, quantize: str | None, model_dir: Path | str
+) -> ModelConfig:
+    """The configuration of the model in memory."""
+    if quantize is None or quantize == config.quantize:
+        return config
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"quantize {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}")
+    if config.quantize is not None:
+        raise UserError(
+            f"quantize {quantize!r}: {model_dir} is stored in {config.quantize}; omit the "
+            "option, or convert the model again"
+        )
+    return dataclasses.replace(config, quantize=quantize)
+
+
+def _load_parameter(
+    tensors: ReadableTensors,
+    path: ParameterPath,
+    shape: Shape,
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+) -> Any:
+    """One parameter of the model as an array on its devices."""
+    read = partial(_read_shard, tensors, path, shape, dtype)
+    if is_stacked(path) and devices_have_own_memory():
+        return make_sharded_array_in_chunks(shape, dtype, sharding, read)
+    return make_sharded_array(shape, sharding, read)
+
+
+def _read_shard(
+    tensors: ReadableTensors, path: ParameterPath, shape: Shape, dtype: jnp.dtype, index: Index
+) -> np.ndarray:
+    """The shard `index` of a parameter of this shape, on the host."""
+    names = layer_names(path, shape)
+    if not is_stacked(path):
+        return _read_layer(tensors, names[0][0], shape, index).astype(dtype, copy=False)
+    layers, index = names[index[0]], index[1:]
+    sizes = (len(range(n)[part]) for n, part in zip(shape[1:], index, strict=True))
+    out = _aligned_empty((len(layers), *sizes), np.dtype(dtype))
+    for i, (name, layer_shape) in enumerate(layers):
+        out[i] = _read_layer(tensors, name, layer_shape, index)
+    return out
+
+
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array at a 64-byte boundary: a CPU device can use its memory without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_layer(tensors: ReadableTensors, name: str, shape: Shape, index: Index) -> np.ndarray:
+    """The shard `index` of a parameter of one layer; shape: in memory layout."""
+    if not is_grouped(name, len(shape)):
+        return tensors.part(name, index)
+    groups, per_group = range(shape[0])[index[0]], math.prod(shape[1:-1])  # whole groups
+    columns = slice(groups.start * per_group, groups.stop * per_group)
+    stored = tensors.part(name, (index[-1], columns))
+    return to_memory_layout(name, stored, (len(groups), *shape[1:-1], len(stored)))
