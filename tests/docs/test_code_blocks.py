@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -265,7 +266,7 @@ def check_module(module: str, args: list[str]) -> None:
     path = ROOT / module.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     if module == "minigpt4_jax.train":
-        _, args = distributed.take_options(args)
+        _, args = distributed.parse_process_options(args)
         parse_config(args, data_only=True)
     elif module == "minigpt4_jax.chat":
         chat.parse(args)
@@ -303,7 +304,7 @@ def test_every_block_names_a_known_language() -> None:
 
 def test_the_comment_is_spelled_as_the_test_reads_it() -> None:
     for page in PAGES:
-        comments = re.findall(r"<!--.*?-->", page.read_text(), re.DOTALL)
+        comments = re.findall(r"^ *<!--", page.read_text(), re.MULTILINE)
         marked = [block for block in blocks(page) if block.not_run]
         assert len(comments) == len(marked), f"{page}: a comment that marks no block"
 
@@ -316,3 +317,15 @@ def test_links_of_the_readme_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert os.path.exists(ROOT / target), f"{page}: {target}"
+
+
+API_NAMES = [
+    name
+    for page in sorted((ROOT / "docs/reference/api").glob("*.md"))
+    for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("name", API_NAMES)
+def test_names_of_the_api_reference_exist(name: str) -> None:
+    assert pkgutil.resolve_name(name) is not None
