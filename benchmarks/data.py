@@ -20,9 +20,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD, ModelConfig, VisionConfig
-from minigpt4_jax.data.batching import example_row, pad_rows
+from minigpt4_jax.data.batching import pad_sequences, tokenize_example
+from minigpt4_jax.data.config import DataConfig
+from minigpt4_jax.data.dataset import ExampleList
 from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.data.loader import make_loader
+from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.models.minigpt import Batch, normalize_pixels
 from minigpt4_jax.processing import images
 from minigpt4_jax.processing.tokenizer import load_tokenizer
@@ -65,11 +68,11 @@ class Peer(Dataset):
         with Image.open(example.images[0]) as opened:
             small = opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous().div(255)
-        row = example_row(example, self.tokenizer, self.config)
+        row = tokenize_example(example, self.tokenizer, self.config)
         return pixels.sub_(MEAN).div_(STD), row
 
     def collate(self, rows):
-        return torch.stack([pixels for pixels, _ in rows]), pad_rows([r for _, r in rows], 0)
+        return torch.stack([pixels for pixels, _ in rows]), pad_sequences([r for _, r in rows], 0)
 
 
 def rate(count: int, run: Callable[[], object]) -> float:
@@ -112,7 +115,7 @@ def stages(paths, examples, tokenizer, config, size) -> None:
     def batch() -> None:
         for at in range(0, n, BATCH):
             np.stack(small[at : at + BATCH])
-            pad_rows(rows[at : at + BATCH], 0)
+            pad_sequences(rows[at : at + BATCH], 0)
 
     def normalize() -> None:
         for at in range(0, n, BATCH):
@@ -122,7 +125,7 @@ def stages(paths, examples, tokenizer, config, size) -> None:
         "read": lambda: [path.read_bytes() for path in paths],
         "read and decode": lambda: opened.extend(images.open_image(path) for path in paths),
         "resize": lambda: small.extend(images.resize(image, size) for image in opened),
-        "tokenize": lambda: rows.extend(example_row(e, tokenizer, config) for e in examples),
+        "tokenize": lambda: rows.extend(tokenize_example(e, tokenizer, config) for e in examples),
         "batch": batch,
         "normalize": normalize,
     }
@@ -139,9 +142,9 @@ def whole(examples, tokenizer, config, a) -> None:
         # what both must do, as it decides the pixels: open, decode, resize, in one process
         alone = rate(len(paths), lambda: [images.load_pixels(path, a.size) for path in paths])
         found["Pillow alone"].append(alone)
-        ours = make_loader(
-            examples, config, tokenizer, batch_size=BATCH, workers=a.workers, threads=1
-        )
+        component = MixtureComponent("", ExampleList("", examples))
+        data = DataConfig(workers=a.workers, threads=1, timeout=0.0, max_broken=0.0)
+        ours = make_loader([component], data, config, tokenizer, batch_size=BATCH)
         found["minigpt4_jax"].append(rate_of(iter(ours), count))
         ours.close()
         peer = Peer(examples, tokenizer, config)

@@ -17,7 +17,7 @@ import sizes
 from train_step import make_ours
 
 from minigpt4_jax.config import IMAGE, ModelConfig
-from minigpt4_jax.data.batching import Arrays, pad_rows
+from minigpt4_jax.data.batching import BatchArrays, pad_sequences
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing.sequences import TokenSequence
@@ -26,7 +26,7 @@ KINDS = {"captions": 0.0, "mixed": 0.2}  # share of long answers
 PROMPT = 12  # tokens of the template around an image
 
 
-def padded(config: ModelConfig, rows: int, long: float) -> Arrays:
+def padded(config: ModelConfig, rows: int, long: float) -> BatchArrays:
     """A batch as the loader makes it: rows padded to the longest, lengths drawn with a fixed seed."""
     rng = np.random.default_rng(0)
     made = []
@@ -42,7 +42,7 @@ def padded(config: ModelConfig, rows: int, long: float) -> Arrays:
         )
     edge = config.vision.image_size
     pixels = rng.standard_normal((rows, 1, edge, edge, 3), dtype=np.float32)
-    return Arrays(pixels, *pad_rows(made, 0))
+    return BatchArrays(pixels, *pad_sequences(made, 0))
 
 
 def main() -> None:

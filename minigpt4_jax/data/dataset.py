@@ -1,4 +1,4 @@
-"""What a dataset is to training: examples by number, some of them drawn anew each time."""
+"""A dataset as training sees it: examples by number."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -9,11 +9,11 @@ from minigpt4_jax.data.json_records import Example
 
 
 class Source(Protocol):
-    """A dataset opened for training.
+    """A dataset opened for training, with random access.
 
-    name: what logs and errors call it. dropped: rows of the files that are not among the examples,
-    counted by cause when the dataset was opened, such as {"no such image": 12}. left_out: the same of
-    rows that nothing is wrong with and that the dataset's own rule leaves out, such as another split.
+    name: its name in logs and errors. dropped: invalid rows of the files that are not among the
+    examples, counted by cause when the dataset was opened, such as {"without their image": 12}.
+    left_out: the same for valid rows that the dataset's definition excludes, such as another split.
     """
 
     @property
@@ -28,16 +28,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Example number `index` (0 <= index < len): a function of the index and of what rng draws
-        (a phrasing, one of a picture's captions, an answer), and of nothing else.
+        """Example number `index` (0 <= index < len): a function of the index and of what is drawn from
+        rng (a phrasing, one of an image's captions, one of several answers).
 
-        Questions come without prompt template; the first has `<Img><ImageHere></Img>` for each
-        image. No questions: the answer is a caption that stands alone."""
+        Questions have no prompt template; the first one has `<Img><ImageHere></Img>` for each image.
+        Without questions, the answer is a caption."""
         ...
 
 
 class ExampleList:
-    """A Source of examples that are the same every time, such as read_sources gives."""
+    """A Source of examples in memory, always the same, such as those of read_sources."""
 
     def __init__(self, name: str, examples: Sequence[Example]):
         self.name = name

@@ -1,11 +1,11 @@
-"""Which examples make batch number n: one dataset, or several mixed by ratio.
+"""Which examples are in batch number n: of one dataset, or of several mixed by ratio.
 
-Everything here is a function of the seed and of n, found without going through what came before, so
-that a run resumes anywhere and the number of processes changes nothing.
+Everything is a function of the seed and of n, computed without going through earlier batches. A run
+therefore resumes anywhere, and the number of processes changes nothing.
 
-Datasets take turns as cards are dealt: a pack holds each dataset's cards by its ratio, and every
-pack is shuffled anew. Over a pack the ratios hold exactly; within it the order is random. A turn is
-a whole batch (as the original draws one dataset a step) or one row.
+The mixture is stratified: a cycle holds a number of turns for each dataset by its ratio, and every cycle
+is shuffled anew. Over a cycle the ratios hold exactly; within it the order is random. A turn is a whole
+batch (the original also draws one dataset per step) or one row.
 """
 
 import math
@@ -18,8 +18,7 @@ import numpy as np
 
 from minigpt4_jax.data.dataset import Source
 
-MIXED_BY = ("step", "example")
-_MOST_CARDS = 10_000  # in a pack; ratios that need more are rounded to as many
+_MAX_CYCLE = 10_000  # turns; ratios that need more are rounded
 
 
 class MixtureComponent(NamedTuple):
@@ -27,103 +26,112 @@ class MixtureComponent(NamedTuple):
 
     name: str
     source: Source
-    ratio: float = 1.0  # of turns, beside the other parts' ratios
-    batch_size: int = 0  # of its own batches, 0: that of the mixture
-    tokens: int = 0  # instead: as many rows as together have so many, padding included
-    prompts: tuple[str, ...] = ()  # one is drawn for a batch, for examples without a question
+    ratio: float = 1.0  # share of the turns, relative to the other components' ratios
+    batch_size: int = 0  # rows in a batch of this dataset; 0: the run's batch size
+    tokens: int = 0  # alternative to batch_size: a budget of tokens, padding included
+    prompts: tuple[str, ...] = ()  # for examples without a question; one is drawn for each batch
 
 
-class Pick(NamedTuple):
-    """A place in a batch: the `turn`-th example (from 0) that part number `part` gives."""
+class ExampleRef(NamedTuple):
+    """One row of a batch: the `draw`-th example (from 0) drawn from a component."""
 
-    part: int
-    turn: int
+    component: int
+    draw: int
 
 
-def cards(ratios: Sequence[float]) -> np.ndarray:
-    """The part of each card of a pack: [cards] int, sorted. Whole ratios are kept exactly; others
-    to one card in 10,000, and every part has a card."""
+def mixture_cycle(ratios: Sequence[float]) -> np.ndarray:
+    """The component of each turn of a cycle: [turns] int, sorted.
+
+    Integer ratios are kept exactly if the cycle is not too long; others are rounded to one turn in
+    10,000, and every component has at least one turn.
+    """
     if all(float(r).is_integer() for r in ratios):
         counts = [int(r) for r in ratios]
         counts = [n // math.gcd(*counts) for n in counts]
-        if sum(counts) <= _MOST_CARDS:
+        if sum(counts) <= _MAX_CYCLE:
             return np.repeat(np.arange(len(counts)), counts)
     total = sum(ratios)
     return np.repeat(
-        np.arange(len(ratios)), [max(1, round(_MOST_CARDS * r / total)) for r in ratios]
+        np.arange(len(ratios)), [max(1, round(_MAX_CYCLE * r / total)) for r in ratios]
     )
 
 
 @dataclass(frozen=True)
 class MixtureSchedule:
-    """Whose turn it is."""
+    """Which component has which turn."""
 
-    pack: np.ndarray  # see `cards`
+    cycle: np.ndarray  # see mixture_cycle
     seed: int
 
-    def deal(self, turn: int) -> tuple[int, int]:
-        """-> (the part whose turn it is, how many turns that part had before)."""
-        number, place = divmod(turn, len(self.pack))
-        if self.pack[-1] == 0:
-            return 0, turn
-        dealt = np.random.default_rng([self.seed, number]).permutation(self.pack)
-        part = int(dealt[place])
-        each = int((self.pack == part).sum())
-        return part, number * each + int((dealt[:place] == part).sum())
+    def turn(self, number: int) -> tuple[int, int]:
+        """-> (the component of turn `number`, how many turns that component had before)."""
+        cycle_number, position = divmod(number, len(self.cycle))
+        if self.cycle[-1] == 0:  # a single component
+            return 0, number
+        shuffled = np.random.default_rng([self.seed, cycle_number]).permutation(self.cycle)
+        component = int(shuffled[position])
+        per_cycle = int((self.cycle == component).sum())
+        in_this_cycle = int((shuffled[:position] == component).sum())
+        return component, cycle_number * per_cycle + in_this_cycle
 
 
-class Order:
+class BatchOrder:
     """The examples of every batch.
 
-    sizes: rows of a batch of each part; by "example" they are all the same. epochs: how often a
-    single part is gone through, None: without end; keep_remainder: its last batch may be short.
+    steps: number of batches, None if endless.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],  # examples of each part
+        lengths: Sequence[int],  # examples of each component
         ratios: Sequence[float],
-        sizes: Sequence[int],
+        batch_sizes: Sequence[int],  # of each component; all the same with mix_by="example"
         *,
-        by: str = "step",
+        mix_by: str = "step",  # see DataConfig.mix_by
         seed: int = 0,
         shuffle: bool = True,
-        epochs: int | None = None,
-        keep_remainder: bool = False,
+        epochs: int | None = None,  # None: endless; only for a single component
+        keep_remainder: bool = False,  # the last batch of the last epoch may be short
     ):
-        self.sizes, self.by = tuple(sizes), by
-        self._deck = MixtureSchedule(cards(ratios), seed)
-        self._streams = [_stream(n, seed, part, shuffle) for part, n in enumerate(lengths)]
+        if epochs is not None and len(lengths) > 1:
+            raise ValueError(f"epochs={epochs}: a mixture is endless, expected None")
+        self.batch_sizes, self.mix_by = tuple(batch_sizes), mix_by
+        self._schedule = MixtureSchedule(mixture_cycle(ratios), seed)
+        self._indices = [_index_stream(n, seed, i, shuffle) for i, n in enumerate(lengths)]
         self._total = None if epochs is None else lengths[0] * epochs
         self.steps = None
         if self._total is not None:
-            whole, rest = divmod(self._total, sizes[0])
-            self.steps = whole + (rest > 0 and keep_remainder)
+            full, rest = divmod(self._total, batch_sizes[0])
+            self.steps = full + (rest > 0 and keep_remainder)
 
-    def batch(self, step: int) -> list[Pick]:
-        """The places of batch number `step`; fewer than its size in the last batch of the data."""
-        if self.by == "example":
-            first = step * self.sizes[0]
-            return [Pick(*self._deck.deal(turn)) for turn in range(first, first + self.sizes[0])]
-        part, before = self._deck.deal(step)
-        first, end = before * self.sizes[part], (before + 1) * self.sizes[part]
+    def examples(self, step: int) -> list[ExampleRef]:
+        """The rows of batch number `step`; fewer than its size in the last batch of the data."""
+        if self.mix_by == "example":
+            first = step * self.batch_sizes[0]
+            turns = range(first, first + self.batch_sizes[0])
+            return [ExampleRef(*self._schedule.turn(turn)) for turn in turns]
+        component, earlier_batches = self._schedule.turn(step)
+        size = self.batch_sizes[component]
+        first, end = earlier_batches * size, (earlier_batches + 1) * size
         if self._total is not None:
             end = min(end, self._total)
-        return [Pick(part, turn) for turn in range(first, end)]
+        return [ExampleRef(component, draw) for draw in range(first, end)]
 
-    def size(self, step: int) -> int:
-        """Rows of batch number `step`, with those that fill it up."""
-        return self.sizes[0 if self.by == "example" else self._deck.deal(step)[0]]
+    def batch_size(self, step: int) -> int:
+        """Rows of batch number `step`, including rows that pad a short last batch."""
+        component = 0 if self.mix_by == "example" else self._schedule.turn(step)[0]
+        return self.batch_sizes[component]
 
-    def index(self, pick: Pick) -> int:
-        """The example's number in its source."""
-        return int(self._streams[pick.part][pick.turn])
+    def source_index(self, ref: ExampleRef) -> int:
+        """The number of the example in its source."""
+        return int(self._indices[ref.component][ref.draw])
 
 
-def _stream(length: int, seed: int, part: int, shuffle: bool) -> grain.MapDataset:
-    """Numbers of examples without end, in another order each epoch."""
-    numbers = grain.MapDataset.range(length)
-    if shuffle:  # by a hash of the seed: Grain's second epoch is its first with the next seed
-        seed = int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
-        numbers = numbers.shuffle(seed=seed)
-    return numbers.repeat(None)
+def _index_stream(length: int, seed: int, component: int, shuffle: bool) -> grain.MapDataset:
+    """Endless indices of examples, in a new order each epoch."""
+    indices = grain.MapDataset.range(length)
+    if shuffle:
+        # A hash of the seed, because Grain shuffles epoch 2 of seed n like epoch 1 of seed n + 1.
+        seed = int(np.random.SeedSequence([seed, component]).generate_state(1)[0])
+        indices = indices.shuffle(seed=seed)
+    return indices.repeat(None)

@@ -1,10 +1,11 @@
 """Packing: several short examples in a row, kept apart by segment numbers.
 
-Captions fill a fraction of rows padded to the longest of a batch. Here the examples of a padded
-batch are laid one behind the other into rows of a fixed length; in each a token sees those of its
-own example alone and counts positions from that example's start, so losses and gradients are those
-of the padded batch. NumPy alone: it runs where batches are made, and is a function of the batch, so
-that order, resuming and the number of workers stay as they are.
+Captions fill only a fraction of rows that are padded to the longest one of a batch. Here the examples of
+a padded batch are concatenated into rows of a fixed length. A token attends only to its own example
+and counts positions from that example's start, so losses and gradients are those of the padded batch.
+
+Packing uses only NumPy and runs where batches are made. It is a function of the batch, so the order of
+the data, resuming and the number of workers are not affected.
 """
 
 from collections.abc import Sequence
@@ -13,38 +14,39 @@ from typing import NamedTuple
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batching import PADDING, Arrays, BatchLayout, Padding
+from minigpt4_jax.data.batching import PADDING, BatchArrays, BatchLayout, Padding
+from minigpt4_jax.utils.rounding import round_up
 
 
-class Packed(NamedTuple):
+class PackedArrays(NamedTuple):
     """The fields of models.minigpt.Batch, in its order; R rows hold the B examples of a batch."""
 
-    pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8, in their order; [M, 0, S, S, 3] without images
+    pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8; [M, 0, S, S, 3] without images
     tokens: np.ndarray  # [R, T] int32
     lengths: np.ndarray  # [R] int32; tokens of a row that are not padding
     label_positions: np.ndarray  # [R, A] int32
-    segments: np.ndarray  # [R, T] int32; the example in its row, padding is one of its own
+    segments: np.ndarray  # [R, T] int32; number of the example in its row; padding has its own
     positions: np.ndarray  # [R, T] int32; from the start of the example
-    visual: np.ndarray  # [R, T] int32; which of the B * I * P visual tokens goes into a slot
+    visual: np.ndarray  # [R, T] int32; index of an image slot among the B * I * P visual tokens
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of the examples of each row: the longest first, each into the first row of `width`
-    tokens that has room for it. One longer than that has a row to itself."""
+    """Assign examples to rows of `width` tokens: the longest first, each to the first row with enough
+    space. An example longer than that has a row to itself. -> the examples of each row."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each row
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((n for n, free in enumerate(room) if lengths[i] <= free), len(rows))
+        row = next((n for n, space in enumerate(free) if lengths[i] <= space), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(width)
+            free.append(width)
         rows[row].append(i)
-        room[row] -= lengths[i]
+        free[row] -= lengths[i]
     return rows
 
 
 def pack(
-    batch: Arrays,
+    batch: BatchArrays,
     width: int,
     visual_tokens: int,
     pad_id: int,
@@ -53,59 +55,76 @@ def pack(
     rows_multiple: int = 1,
     padding: Padding = PADDING,
     blocks: int = 1,
-    plan: BatchLayout | None = None,
-) -> Packed:
-    """A padded batch with its examples packed into rows of `width` tokens, or of the longest
-    example's where that is longer.
+    layout: BatchLayout | None = None,
+) -> PackedArrays:
+    """Pack the examples of a padded batch into rows of `width` tokens, or of the longest example's
+    length if that is more.
 
-    visual_tokens: P of an image. micro_batches: the examples of each are packed among themselves,
-    into as many rows as those of the others, a multiple of rows_multiple.
-    Of several processes each packs the examples that it has, into its own rows of the whole: blocks
-    is then into how many parts of equal size the whole batch is divided among them (each may hold
-    several), and plan says how long all of its examples are, so that all lay out rows of one shape.
+    visual_tokens: P, per image. micro_batches: the examples of each are packed among themselves, into
+    the same number of rows, a multiple of rows_multiple.
+    With several processes, each packs its own examples. blocks: the number of equal parts that the whole
+    batch is divided into (a process may have several). layout: the lengths of all examples, so that all
+    processes make rows of the same shape; None: the batch is complete.
     """
-    images = batch.pixels.shape[1]
-    plan = plan or _plan_of(batch)
-    examples, chunks = len(plan.lengths), micro_batches * blocks
-    lengths, labels = plan.lengths, plan.labels
-    width = max(width, -(-max(lengths) // padding.tokens) * padding.tokens)
-    layouts, share = [], examples // chunks
-    for first in range(0, examples, share):
-        rows = first_fit(lengths[first : first + share], width)
-        layouts.append([[first + i for i in row] for row in rows])
-    count = -(-max(map(len, layouts)) // rows_multiple) * rows_multiple
-    most = max(1, max(sum(labels[i] for i in row) for rows in layouts for row in rows))
-    here = {number: at for at, number in enumerate(plan.rows)}  # example -> its row in `batch`
-    mine = [rows + [[]] * (count - len(rows)) for rows in layouts if rows[0][0] in here]
-    layout = [row for rows in mine for row in rows]
-    # As many programs are compiled as there are shapes: a row's labels vary more than an example's.
+    layout = layout or _layout_of(batch)
+    width = max(width, round_up(max(layout.lengths), padding.tokens))
+    rows, max_labels, num_chunks = _assign_rows(
+        layout, width, micro_batches * blocks, rows_multiple
+    )
+    # Labels per row vary more than labels per example: larger steps limit the number of programs.
     step = max(padding.answers, width // 8 // padding.answers * padding.answers)
-    shape = (len(layout), width)
+    images = batch.pixels.shape[1]
+    examples_per_micro_batch = len(layout.lengths) // micro_batches
+    batch_index = {example: i for i, example in enumerate(layout.rows)}
+    shape = (len(rows), width)
     tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     positions, visual = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    answers = np.full((len(layout), -(-most // step) * step), -1, np.int32)
-    used = np.zeros(len(layout), np.int32)
-    for r, row in enumerate(layout):
-        at, labelled = 0, 0
-        for number, i in enumerate(row):
-            n, its = int(batch.lengths[here[i]]), batch.label_positions[here[i]]
-            its = its[its >= 0]
-            part = slice(at, at + n)
-            segments[r, part], positions[r, part] = number, np.arange(n)
-            tokens[r, part] = batch.tokens[here[i], :n]
-            slots = np.flatnonzero(tokens[r, part] == IMAGE)
-            first = i % (examples // micro_batches) * images * visual_tokens
-            visual[r, at + slots] = first + np.arange(len(slots))
-            answers[r, labelled : labelled + len(its)] = at + its
-            at, labelled = at + n, labelled + len(its)
-        segments[r, at:], positions[r, at:], used[r] = len(row), np.arange(width - at), at
-    stand = (len(plan.rows) * images, 1) if images else (len(mine), 0)
-    pixels = batch.pixels.reshape(*stand, *batch.pixels.shape[2:])
-    return Packed(pixels, tokens, used, answers, segments, positions, visual)
+    label_positions = np.full((len(rows), round_up(max_labels, step)), -1, np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    for r, examples in enumerate(rows):
+        start, num_labels = 0, 0
+        for segment, example in enumerate(examples):
+            i = batch_index[example]
+            n, labels = int(batch.lengths[i]), batch.label_positions[i]
+            labels = labels[labels >= 0]
+            span = slice(start, start + n)
+            segments[r, span], positions[r, span] = segment, np.arange(n)
+            tokens[r, span] = batch.tokens[i, :n]
+            slots = np.flatnonzero(tokens[r, span] == IMAGE)
+            first_visual = example % examples_per_micro_batch * images * visual_tokens
+            visual[r, start + slots] = first_visual + np.arange(len(slots))
+            label_positions[r, num_labels : num_labels + len(labels)] = start + labels
+            start, num_labels = start + n, num_labels + len(labels)
+        segments[r, start:], positions[r, start:] = len(examples), np.arange(width - start)
+        lengths[r] = start
+    pixels_shape = (len(layout.rows) * images, 1) if images else (num_chunks, 0)
+    pixels = batch.pixels.reshape(*pixels_shape, *batch.pixels.shape[2:])
+    return PackedArrays(pixels, tokens, lengths, label_positions, segments, positions, visual)
 
 
-def _plan_of(batch: Arrays) -> BatchLayout:
-    """Of a batch that is here as a whole."""
-    labels = tuple(int((answers >= 0).sum()) for answers in batch.label_positions)
+def _assign_rows(
+    layout: BatchLayout, width: int, num_chunks: int, rows_multiple: int
+) -> tuple[list[list[int]], int, int]:
+    """Pack each of num_chunks equal parts of the batch into the same number of rows.
+
+    -> (the examples of each row that this process makes, the most labels in any row of the batch, the
+    number of chunks that this process makes)
+    """
+    chunk = len(layout.lengths) // num_chunks
+    chunks = []
+    for first in range(0, len(layout.lengths), chunk):
+        rows = first_fit(layout.lengths[first : first + chunk], width)
+        chunks.append([[first + i for i in row] for row in rows])
+    num_rows = round_up(max(map(len, chunks)), rows_multiple)
+    max_labels = max(sum(layout.label_counts[i] for i in row) for rows in chunks for row in rows)
+    local = set(layout.rows)
+    local_chunks = [rows for rows in chunks if rows[0][0] in local]
+    local_rows = [row for rows in local_chunks for row in rows + [[]] * (num_rows - len(rows))]
+    return local_rows, max(1, max_labels), len(local_chunks)
+
+
+def _layout_of(batch: BatchArrays) -> BatchLayout:
+    """The layout of a batch that this process makes completely."""
+    label_counts = tuple(int((labels >= 0).sum()) for labels in batch.label_positions)
     lengths = tuple(int(n) for n in batch.lengths)
-    return BatchLayout(lengths, labels, tuple(range(len(lengths))))
+    return BatchLayout(lengths, label_counts, tuple(range(len(lengths))))

@@ -1,29 +1,36 @@
-"""The datasets of a run, opened as its configuration names them.
+"""Open the datasets that a configuration names.
 
-Where the package has a reader of the name, the name is enough; several of one kind say which by `reader`:
+A published dataset is known by its name; otherwise `reader` says how to read it:
 
     c.data.root = "/data"
-    c.data.mix.coco_vqa = ConfigDict(dict(ratio=15.0, batch_size=6, path="vqav2", images="coco/train2014"))
-    c.data.mix.mine = ConfigDict(dict(reader="files", ratio=2.0, batch_size=6, path="mine.jsonl"))
+    c.data.mix.coco_vqa = ConfigDict(dict(ratio=15.0, path="vqav2", images="coco/train2014"))
+    c.data.mix.mine = ConfigDict(dict(reader="files", ratio=2.0, path="mine.jsonl"))
 """
 
 import os
 from typing import TYPE_CHECKING
 
 from minigpt4_jax.data.config import DataConfig, DatasetConfig
+from minigpt4_jax.data.dataset import ExampleList, Source
+from minigpt4_jax.data.datasets import open_dataset
+from minigpt4_jax.data.json_records import read_sources
+from minigpt4_jax.data.tfds_source import TfdsSource
+from minigpt4_jax.data.webdataset import open_shards
 
-if TYPE_CHECKING:  # Grain is imported when a dataset is opened
-    from minigpt4_jax.data.dataset import Source
+if TYPE_CHECKING:  # imports Grain, which check-data does not need
     from minigpt4_jax.data.mixture import MixtureComponent
 
-SHARDS = ("webdataset", "cc_sbu", "laion")  # the last two clean their captions, as the original
+SHARD_READERS = ("webdataset", "cc_sbu", "laion")  # the last two clean captions, as the original
 
 
-def open_parts(data: DataConfig) -> "list[MixtureComponent]":
-    """The datasets of data.mix that have a ratio, opened. UserError: what is wrong with the first that
-    cannot be."""
+def open_components(data: DataConfig) -> "list[MixtureComponent]":
+    """Open data.path as one dataset, or the datasets of data.mix with a ratio above 0.
+    UserError: what is wrong with the first one that cannot be opened."""
     from minigpt4_jax.data.mixture import MixtureComponent
 
+    if not data.mix:
+        examples = read_sources(data.path, clean_captions=data.clean_captions)
+        return [MixtureComponent("", ExampleList("", examples), prompts=data.prompts)]
     return [
         MixtureComponent(
             name, open_source(name, d, data.root, data.max_broken), d.ratio, d.batch_size, d.tokens,
@@ -33,26 +40,21 @@ def open_parts(data: DataConfig) -> "list[MixtureComponent]":
     ]  # fmt: skip
 
 
-def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float = 0.0) -> "Source":
-    """One dataset; relative paths begin at root. max_broken: the share of shards that may be."""
-    paths = tuple(os.path.join(root, os.path.expanduser(p)) for p in d.path)
+def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float = 0.0) -> Source:
+    """Open one dataset. root: folder of relative paths. max_broken: the share of a dataset's shards that
+    may be missing or damaged. UserError: what is wrong with it."""
+    paths = tuple(_join(root, path) for path in d.path)
     reader = d.reader or name
     if reader == "files":
-        from minigpt4_jax.data.dataset import ExampleList
-        from minigpt4_jax.data.json_records import read_sources
-
         return ExampleList(name, read_sources(paths, clean_captions=d.clean_captions))
-    if reader in SHARDS:
-        from minigpt4_jax.data.webdataset import open_shards
-
+    if reader in SHARD_READERS:
         clean = d.clean_captions or reader != "webdataset"
         return open_shards(name, paths, clean_captions=clean, max_broken=max_broken)
     if reader == "tfds":
-        from minigpt4_jax.data.tfds_source import TfdsSource
+        data_dir = paths[0] if paths else None
+        return TfdsSource(name, d.dataset, d.split, data_dir, d.clean_captions)
+    return open_dataset(reader, paths, _join(root, d.images) if d.images else None)
 
-        folder = paths[0] if paths else None
-        return TfdsSource(name, d.dataset, d.split, folder, d.clean_captions)
-    from minigpt4_jax.data.datasets import open_dataset
 
-    images = os.path.join(root, os.path.expanduser(d.images)) if d.images else None
-    return open_dataset(reader, paths, images)
+def _join(root: str, path: str) -> str:
+    return os.path.join(root, os.path.expanduser(path))

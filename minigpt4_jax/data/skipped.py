@@ -1,4 +1,4 @@
-"""Rows that cannot be read: what a batch says of them, and how many a run puts up with."""
+"""Rows that cannot be read: how they are reported, and how many a run tolerates."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,48 +6,52 @@ from typing import Any, NamedTuple
 
 from minigpt4_jax.errors import DataError, UserError
 
-_JUDGED_FROM = 1000  # rows: before so many were read, as many may be broken as of so many
+_MIN_ROWS = 1000  # the tolerated share is applied to at least this many rows
 
 
-class Broken(NamedTuple):
-    """A row that another took the place of."""
+class SkippedRow(NamedTuple):
+    """A row that could not be read and was replaced by another."""
 
     dataset: str
-    cause: str  # in a few words, the same for all rows with this fault
+    cause: str  # a few words, the same for all rows with this fault
     message: str  # which file, and what is wrong with it
 
 
-def broken(dataset: str, error: UserError) -> Broken:
-    """What an error says of a row of a dataset."""
+def skipped_row(dataset: str, error: UserError) -> SkippedRow:
+    """The row of a dataset whose reading raised this error."""
     cause = error.cause if isinstance(error, DataError) else "row that is wrong"
-    return Broken(dataset, cause, str(error))
+    return SkippedRow(dataset, cause, str(error))
 
 
 class SkipCounter:
-    """Counts rows, and those left out by cause. share: of the rows, how many may be broken; 0: the
-    first is an error. examples: how many there are; of a few, one is more than a small share."""
+    """Counts rows, and skipped rows by cause.
 
-    def __init__(self, share: float, examples: int = _JUDGED_FROM):
-        self.share, self._least = share, min(examples, _JUDGED_FROM)
+    max_share: the share of rows that may be skipped; 0: the first one is an error.
+    num_examples: size of the data; the share is applied to at least this many rows, up to 1000.
+    """
+
+    def __init__(self, max_share: float, num_examples: int = _MIN_ROWS):
+        self.max_share, self._min_rows = max_share, min(num_examples, _MIN_ROWS)
         self.rows = 0
         self.causes: Counter[str] = Counter()
-        self._last = ""
+        self._last_message = ""
 
     @property
     def skipped(self) -> int:
         return self.causes.total()
 
-    def add(self, rows: int, found: Iterable[Broken]) -> None:
-        """Count a batch. UserError: more rows are broken than may be."""
+    def add(self, rows: int, skipped: Iterable[SkippedRow]) -> None:
+        """Count a batch. UserError: more rows than allowed have been skipped."""
         self.rows += rows
-        for one in found:
-            self.causes[one.cause] += 1
-            self._last = f"{one.dataset}: {one.message}" if one.dataset else one.message
-            if self.share == 0:
-                raise UserError(self._last)
-        if self.share < 1 and self.skipped > self.share * max(self.rows, self._least):
+        for row in skipped:
+            self.causes[row.cause] += 1
+            self._last_message = f"{row.dataset}: {row.message}" if row.dataset else row.message
+            if self.max_share == 0:
+                raise UserError(self._last_message)
+        allowed = self.max_share * max(self.rows, self._min_rows)
+        if self.max_share < 1 and self.skipped > allowed:
             raise UserError(
-                f"more rows are broken than config.data.max_broken = {self.share:g} of them: repair "
+                f"more rows are broken than config.data.max_broken = {self.max_share:g} of all: repair "
                 "the data (`python -m minigpt4_jax.data check CONFIG` counts what is missing), or "
                 f"raise that share; {self}"
             )
@@ -55,28 +59,29 @@ class SkipCounter:
     def __str__(self) -> str:
         causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
         return (
-            f"data: {self.skipped} of {self.rows} rows left out ({causes}); the last: {self._last}"
+            f"data: {self.skipped} of {self.rows} rows skipped ({causes}); "
+            f"the last: {self._last_message}"
         )
 
     def state(self) -> dict[str, Any]:
-        """JSON values; `restore` takes them."""
+        """JSON values for `restore`."""
         return {"rows": self.rows, "skipped": dict(self.causes)}
 
     def report(self) -> dict[str, Any]:
         """JSON values for `total`."""
-        return {**self.state(), "last": self._last}
+        return {**self.state(), "last": self._last_message}
 
     @classmethod
     def total(cls, reports: Iterable[dict[str, Any]]) -> "SkipCounter":
-        """What several processes counted, each its own rows."""
-        all_of_them = cls(1.0)
+        """The sum over several processes, each of which counts its own rows."""
+        total = cls(1.0)
         for report in reports:
-            all_of_them.rows += report["rows"]
-            all_of_them.causes += Counter(report["skipped"])
-            all_of_them._last = report["last"] or all_of_them._last
-        return all_of_them
+            total.rows += report["rows"]
+            total.causes += Counter(report["skipped"])
+            total._last_message = report["last"] or total._last_message
+        return total
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rows = int(state.get("rows", 0))
         self.causes = Counter(state.get("skipped", {}))
-        self._last = ""
+        self._last_message = ""

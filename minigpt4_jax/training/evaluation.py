@@ -1,5 +1,6 @@
 """Looking at a run from outside: the loss on held-out rows, captions of a few held-out images."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batching import Padding
+from minigpt4_jax.data.dataset import ExampleList
 from minigpt4_jax.data.json_records import Example, read_sources
 from minigpt4_jax.data.loader import make_loader
+from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import mesh_of, shard_batch
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template, with_images
@@ -50,19 +52,22 @@ class Validation:
         """Mean negative log-likelihood of a labelled token over the first `eval_examples` rows.
         None when `stop` becomes true meanwhile."""
         c, mesh = self._c, mesh_of(self._split.frozen)
+        data = dataclasses.replace(
+            c.data, mix={}, mix_by="step", shuffle=False, crop=False, workers=0, max_broken=0.0
+        )
+        examples = ExampleList("", self._examples[: c.eval_examples])
         loader = make_loader(
-            self._examples[: c.eval_examples], self._config, self._tokenizer,
-            batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed, prompts=c.data.prompts,
-            shuffle=False, epochs=1, keep_remainder=True, threads=c.data.threads,
-            padding=Padding(c.data.pad_tokens, c.data.pad_answers), timeout=c.data.timeout,
-            share=partial(share_of, mesh) if mesh is not None and is_multiprocess() else None,
+            [MixtureComponent("", examples, prompts=data.prompts)], data, self._config,
+            self._tokenizer, batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed,
+            epochs=1, keep_remainder=True,
+            shard=partial(share_of, mesh) if mesh is not None and is_multiprocess() else None,
         )  # fmt: skip
         sums: list[tuple[jax.Array, jax.Array]] = []
         for batch in loader:
             jax.block_until_ready(sums[-1:])  # else a stop would wait for all that is dispatched
             if stop():
                 break
-            rows = shard_batch(batch, mesh, (loader.size, loader.here))
+            rows = shard_batch(batch, mesh, (loader.num_rows, loader.num_local_rows))
             sums.append(self._evaluate(trainable, self._split.frozen, rows))
         loader.close()
         if stop():

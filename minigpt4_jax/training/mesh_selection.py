@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batching import Share
+from minigpt4_jax.data.batching import ProcessShard
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.sharding import batch_sharding, describe_mesh, make_mesh, parse_mesh
 from minigpt4_jax.training.config import TrainConfig
@@ -86,11 +86,11 @@ def _text_of(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}:{n}" for axis, n in sizes.items() if n > 1) or "data:1"
 
 
-def share_of(mesh: Mesh, rows: int) -> Share:
+def share_of(mesh: Mesh, rows: int) -> ProcessShard:
     """The rows of a batch of so many that the devices of this process hold."""
     holders, me = _holders(mesh, rows), jax.process_index()
     mine = tuple(row for row in range(rows) if me in holders[row])
-    return Share(mine, frozenset(row for row in mine if min(holders[row]) == me))
+    return ProcessShard(mine, frozenset(row for row in mine if min(holders[row]) == me))
 
 
 def blocks_of(mesh: Mesh) -> int:

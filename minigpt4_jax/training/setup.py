@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 
 from minigpt4_jax.checkpoint.loader import DTYPES, load_model
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batching import Padding, Share
-from minigpt4_jax.data.json_records import read_sources
+from minigpt4_jax.data.batching import Padding, ProcessShard
 from minigpt4_jax.data.loader import Loader, make_loader
-from minigpt4_jax.data.packing import Packed, pack
-from minigpt4_jax.data.readers import open_parts
+from minigpt4_jax.data.packing import PackedArrays, pack
+from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import replicated
@@ -28,22 +27,20 @@ from minigpt4_jax.training.train_step import Split, Step, Trainable, make_step, 
 def open_loader(c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> Loader:
     """The batches of a run: of each the rows that this process's devices take. UserError: what is
     wrong with the data."""
-    d = c.data
+    components = open_components(c.data)
+    packing = _packing(c, config, tokenizer, mesh)
+    shard = _shard(c, mesh) if is_multiprocess() else None
     return make_loader(
-        open_parts(d) if d.mix else read_sources(d.path, clean_captions=d.clean_captions),
-        config, tokenizer,
-        batch_size=c.batch_size, seed=c.seed, prompts=d.prompts, shuffle=d.shuffle, crop=d.crop,
-        padding=Padding(d.pad_tokens, d.pad_answers), workers=d.workers, threads=d.threads,
-        timeout=d.timeout, mix_by=d.mix_by, max_broken=d.max_broken, multiple=c.accumulate,
-        pack=_packing(c, config, tokenizer, mesh), share=_share(c, mesh) if is_multiprocess() else None,
+        components, c.data, config, tokenizer, batch_size=c.batch_size, seed=c.seed,
+        multiple=c.accumulate, shard=shard, pack=packing,
     )  # fmt: skip
 
 
-def _share(c: TrainConfig, mesh: Mesh) -> Callable[[int], Share]:
+def _shard(c: TrainConfig, mesh: Mesh) -> Callable[[int], ProcessShard]:
     """Which rows of a batch this process makes."""
     multiple = c.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def share(rows: int) -> Share:
+    def shard(rows: int) -> ProcessShard:
         if c.data.pack_tokens and rows % multiple:
             raise UserError(
                 f"config.data.pack_tokens: batches of {rows} rows do not divide among the devices of "
@@ -51,12 +48,12 @@ def _share(c: TrainConfig, mesh: Mesh) -> Callable[[int], Share]:
             )
         return share_of(mesh, rows)
 
-    return share
+    return shard
 
 
 def _packing(
     c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
-) -> Callable[..., Packed] | None:
+) -> Callable[..., PackedArrays] | None:
     d = c.data
     if d.pack_tokens == 0:
         return None

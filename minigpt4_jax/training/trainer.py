@@ -256,13 +256,15 @@ class _Loop:
             ) from e
 
     def _dispatch(self) -> None:
-        batch = shard_batch(self._next_batch(), self.mesh, (self.loader.size, self.loader.here))
+        batch = shard_batch(
+            self._next_batch(), self.mesh, (self.loader.num_rows, self.loader.num_local_rows)
+        )
         rate = np.float32(self.rate(self.step))
         self.trainable, self.opt_state, metrics = self.update(
             self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
         )
         self.step += 1
-        tally = self.loader.tally
+        tally = self.loader.skip_counter
         sums = self.sums(bool(self.stop), tally.rows, tally.skipped)
         self.pending.append(_Dispatched(self.step, metrics, sums))
 
@@ -349,8 +351,8 @@ class _Loop:
     def _tally(self) -> SkipCounter:
         """Of the rows of all processes; waits for these."""
         if not is_multiprocess():
-            return self.loader.tally
-        return SkipCounter.total(all_gather_json(self.loader.tally.report()))
+            return self.loader.skip_counter
+        return SkipCounter.total(all_gather_json(self.loader.skip_counter.report()))
 
     def _is_told(self) -> bool:
         """Whether the run is to stop: of several processes, whether one of them is told; then all

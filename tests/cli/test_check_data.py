@@ -1,4 +1,4 @@
-"""`python -m minigpt4_jax.data check`: counts, faults and the sheet."""
+"""`python -m minigpt4_jax.data check`: counts, invalid rows and the contact sheet."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def config(folder, data):
     return str(path)
 
 
-def test_a_mixture(tmp_path, photos, capsys):
+def test_mixture(tmp_path, photos, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<html>")
     good = write_rows(tmp_path, photos)
@@ -56,7 +56,7 @@ def test_a_mixture(tmp_path, photos, capsys):
     assert main([*args, "--config.data.mix.bad.ratio=0", "--config.data.mix.cc_sbu.ratio=0"]) == 0
 
 
-def test_plain_files_and_boxes_on_the_sheet(tmp_path, photos, capsys):
+def test_plain_files_and_boxes_on_the_contact_sheet(tmp_path, photos, capsys):
     path, sheet = write_rows(tmp_path, photos), tmp_path / "sheet.png"
     assert main(["check", "finetune", f"--config.data.path={path}", f"--sheet={sheet}"]) == 0
     assert str(path) in capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_plain_files_and_boxes_on_the_sheet(tmp_path, photos, capsys):
     assert colors - without
 
 
-def test_rows_that_are_not_used_are_counted_by_cause(tmp_path, capsys):
+def test_unused_rows_are_counted_by_cause(tmp_path, capsys):
     disk = Disk(tmp_path)
     write_everything(disk, 6)
     (tmp_path / "coco/images/COCO_train2014_000000000009.jpg").unlink()
@@ -90,7 +90,7 @@ def test_rows_that_are_not_used_are_counted_by_cause(tmp_path, capsys):
         ["refcoco", "2", "2", "50.0%", "2", "0"],
         ["1", "without", "their", "image"],
         ["1", "without", "words"],
-        ["2", "of", "another", "split,", "as", "is", "its", "rule"],
+        ["2", "of", "another", "split,", "by", "definition"],
     ]
     assert Image.open(sheet).width > 500
 
@@ -105,6 +105,6 @@ def test_rows_that_are_not_used_are_counted_by_cause(tmp_path, capsys):
         (["check", "stage2", "--samples=-1"], "must be 0 or more"),
     ],
 )
-def test_refused(args, message):
+def test_invalid_arguments(args, message):
     with pytest.raises(UserError, match=message):
         main(args)

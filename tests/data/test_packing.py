@@ -1,19 +1,19 @@
-"""Packed rows hold every example of the padded batch, whole, once, and told apart."""
+"""Packed rows hold every example of the padded batch once, in one piece, in its own segment."""
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batching import Arrays, BatchLayout, Padding
-from minigpt4_jax.data.packing import Packed, first_fit, pack
+from minigpt4_jax.data.batching import BatchArrays, BatchLayout, Padding
+from minigpt4_jax.data.packing import PackedArrays, first_fit, pack
 
 P, PAD = 2, 999
 PADDING = Padding(4, 2)
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), width=st.integers(1, 40))
-def test_first_fit_leaves_none_out_and_opens_no_row_without_need(lengths, width):
+def test_first_fit_assigns_every_example_and_opens_no_needless_row(lengths, width):
     rows = first_fit(lengths, width)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     sums = [sum(lengths[i] for i in row) for row in rows]
@@ -25,32 +25,35 @@ def test_first_fit_leaves_none_out_and_opens_no_row_without_need(lengths, width)
 
 
 def padded(seed, examples, images):
-    """A batch of random rows: 0 to `images` images of P tokens at the front, then text and answer."""
+    """A batch of random rows: 0 to `images` images of P tokens, then question and answer."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(examples):
-        shown, asked, told = rng.integers(0, images + 1), rng.integers(1, 6), rng.integers(0, 5)
-        slots = int(shown) * P - int(rng.integers(0, 2) and shown > 0)  # a cut prompt loses some
-        rows.append(([IMAGE] * slots + rng.integers(3, 90, asked + told).tolist(), slots + asked))
+        num_images, question = rng.integers(0, images + 1), rng.integers(1, 6)
+        answer = rng.integers(0, 5)
+        slots = int(num_images) * P
+        slots -= int(rng.integers(0, 2) and num_images > 0)  # a truncated prompt
+        tokens = [IMAGE] * slots + rng.integers(3, 90, question + answer).tolist()
+        rows.append((tokens, slots + question))
     width = max(len(tokens) for tokens, _ in rows) + 3
     tokens = np.full((examples, width), PAD, np.int32)
-    answers = np.full((examples, 6), -1, np.int32)
+    labels = np.full((examples, 6), -1, np.int32)
     for n, (row, first) in enumerate(rows):
         tokens[n, : len(row)] = row
-        answers[n, : len(row) - first] = np.arange(first, len(row))
+        labels[n, : len(row) - first] = np.arange(first, len(row))
     lengths = np.array([len(row) for row, _ in rows], np.int32)
     pixels = rng.normal(size=(examples, images, 1, 1, 3)).astype(np.float32)
-    return Arrays(pixels, tokens, lengths, answers)
+    return BatchArrays(pixels, tokens, lengths, labels)
 
 
-def found(batch, packed, row, segment, first):
-    """(tokens, positions of labels, visual tokens) of a segment; visual tokens as (image, n)."""
-    here = np.flatnonzero(packed.segments[row] == segment)
-    assert np.array_equal(here, np.arange(here[0], here[0] + len(here)))  # in one piece
-    assert packed.positions[row, here].tolist() == list(range(len(here)))
-    tokens = packed.tokens[row, here]
-    labels = [a - here[0] for a in packed.label_positions[row] if a in here and a >= 0]
-    visual = packed.visual[row, here][tokens == IMAGE]
+def segment_of(packed, row, segment, first):
+    """-> (tokens, positions of labels, indices of visual tokens) of a segment."""
+    span = np.flatnonzero(packed.segments[row] == segment)
+    assert np.array_equal(span, np.arange(span[0], span[0] + len(span)))  # in one piece
+    assert packed.positions[row, span].tolist() == list(range(len(span)))
+    tokens = packed.tokens[row, span]
+    labels = [a - span[0] for a in packed.label_positions[row] if a in span and a >= 0]
+    visual = packed.visual[row, span][tokens == IMAGE]
     return tuple(tokens.tolist()), tuple(labels), tuple(first * P + visual)
 
 
@@ -60,7 +63,7 @@ def found(batch, packed, row, segment, first):
     width=st.integers(1, 60), micro=st.sampled_from([1, 2]), multiple=st.integers(1, 3),
     blocks=st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_every_example_is_there_with_its_labels_and_visual_tokens(
+def test_every_example_keeps_its_labels_and_visual_tokens(
     seed, examples, images, width, micro, multiple, blocks
 ):
     batch = padded(seed, examples, images)
@@ -78,42 +81,44 @@ def test_every_example_is_there_with_its_labels_and_visual_tokens(
     rows, share = len(packed.tokens) // micro, examples // micro
     assert rows % (multiple * blocks) == 0 and rows * micro == len(packed.tokens)
     for m in range(micro):
-        seen = []
+        packed_examples = []
         for row in range(m * rows, (m + 1) * rows):
-            count = packed.segments[row].max()  # the last segment is padding, where there is any
+            count = packed.segments[row].max()  # the last segment is padding, if there is any
             used = packed.lengths[row]
             assert (packed.tokens[row, used:] == PAD).all()
             full = used == packed.tokens.shape[1]
             for segment in range(count + full):
-                seen.append(found(batch, packed, row, segment, m * share * images))
-        wanted = []
+                packed_examples.append(segment_of(packed, row, segment, m * share * images))
+        expected = []
         for i in range(m * share, (m + 1) * share):
             tokens = batch.tokens[i, : batch.lengths[i]]
             labels = tuple(a for a in batch.label_positions[i].tolist() if a >= 0)
             first = i * images * P
             slots = tuple(range(first, first + int((tokens == IMAGE).sum())))
-            wanted.append((tuple(tokens.tolist()), labels, slots))
-        assert sorted(seen) == sorted(wanted)
+            expected.append((tuple(tokens.tolist()), labels, slots))
+        assert sorted(packed_examples) == sorted(expected)
     labels = (packed.label_positions >= 0).sum()
     assert labels == (batch.label_positions >= 0).sum()
 
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 99), micro=st.sampled_from([1, 2]), processes=st.sampled_from([2, 4]))
-def test_processes_make_the_parts_of_one_batch(seed, micro, processes):
-    """Each from its own examples, of which some may be shorter than was planned."""
+def test_processes_pack_the_parts_of_one_batch(seed, micro, processes):
+    """Each packs its own examples; some may be shorter than the layout says."""
     batch = padded(seed, 8, 2)
     lengths = tuple(int(n) for n in batch.lengths)
     labels = tuple(int((a >= 0).sum()) for a in batch.label_positions)
-    batch.label_positions[1] = -1  # a row whose image could not be opened
+    batch.label_positions[1] = -1  # its image could not be opened
     options = {"micro_batches": micro, "rows_multiple": 2, "padding": PADDING, "blocks": processes}
-    whole = pack(batch, 24, P, PAD, plan=BatchLayout(lengths, labels, tuple(range(8))), **options)
+    complete = pack(
+        batch, 24, P, PAD, layout=BatchLayout(lengths, labels, tuple(range(8))), **options
+    )
     each = 8 // processes
     parts = []
     for n in range(processes):
         rows = tuple(range(n * each, (n + 1) * each))
-        mine = Arrays(*(a[list(rows)] for a in batch))
-        parts.append(pack(mine, 24, P, PAD, plan=BatchLayout(lengths, labels, rows), **options))
-    for field in Packed._fields:
+        own = BatchArrays(*(a[list(rows)] for a in batch))
+        parts.append(pack(own, 24, P, PAD, layout=BatchLayout(lengths, labels, rows), **options))
+    for field in PackedArrays._fields:
         together = np.concatenate([getattr(part, field) for part in parts])
-        np.testing.assert_array_equal(together, getattr(whole, field), err_msg=field)
+        np.testing.assert_array_equal(together, getattr(complete, field), err_msg=field)

@@ -1,5 +1,5 @@
-"""The v2 configurations: the published ratios, rates and batch sizes, and datasets found below one folder as
-the original's instructions lay them out."""
+"""The configurations of MiniGPT-v2: published ratios, learning rates and batch sizes; datasets below one
+folder, laid out as in the original's instructions."""
 
 import os
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.published_layouts import Disk, write_everything
 
-from minigpt4_jax.data.readers import open_parts
+from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.training.config_cli import parse as parse_config
 
 pytestmark = pytest.mark.smoke
@@ -17,7 +17,7 @@ TASKS = {
     "refcocog": (25, 6), "invrefcoco": (10, 6), "invrefcocop": (10, 6), "invrefcocog": (10, 6),
     "refvg": (40, 6),
 }  # fmt: skip
-TALK = {
+INSTRUCTIONS = {
     "flickr_grounded_caption": (80, 2), "flickr_CaptionToPhrase": (80, 2),
     "flickr_ObjectToPhrase": (80, 2), "llava_detail": (20, 4), "llava_reason": (80, 4),
     "llava_conversation": (30, 2), "multitask_conversation": (50, 2),
@@ -33,7 +33,7 @@ def parse(name, *args):
 
 def test_the_released_mixture():
     c = parse("v2_finetune")
-    assert {n: (d.ratio, d.batch_size) for n, d in c.data.mix.items()} == TASKS | TALK
+    assert {n: (d.ratio, d.batch_size) for n, d in c.data.mix.items()} == TASKS | INSTRUCTIONS
     assert (c.init_lr, c.min_lr, c.warmup_lr, c.warmup_steps) == (1e-5, 1e-6, 1e-6, 1000)
     assert (c.steps, c.weight_decay, c.end_symbol, c.max_text_length) == (
         50_000,
@@ -49,7 +49,7 @@ def test_the_released_mixture():
     [
         (1, 400_000, 96, 1e-4, WEB | TASKS),
         (2, 50_000, 64, 1e-5, TASKS),
-        (3, 35_000, 24, 1e-5, TASKS | TALK),
+        (3, 35_000, 24, 1e-5, TASKS | INSTRUCTIONS),
     ],
 )
 def test_the_stages_of_the_paper(stage, steps, batch, lr, mix):
@@ -64,10 +64,12 @@ def test_every_dataset_is_found_below_the_root(tmp_path, name):
     write_everything(Disk(tmp_path))
     without = [f"--config.data.mix.{web}.ratio=0" for web in WEB] if name == "v2_stage1" else []
     c = parse(name, f"--config.data.root={tmp_path}", *without)
-    parts = open_parts(c.data)
-    assert {part.name for part in parts} == {n for n, d in c.data.mix.items() if d.ratio > 0}
-    for part in parts:
-        example = part.source.example(0, np.random.default_rng(0))
+    components = open_components(c.data)
+    assert {component.name for component in components} == {
+        n for n, d in c.data.mix.items() if d.ratio > 0
+    }
+    for component in components:
+        example = component.source.example(0, np.random.default_rng(0))
         assert all(os.path.isfile(image) for image in example.images)
-        assert part.source.dropped == {}
-        assert len(example.images) == (part.name != "unnatural_instruction")
+        assert component.source.dropped == {}
+        assert len(example.images) == (component.name != "unnatural_instruction")

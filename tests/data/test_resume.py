@@ -1,5 +1,5 @@
-"""A run stopped at any step and resumed sees the same batches: every source, on a miniature of its files,
-and a mixture of them all; in other processes and on another number of hosts."""
+"""A run resumed at any step sees the same batches: every source, on a miniature of its files, and a mixture
+of all; with worker processes and with another number of processes."""
 
 import io
 import json
@@ -12,12 +12,12 @@ from PIL import Image
 
 from minigpt4_jax.data.config import DataConfig, DatasetConfig
 from minigpt4_jax.data.datasets import DATASETS
-from minigpt4_jax.data.readers import open_parts
+from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.processing.chat_templates import STAGE2_PROMPTS
 from minigpt4_jax.training.config_cli import read_config_file
 
-ROWS = 5  # of a dataset
-OWN = {
+ROWS = 5  # per dataset
+OTHER_DATASETS = {
     "cc_sbu_align": DatasetConfig(path=("cc_sbu_align",), prompts=STAGE2_PROMPTS),
     "laion": DatasetConfig(path=("web/{0..1}.tar",)),
     "cc_sbu": DatasetConfig(path=("web/*.tar",)),
@@ -25,7 +25,7 @@ OWN = {
     "files": DatasetConfig(reader="files", path=("mine.jsonl",)),
     "stage2": DatasetConfig(reader="files", path=("cc_sbu_align",), prompts=STAGE2_PROMPTS),
 }
-NAMES = sorted({*DATASETS, *OWN})
+NAMES = sorted({*DATASETS, *OTHER_DATASETS})
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +50,37 @@ def png(n):
 
 
 def mixture(root, *names, mix_by="step"):
-    """The parts of a training run, opened; batch sizes as the mixture allows."""
+    """The opened datasets of a training run."""
     published = read_config_file("v2_stage3")["data"]["mix"]
-    every = {n: DatasetConfig(**{**d, "path": (d["path"],)}) for n, d in published.items()} | OWN
-    return open_parts(DataConfig(root=str(root), mix_by=mix_by, mix={n: every[n] for n in names}))
+    datasets = {n: DatasetConfig(**{**d, "path": (d["path"],)}) for n, d in published.items()}
+    mix = {name: (datasets | OTHER_DATASETS)[name] for name in names}
+    return open_components(DataConfig(root=str(root), mix_by=mix_by, mix=mix))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_source_resumes_at_any_step(root, name):
-    made, states = uninterrupted(loader(mixture(root, name)), 6)
-    assert len({batch.tokens.tobytes() for batch in made}) > 3  # what is compared tells rows apart
+    batches, states = uninterrupted(loader(mixture(root, name)), 6)
+    assert (
+        len({batch.tokens.tobytes() for batch in batches}) > 3
+    )  # the comparison distinguishes rows
     for stop, state in enumerate(states):
-        check_resumed(state, made[stop:], loader(mixture(root, name)))
-    hosts = [loader(mixture(root, name), share=partial(half, n)) for n in (0, 1)]
-    check_resumed(states[2], made[2:], *hosts)
-    hosts = [loader(mixture(root, name), share=partial(half, n)) for n in (0, 1)]
-    _, of_hosts = uninterrupted(hosts[0], 5)
-    check_resumed(of_hosts[4], made[4:], loader(mixture(root, name)))
+        check_resumed(state, batches[stop:], loader(mixture(root, name)))
+    processes = [loader(mixture(root, name), shard=partial(half, n)) for n in (0, 1)]
+    check_resumed(states[2], batches[2:], *processes)
+    processes = [loader(mixture(root, name), shard=partial(half, n)) for n in (0, 1)]
+    _, process_states = uninterrupted(processes[0], 5)
+    check_resumed(process_states[4], batches[4:], loader(mixture(root, name)))
 
 
 @pytest.mark.parametrize("mix_by", ["step", "example"])
-def test_the_mixture_of_all_resumes_with_other_workers_and_hosts(root, mix_by):
-    opened = partial(mixture, root, *NAMES, mix_by=mix_by)
-    made, states = uninterrupted(loader(opened(), mix_by=mix_by), 40)
+def test_mixture_of_all_sources_resumes_with_other_workers_and_processes(root, mix_by):
+    components = partial(mixture, root, *NAMES, mix_by=mix_by)
+    batches, states = uninterrupted(loader(components(), mix_by=mix_by), 40)
     for stop in range(0, 40, 3):
-        check_resumed(states[stop], made[stop : stop + 2], loader(opened(), mix_by=mix_by))
-    two = loader(opened(), mix_by=mix_by, workers=2, threads=1)
-    two.restore(json.loads(states[7]))
-    by_workers, saved = uninterrupted(two, 8)
-    check_resumed(states[7], by_workers, loader(opened(), mix_by=mix_by))
-    hosts = [loader(opened(), mix_by=mix_by, share=partial(half, n)) for n in (0, 1)]
-    check_resumed(saved[-1], made[14:20], *hosts)
+        check_resumed(states[stop], batches[stop : stop + 2], loader(components(), mix_by=mix_by))
+    with_workers = loader(components(), mix_by=mix_by, workers=2, threads=1)
+    with_workers.restore(json.loads(states[7]))
+    of_workers, worker_states = uninterrupted(with_workers, 8)
+    check_resumed(states[7], of_workers, loader(components(), mix_by=mix_by))
+    processes = [loader(components(), mix_by=mix_by, shard=partial(half, n)) for n in (0, 1)]
+    check_resumed(worker_states[-1], batches[14:20], *processes)

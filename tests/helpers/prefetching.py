@@ -5,21 +5,21 @@ import functools
 import grain
 from absl import flags
 
-from minigpt4_jax.data.prefetch import Reader, init_worker
+from minigpt4_jax.data.prefetch import Prefetcher, init_worker
 
-LAST = 40
+LENGTH = 40
 
 
-def dataset(step, workers=1, make=None):
+def open_at(step, workers=1, transform=None):
     flags.FLAGS.mark_as_parsed()
-    numbers = grain.MapDataset.range(LAST)
-    numbers = numbers.map(make) if make else numbers
-    ahead = numbers.slice(slice(step, None)).to_iter_dataset(grain.ReadOptions(num_threads=1))
+    numbers = grain.MapDataset.range(LENGTH)
+    numbers = numbers.map(transform) if transform else numbers
+    prefetched = numbers.slice(slice(step, None)).to_iter_dataset(grain.ReadOptions(num_threads=1))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return ahead.mp_prefetch(options, worker_init_fn=init_worker) if workers else ahead
+    return prefetched.mp_prefetch(options, worker_init_fn=init_worker) if workers else prefetched
 
 
-def reading(timeout=0.0, workers=1, **options):
-    return Reader(
-        functools.partial(dataset, workers=workers, **options), workers=workers, timeout=timeout
+def prefetcher(timeout=0.0, workers=1, **options):
+    return Prefetcher(
+        functools.partial(open_at, workers=workers, **options), workers=workers, timeout=timeout
     )

@@ -12,7 +12,7 @@ from helpers import tiny
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.config import IMAGE, LoraConfig
-from minigpt4_jax.data.batching import Arrays
+from minigpt4_jax.data.batching import BatchArrays
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
@@ -25,7 +25,7 @@ PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 LORA = LoraConfig(rank=2, targets=("q", "k", "v", "o", "gate", "up", "down"))
 
 
-def arrays(images=2) -> Arrays:
+def arrays(images=2) -> BatchArrays:
     """Eight rows of 4 to 25 tokens with none, one or two images of three tokens."""
     rng = np.random.default_rng(0)
     tokens, lengths = np.full((8, 32), 0, np.int32), []
@@ -40,7 +40,7 @@ def arrays(images=2) -> Arrays:
         answers[i, :told] = np.arange(n - told, n)
         lengths.append(n)
     pixels = rng.normal(size=(8, images, 28, 28, 3)).astype(np.float32)
-    return Arrays(pixels, tokens, np.array(lengths, np.int32), answers)
+    return BatchArrays(pixels, tokens, np.array(lengths, np.int32), answers)
 
 
 @pytest.fixture(scope="module")

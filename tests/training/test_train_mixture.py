@@ -48,7 +48,7 @@ def test_a_mixture_is_trained_and_continued(home, capsys):
     train(values(home), home / "whole")
     out = capsys.readouterr().out
     whole = metrics(home / "whole")
-    assert "rows left out (" in out and "two: image " in out
+    assert "rows skipped (" in out and "two: image " in out
     assert whole[-1]["skipped"] >= 1
 
     def crash(record):

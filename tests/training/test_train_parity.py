@@ -10,7 +10,7 @@ from helpers.paths import REFERENCE
 
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.checkpoint.loader import load_model
-from minigpt4_jax.data.batching import pad_rows
+from minigpt4_jax.data.batching import pad_sequences
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing.sequences import build_row
 from minigpt4_jax.processing.tokenizer import load_tokenizer
@@ -75,7 +75,7 @@ def dumped_batch(case, model_dir, config) -> Batch:
     ]
     pixels = np.load(DUMPS / f"{case}_pixels.npz")["pixel_values"]
     pixels = pixels.transpose(0, 2, 3, 1)[:, None]
-    return Batch(pixels, *pad_rows(rows, tokenizer.pad_id))
+    return Batch(pixels, *pad_sequences(rows, tokenizer.pad_id))
 
 
 # When the dump's training began, the gradient of the forward dump made just before was still in
