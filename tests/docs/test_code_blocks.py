@@ -8,6 +8,7 @@ is cut to two steps and answers to eight tokens; a command that several pages sh
 
 import configparser
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -27,9 +28,11 @@ from helpers.paths import ROOT
 import convert.cli
 from minigpt4_jax.cli import batch, chat, check_data, train
 from minigpt4_jax.cli import compile as compile_cli
+from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import model
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.parallel import distributed
+from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_cli import parse as parse_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -329,3 +332,18 @@ API_NAMES = [
 @pytest.mark.parametrize("name", API_NAMES)
 def test_names_of_the_api_reference_exist(name: str) -> None:
     assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_configuration_page_lists_every_key_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| `(.*?)` \|",
+        (ROOT / "docs/reference/configuration.md").read_text(),
+        re.M,
+    )
+    flat = {"data.mix": {}}
+    c = TrainConfig()
+    for prefix, config in (("", c), ("lora.", c.lora), ("data.", c.data)):
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        flat |= {prefix + key: v for key, v in values.items() if key not in ("data", "lora", "mix")}
+    mixed = {f.name: getattr(DatasetConfig(), f.name) for f in dataclasses.fields(DatasetConfig)}
+    assert dict(rows) == {key: repr(value) for key, value in (flat | mixed).items()}
