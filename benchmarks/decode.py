@@ -66,7 +66,7 @@ class Both:
 
     def ours(self, prompts: list[list[int]], new: list[int], beams: int = 1) -> list[list[int]]:
         requests = [
-            Request(p, max_new_tokens=n, beams=BeamSearchConfig(beams))
+            Request(p, max_new_tokens=n, beam_search=BeamSearchConfig(beams))
             for p, n in zip(prompts, new, strict=True)
         ]
         return [answers[0].ids for answers in self.engine.answer(requests, 32 * beams)]

@@ -237,7 +237,8 @@ def generation(case, run, document, visual):
     requests = [
         engine.Request(
             prompt_tokens(case.tokenizer, case.config, text, images=1), visual[i],
-            kwargs["max_new_tokens"], options, stops=[[e] for e in ends], beams=beams,
+            kwargs["max_new_tokens"], options,
+            stop_sequences=[[e] for e in ends], beam_search=beams,
         )
         for i, text in enumerate(document["texts"])
     ]  # fmt: skip
@@ -249,11 +250,11 @@ def generation(case, run, document, visual):
 def test_greedy_ids(case, stacked):
     """Every run without beams; equal also where the original counts its leading BOS (min_length)."""
     document, dump = case.document("generate"), case.arrays("generate")
-    runner = engine.Engine(case.module) if stacked else case.model._engine
+    runner = engine.Engine(case.module) if stacked else case.model.engine
     visual = case.model.encode_images(case.images)
     for name, run in document["runs"].items():
         requests, _ = generation(case, run, document, visual)
-        if requests[0].beams.count > 1:
+        if requests[0].beam_search.num_beams > 1:
             continue
         for found, padded in zip(runner.generate(requests), dump[f"{name}/ids"], strict=True):
             theirs = padded[1:].tolist()  # without the leading BOS
@@ -266,18 +267,18 @@ def test_greedy_ids(case, stacked):
 def test_beam_ids_and_scores(case, stacked):
     """Every run with beams, its two prompts in one batch; some end early, some at the limit."""
     document, dump = case.document("generate"), case.arrays("generate")
-    runner = engine.Engine(case.module) if stacked else case.model._engine
+    runner = engine.Engine(case.module) if stacked else case.model.engine
     visual = case.model.encode_images(case.images)
     seen = 0
     for name, run in document["runs"].items():
         requests, ends = generation(case, run, document, visual)
-        if requests[0].beams.count == 1:
+        if requests[0].beam_search.num_beams == 1:
             continue
         found = runner.search(requests)
         for (answer,), padded in zip(found, dump[f"{name}/ids"], strict=True):
             theirs = padded[1:].tolist()
             ours = answer.ids
-            if answer.stopped:  # the original writes its first end id for whichever came
+            if answer.hit_stop:  # the original writes its first end id for whichever came
                 assert ours[-1] in ends
                 ours = [*ours[:-1], ends[0]]
             assert ours == theirs[: len(ours)], name
@@ -328,8 +329,8 @@ def test_chat_turns(case):
         theirs = dump[f"turn{n}/ids"][1:].tolist()
         stops = stop_sequences(case.tokenizer, case.config.end_symbol)
         options = SamplingParams(repetition_penalty=1.05)  # the chat's default
-        request = engine.Request(tokens, visual, len(theirs), options, stops=stops)
-        assert case.model._engine.generate([request])[0] == theirs
+        request = engine.Request(tokens, visual, len(theirs), options, stop_sequences=stops)
+        assert case.model.engine.generate([request])[0] == theirs
         turns[-1] = (question, turn["answer"])
 
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from minigpt4_jax.checkpoint.loader import parameter_dtype
 from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.inference.decode_state import PRNG, Rows, State
+from minigpt4_jax.inference.decode_state import PRNG, BatchInputs, DecodeState
 from minigpt4_jax.inference.engine import Engine
-from minigpt4_jax.inference.sampling import SamplingParams, stages_of
+from minigpt4_jax.inference.sampling import SamplingParams, required_stages
 from minigpt4_jax.models.kv_cache import cache_axes
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.parallel.sharding import (
@@ -156,8 +156,8 @@ class AbstractEngine(Engine):
     def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool):
         self.mesh, self.model = mesh, model_shapes(config, mesh, stacked=False)
         self.model.llm.int8_cache = int8_cache
-        super().__init__(self.model)
-        self.plan = stages_of([SamplingParams()], config.llm.vocab)
+        super().__init__(self.model, mesh)
+        self.plan = required_stages([SamplingParams()], config.llm.vocab)
 
     def lower_encode(self, images: int) -> Any:
         """The vision side for a number of images."""
@@ -175,7 +175,7 @@ class AbstractEngine(Engine):
     def lower_prefill(self, rows: int, tokens: int, context: int) -> Any:
         """Prefill of prompts of `tokens` tokens into a cache of `context`."""
         with platform.compiling_for("tpu"):
-            return self._start.lower(
+            return self._prefill.lower(
                 self._leaves, self._request_shapes(rows, tokens), context, MAX_NEW_TOKENS, self.plan
             )
 
@@ -183,7 +183,7 @@ class AbstractEngine(Engine):
         """The decoding loop over a cache of `context`; an iteration generates one token per row."""
         with platform.compiling_for("tpu"):
             state = jax.eval_shape(
-                lambda leaves, requests: self._start(
+                lambda leaves, requests: self._prefill(
                     leaves, requests, context, MAX_NEW_TOKENS, self.plan
                 ),
                 self._leaves, self._request_shapes(rows, min(32, context)),
@@ -191,22 +191,22 @@ class AbstractEngine(Engine):
             steps = sharded_shape((), jnp.int32, replicated(self.mesh))
             return self._decode.lower(self._leaves, self._shard_state(state), steps, self.plan)
 
-    def _request_shapes(self, rows: int, tokens: int) -> Rows:
+    def _request_shapes(self, rows: int, tokens: int) -> BatchInputs:
         c = self.config
         seeds = jnp.zeros(rows, jnp.uint32)
         keys = jax.eval_shape(lambda: jax.vmap(partial(jax.random.key, impl=PRNG))(seeds))
         integers = ShapeDtypeStruct((rows,), jnp.int32)
         floats = ShapeDtypeStruct((rows,), jnp.float32)
-        shapes = Rows(
+        shapes = BatchInputs(
             ShapeDtypeStruct((rows, tokens), jnp.int32), integers,
             ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), integers,
             ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
             SamplingParams(floats, integers, floats, floats, integers, floats, integers),
         )  # fmt: skip
-        requests: Rows = replicate_shapes(shapes, self.mesh)
+        requests: BatchInputs = replicate_shapes(shapes, self.mesh)
         return requests
 
-    def _shard_state(self, state: State) -> State:
+    def _shard_state(self, state: DecodeState) -> DecodeState:
         """Shapes of a decoding state with the shardings that the engine's programs give it."""
         axes = cache_axes(state.cache)
 
@@ -215,5 +215,5 @@ class AbstractEngine(Engine):
             return sharded_shape(a.shape, a.dtype, NamedSharding(self.mesh, spec))
 
         cache = jax.tree.map(shard, state.cache)
-        without_cache: State = replicate_shapes(state._replace(cache=None), self.mesh)
+        without_cache: DecodeState = replicate_shapes(state._replace(cache=None), self.mesh)
         return without_cache._replace(cache=cache)

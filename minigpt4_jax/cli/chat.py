@@ -1,7 +1,7 @@
 """python -m minigpt4_jax.chat --model=DIR [--image=F ...]: talk with a model about images in a terminal.
 
-With --prompt it prints one answer. Without, questions are read from the terminal, or one a line from
-a pipe, and make one conversation; a line that begins with `/` is a command.
+With --prompt it prints one answer. Otherwise it reads questions from the terminal, or one per line from
+a pipe, as one conversation. A line that starts with `/` is a command.
 """
 
 import argparse
@@ -34,58 +34,62 @@ DEFAULTS: dict[str, float | int] = {
 DEFAULTS_V2 = DEFAULTS | {"temperature": 0.6, "max_new_tokens": 500}
 
 HELP = """\
-/image FILE ...      images that come with the next question (quote a name with spaces)
+/image FILE ...      add images to the next question (quote a name with spaces)
 /retry               answer the last question again
-/undo                take the last question and its answer back
-/reset               forget what was said, and the images
-/set NAME=VALUE ...  for instance temperature=0.2; alone: what is set
+/undo                remove the last question and its answer
+/reset               start again, without history and images
+/set NAME=VALUE ...  change options, for instance temperature=0.2; without arguments: show them
 /save FILE           write the conversation as JSON
 /boxes FILE          draw the boxes of the last answer into the last image, for instance boxes.png
-/help                this
-/quit                or Ctrl-D; Ctrl-C stops an answer, twice within a second also a pipe
-//text               a question that begins with /text"""
+/help                show this
+/quit                or Ctrl-D; Ctrl-C stops an answer, twice within a second also ends a pipe
+//text               a question that starts with /text"""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = common.parser(
+    p = common.make_parser(
         "chat",
-        "Talk with a model about images. Sampled as the original's chat samples; "
-        "--temperature=0 always gives the likeliest answer.",
+        "Talk with a model about images. Samples as the original's chat does; --temperature=0 always "
+        "gives the most likely answer.",
     )
     p.add_argument(
         "--image", action="append", default=[], metavar="FILE",
-        help="comes with the first question; may be given several times",
+        help="image of the first question; may be repeated",
     )  # fmt: skip
-    p.add_argument("--prompt", metavar="TEXT", help="print the answer to this question and end; "
-                   "without it, a conversation: /help lists its commands")  # fmt: skip
-    p.add_argument("--task", choices=TASKS, help="ask as MiniGPT-v2 knows this task; --prompt is the "
+    p.add_argument("--prompt", metavar="TEXT", help="print the answer to this question and exit; "
+                   "without it, start a conversation (/help lists its commands)")  # fmt: skip
+    p.add_argument("--task", choices=TASKS, help="use MiniGPT-v2's prompt for this task; --prompt is the "
                    "phrase, the question, or for identify the box x1,y1,x2,y2 in pixels")  # fmt: skip
     p.add_argument("--save-image", type=Path, metavar="FILE",
                    help="with --prompt: draw the boxes of the answer into the image")  # fmt: skip
-    common.add_choices(p, "defaults: the original's chat")
+    common.add_generation_options(p, "defaults: the original's chat")
     args = p.parse_args(argv)
     if args.task in BARE_TASKS and args.prompt is None:
         args.prompt = ""
     return args
 
 
-def options(model: "Model", args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(model: "Model", args: argparse.Namespace) -> dict[str, Any]:
+    """The original chat's options for this model, with those of the command line."""
     defaults = DEFAULTS_V2 if model.config.variant == "minigpt-v2" else DEFAULTS
-    return common.default_choices() | defaults | common.chosen(args)
+    return common.default_options() | defaults | common.given_options(args)
 
 
 class Session:
-    """A conversation and what the next question takes with it. Answers go to stdout, notes to stderr."""
+    """A conversation and the options and images of its next question.
+
+    Answers go to stdout, everything else to stderr.
+    """
 
     def __init__(self, model: "Model", args: argparse.Namespace):
-        self.talk = model.conversation(args.system, args.template)
-        self.options = options(model, args)
+        self.conversation = model.conversation(args.system, args.template)
+        self.options = generation_options(model, args)
         self.extra_bos = args.extra_bos
         self.images: list[str] = list(args.image)  # of the next question
-        self._saved: set[Path] = set()
+        self._written: set[Path] = set()  # files that may be overwritten
 
     def handle(self, line: str) -> bool:
-        """Do what a line says; False when it ends the session. UserError: as it was before."""
+        """Process a line; False when it ends the session. UserError: the session is unchanged."""
         if not line.startswith("/") or line.startswith("//"):
             self._ask(line.removeprefix("/"))
             return True
@@ -94,108 +98,107 @@ class Session:
             return False
         if name not in COMMANDS:
             known = ", ".join(f"/{c}" for c in [*COMMANDS, "quit"])
-            raise UserError(f"/{name} is not a command; there are {known}")
+            raise UserError(f"/{name} is not a command; known are {known}")
         COMMANDS[name](self, rest.strip())
         return True
 
     def answer(self, question: str) -> str:
-        """The answer to the next question, without showing it."""
-        with _notes():
-            return self.talk.ask(question, self.images, extra_bos=self.extra_bos, **self.options)
-
-    def _ask(self, question: str) -> None:
-        with _notes():
-            pieces = self.talk.stream(
+        """The answer to the next question, without printing it."""
+        with _warnings_as_notes():
+            return self.conversation.ask(
                 question, self.images, extra_bos=self.extra_bos, **self.options
             )
-        turns = len(self.talk.turns)
+
+    def _ask(self, question: str) -> None:
+        with _warnings_as_notes():
+            pieces = self.conversation.stream(
+                question, self.images, extra_bos=self.extra_bos, **self.options
+            )
+        num_turns = len(self.conversation.turns)
         try:
-            self._show(pieces)
+            _print_pieces(pieces)
         finally:
-            if len(self.talk.turns) > turns:  # not stopped before its first word
+            if len(self.conversation.turns) > num_turns:  # not stopped before its first token
                 self.images = []
 
-    def _show(self, pieces: Generator[str]) -> None:
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        finally:
-            pieces.close()  # what was shown is kept
-            print(flush=True)
+    # --- commands ---------------------------------------------------------------------------
 
     def image(self, text: str) -> None:
         from minigpt4_jax.processing.images import open_image
 
-        names = [text] if os.path.isfile(text) else _words(text)  # a name with spaces as it is
-        files = [os.path.expanduser(name) for name in names]
-        if not files:
+        # a name with spaces need not be quoted
+        names = [text] if os.path.isfile(text) else _split_words(text)
+        paths = [os.path.expanduser(name) for name in names]
+        if not paths:
             raise UserError("/image needs a file, for instance /image photo.jpg")
-        for name in files:
-            open_image(name)
-        self.images += files
+        for path in paths:
+            open_image(path)
+        self.images += paths
         note(f"{len(self.images)} image{'s'[: len(self.images) > 1]} with the next question")
 
     def retry(self, _: str) -> None:
-        options = {name: v for name, v in self.options.items() if name != "seed"}  # the next one
-        with _notes():
-            pieces = self.talk.stream_retry(**options)
-        self._show(pieces)
+        # without the seed, so that the next one is used
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        with _warnings_as_notes():
+            pieces = self.conversation.stream_retry(**options)
+        _print_pieces(pieces)
 
     def undo(self, _: str) -> None:
-        turn = self.talk.undo()
+        turn = self.conversation.undo()
         self.images = [str(image) for image in turn.images] + self.images
-        note(f"took back: {turn.question}")
+        note(f"removed: {turn.question}")
 
     def reset(self, _: str) -> None:
-        self.talk.reset()
+        self.conversation.reset()
         self.images = []
-        note("forgot the conversation; /image adds an image")
+        note("started a new conversation; /image adds an image")
 
     def set(self, text: str) -> None:
         from minigpt4_jax.inference.generation_config import GenerationConfig
 
-        new = self.options | dict(map(common.parse_choice, _words(text)))
-        GenerationConfig.of(new)
-        self.options = new
-        note("  ".join(f"{name}={value}" for name, value in new.items()))
+        options = self.options | dict(map(common.parse_option, _split_words(text)))
+        GenerationConfig(**options)
+        self.options = options
+        note("  ".join(f"{name}={value}" for name, value in options.items()))
 
     def save(self, text: str) -> None:
-        names = _words(text)
-        if len(names) != 1:
-            raise UserError("/save needs one file, for instance /save talk.json")
-        path = Path(names[0]).expanduser()
-        if path.exists() and path.resolve() not in self._saved:
-            raise UserError(f"{path} is there already; choose another name")
-        document = json.dumps(self.talk.transcript(), indent=1, ensure_ascii=False) + "\n"
-        try:  # file names may hold bytes that are no UTF-8
+        path = self._output_file(text, "/save needs one file, for instance /save talk.json")
+        document = json.dumps(self.conversation.transcript(), indent=1, ensure_ascii=False) + "\n"
+        try:  # image paths may hold bytes that are not UTF-8
             write_text_atomically(path, document, errors="backslashreplace")
         except OSError as e:
             raise write_error(path, e) from None
-        self._saved.add(path.resolve())
+        self._written.add(path.resolve())
         note(f"wrote {path}")
 
     def boxes(self, text: str) -> None:
-        names = _words(text)
-        if len(names) != 1:
-            raise UserError("/boxes needs one file, for instance /boxes boxes.png")
-        path = Path(names[0]).expanduser()
-        if path.exists() and path.resolve() not in self._saved:
-            raise UserError(f"{path} is there already; choose another name")
+        path = self._output_file(text, "/boxes needs one file, for instance /boxes boxes.png")
         self.save_image(path)
-        self._saved.add(path.resolve())
-
-    def save_image(self, path: Path) -> None:
-        """Draw the boxes of the last answer into the last image there was."""
-        from minigpt4_jax.visualization.boxes import draw_boxes, save
-
-        images = [image for turn in self.talk.turns for image in turn.images]
-        if not images:
-            raise UserError("there is no image with an answer yet; ask about one first")
-        save(draw_boxes(images[-1], self.talk.turns[-1].answer), path)
-        note(f"wrote {path}")
+        self._written.add(path.resolve())
 
     def help(self, _: str) -> None:
         note(HELP)
+
+    def _output_file(self, text: str, usage: str) -> Path:
+        """The file that a command names. UserError: none, several, or an existing file of others."""
+        names = _split_words(text)
+        if len(names) != 1:
+            raise UserError(usage)
+        path = Path(names[0]).expanduser()
+        if path.exists() and path.resolve() not in self._written:
+            raise UserError(f"{path} exists already; choose another name")
+        return path
+
+    def save_image(self, path: Path) -> None:
+        """Draw the boxes of the last answer into the most recent image."""
+        from minigpt4_jax.visualization.boxes import draw_boxes, save
+
+        turns = self.conversation.turns
+        images = [image for turn in turns for image in turn.images]
+        if not images:
+            raise UserError("no question about an image has been answered yet; ask one first")
+        save(draw_boxes(images[-1], turns[-1].answer), path)
+        note(f"wrote {path}")
 
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
@@ -208,9 +211,18 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _print_pieces(pieces: Generator[str]) -> None:
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        pieces.close()  # the conversation keeps what was printed
+        print(flush=True)
+
+
 @contextlib.contextmanager
-def _notes() -> Iterator[None]:
-    """Show warnings, as that of a conversation which is cut, as notes."""
+def _warnings_as_notes() -> Iterator[None]:
+    """Print warnings, such as that the conversation was cut, as notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -218,7 +230,7 @@ def _notes() -> Iterator[None]:
         note(f"note: {warning.message}")
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as e:
@@ -228,9 +240,9 @@ def _words(text: str) -> list[str]:
 
 
 def terminal(session: Session) -> int:
-    """Questions from a terminal, with line editing, history and completion, until Ctrl-D."""
+    """Read questions from a terminal, with line editing, history and completion, until Ctrl-D."""
     with _line_editing():
-        note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D exits.")
         while True:
             try:
                 line = input("> ").strip()
@@ -246,9 +258,11 @@ def terminal(session: Session) -> int:
 
 
 def pipe(session: Session) -> int:
-    """One line of standard input after the other; exit code 2 when one of them went wrong. Ctrl-C
-    stops an answer; between answers, and soon after another, it ends the program."""
-    code, stopped = 0, -math.inf
+    """Process standard input line by line; exit code 2 if any line failed.
+
+    Ctrl-C stops an answer; between answers, or again within a second, it ends the program.
+    """
+    code, last_interrupt = 0, -math.inf
     for line in sys.stdin:
         try:
             if line.strip() and not session.handle(line.strip()):
@@ -257,8 +271,8 @@ def pipe(session: Session) -> int:
             note(f"error: {e}")
             code = 2
         except KeyboardInterrupt:
-            before, stopped = stopped, time.monotonic()
-            if stopped - before < 1:
+            previous, last_interrupt = last_interrupt, time.monotonic()
+            if last_interrupt - previous < 1:
                 raise
     return code
 
@@ -267,7 +281,7 @@ def pipe(session: Session) -> int:
 def _line_editing() -> Iterator[None]:
     try:
         import readline
-    except ImportError:  # not on Windows: lines are read without it
+    except ImportError:  # Windows has no readline
         yield
         return
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -287,46 +301,47 @@ def _line_editing() -> Iterator[None]:
 
 
 def _complete(text: str, number: int) -> str | None:
-    """The `number`-th completion of a word: a command at the start of the line, else a file."""
+    """The completion with this number: a command at the start of the line, else a file name."""
     import glob
     import readline
 
     if readline.get_begidx() == 0:
-        found = [f"/{name} " for name in [*COMMANDS, "quit"] if f"/{name}".startswith(text)]
+        matches = [f"/{name} " for name in [*COMMANDS, "quit"] if f"/{name}".startswith(text)]
     else:
         names = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
-        found = [name + "/" * os.path.isdir(name) for name in names]
-    return found[number] if text and number < len(found) else None
+        matches = [name + "/" * os.path.isdir(name) for name in names]
+    return matches[number] if text and number < len(matches) else None
 
 
 def _question(args: argparse.Namespace) -> str:
-    """What --prompt and --task ask; all they say is checked before the model is read."""
+    """The question of --prompt and --task. UserError: they are empty or do not fit."""
     from minigpt4_jax.processing.images import open_image
     from minigpt4_jax.processing.tasks import question
 
     if args.task is None:
-        if not args.prompt.strip():
+        prompt: str = args.prompt
+        if not prompt.strip():
             raise UserError("--prompt is empty; expected a question")
-        return args.prompt
+        return prompt
     if not args.image:
         raise UserError(f"--task={args.task} asks about an image: --image=FILE is missing")
     return question(args.task, args.prompt, open_image(args.image[-1]).size)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # what is not in its encoding ends no conversation
-            stream.reconfigure(errors="replace")
+def _check_arguments(args: argparse.Namespace) -> str | None:
+    """The question of --prompt, None for a conversation.
+
+    Checks everything that can be checked before the model is loaded, which may take minutes.
+    """
     from minigpt4_jax.processing.images import open_image
 
-    for path in args.image:  # before the model is read, which may take minutes
+    for path in args.image:
         open_image(path)
     question = None if args.prompt is None else _question(args)
     if question is None and (args.task or args.save_image):
-        option, instead = (
-            ("--task", "type [refer] ...") if args.task else ("--save-image", "/boxes")
-        )
+        option, instead = "--save-image", "/boxes"
+        if args.task:
+            option, instead = "--task", "type [refer] ..."
         raise UserError(f"{option} needs --prompt=TEXT; in a conversation {instead}")
     if args.save_image:
         from minigpt4_jax.visualization.boxes import check_file
@@ -334,7 +349,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.image:
             raise UserError("--save-image draws into an image: --image=FILE is missing")
         check_file(args.save_image)
-    session = Session(common.load(args), args)
+    return question
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # undecodable characters end no conversation
+            stream.reconfigure(errors="replace")
+    question = _check_arguments(args)
+    session = Session(common.load_model(args), args)
     if question is None:
         return terminal(session) if sys.stdin.isatty() else pipe(session)
     print(session.answer(question))

@@ -1,17 +1,17 @@
-"""Beam search: one compiled program reads the prompts once and follows their best continuations.
+"""Beam search: one compiled program prefills the prompts and extends their best continuations.
 
-The beams of a request are branches of one row. Its cache holds the prompt once, in slots 0..T-1,
-and after it every token of every beam: the token that beam q took at step i is in slot T + i Q + q. A
-beam sees the prompt and its own ancestors, by a mask; so nothing is copied when beams change their
-order, and the keys of a request are read once for all its beams.
+The beams of a request share one row of the cache. It holds the prompt once, in slots 0..T-1, and
+then every token of every beam: the token of beam q at step i is in slot T + i Q + q. A beam attends to
+the prompt and to its own ancestors, through a mask. So the cache is never reordered, and the prompt's
+keys and values are read once for all beams.
 
-Which beams go on and which are finished follows BeamSearchScorer and BeamHypotheses of transformers
-4.30, that the original ran. Axis Q: beams.
+The rules for continuing and finishing beams are those of BeamSearchScorer and BeamHypotheses in
+transformers 4.30, which the original uses. Axes: Q beams, C candidates.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,82 +22,83 @@ from minigpt4_jax.inference.sampling import (
     SamplingStages,
     apply_repetition_penalty,
     forbid,
-    with_before,
+    penalized_tokens,
 )
-from minigpt4_jax.inference.stop_sequences import completing
+from minigpt4_jax.inference.stop_sequences import completing_tokens
 from minigpt4_jax.models.kv_cache import CacheUpdate, KVCache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
-Array = Any  # of JAX inside the programs, of NumPy where they are called
-UNLIKELY = -1e9  # of the beams that do not exist yet: all begin as the first
+Array: TypeAlias = Any  # of JAX inside the programs, of NumPy where they are called
+UNUSED_BEAM = -1e9  # score of all beams but the first before the first step, as they are equal
+
+# Sampling parameters that beam search excludes, and the values that turn them off.
+_SAMPLING_OFF = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
 
 
 @dataclass(frozen=True)
 class BeamSearchConfig:
     """How a request is searched."""
 
-    count: int  # beams; 1 is not a search
+    num_beams: int  # 1 is no search
     length_penalty: float = 1.0  # scores are sums of log-probabilities / length ** length_penalty
-    early_stopping: bool = False  # stop at `count` finished answers, even if others may be better
-    returned: int = 1  # answers wanted, the best first
+    early_stopping: bool = False  # stop at num_beams finished answers, even if better may follow
+    num_return_sequences: int = 1  # answers to return, best first
 
-    def check(self, options: SamplingParams) -> "BeamSearchConfig":
-        """Return self. UserError: a value out of its range, or beams beside random choice."""
-        if self.count < 1:
-            raise UserError(f"num_beams {self.count}: expected 1 (no beam search) or more")
+    def check(self, sampling: SamplingParams) -> "BeamSearchConfig":
+        """Return self. UserError: a value out of range, or beams together with random sampling."""
+        if self.num_beams < 1:
+            raise UserError(f"num_beams {self.num_beams}: expected 1 (no beam search) or more")
         if not abs(self.length_penalty) < float("inf"):
             raise UserError(f"length_penalty {self.length_penalty}: expected a finite number")
-        if not 1 <= self.returned <= self.count:
+        if not 1 <= self.num_return_sequences <= self.num_beams:
             raise UserError(
-                f"num_return_sequences {self.returned}: expected 1 to num_beams ({self.count})"
+                f"num_return_sequences {self.num_return_sequences}: expected 1 to num_beams "
+                f"({self.num_beams})"
             )
         if not isinstance(self.early_stopping, bool):
             raise UserError(f"early_stopping {self.early_stopping!r}: expected True or False")
-        for name, off in _RANDOM.items():
-            if self.count > 1 and getattr(options, name) != off:
+        for name, off in _SAMPLING_OFF.items():
+            if self.num_beams > 1 and getattr(sampling, name) != off:
                 raise UserError(
-                    f"num_beams {self.count} with {name} {getattr(options, name)}: beam search "
-                    f"does not choose at random; leave {name} out or set num_beams to 1"
+                    f"num_beams {self.num_beams} with {name} {getattr(sampling, name)}: beam search "
+                    f"does not sample; leave {name} out or set num_beams to 1"
                 )
         return self
 
 
-_RANDOM = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
-
-
-class Rules(NamedTuple):
-    """What the rows of a batch ask for, one entry a row."""
+class SearchInputs(NamedTuple):
+    """What each row of a batch asks for."""
 
     lengths: Array  # [B] int32: tokens of the prompt
-    limit: Array  # [B] int32: tokens to generate at most
-    stops: Array  # [B, R, W] int32
-    options: SamplingParams  # arrays [B]
+    max_new_tokens: Array  # [B] int32
+    stop_sequences: Array  # [B, R, W] int32
+    sampling: SamplingParams  # arrays [B]
     length_penalty: Array  # [B] float32
     early_stopping: Array  # [B] bool
 
 
 class Hypotheses(NamedTuple):
-    """Continuations with their scores, the best first."""
+    """Continuations with their scores, best first."""
 
-    ids: jax.Array  # [B, Q, N] int32; the tokens of a stop sequence that ended one are its last
-    logprobs: jax.Array  # [B, Q, N] float32 of those ids, by the model itself
-    made: jax.Array  # [B, Q] int32: how many
-    scores: jax.Array  # [B, Q] float32; -inf where there is none
-    ended: jax.Array  # [B, Q] bool: by a stop sequence
+    ids: Array  # [B, Q, N] int32, including a stop sequence at the end
+    logprobs: Array  # [B, Q, N] float32 of those ids, by the model itself
+    num_generated: Array  # [B, Q] int32
+    scores: Array  # [B, Q] float32; -inf where there is no hypothesis
+    hit_stop: Array  # [B, Q] bool: ended by a stop sequence
 
 
-class State(NamedTuple):
+class SearchState(NamedTuple):
     """A batch between two steps."""
 
     cache: Any  # KVCache
-    ids: jax.Array  # [B, Q, N] int32: chosen so far; the last is not yet in the cache
+    ids: jax.Array  # [B, Q, N] int32: generated so far; the last is not in the cache yet
     logprobs: jax.Array  # [B, Q, N] float32
-    branch: jax.Array  # [B, Q, N] int32: as which beam each of these tokens was written
-    sums: jax.Array  # [B, Q] float32: of (processed) log-probabilities
-    made: jax.Array  # [B] int32: tokens of every beam
-    complete: jax.Array  # [B] bool: no beam can replace a finished hypothesis any more
-    done: jax.Array  # [B] bool: complete or at the limit
+    beam_index: jax.Array  # [B, Q, N] int32: the beam that wrote each of these tokens to the cache
+    sums: jax.Array  # [B, Q] float32: sums of (processed) log-probabilities
+    num_generated: jax.Array  # [B] int32: tokens of every beam
+    complete: jax.Array  # [B] bool: no open beam can replace a finished hypothesis
+    done: jax.Array  # [B] bool: complete, or max_new_tokens reached
     finished: Hypotheses
 
 
@@ -105,173 +106,199 @@ def search(
     model: MiniGpt,
     tokens: jax.Array,  # [B, T] int32
     visual: jax.Array,  # [B, I * P, D] float32
-    rules: Rules,
-    beams: int,
-    room: int,
-    plan: SamplingStages,
+    inputs: SearchInputs,
+    num_beams: int,
+    max_new_tokens: int,
+    stages: SamplingStages,
 ) -> Hypotheses:
-    """The best `beams` continuations of up to `room` tokens."""
-    prompt = tokens.shape[1]
+    """The best `num_beams` continuations; `max_new_tokens` is N, the most of all rows."""
+    prompt_length = tokens.shape[1]
     embeds = model.merge(tokens, visual)
-    hidden, cache = model.llm.prefill(embeds, rules.lengths, prompt + room * beams)
-    last = jnp.take_along_axis(hidden, rules.lengths[:, None, None] - 1, axis=1)  # [B, 1, D]
-    logits = jnp.repeat(model.llm.logits(last), beams, axis=1)
-    state = _first_state(cache, rules, beams, room)
-    state = _advance(state, logits, rules, plan)
+    cache_length = prompt_length + max_new_tokens * num_beams
+    hidden, cache = model.llm.prefill(embeds, inputs.lengths, cache_length)
+    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)  # [B, 1, D]
+    logits = jnp.repeat(model.llm.logits(last), num_beams, axis=1)
+    state = _first_state(cache, inputs, num_beams, max_new_tokens)
+    state = _advance(state, logits, inputs, stages)
 
-    def step(s: State) -> State:
-        at = jnp.maximum(s.made - 1, 0)  # of the tokens that are read now
-        token = jnp.take_along_axis(s.ids, at[:, None, None], axis=2)[:, :, 0]
-        positions = jnp.broadcast_to((rules.lengths + at)[:, None], token.shape)
-        place = _place(s, rules.lengths, prompt, model.config.llm.window)
+    def step(s: SearchState) -> SearchState:
+        newest = jnp.maximum(s.num_generated - 1, 0)  # index of the tokens that are read now
+        token = jnp.take_along_axis(s.ids, newest[:, None, None], axis=2)[:, :, 0]
+        positions = jnp.broadcast_to((inputs.lengths + newest)[:, None], token.shape)
+        update = _cache_update(s, inputs.lengths, prompt_length, model.config.llm.window)
         embeds = model.llm.embed_tokens(token)
-        hidden, cache = model.llm.decode(embeds, positions, s.cache, place)
-        return _advance(s._replace(cache=cache), model.llm.logits(hidden), rules, plan)
+        hidden, cache = model.llm.decode(embeds, positions, s.cache, update)
+        return _advance(s._replace(cache=cache), model.llm.logits(hidden), inputs, stages)
 
-    return _finish(jax.lax.while_loop(lambda s: ~jnp.all(s.done), step, state), rules)
+    state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), step, state)
+    return _final_hypotheses(state, inputs)
 
 
-def _first_state(cache: KVCache, rules: Rules, beams: int, room: int) -> State:
-    b = rules.lengths.shape[0]
-    none = jnp.full((b, beams, room), -1, jnp.int32)
-    zero = jnp.zeros((b, beams, room), jnp.float32)
-    nothing = Hypotheses(
-        none, zero, jnp.zeros((b, beams), jnp.int32), jnp.full((b, beams), -jnp.inf),
-        jnp.zeros((b, beams), bool),
+def _first_state(
+    cache: KVCache, inputs: SearchInputs, num_beams: int, max_new_tokens: int
+) -> SearchState:
+    b = inputs.lengths.shape[0]
+    ids = jnp.full((b, num_beams, max_new_tokens), -1, jnp.int32)
+    logprobs = jnp.zeros((b, num_beams, max_new_tokens), jnp.float32)
+    finished = Hypotheses(
+        ids, logprobs, jnp.zeros((b, num_beams), jnp.int32), jnp.full((b, num_beams), -jnp.inf),
+        jnp.zeros((b, num_beams), bool),
     )  # fmt: skip
-    sums = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, UNLIKELY), (b, beams))
-    made, over = jnp.zeros(b, jnp.int32), rules.limit <= 0
-    return State(cache, none, zero, jnp.zeros_like(none), sums, made, over, over, nothing)
+    sums = jnp.where(jnp.arange(num_beams) == 0, 0.0, UNUSED_BEAM)
+    sums = jnp.broadcast_to(sums, (b, num_beams))
+    num_generated, done = jnp.zeros(b, jnp.int32), inputs.max_new_tokens <= 0
+    return SearchState(
+        cache, ids, logprobs, jnp.zeros_like(ids), sums, num_generated, done, done, finished
+    )
 
 
-def _place(s: State, lengths: jax.Array, prompt: int, window: int | None) -> CacheUpdate:
-    """Where the beams' newest tokens go in the cache, and which slots each beam sees."""
-    b, q, n = s.branch.shape
-    steps, newest = jnp.arange(n), jnp.maximum(s.made - 1, 0)
-    slots = prompt + newest[:, None] * q + jnp.arange(q)
-    own = s.branch[..., None] == jnp.arange(q)  # [B, Q, N, Q]: beam, step, branch
-    chosen = steps <= newest[:, None]  # [B, N]
-    before = jnp.arange(prompt) < lengths[:, None]  # [B, T]
+def _cache_update(
+    s: SearchState, lengths: jax.Array, prompt_length: int, window: int | None
+) -> CacheUpdate:
+    """The cache slots of the beams' newest tokens, and the slots that each beam attends to."""
+    b, q, n = s.beam_index.shape
+    steps, newest = jnp.arange(n), jnp.maximum(s.num_generated - 1, 0)
+    slots = prompt_length + newest[:, None] * q + jnp.arange(q)
+    own = s.beam_index[..., None] == jnp.arange(q)  # [B, Q, N, Q]: beam, step, writing beam
+    in_prompt = jnp.arange(prompt_length) < lengths[:, None]  # [B, T]
+    in_answer = steps <= newest[:, None]  # [B, N]
     if window is not None:
-        first = (lengths + newest)[:, None] - window + 1  # the first position that is seen
-        before &= jnp.arange(prompt) >= first
-        chosen &= lengths[:, None] + steps >= first
-    after = (own & chosen[:, None, :, None]).reshape(b, q, n * q)
-    before = jnp.broadcast_to(before[:, None], (b, q, prompt))
-    return CacheUpdate(slots, jnp.concatenate([before, after], axis=2))
+        first = (lengths + newest)[:, None] - window + 1  # first position within the window
+        in_prompt &= jnp.arange(prompt_length) >= first
+        in_answer &= lengths[:, None] + steps >= first
+    answer_mask = (own & in_answer[:, None, :, None]).reshape(b, q, n * q)
+    prompt_mask = jnp.broadcast_to(in_prompt[:, None], (b, q, prompt_length))
+    return CacheUpdate(slots, jnp.concatenate([prompt_mask, answer_mask], axis=2))
 
 
-def _advance(s: State, logits: jax.Array, rules: Rules, plan: SamplingStages) -> State:
+def _advance(
+    s: SearchState, logits: jax.Array, inputs: SearchInputs, stages: SamplingStages
+) -> SearchState:
     """Extend every beam by the best tokens, from logits [B, Q, V] float32."""
     logits = constrain(logits, BATCH_AXES)
     b, q, v = logits.shape
-    natural = jax.nn.log_softmax(logits, axis=-1)
-    ends = _over_beams(completing, s, rules.stops)  # [B, Q, R]
-    total = _process(natural, s, ends, rules.options, plan) + s.sums[..., None]
-    # Enough that `q` of them go on, whichever end: each beam has at most R ends.
-    best, index = jax.lax.top_k(total.reshape(b, q * v), min(q * (1 + ends.shape[2]), q * v))
-    # XLA on CPU knows a top_k by the slices of a sort, and sorts it all if they are sliced further. Each by
-    # itself: on some meshes XLA on CPU aborts where a barrier takes both.
-    best, index = jax.lax.optimization_barrier(best), jax.lax.optimization_barrier(index)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    stop_tokens = _completing_tokens_of_beams(s, inputs.stop_sequences)  # [B, Q, R]
+    total = _process(logprobs, s, stop_tokens, inputs.sampling, stages) + s.sums[..., None]
+    # Enough candidates that q of them continue: each beam has at most R that end it.
+    num_candidates = min(q * (1 + stop_tokens.shape[2]), q * v)
+    best, index = jax.lax.top_k(total.reshape(b, q * v), num_candidates)
+    # XLA on CPU recognizes a top_k by the slices of a sort, and sorts everything if they are sliced
+    # further. Two barriers, as on some meshes XLA on CPU aborts if one takes both.
+    barrier: Any = jax.lax.optimization_barrier  # untyped
+    best, index = barrier(best), barrier(index)
     parent, token = index // v, index % v  # [B, C]
-    stops = jnp.any(_of_beams(ends, parent) == token[..., None], axis=2)
-    finished = _collect(s, natural, parent[:, :q], token[:, :q])._replace(
-        scores=jnp.where(stops, best, -jnp.inf)[:, :q] / _length(s.made, rules),
-        ended=stops[:, :q],
+    ends = jnp.any(_take_beams(stop_tokens, parent) == token[..., None], axis=2)
+    finished = _extend(s, logprobs, parent[:, :q], token[:, :q])._replace(
+        scores=jnp.where(ends, best, -jnp.inf)[:, :q] / _penalized_length(s.num_generated, inputs),
+        hit_stop=ends[:, :q],
     )
-    finished = _best(s.finished, finished)
-    going = jnp.argsort(stops, axis=1, stable=True)[:, :q]  # those that do not end, best first
-    parent, token = (jnp.take_along_axis(a, going, axis=1) for a in (parent, token))
-    chosen = _collect(s, natural, parent, token)
-    branch = _of_beams(s.branch, parent)
-    attainable = best[:, 0] / _length(s.made + 1, rules)[:, 0]
+    finished = _best_of_both(s.finished, finished)
+    open_ = jnp.argsort(ends, axis=1, stable=True)[:, :q]  # candidates that continue, best first
+    parent, token = (jnp.take_along_axis(a, open_, axis=1) for a in (parent, token))
+    extended = _extend(s, logprobs, parent, token)
+    beam_index = _take_beams(s.beam_index, parent)
+    attainable = best[:, 0] / _penalized_length(s.num_generated + 1, inputs)[:, 0]
     worst = finished.scores[:, -1]
-    complete = (worst > -jnp.inf) & (rules.early_stopping | (worst >= attainable))
+    complete = (worst > -jnp.inf) & (inputs.early_stopping | (worst >= attainable))
     new = s._replace(
-        ids=chosen.ids,
-        logprobs=chosen.logprobs,
-        branch=_at(branch, s.made, jnp.broadcast_to(jnp.arange(q), (b, q))),
-        sums=jnp.take_along_axis(best, going, axis=1),
-        made=s.made + 1,
+        ids=extended.ids,
+        logprobs=extended.logprobs,
+        beam_index=_set_token(beam_index, s.num_generated, jnp.broadcast_to(jnp.arange(q), (b, q))),
+        sums=jnp.take_along_axis(best, open_, axis=1),
+        num_generated=s.num_generated + 1,
         complete=complete,
-        done=complete | (s.made + 1 >= rules.limit),
+        done=complete | (s.num_generated + 1 >= inputs.max_new_tokens),
         finished=finished,
     )
-    return _unless_done(s, new)
+    return _keep_done_rows(s, new)
 
 
 def _process(
-    scores: jax.Array, s: State, ends: jax.Array, options: SamplingParams, plan: SamplingStages
+    scores: jax.Array,
+    s: SearchState,
+    stop_tokens: jax.Array,
+    params: SamplingParams,
+    stages: SamplingStages,
 ) -> jax.Array:
     """Penalties on log-probabilities [B, Q, V], as transformers applies them in beam search."""
     b, q, v = scores.shape
     flat = scores.reshape(b * q, v)
-    if plan.penalty:
-        each = jax.tree.map(lambda a: jnp.repeat(a, q), options)
-        used = with_before(s.ids.reshape(b * q, -1), each)
-        flat = apply_repetition_penalty(flat, used, each.repetition_penalty)
-    if plan.minimum:
-        early = jnp.repeat(s.made < options.min_new_tokens, q)
-        flat = forbid(flat, ends.reshape(b * q, -1), early)
+    if stages.repetition_penalty:
+        per_beam = jax.tree.map(lambda a: jnp.repeat(a, q), params)
+        tokens = penalized_tokens(s.ids.reshape(b * q, -1), per_beam)
+        flat = apply_repetition_penalty(flat, tokens, per_beam.repetition_penalty)
+    if stages.min_new_tokens:
+        too_short = jnp.repeat(s.num_generated < params.min_new_tokens, q)
+        flat = forbid(flat, stop_tokens.reshape(b * q, -1), too_short)
     return flat.reshape(b, q, v)
 
 
-def _length(made: jax.Array, rules: Rules) -> jax.Array:
-    """What the sum over `made` [B] tokens and an end is divided by: [B, 1].
+def _penalized_length(num_generated: jax.Array, inputs: SearchInputs) -> jax.Array:
+    """The divisor of the score of num_generated [B] tokens and an end token: [B, 1].
 
-    The ids of the original begin with a BOS, which its lengths count, and end before the EOS.
+    The original's ids begin with a BOS, which its lengths count, and end before the EOS.
     """
-    return ((made + 1).astype(jnp.float32) ** rules.length_penalty)[:, None]
+    divisor: jax.Array = (num_generated + 1).astype(jnp.float32) ** inputs.length_penalty
+    return divisor[:, None]
 
 
-def _collect(s: State, natural: jax.Array, parent: jax.Array, token: jax.Array) -> Hypotheses:
-    """The beams `parent` [B, Q] with one more token [B, Q]; scores and ended are yet to be set."""
+def _extend(s: SearchState, logprobs: jax.Array, parent: jax.Array, token: jax.Array) -> Hypotheses:
+    """The beams `parent` [B, Q] with one more token [B, Q]; scores and hit_stop are not set yet."""
     b, q = parent.shape
-    logprob = natural[jnp.arange(b)[:, None], parent, token]
-    ids = _at(_of_beams(s.ids, parent), s.made, token)
-    logprobs = _at(_of_beams(s.logprobs, parent), s.made, logprob)
-    made = jnp.broadcast_to(s.made[:, None] + 1, (b, q))
-    return Hypotheses(ids, logprobs, made, jnp.zeros((b, q)), jnp.zeros((b, q), bool))
+    logprob = logprobs[jnp.arange(b)[:, None], parent, token]
+    return Hypotheses(
+        _set_token(_take_beams(s.ids, parent), s.num_generated, token),
+        _set_token(_take_beams(s.logprobs, parent), s.num_generated, logprob),
+        jnp.broadcast_to(s.num_generated[:, None] + 1, (b, q)),
+        jnp.zeros((b, q)),
+        jnp.zeros((b, q), bool),
+    )
 
 
-def _best(a: Hypotheses, b: Hypotheses) -> Hypotheses:
-    """The best Q of both."""
+def _best_of_both(a: Hypotheses, b: Hypotheses) -> Hypotheses:
+    """The Q hypotheses of a and b with the highest scores."""
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), a, b)
     _, order = jax.lax.top_k(both.scores, a.scores.shape[1])
-    return jax.tree.map(partial(_of_beams, beam=order), both)
+    best: Hypotheses = jax.tree.map(partial(_take_beams, beams=order), both)
+    return best
 
 
-def _finish(s: State, rules: Rules) -> Hypotheses:
-    """The best hypotheses, to which the beams that were still open at the limit belong too."""
+def _final_hypotheses(s: SearchState, inputs: SearchInputs) -> Hypotheses:
+    """The best hypotheses; beams that are still open at max_new_tokens compete too."""
     shape = s.sums.shape
-    scores = jnp.where(s.complete[:, None], -jnp.inf, s.sums / _length(s.made, rules))
-    made = jnp.broadcast_to(s.made[:, None], shape)
-    return _best(s.finished, Hypotheses(s.ids, s.logprobs, made, scores, jnp.zeros(shape, bool)))
+    scores = jnp.where(
+        s.complete[:, None], -jnp.inf, s.sums / _penalized_length(s.num_generated, inputs)
+    )
+    num_generated = jnp.broadcast_to(s.num_generated[:, None], shape)
+    open_beams = Hypotheses(s.ids, s.logprobs, num_generated, scores, jnp.zeros(shape, bool))
+    return _best_of_both(s.finished, open_beams)
 
 
-def _of_beams(x: jax.Array, beam: jax.Array) -> jax.Array:
-    """Entries `beam` [B, C] of x [B, Q, ...] -> [B, C, ...]."""
-    return x[jnp.arange(x.shape[0])[:, None], beam]
+def _take_beams(x: jax.Array, beams: jax.Array) -> jax.Array:
+    """Entries `beams` [B, C] of x [B, Q, ...] -> [B, C, ...]."""
+    return x[jnp.arange(x.shape[0])[:, None], beams]
 
 
-def _at(x: jax.Array, made: jax.Array, value: jax.Array) -> jax.Array:
-    """x [B, Q, N] with value [B, Q] as entry made [B]."""
+def _set_token(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """x [B, Q, N] with values [B, Q] at index [B] of the last axis."""
     b, q, _ = x.shape
-    return x.at[jnp.arange(b)[:, None], jnp.arange(q), made[:, None]].set(value, mode="drop")
+    return x.at[jnp.arange(b)[:, None], jnp.arange(q), index[:, None]].set(values, mode="drop")
 
 
-def _over_beams(rule: Any, s: State, stops: jax.Array) -> jax.Array:
-    """completing() for every beam: [B, Q, R]."""
-    return jax.vmap(rule, in_axes=(1, None, None), out_axes=1)(s.ids, s.made, stops)
+def _completing_tokens_of_beams(s: SearchState, stop_sequences: jax.Array) -> jax.Array:
+    """completing_tokens of every beam: [B, Q, R]."""
+    of_beams = jax.vmap(completing_tokens, in_axes=(1, None, None), out_axes=1)
+    return of_beams(s.ids, s.num_generated, stop_sequences)
 
 
-def _unless_done(old: State, new: State) -> State:
-    """The new state of the rows that were not done."""
+def _keep_done_rows(old: SearchState, new: SearchState) -> SearchState:
+    """`new`, with the rows of `old` that are done."""
 
     def pick(before: jax.Array, after: jax.Array) -> jax.Array:
         done = old.done.reshape(-1, *[1] * (before.ndim - 1))
         return jnp.where(done, before, after)
 
-    cache = new.cache  # a row that is done writes where it wrote before
-    kept = jax.tree.map(pick, old._replace(cache=None), new._replace(cache=None))
-    return kept._replace(cache=cache)
+    # A done row writes the same slots again, and what it computes from them is discarded.
+    picked: SearchState = jax.tree.map(pick, old._replace(cache=None), new._replace(cache=None))
+    return picked._replace(cache=new.cache)

@@ -1,49 +1,24 @@
-"""A dialogue about images: history, images of any turn, and cuts on the left when it grows long."""
+"""A conversation about images: its history, the images of all turns, and a prefix cache."""
 
 import os
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.engine import Engine
-from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
+from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.prefix_cache import PrefixCache
-from minigpt4_jax.inference.preprocess import Images
-from minigpt4_jax.inference.requests import Completion, Request
-from minigpt4_jax.processing import chat_templates as texts
-from minigpt4_jax.processing import sequences
+from minigpt4_jax.inference.preprocess import image_key
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.processing import chat_templates, sequences
 from minigpt4_jax.processing.images import ImageSource, is_image
-from minigpt4_jax.processing.tokenizer import Tokenizer
 
-
-class _Model(Protocol):
-    """What a dialogue needs of `minigpt4_jax.Model`."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    _engine: Engine
-
-    def _requests(
-        self,
-        images: Images | None,
-        prompts: Sequence[str],
-        generation_config: GenerationConfig,
-        visual: list[np.ndarray | None] | None = None,
-    ) -> list[Request]: ...
-
-    def _pieces(
-        self, requests: list[Request], stop: Sequence[str], kept: PrefixCache | None = None
-    ) -> Iterator[str]: ...
-
-    def _generation(self, answer: Completion, stop: Sequence[str]) -> GenerationOutput: ...
-
-    def _encode_all(self, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray: ...
+if TYPE_CHECKING:
+    from minigpt4_jax.inference.model import Model
 
 
 @dataclass(frozen=True)
@@ -56,220 +31,245 @@ class Turn:
 
 
 class Conversation:
-    """A dialogue with a model; `Model.conversation` begins one.
+    """A conversation with a model; `Model.conversation` starts one.
 
-    turns: what was said, oldest first; all of it goes into the next prompt, as far as the context
-    reaches. An image (the same path, or the same object) is encoded once and its visual tokens are
-    kept. So are the keys and values of what was read and answered, on the device: a question is read from
-    where it first differs from that, which is all of it once the context has been cut.
+    The whole history goes into each prompt, up to the context length. An image (the same path, or the
+    same object) is encoded once, and its visual tokens are kept. The keys and values of the last
+    prompt and answer stay on the device: a new prompt is processed from where it first differs
+    from them, which is all of it once the context has been cut.
+
+    Attributes:
+        model: the model that answers.
+        system: the system message; None is the template's.
+        template: the chat template.
+        turns: the history, oldest first.
     """
 
     def __init__(
         self,
-        model: _Model,
+        model: "Model",
         system: str | None = None,
-        template: str | texts.ChatTemplate | None = None,
+        template: str | chat_templates.ChatTemplate | None = None,
     ):
         self.model, self.system = model, system
-        self.template = texts.find_template(model.config, template)
+        self.template = chat_templates.find_template(model.config, template)
         self.turns: list[Turn] = []
-        # the model's own template ends an answer with its end symbol
-        self._stop = () if template is None else texts.answer_endings(self.template)
-        self._options: dict[str, Any] = {}
-        self._kept = PrefixCache()
-        self._visual: dict[Any, tuple[ImageSource, np.ndarray]] = {}  # [P, D] of each image
+        # The model's own template ends an answer with its end symbol.
+        self._stop = () if template is None else chat_templates.answer_endings(self.template)
+        self._last_config = _with_chat_context(None, {})
+        self._prefix_cache = PrefixCache()
+        # Visual tokens [P, D] by image_key. The image is kept too, so that its id stays unique.
+        self._encoded: dict[str | int, tuple[ImageSource, np.ndarray]] = {}
+
+    # --- questions --------------------------------------------------------------------------
 
     def ask(
-        self, text: str, images: ImageSource | Sequence[ImageSource] | None = (), **options: Any
+        self,
+        text: str,
+        images: ImageSource | Sequence[ImageSource] | None = (),
+        config: GenerationConfig | None = None,
+        **overrides: Any,
     ) -> str:
         """The answer to the next question.
 
         images: those that come with this question, put before it unless it places them itself with
-        `<ImageHere>`. options: as of `Model.generate`, for one answer; context is the original
-        chat's 2000, beyond which the oldest tokens are dropped with a warning. UserError: as
-        `Model.generate`; the conversation then is as it was before.
+        `<ImageHere>`. config, overrides: as `Model.generate`, for one answer; context is 2000 by
+        default, as in the original's chat: the oldest tokens beyond it are dropped with a warning.
+        UserError: as `Model.generate`; the conversation is unchanged then.
         """
-        turn, request, generation_config = self._prepare(text, images, options)
-        answers = self.model._engine.answer([request], kept=self._kept)[0]
-        answer = self.model._generation(answers[0], generation_config.stop_texts(1)[0]).text
-        self._keep(turn, answer, options)
-        return answer
+        return self._answer(text, images, _with_chat_context(config, overrides))
 
     def stream(
-        self, text: str, images: ImageSource | Sequence[ImageSource] | None = (), **options: Any
+        self,
+        text: str,
+        images: ImageSource | Sequence[ImageSource] | None = (),
+        config: GenerationConfig | None = None,
+        **overrides: Any,
     ) -> Generator[str]:
         """Pieces of the answer to the next question, as `Model.stream` yields them.
 
-        If it is stopped on the way, what was shown is kept as the answer. UserError: as `ask`, and
-        for beams.
+        If the generator is closed early, what was yielded is kept as the answer. UserError: as `ask`,
+        and for beam search.
         """
-        return self._stream(None, text, images, options)
+        return self._stream(None, text, images, _with_chat_context(config, overrides))
 
-    def retry(self, **options: Any) -> str:
-        """Another answer to the last question: as it was asked, with the next seed, save options."""
-        options = self.retry_options() | options
+    def retry(self, **overrides: Any) -> str:
+        """Answer the last question again, with its options and the next seed, or `overrides`."""
+        config = self._retry_config(overrides)
         turn = self.undo()
         try:
-            return self.ask(turn.question, turn.images, **options)
+            return self._answer(turn.question, turn.images, config)
         except BaseException:
             self.turns.append(turn)
             raise
 
-    def stream_retry(self, **options: Any) -> Generator[str]:
-        """As `retry`, in pieces; stopped before the first of them, the old answer stays."""
-        options = self.retry_options() | options
+    def stream_retry(self, **overrides: Any) -> Generator[str]:
+        """As `retry`, in pieces. If it is closed before the first of them, the old answer stays."""
+        config = self._retry_config(overrides)
         turn = self.undo()
         try:
-            return self._stream(turn, turn.question, turn.images, options)
+            return self._stream(turn, turn.question, turn.images, config)
         finally:
-            self.turns.append(turn)  # until the first piece; a stream that is not begun has none
+            self.turns.append(turn)  # until the first piece; a generator may never be started
+
+    # --- history ----------------------------------------------------------------------------
 
     def undo(self) -> Turn:
-        """Take back the last question and its answer, and return them."""
+        """Remove the last question and its answer, and return them."""
         if not self.turns:
             raise UserError("the conversation is empty; ask a question first")
         return self.turns.pop()
 
     def reset(self) -> None:
-        """Forget what was said; encoded images are kept for their next use."""
+        """Forget the history. Encoded images are kept in case they are used again."""
         self.turns.clear()
-        self._kept.clear()
-
-    def retry_options(self) -> dict[str, Any]:
-        """The options of the last question with the next seed."""
-        seed = self._options.get("seed", 0)
-        return self._options | {"seed": seed + 1 if isinstance(seed, Integral) else seed}
+        self._prefix_cache.clear()
 
     def transcript(self) -> dict[str, Any]:
-        """What was said, for JSON; an image that is not a file is named by its type."""
+        """The history for JSON; an image that is not a file is named by its type."""
         turns = [
-            {"question": t.question, "images": [_name(i) for i in t.images], "answer": t.answer}
-            for t in self.turns
+            {
+                "question": turn.question,
+                "images": [_image_name(image) for image in turn.images],
+                "answer": turn.answer,
+            }
+            for turn in self.turns
         ]
         system = self.template.system if self.system is None else self.system
         return {"system": system, "turns": turns}
 
-    # --- a question ---------------------------------------------------------------------------
+    # --- how a question is answered -----------------------------------------------------------
+
+    def _retry_config(self, overrides: dict[str, Any]) -> GenerationConfig:
+        seed = self._last_config.seed
+        if isinstance(seed, Integral):
+            seed = int(seed) + 1
+        return GenerationConfig.merge(self._last_config, {"seed": seed} | overrides)
+
+    def _answer(
+        self,
+        text: str,
+        images: ImageSource | Sequence[ImageSource] | None,
+        config: GenerationConfig,
+    ) -> str:
+        turn, request = self._prepare(text, images, config)
+        (outputs,) = self.model.answer_requests([request], prefix_cache=self._prefix_cache)
+        self._append(turn, outputs[0].text, config)
+        return outputs[0].text
 
     def _prepare(
-        self, text: str, images: ImageSource | Sequence[ImageSource] | None, options: dict[str, Any]
-    ) -> tuple[Turn, Request, GenerationConfig]:
+        self,
+        text: str,
+        images: ImageSource | Sequence[ImageSource] | None,
+        config: GenerationConfig,
+    ) -> tuple[Turn, Request]:
+        """The next turn, without its answer, and the request for it."""
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"the question is {text!r}; expected text")
-        chosen = {"context": sequences.CHAT_CONTEXT} | options
-        chosen["stop"] = (*self._stop, *_texts(chosen.get("stop", ())))
-        generation_config = GenerationConfig.of(chosen)
-        if generation_config.template or generation_config.num_return_sequences != 1:
+        if config.template or config.num_return_sequences != 1:
             raise UserError("template and num_return_sequences are not options of a conversation")
-        turn = Turn(text, _images(images), "")
-        asked = [*self.turns, turn]
-        dialogue: list[tuple[str, str | None]] = [
-            (_question(t), t.answer.replace(texts.IMAGE_TAG, "")) for t in self.turns
-        ]
-        prompt = texts.render_chat(
-            self.template, [*dialogue, (_question(turn), None)],
-            system=self.system, extra_bos=generation_config.extra_bos,
-        )  # fmt: skip
-        shown = [image for t in asked for image in t.images]
-        self._warn_of_cut(prompt, len(shown), generation_config)
-        known = set(self._visual)
-        visual = self._encoded(shown)
+        config = GenerationConfig.merge(config, {"stop": (*self._stop, *config.stop)})
+        turn = Turn(text, _as_images(images), "")
+        prompt = self._prompt(turn, config.extra_bos)
+        all_images = [image for t in [*self.turns, turn] for image in t.images]
+        self._warn_if_cut(prompt, len(all_images), config)
+        encoded_before = set(self._encoded)
+        visual = self._visual_tokens(all_images)
         try:
-            (request,) = self.model._requests([shown], [prompt], generation_config, visual)
+            (request,) = self.model.prepare_requests([all_images], [prompt], config, [visual])
         except UserError:
-            self._visual = {key: v for key, v in self._visual.items() if key in known}
+            self._encoded = {key: v for key, v in self._encoded.items() if key in encoded_before}
             raise
-        return turn, request, generation_config
+        return turn, request
 
-    def _keep(self, turn: Turn, answer: str, options: dict[str, Any]) -> None:
-        self.turns.append(Turn(turn.question, turn.images, answer))
-        self._options = dict(options)
+    def _prompt(self, turn: Turn, extra_bos: bool) -> str:
+        """The prompt for the next turn. Image tags in answers are not the user's: they are removed."""
+        history: list[tuple[str, str | None]] = [
+            (_question(t), t.answer.replace(chat_templates.IMAGE_TAG, "")) for t in self.turns
+        ]
+        return chat_templates.render_chat(
+            self.template, [*history, (_question(turn), None)],
+            system=self.system, extra_bos=extra_bos,
+        )  # fmt: skip
+
+    def _append(self, turn: Turn, answer: str, config: GenerationConfig) -> None:
+        self.turns.append(replace(turn, answer=answer))
+        self._last_config = config
 
     def _stream(
         self,
-        old: Turn | None,
+        replaced: Turn | None,
         text: str,
         images: ImageSource | Sequence[ImageSource] | None,
-        options: dict[str, Any],
+        config: GenerationConfig,
     ) -> Generator[str]:
-        """old: the turn that this one replaces, if it comes to a first piece."""
-        turn, request, generation_config = self._prepare(text, images, options)
-        if generation_config.num_beams != 1:
-            raise UserError(
-                f"num_beams {generation_config.num_beams}: a stream cannot search; set it to 1"
-            )
-        return self._pieces(old, turn, request, generation_config, options)
+        """replaced: the turn that this one replaces once there is a first piece."""
+        turn, request = self._prepare(text, images, config)
+        config.check_streamable()
+        return self._stream_request(replaced, turn, request, config)
 
-    def _pieces(
-        self,
-        old: Turn | None,
-        turn: Turn,
-        request: Request,
-        generation_config: GenerationConfig,
-        options: dict[str, Any],
+    def _stream_request(
+        self, replaced: Turn | None, turn: Turn, request: Request, config: GenerationConfig
     ) -> Generator[str]:
-        shown, over = "", False
+        streamed, finished = "", False
         try:
-            for piece in self.model._pieces(
-                [request], generation_config.stop_texts(1)[0], self._kept
-            ):
-                shown += piece
+            for piece in self.model.stream_request(request, self._prefix_cache):
+                streamed += piece
                 yield piece
-            over = True
+            finished = True
         finally:
-            if over or shown:
-                if old is not None and self.turns and self.turns[-1] is old:
+            if finished or streamed:
+                if replaced is not None and self.turns and self.turns[-1] is replaced:
                     self.turns.pop()
-                self._keep(turn, texts.clean_answer(shown), options)
+                self._append(turn, chat_templates.clean_answer(streamed), config)
 
-    def _warn_of_cut(self, prompt: str, images: int, generation_config: GenerationConfig) -> None:
+    def _warn_if_cut(self, prompt: str, num_images: int, config: GenerationConfig) -> None:
+        if config.context is None:
+            return
         tokens = sequences.prompt_tokens(
             self.model.tokenizer, self.model.config, prompt,
-            images=images, extra_bos=generation_config.extra_bos,
+            images=num_images, extra_bos=config.extra_bos,
         )  # fmt: skip
-        if generation_config.context is None:
-            return
-        context = min(generation_config.context, self.model.config.llm.max_length)
-        kept, lost = sequences.cut_left(tokens, generation_config.max_new_tokens, context)
-        if len(kept) < len(tokens):
+        context = min(config.context, self.model.config.llm.max_length)
+        cut, num_visual = sequences.cut_left(tokens, config.max_new_tokens, context)
+        if len(cut) < len(tokens):
             warnings.warn(
                 f"the conversation is longer than its context of {context} tokens: dropped the "
-                f"oldest {len(tokens) - len(kept)} of {len(tokens)} tokens of the prompt, "
-                f"{lost} of them of images",
-                stacklevel=4,
+                f"oldest {len(tokens) - len(cut)} of {len(tokens)} tokens of the prompt, "
+                f"{num_visual} of them of images",
+                stacklevel=5,  # the caller of ask or stream
             )
 
-    def _encoded(self, images: Sequence[ImageSource]) -> list[np.ndarray | None]:
-        """The visual tokens [I * P, D] of the images, of which the new ones are encoded."""
-        new = {_key(image): image for image in images if _key(image) not in self._visual}
-        names = [f"image {i}" for i in range(len(new))]
+    def _visual_tokens(self, images: Sequence[ImageSource]) -> np.ndarray | None:
+        """Visual tokens [I * P, D] of the images; only new ones are encoded."""
+        new = {image_key(image): image for image in images if image_key(image) not in self._encoded}
         if new:
-            encoded = self.model._encode_all(list(new.values()), names)
+            encoded = self.model.encode_images(list(new.values()))
             for (key, image), visual in zip(new.items(), encoded, strict=True):
-                self._visual[key] = (image, visual)  # the image too: ids of live objects differ
-        found = [self._visual[_key(image)][1] for image in images]
-        return [np.concatenate(found) if found else None]
+                self._encoded[key] = (image, visual)
+        visual_tokens = [self._encoded[image_key(image)][1] for image in images]
+        return np.concatenate(visual_tokens) if visual_tokens else None
 
 
-def _images(images: ImageSource | Sequence[ImageSource] | None) -> tuple[ImageSource, ...]:
+def _with_chat_context(
+    config: GenerationConfig | None, overrides: dict[str, Any]
+) -> GenerationConfig:
+    """The merged options, with the original chat's context unless another is given."""
+    defaults = {"context": sequences.CHAT_CONTEXT}
+    if config is not None and getattr(config, "context", None) is not None:
+        defaults = {}
+    return GenerationConfig.merge(config, defaults | overrides)
+
+
+def _as_images(images: ImageSource | Sequence[ImageSource] | None) -> tuple[ImageSource, ...]:
     if is_image(images):
         return (images,)  # type: ignore[return-value]
     return () if images is None else tuple(images)  # type: ignore[arg-type]
 
 
 def _question(turn: Turn) -> str:
-    return texts.with_images(turn.question, len(turn.images))
+    return chat_templates.with_images(turn.question, len(turn.images))
 
 
-def _texts(stop: Any) -> tuple[str, ...]:
-    if isinstance(stop, str):
-        raise UserError(f"stop {stop!r}: expected a list of texts")
-    return tuple(stop)
-
-
-def _key(image: ImageSource) -> Any:
-    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
-
-
-def _name(image: ImageSource) -> str:
+def _image_name(image: ImageSource) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__

@@ -1,9 +1,9 @@
-"""A running batch, and what programs do to it: choose a token for every row, put a new row into a slot,
-end rows, and report what the host looks at."""
+"""The state of a running batch, and operations on it: append a token to every row, insert a new row,
+finish rows, and copy out what the host reads."""
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,77 +11,85 @@ import numpy as np
 
 from minigpt4_jax.inference.requests import Completion
 from minigpt4_jax.inference.sampling import SamplingParams, SamplingStages, sample
-from minigpt4_jax.inference.stop_sequences import completing
+from minigpt4_jax.inference.stop_sequences import completing_tokens
 from minigpt4_jax.models.kv_cache import cache_axes
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
-Array = Any  # of JAX inside the programs, of NumPy where they are called
+Array: TypeAlias = Any  # of JAX inside the programs, of NumPy where they are called
 PRNG = "threefry2x32"
 
 
-class Rows(NamedTuple):
-    """What a batch asks for, one entry a row; B is rounded up with rows that want nothing."""
+class BatchInputs(NamedTuple):
+    """What each row of a batch asks for; B is padded with rows that generate nothing."""
 
     tokens: Array  # [B, T] int32
     lengths: Array  # [B] int32
     visual: Array  # [B, I * P, D] float32
-    limit: Array  # [B] int32: tokens to generate at most
-    stops: Array  # [B, R, W] int32, each sequence at the right end, -1 before it
-    keys: Array  # [B] random streams
-    options: SamplingParams  # arrays [B]
+    max_new_tokens: Array  # [B] int32
+    stop_sequences: Array  # [B, R, W] int32, right-aligned, -1 before
+    keys: Array  # [B] PRNG keys
+    sampling: SamplingParams  # arrays [B]
 
 
-class State(NamedTuple):
-    """A batch between two steps. Rows are slots: any can be replaced by a newly prefilled one."""
+class DecodeState(NamedTuple):
+    """A batch between two steps. Any row (slot) can be replaced by a newly prefilled one."""
 
     cache: Any  # KVCache
-    token: Array  # [B] int32: last token chosen, not yet in the cache
+    token: Array  # [B] int32: last generated token, not in the cache yet
     position: Array  # [B] int32: its position in the row
-    ids: Array  # [B, N] int32: generated so far, -1 after them
+    ids: Array  # [B, N] int32: generated so far, then -1
     logprobs: Array  # [B, N] float32 of those ids, by the model itself
-    made: Array  # [B] int32: how many
+    num_generated: Array  # [B] int32
     done: Array  # [B] bool
-    stopped: Array  # [B] bool: done by a stop sequence
-    limit: Array  # [B] int32
-    stops: Array  # [B, R, W] int32
+    hit_stop: Array  # [B] bool: done because of a stop sequence
+    max_new_tokens: Array  # [B] int32
+    stop_sequences: Array  # [B, R, W] int32
     keys: Array  # [B]
-    options: SamplingParams
+    sampling: SamplingParams
 
 
-def placed(s: State) -> State:
-    """The state as every program leaves it on a mesh: the cache split by rows and heads, the rest
-    whole on every device."""
+class Snapshot(NamedTuple):
+    """What the host reads of a state."""
+
+    numbers: Array  # [B, 3 + N] int32: num_generated, done, hit_stop, ids
+    logprobs: Array  # [B, N] float32
+
+
+def constrain_state(s: DecodeState) -> DecodeState:
+    """The sharding in which every program returns a state: the cache split by rows and heads, the
+    rest replicated."""
     cache = jax.tree.map(lambda a: constrain(a, *cache_axes(s.cache)), s.cache)
-    return jax.tree.map(constrain, s._replace(cache=None))._replace(cache=cache)
+    rest: DecodeState = jax.tree.map(constrain, s._replace(cache=None))
+    return rest._replace(cache=cache)
 
 
-def advance(s: State, logits: jax.Array, plan: SamplingStages) -> State:
-    """Choose the next token of the rows that are not done, from logits [B, V] float32."""
+def advance(s: DecodeState, logits: jax.Array, stages: SamplingStages) -> DecodeState:
+    """Append the next token to every row that is not done, from logits [B, V] float32."""
     logits = constrain(logits, BATCH_AXES)
-    ends = completing(s.ids, s.made, s.stops)
-    token = sample(logits, s.ids, s.made, ends, s.keys, s.options, plan)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits, axis=1)
-    ended = jnp.any(ends == token[:, None], axis=1)
+    stop_tokens = completing_tokens(s.ids, s.num_generated, s.stop_sequences)
+    token = sample(logits, s.ids, s.num_generated, stop_tokens, s.keys, s.sampling, stages)
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    logprob = logprob - jax.nn.logsumexp(logits, axis=1)
+    hit_stop = jnp.any(stop_tokens == token[:, None], axis=1)
     token = jnp.where(s.done, s.token, token)
     live = ~s.done
-    at = jnp.where(live, s.made, s.ids.shape[1])  # a finished row writes nowhere
+    index = jnp.where(live, s.num_generated, s.ids.shape[1])  # out of range for done rows: dropped
     rows = jnp.arange(s.ids.shape[0])
-    made = s.made + live
+    num_generated = s.num_generated + live
     return s._replace(
         token=token,
         position=s.position + live,
-        ids=s.ids.at[rows, at].set(token, mode="drop"),
-        logprobs=s.logprobs.at[rows, at].set(logprob, mode="drop"),
-        made=made,
-        done=s.done | (made >= s.limit) | ended,
-        stopped=s.stopped | (live & ended),
+        ids=s.ids.at[rows, index].set(token, mode="drop"),
+        logprobs=s.logprobs.at[rows, index].set(logprob, mode="drop"),
+        num_generated=num_generated,
+        done=s.done | (num_generated >= s.max_new_tokens) | hit_stop,
+        hit_stop=s.hit_stop | (live & hit_stop),
     )
 
 
-def insert(state: State, new: State, slot: jax.Array) -> State:
-    """Put the row of `new`, a batch of one with the same shapes, into a slot of `state`."""
-    axis = 0 if isinstance(state.cache.k, list) else 1  # of stacked layers: [L, B, K, S, H]
+def insert(state: DecodeState, new: DecodeState, slot: jax.Array) -> DecodeState:
+    """Put the row of `new`, a batch of one with the same bucket sizes, into a slot of `state`."""
+    axis = 0 if isinstance(state.cache.k, list) else 1  # stacked layers: [L, B, K, S, H]
 
     def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
@@ -89,38 +97,41 @@ def insert(state: State, new: State, slot: jax.Array) -> State:
     keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
     cache = jax.tree.map(partial(put, axis=axis), state.cache, new.cache)
     others = [s._replace(cache=None, keys=None) for s in (state, new)]
-    return placed(
-        jax.tree.map(put, *others)._replace(
-            cache=cache, keys=jax.random.wrap_key_data(keys, impl=PRNG)
-        )
-    )
+    updated: DecodeState = jax.tree.map(put, *others)
+    keys = jax.random.wrap_key_data(keys, impl=PRNG)
+    return constrain_state(updated._replace(cache=cache, keys=keys))
 
 
-def end(state: State, rows: jax.Array) -> State:
-    """No more steps for rows [B] that are True."""
-    return placed(state._replace(done=state.done | rows))
+def finish_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """Mark the rows [B] that are True as done."""
+    return constrain_state(state._replace(done=state.done | rows))
 
 
-def report(s: State) -> tuple[jax.Array, jax.Array]:
-    """What the host reads: [B, 3 + N] int32 (made, done, stopped, ids) and the log-probabilities.
+def take_snapshot(s: DecodeState) -> Snapshot:
+    """New arrays, as the state's own are donated to the next chunk before the host reads them."""
+    head = [a.astype(jnp.int32)[:, None] for a in (s.num_generated, s.done, s.hit_stop)]
+    numbers = jnp.concatenate([*head, s.ids], axis=1)
+    return Snapshot(constrain(numbers), constrain(jnp.copy(s.logprobs)))
 
-    New arrays, as the state is given up to the next chunk before they are read.
+
+def read_snapshot(
+    owners: list[int | None], snapshot: Snapshot
+) -> Iterator[tuple[int, int, Completion, bool]]:
+    """(slot, request, completion so far, done) of the slots in use.
+
+    owners: the request in each slot, None where a slot is free.
     """
-    head = [a.astype(jnp.int32)[:, None] for a in (s.made, s.done, s.stopped)]
-    return constrain(jnp.concatenate([*head, s.ids], axis=1)), constrain(jnp.copy(s.logprobs))
+    numbers, all_logprobs = (np.asarray(a) for a in snapshot)
+    for slot, index in enumerate(owners):
+        if index is not None:
+            num_generated, done, hit_stop = numbers[slot, :3].tolist()
+            logprobs = all_logprobs[slot, :num_generated].tolist()
+            ids = numbers[slot, 3 : 3 + num_generated].tolist()
+            completion = Completion(ids, logprobs, bool(hit_stop), sum(logprobs))
+            yield slot, index, completion, bool(done)
 
 
-def read(owners: list[int], report: Any) -> Iterator[tuple[int, int, Completion, bool]]:
-    """(slot, request, answer so far, done) of the slots that were in use."""
-    numbers, logprobs = (np.asarray(a) for a in report)
-    for slot, i in enumerate(owners):
-        made, done, stopped = numbers[slot, :3].tolist()
-        if i >= 0:
-            some = logprobs[slot, :made].tolist()
-            ids = numbers[slot, 3 : 3 + made].tolist()
-            yield slot, i, Completion(ids, some, bool(stopped), sum(some)), bool(done)
-
-
-def cut(answer: Completion, keep: int) -> Completion:
-    logprobs = answer.logprobs[:keep]
-    return Completion(answer.ids[:keep], logprobs, True, sum(logprobs))
+def truncate(completion: Completion, length: int) -> Completion:
+    """The first `length` tokens, ended there by a stop rule of the host."""
+    logprobs = completion.logprobs[:length]
+    return Completion(completion.ids[:length], logprobs, True, sum(logprobs))

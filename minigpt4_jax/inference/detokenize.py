@@ -1,63 +1,73 @@
-"""From generated ids to an answer's text: where it is cut, as a whole and piece by piece."""
+"""From generated ids to an answer's text: where it is cut, as a whole and as a stream."""
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.generation_config import GenerationOutput
-from minigpt4_jax.inference.requests import Completion
-from minigpt4_jax.inference.stop_sequences import certain_part
-from minigpt4_jax.processing import chat_templates as texts
+from minigpt4_jax.inference.requests import Completion, Progress
+from minigpt4_jax.inference.stop_sequences import stable_prefix
+from minigpt4_jax.processing.chat_templates import clean_answer
 from minigpt4_jax.processing.tokenizer import Tokenizer
 
 
-def generation(
-    tokenizer: Tokenizer, config: ModelConfig, answer: Completion, stop: Sequence[str]
+def completion_output(
+    tokenizer: Tokenizer, config: ModelConfig, completion: Completion, stop_texts: Sequence[str]
 ) -> GenerationOutput:
-    """What the interface says of an answer. stop: the texts it was to end at."""
-    text = texts.clean_answer(_cut(tokenizer, config, answer.ids, stop))
-    ended = "stop" if answer.stopped else "length"
-    return GenerationOutput(text, answer.ids, answer.logprobs, ended, answer.score)
+    """A completion as the public API returns it, its text cut at the stop texts."""
+    text = clean_answer(_decode(tokenizer, config, completion.ids, stop_texts))
+    finish_reason = "stop" if completion.hit_stop else "length"
+    return GenerationOutput(
+        text, completion.ids, completion.logprobs, finish_reason, completion.score
+    )
 
 
-def pieces(
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    progress: Iterable[tuple[int, Completion, bool]],
-    stop: Sequence[str],
+def stream_text(
+    tokenizer: Tokenizer, config: ModelConfig, steps: Iterable[Progress]
 ) -> Iterator[str]:
-    """What is new in an answer as it grows. progress: as `Engine.run` yields it, of one request."""
-    shown, endings = "", [*_endings(config, stop), "<s>"]  # "<s>" is taken out of the text
-    for _, answer, over in progress:
-        text = _cut(tokenizer, config, answer.ids, stop).replace("<s>", "").lstrip()
-        text = text.rstrip() if over else certain_part(text, endings)
-        if text.startswith(shown) and len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
+    """Yield each new piece of an answer. steps: of one request, as `Engine.run` yields them."""
+    streamed = ""
+    for step in steps:
+        stop_texts = step.request.stop_texts
+        text = _decode(tokenizer, config, step.completion.ids, stop_texts)
+        text = text.replace("<s>", "").lstrip()
+        if step.finished:
+            text = text.rstrip()
+        else:  # "<s>" is removed from the text, so its start must not be shown
+            text = stable_prefix(text, [*_all_stop_texts(config, stop_texts), "<s>"])
+        if text.startswith(streamed) and len(text) > len(streamed):
+            yield text[len(streamed) :]
+            streamed = text
 
 
-def halting(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], int | None]:
-    """Says how many of some ids it takes to write a text of `stop`; None while there is none."""
+def make_stop_check(
+    tokenizer: Tokenizer, stop_texts: Sequence[str]
+) -> Callable[[list[int]], int | None]:
+    """A function: ids -> how many of them it takes to spell one of the texts, None if they do not."""
 
-    def halt(ids: list[int]) -> int | None:
-        def written(count: int) -> bool:
-            text = tokenizer.decode(ids[:count])
-            return any(s in text for s in stop)
+    def stop_check(ids: list[int]) -> int | None:
+        def has_stop_text(length: int) -> bool:
+            text = tokenizer.decode(ids[:length])
+            return any(stop_text in text for stop_text in stop_texts)
 
-        if not written(len(ids)):
+        if not has_stop_text(len(ids)):
             return None
-        return bisect.bisect_left(range(len(ids)), True, key=written)
+        return bisect.bisect_left(range(len(ids)), True, key=has_stop_text)
 
-    return halt
+    return stop_check
 
 
-def _cut(tokenizer: Tokenizer, config: ModelConfig, ids: list[int], stop: Sequence[str]) -> str:
+def _decode(
+    tokenizer: Tokenizer, config: ModelConfig, ids: list[int], stop_texts: Sequence[str]
+) -> str:
+    """The text of ids up to the first stop text."""
     text = tokenizer.decode(ids)
-    for end in _endings(config, stop):
-        text = text.split(end)[0]
+    for stop_text in _all_stop_texts(config, stop_texts):
+        text = text.split(stop_text)[0]
     return text
 
 
-def _endings(config: ModelConfig, stop: Sequence[str]) -> list[str]:
-    """The texts that an answer is cut at."""
-    return [e for e in (config.end_symbol, *stop, "###", "</s>") if e.strip() or e in stop]
+def _all_stop_texts(config: ModelConfig, stop_texts: Sequence[str]) -> list[str]:
+    """The texts that an answer is cut at: the request's, the model's and the original's."""
+    candidates = (config.end_symbol, *stop_texts, "###", "</s>")
+    return [text for text in candidates if text.strip() or text in stop_texts]

@@ -1,343 +1,282 @@
-"""The generation engine: prefill a request, insert it into a slot of the running batch, step all slots.
+"""The generation engine: token ids in, token ids out, by compiled programs of one model.
 
-Every row has its own length, limit, stop rules, options and random stream, all of them arrays in
-`State` (slots.py), so requests of any kind share a program. Shapes are rounded up to buckets, so that few
-programs are compiled; the cache is donated, so that decoding does not copy it. The next chunk of
-steps is on its way before the host looks at what the last one made.
+Every row has its own length, limits, stop sequences, sampling parameters and PRNG key, all of them
+arrays in `DecodeState`, so requests of any kind share a program. Sizes are rounded up to buckets,
+so that few programs are compiled. The cache is donated, so that decoding does not copy it.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from minigpt4_jax.inference.beam_search import Hypotheses, Rules, search
+from minigpt4_jax.inference import programs
+from minigpt4_jax.inference.beam_search import Hypotheses, SearchInputs
 from minigpt4_jax.inference.decode_state import (
     PRNG,
-    Rows,
-    State,
-    advance,
-    cut,
-    end,
+    BatchInputs,
+    DecodeState,
+    Snapshot,
+    finish_rows,
     insert,
-    placed,
-    read,
-    report,
+    take_snapshot,
 )
-from minigpt4_jax.inference.prefix_cache import PrefixCache, behind
+from minigpt4_jax.inference.prefix_cache import PrefixCache, suffix
 from minigpt4_jax.inference.requests import (
+    BucketSizes,
     Completion,
+    Progress,
     Request,
-    Shapes,
     bucket,
-    shapes_of,
+    bucket_sizes,
     stack_visual,
 )
-from minigpt4_jax.inference.sampling import SamplingStages, stack_options, stages_of
-from minigpt4_jax.inference.stop_sequences import stack_stops
-from minigpt4_jax.models.kv_cache import KVCache, grow_cache
+from minigpt4_jax.inference.running_batch import RunningBatch
+from minigpt4_jax.inference.sampling import SamplingStages, required_stages, stack_sampling_params
+from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
+from minigpt4_jax.models.kv_cache import grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.parallel.sharding import constrain, mesh_of, with_mesh
+from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 BATCH_SIZE = 32  # rows decoded together
-CHUNK = 16  # steps between two looks of the host, where it has something to decide
-STEPS = 1 << 30  # more than any limit: the loop runs until every row is done
+CHUNK_STEPS = 16  # decoding steps between two decisions of the host, if it has any to make
+UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
 
 
 class Engine:
-    """Compiled programs of one model, whose parameters others of the same shapes can replace."""
+    """Compiled programs of one model. Parameters of the same shapes can be swapped in."""
 
-    def __init__(self, model: MiniGpt):
+    def __init__(self, model: MiniGpt, mesh: Mesh | None = None):
+        """mesh: the mesh that the parameters lie on; None for one device."""
         self.config = model.config
-        self._graphdef, self._treedef = _structure(model)
-        self._leaves = jax.tree.leaves(nnx.state(model))
-        on = partial(with_mesh, mesh=mesh_of(self._leaves))
-        self._start = jax.jit(on(self._start_program), static_argnums=(2, 3, 4))
-        self._grow = jax.jit(on(grow_cache), static_argnums=(1,))
-        self._resume = jax.jit(on(self._resume_program), static_argnums=(4, 5), donate_argnums=(1,))
-        self._decode = jax.jit(on(self._decode_program), static_argnums=(3,), donate_argnums=(1,))
-        self._insert = jax.jit(on(insert), donate_argnums=(0,))
-        self._end = jax.jit(on(end), donate_argnums=(0,))
-        self._report = jax.jit(on(report))
-        self._search = jax.jit(on(self._search_program), static_argnums=(4, 5, 6))
+        self._graphdef, state = nnx.split(model)
+        self._leaves, self._treedef = jax.tree.flatten(state)
+
+        def compiled(program: Callable[..., Any], **options: Any) -> Any:
+            """program(model, ...) as a compiled function of (leaves, ...)."""
+
+            @wraps(program)
+            def of_leaves(leaves: list[jax.Array], *args: Any) -> Any:
+                return program(self._model(leaves), *args)
+
+            return jax.jit(with_mesh(of_leaves, mesh), **options)
+
+        self._prefill = compiled(programs.prefill, static_argnums=(2, 3, 4))
+        self._resume = compiled(programs.resume, static_argnums=(4, 5), donate_argnums=(1,))
+        self._decode = compiled(programs.decode, static_argnums=(3,), donate_argnums=(1,))
+        self._search = compiled(programs.search, static_argnums=(4, 5, 6))
+        self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
+        self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
+        self._finish_rows = jax.jit(with_mesh(finish_rows, mesh), donate_argnums=(0,))
+        self._snapshot = jax.jit(with_mesh(take_snapshot, mesh))
+
+    def _model(self, leaves: list[jax.Array]) -> MiniGpt:
+        model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+        return model
+
+    @property
+    def vocab(self) -> int:
+        """V: the size of the vocabulary."""
+        return self.config.llm.vocab
 
     def set_parameters(self, model: MiniGpt) -> None:
-        """Use the parameters of another model of the same structure; compiled programs stay."""
+        """Use the parameters of another model of the same structure; nothing is compiled again."""
         self._leaves = jax.tree.leaves(nnx.state(model))
+
+    # --- requests ---------------------------------------------------------------------------
 
     def generate(
         self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
     ) -> list[list[int]]:
-        """New ids of each request, in order; a stop sequence that ended a row is its last ids."""
-        return [answers[0].ids for answers in self.answer(requests, batch_size)]
+        """New ids of each request, in order, including the stop sequence that ended them."""
+        return [completions[0].ids for completions in self.answer(requests, batch_size)]
 
     def answer(
         self,
         requests: Sequence[Request],
         batch_size: int = BATCH_SIZE,
-        kept: PrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> list[list[Completion]]:
-        """The answers to each request, in order: one, or `beams.returned` of beam search.
+        """The completions of each request, in order: one, or `num_return_sequences` of beam search.
 
-        kept: as of `run`; a search leaves it as it is.
+        prefix_cache: see `run`; beam search does not use it.
         """
-        found: list[list[Completion]] = [[] for _ in requests]
-        plain = [i for i, r in enumerate(requests) if r.beams.count == 1]
-        for i, answer, _ in self.run([requests[i] for i in plain], batch_size, kept=kept):
-            found[plain[i]] = [answer]
-        beams = [i for i, r in enumerate(requests) if r.beams.count > 1]
-        for i, answers in zip(
-            beams, self.search([requests[i] for i in beams], batch_size), strict=True
-        ):
-            found[i] = answers
-        return found
+        completions: list[list[Completion]] = [[] for _ in requests]
+        plain = [i for i, r in enumerate(requests) if r.beam_search.num_beams == 1]
+        run = self.run([requests[i] for i in plain], batch_size, prefix_cache=prefix_cache)
+        for progress in run:
+            completions[plain[progress.request_index]] = [progress.completion]
+        searched = [i for i, r in enumerate(requests) if r.beam_search.num_beams > 1]
+        found = self.search([requests[i] for i in searched], batch_size)
+        for i, best in zip(searched, found, strict=True):
+            completions[i] = best
+        return completions
 
     def run(
         self,
         requests: Iterable[Request],
         batch_size: int = BATCH_SIZE,
-        chunk: int = CHUNK,
+        *,
+        chunk: int = CHUNK_STEPS,
         progress: bool = False,
-        like: Sequence[Request] | None = None,
-        kept: PrefixCache | None = None,
-    ) -> Iterator[tuple[int, Completion, bool]]:
-        """(index of a request, its answer, whether that is all of it) as requests finish.
+        sized_for: Sequence[Request] | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> Iterator[Progress]:
+        """Yield each request's completion as it finishes; its slot then takes the next request.
 
-        The slot of a finished row is refilled. progress: also yields what rows that go on have so
-        far, after every `chunk` of steps. like: with it, requests may be any iterable, each of them
-        taken when a slot is free, and no larger and of no other options than one of `like`. kept:
-        for a single request, which goes on from what is there, as far as it begins alike, and
-        leaves its own cache there, also when the iterator is closed before the end.
+        progress: also yield the completions so far of unfinished requests, after every `chunk`
+        steps. sized_for: with it, `requests` may be a lazy iterable, from which a request is taken
+        when a slot is free. Each must fit the bucket sizes and sampling stages of these.
+        prefix_cache: for a single request: its prompt is processed from where it first differs from
+        the cached one, and its own cache is stored there, also if the iterator is closed early.
         """
-        if like is None:
-            like = requests = list(requests)
-        waiting = enumerate(requests)
-        running = dict(islice(waiting, batch_size))
-        if not running:
-            return
-        plan = stages_of([r.options for r in like], self.vocab)
-        shapes = shapes_of(like)
-        slots = list(running)
-        begin = self.prefill if kept is None else partial(self._go_on, kept)
-        state = begin(list(running.values()), shapes, plan)
-        watched = progress or any(r.halt for r in like)
-        reports: deque[tuple[list[int], Any]] = deque()
-        following = next(waiting, None)  # known early: to see whether there is one
-        try:
-            while running:
-                state = self.decode(state, plan, chunk if watched or following else STEPS)
-                reports.append((list(slots), self._report(state)))
-                if len(reports) < 2:  # the device always has a chunk to work on
-                    continue
-                halted = np.zeros(state.done.shape[0], bool)
-                owners, made = reports.popleft()
-                for slot, i, answer, done in read(owners, made):
-                    if slots[slot] != i:
-                        continue  # answered or halted before this chunk began
-                    halt = running[i].halt
-                    keep = halt(answer.ids) if halt else None
-                    if keep is not None:
-                        answer = cut(answer, keep)
-                        halted[slot] = not done
-                    over = done or keep is not None
-                    if over:
-                        slots[slot] = -1
-                        del running[i]
-                    if over or progress:
-                        yield i, answer, over
-                if halted.any():
-                    state = self._end(state, halted)
-                for slot in [s for s, i in enumerate(slots) if i < 0]:
-                    if following:
-                        slots[slot], request = following
-                        running[slots[slot]] = request
-                        state = self._insert(state, self.prefill([request], shapes, plan), slot)
-                        following = next(waiting, None)
-        finally:
-            if kept is not None:
-                kept.keep(like[0], state, self._leaves)
+        if sized_for is None:
+            sized_for = requests = list(requests)
+        batch = RunningBatch(self, requests, sized_for, batch_size, prefix_cache)
+        in_chunks = progress or any(request.stop_check for request in sized_for)
+        return batch.run(chunk, always_in_chunks=in_chunks, progress=progress)
 
     def search(
         self, requests: Sequence[Request], batch_size: int = BATCH_SIZE
     ) -> list[list[Completion]]:
-        """The best `beams.returned` answers of each request by beam search, the best first.
+        """The best `num_return_sequences` completions of each request by beam search, best first.
 
-        batch_size: beams at a time, of all the requests together.
+        batch_size: beams at a time, of all requests together.
         """
-        # those of as many beams share a program
+        # Requests with equally many beams share a program.
         order = sorted(
-            range(len(requests)), key=lambda i: (requests[i].beams.count, len(requests[i].tokens))
+            range(len(requests)),
+            key=lambda i: (requests[i].beam_search.num_beams, len(requests[i].tokens)),
         )
-        found: list[list[Completion]] = [[] for _ in requests]
+        completions: list[list[Completion]] = [[] for _ in requests]
         while order:
-            count = requests[order[0]].beams.count
-            some = [i for i in order if requests[i].beams.count == count]
-            some = some[: max(1, batch_size // count)]
-            order = order[len(some) :]
-            best = self._search_batch([requests[i] for i in some])
-            for row, i in enumerate(some):
-                found[i] = _answers(best, row)[: requests[i].beams.returned]
-        return found
+            num_beams = requests[order[0]].beam_search.num_beams
+            same = [i for i in order if requests[i].beam_search.num_beams == num_beams]
+            batch = same[: max(1, batch_size // num_beams)]
+            order = order[len(batch) :]
+            best = self._search_batch([requests[i] for i in batch])
+            for row, i in enumerate(batch):
+                wanted = requests[i].beam_search.num_return_sequences
+                completions[i] = _completions(best, row)[:wanted]
+        return completions
 
     def _search_batch(self, requests: Sequence[Request]) -> Hypotheses:
-        rows = self._rows(requests)
-        beams = [r.beams for r in requests]
-        padding = [beams[0]] * (len(rows.lengths) - len(beams))
-        rules = Rules(
-            rows.lengths, rows.limit, rows.stops, rows.options,
-            np.array([b.length_penalty for b in beams + padding], np.float32),
-            np.array([b.early_stopping for b in beams + padding]),
+        inputs = self.batch_inputs(requests)
+        configs = [request.beam_search for request in requests]
+        configs += [configs[0]] * (len(inputs.lengths) - len(configs))  # padding rows
+        search_inputs = SearchInputs(
+            inputs.lengths, inputs.max_new_tokens, inputs.stop_sequences, inputs.sampling,
+            np.array([c.length_penalty for c in configs], np.float32),
+            np.array([c.early_stopping for c in configs]),
         )  # fmt: skip
-        plan = stages_of([r.options for r in requests], self.vocab)
-        room = bucket(int(rows.limit.max()), 16)
-        found = self._search(
-            self._leaves, rows.tokens, rows.visual, rules, beams[0].count, room, plan
-        )
-        return jax.tree.map(np.asarray, found)
+        stages = required_stages([request.sampling for request in requests], self.vocab)
+        max_new_tokens = bucket(int(inputs.max_new_tokens.max()), 16)
+        best = self._search(
+            self._leaves, inputs.tokens, inputs.visual, search_inputs, configs[0].num_beams,
+            max_new_tokens, stages,
+        )  # fmt: skip
+        return Hypotheses(*map(np.asarray, best))
 
-    @property
-    def vocab(self) -> int:
-        return self.config.llm.vocab
+    # --- the operations of a running batch ------------------------------------------------------
 
     def prefill(
         self,
         requests: Sequence[Request],
-        shapes: Shapes | None = None,
-        plan: SamplingStages | None = None,
-    ) -> State:
-        """Read the prompts and choose each row's first token."""
-        shapes = shapes or shapes_of(requests)
-        rows = self._rows(requests, shapes)
-        plan = plan or stages_of([r.options for r in requests], self.vocab)
-        return self._start(self._leaves, rows, shapes.cache, shapes.room, plan)
+        sizes: BucketSizes | None = None,
+        stages: SamplingStages | None = None,
+    ) -> DecodeState:
+        """Process the prompts and choose each row's first token."""
+        sizes = sizes or bucket_sizes(requests)
+        stages = stages or required_stages([request.sampling for request in requests], self.vocab)
+        inputs = self.batch_inputs(requests, sizes)
+        state: DecodeState = self._prefill(
+            self._leaves, inputs, sizes.cache_length, sizes.max_new_tokens, stages
+        )
+        return state
 
-    def _go_on(
-        self, kept: PrefixCache, requests: Sequence[Request], shapes: Shapes, plan: SamplingStages
-    ) -> State:
-        """As `prefill` of one request, reading only what `kept` has not read."""
-        (request,) = requests
-        found = kept.take(request, self._leaves)
-        if found is None:
-            return self.prefill(requests, shapes, plan)
-        n, cache = found
-        tokens, visual = behind(request, n)
-        rows = self._rows([replace(request, tokens=tokens, visual=visual)], shapes)
-        length = max(shapes.cache, bucket(n + rows.tokens.shape[1]))
-        if length > cache.length:
-            cache = self._grow(cache, length)
-        return self._resume(self._leaves, cache, rows, n, shapes.room, plan)
+    def resume(
+        self,
+        prefix_cache: PrefixCache,
+        request: Request,
+        sizes: BucketSizes,
+        stages: SamplingStages,
+    ) -> DecodeState:
+        """As `prefill` of one request, processing only what the prefix cache does not hold."""
+        cached = prefix_cache.take(request, self._leaves)
+        if cached is None:
+            return self.prefill([request], sizes, stages)
+        length, cache = cached
+        tokens, visual = suffix(request, length)
+        inputs = self.batch_inputs([replace(request, tokens=tokens, visual=visual)], sizes)
+        cache_length = max(sizes.cache_length, bucket(length + inputs.tokens.shape[1]))
+        if cache_length > cache.length:
+            cache = self._grow_cache(cache, cache_length)
+        state: DecodeState = self._resume(
+            self._leaves, cache, inputs, length, sizes.max_new_tokens, stages
+        )
+        return state
 
-    def decode(self, state: State, plan: SamplingStages, steps: int = STEPS) -> State:
-        """Up to `steps` more tokens for every row that is not done. `state` is given up."""
-        return self._decode(self._leaves, state, steps, plan)
+    def decode(
+        self, state: DecodeState, stages: SamplingStages, steps: int = UNLIMITED_STEPS
+    ) -> DecodeState:
+        """Up to `steps` more tokens for every row that is not done. `state` is donated."""
+        state = self._decode(self._leaves, state, steps, stages)
+        return state
 
-    def _rows(self, requests: Sequence[Request], shapes: Shapes | None = None) -> Rows:
-        shapes = shapes or shapes_of(requests)
+    def insert(self, state: DecodeState, new: DecodeState, slot: int) -> DecodeState:
+        """`state` with the row of `new`, which has one, in a slot. `state` is donated."""
+        state = self._insert(state, new, slot)
+        return state
+
+    def finish_rows(self, state: DecodeState, rows: np.ndarray) -> DecodeState:
+        """`state` with the rows [B] that are True done. `state` is donated."""
+        state = self._finish_rows(state, rows)
+        return state
+
+    def snapshot(self, state: DecodeState) -> Snapshot:
+        """A copy of what the host reads, which stays valid when `state` is donated."""
+        snapshot: Snapshot = self._snapshot(state)
+        return snapshot
+
+    def store_prefix(self, prefix_cache: PrefixCache, request: Request, state: DecodeState) -> None:
+        """Keep the cache of a request that ran alone."""
+        prefix_cache.store(request, state, self._leaves)
+
+    def batch_inputs(
+        self, requests: Sequence[Request], sizes: BucketSizes | None = None
+    ) -> BatchInputs:
+        """The requests as padded arrays."""
+        sizes = sizes or bucket_sizes(requests)
         b = next_power_of_two(len(requests))
-        none = Request(tokens=[0], max_new_tokens=0)
-        padded = [*requests, *[none] * (b - len(requests))]
-        lengths = np.array([len(r.tokens) for r in padded], np.int32)
+        padding = Request(tokens=[0], max_new_tokens=0)
+        rows = [*requests, *[padding] * (b - len(requests))]
+        lengths = np.array([len(row.tokens) for row in rows], np.int32)
         tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
-        for row, r in zip(tokens, padded, strict=True):
-            row[: len(r.tokens)] = r.tokens
-        seeds = jnp.asarray([r.seed % (1 << 32) for r in padded], jnp.uint32)
-        return Rows(
-            tokens, lengths, stack_visual([r.visual for r in padded], self.config.llm.width),
-            np.array([r.max_new_tokens for r in padded], np.int32),
-            stack_stops([r.stops for r in padded], shapes.stops, shapes.width),
+        for target, row in zip(tokens, rows, strict=True):
+            target[: len(row.tokens)] = row.tokens
+        seeds = jnp.asarray([row.seed % (1 << 32) for row in rows], jnp.uint32)
+        return BatchInputs(
+            tokens, lengths, stack_visual((row.visual for row in rows), self.config.llm.width),
+            np.array([row.max_new_tokens for row in rows], np.int32),
+            stack_stop_sequences(
+                [row.stop_sequences for row in rows], sizes.num_stops, sizes.stop_width
+            ),
             jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
-            stack_options([r.options for r in padded]),
+            stack_sampling_params([row.sampling for row in rows]),
         )  # fmt: skip
 
-    # --- the compiled programs --------------------------------------------------------------
 
-    def _model(self, leaves: list[jax.Array]) -> MiniGpt:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
-
-    def _start_program(
-        self,
-        leaves: list[jax.Array],
-        rows: Rows,
-        cache_length: int,
-        room: int,
-        plan: SamplingStages,
-    ) -> State:
-        model = self._model(leaves)
-        embeds = model.merge(rows.tokens, rows.visual)
-        hidden, cache = model.llm.prefill(embeds, rows.lengths, cache_length)
-        return self._first(model, hidden, cache, rows, rows.lengths, room, plan)
-
-    def _resume_program(
-        self, leaves: list[jax.Array], cache: KVCache, rows: Rows, n: jax.Array, room: int,
-        plan: SamplingStages,
-    ) -> State:  # fmt: skip
-        """rows: what follows the first n positions, which the cache holds."""
-        model = self._model(leaves)
-        embeds = model.merge(rows.tokens, rows.visual)
-        positions = jnp.broadcast_to(n + jnp.arange(embeds.shape[1]), rows.tokens.shape)
-        hidden, cache = model.llm.decode(embeds, positions, cache)
-        return self._first(model, hidden, cache, rows, n + rows.lengths, room, plan)
-
-    def _first(
-        self, model: MiniGpt, hidden: jax.Array, cache: KVCache, rows: Rows, lengths: jax.Array,
-        room: int, plan: SamplingStages,
-    ) -> State:  # fmt: skip
-        """The first token of every row, from hidden [B, T, D]; lengths [B]: of the whole prompts."""
-        last = jnp.take_along_axis(hidden, rows.lengths[:, None, None] - 1, axis=1)[:, 0]
-        b = rows.lengths.shape[0]
-        state = State(
-            cache,
-            token=jnp.zeros(b, jnp.int32),
-            position=lengths - 1,
-            ids=jnp.full((b, room), -1, jnp.int32),
-            logprobs=jnp.zeros((b, room), jnp.float32),
-            made=jnp.zeros(b, jnp.int32),
-            done=rows.limit <= 0,
-            stopped=jnp.zeros(b, bool),
-            limit=rows.limit,
-            stops=rows.stops,
-            keys=rows.keys,
-            options=rows.options,
-        )
-        return placed(advance(state, model.llm.logits(last), plan))
-
-    def _search_program(self, leaves: list[jax.Array], *args: Any) -> Hypotheses:
-        return jax.tree.map(constrain, search(self._model(leaves), *args))
-
-    def _decode_program(
-        self, leaves: list[jax.Array], state: State, steps: jax.Array, plan: SamplingStages
-    ) -> State:
-        model = self._model(leaves)
-
-        def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-            i, s = carry
-            embeds = model.llm.embed_tokens(s.token[:, None])
-            hidden, cache = model.llm.decode(embeds, s.position[:, None], s.cache)
-            return i + 1, advance(s._replace(cache=cache), model.llm.logits(hidden[:, 0]), plan)
-
-        def wanted(carry: tuple[jax.Array, State]) -> jax.Array:
-            return (carry[0] < steps) & ~jnp.all(carry[1].done)
-
-        return placed(jax.lax.while_loop(wanted, step, (jnp.int32(0), state))[1])
-
-
-def _answers(best: Hypotheses, row: int) -> list[Completion]:
-    """The hypotheses of one row."""
-    entries = zip(*(a[row] for a in best), strict=True)
+def _completions(best: Hypotheses, row: int) -> list[Completion]:
+    """The hypotheses of one row, on the host."""
+    hypotheses = zip(*(a[row] for a in best), strict=True)
     return [
-        Completion(ids[:made].tolist(), logprobs[:made].tolist(), bool(ended), float(score))
-        for ids, logprobs, made, score, ended in entries
+        Completion(ids[:length].tolist(), logprobs[:length].tolist(), bool(hit_stop), float(score))
+        for ids, logprobs, length, score, hit_stop in hypotheses
     ]
-
-
-def _structure(model: MiniGpt) -> tuple[Any, Any]:
-    graphdef, state = nnx.split(model)
-    return graphdef, jax.tree.structure(state)

@@ -1,64 +1,82 @@
-"""What a conversation keeps between two questions: the cache of the last one, and what is in it."""
+"""The key-value cache of a conversation's last question, which the next one continues from."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
+from minigpt4_jax.inference.decode_state import DecodeState
 from minigpt4_jax.inference.requests import Request, bucket
 from minigpt4_jax.models.kv_cache import KVCache
 
 
-class PrefixCache:
-    """The cache of one request, from which another that begins alike can go on.
+class _Entry(NamedTuple):
+    request: Request
+    state: DecodeState
+    leaves: list[jax.Array]
 
-    It stays on the device until it is taken, `clear`ed or let go.
+
+class PrefixCache:
+    """The cache of one request, reused by another that begins alike.
+
+    It stays on the device until it is taken, cleared or garbage-collected.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Request, Any, Any] | None = None
+        self._entry: _Entry | None = None
 
-    def keep(self, request: Request, state: Any, leaves: Any) -> None:
-        """state: the engine's of this request alone; leaves: the parameters that made it."""
-        self._last = request, state, leaves
+    def store(self, request: Request, state: DecodeState, leaves: list[jax.Array]) -> None:
+        """state: of this request alone; leaves: the parameters that computed it."""
+        self._entry = _Entry(request, state, leaves)
 
-    def take(self, request: Request, leaves: Any) -> tuple[int, KVCache] | None:
-        """How many tokens of a request are in the cache, and the cache, to be given up to what goes
-        on from it; None when little is gained by it."""
-        last, self._last = self._last, None
-        if last is None or last[2] is not leaves:
+    def take(self, request: Request, leaves: list[jax.Array]) -> tuple[int, KVCache] | None:
+        """How many tokens of a request are cached, and the cache, which may be donated.
+
+        None if the cache would save little, or belongs to other parameters.
+        """
+        entry, self._entry = self._entry, None
+        if entry is None or entry.leaves is not leaves:
             return None
-        before, state, _ = last
-        # an interruption may have come between giving the cache up and getting it back
-        if any(a.is_deleted() for a in jax.tree.leaves((state.cache, state.ids, state.made))):
+        state = entry.state
+        # An interruption may have come between donating the state and getting the new one back.
+        arrays = jax.tree.leaves((state.cache, state.ids, state.num_generated))
+        if any(a.is_deleted() for a in arrays):
             return None
-        made = int(state.made[0])
-        read = [*before.tokens, *np.asarray(state.ids)[0, : made - 1].tolist()]  # not yet the last
+        num_generated = int(state.num_generated[0])
+        generated = np.asarray(state.ids)[0, : num_generated - 1].tolist()  # the last is not cached
+        length = common_prefix_length(
+            [*entry.request.tokens, *generated], entry.request.visual,
+            request.tokens, request.visual,
+        )  # fmt: skip
         total = len(request.tokens)
-        n = _common(read, before.visual, request.tokens, request.visual)
-        n = min(n, total - 1)  # the last one is read for its scores
-        return None if bucket(total - n) >= bucket(total) else (n, state.cache)
+        length = min(length, total - 1)  # the last token is processed for its logits
+        if bucket(total - length) >= bucket(total):
+            return None
+        return length, state.cache
 
     def clear(self) -> None:
-        self._last = None
+        """Free the cache."""
+        self._entry = None
 
 
-def _common(a: Sequence[int], seen: Any, b: Sequence[int], visual: Any) -> int:
-    """How many tokens two rows begin with alike; visual tokens are compared by what they hold."""
+def common_prefix_length(
+    a: Sequence[int], a_visual: np.ndarray | None, b: Sequence[int], b_visual: np.ndarray | None
+) -> int:
+    """How many leading tokens two rows share; visual tokens are compared by their values."""
     size = min(len(a), len(b))
-    first, second = np.asarray(a[:size]), np.asarray(b[:size])
-    alike = first == second
-    slots = np.flatnonzero(np.cumprod(alike) * (first == IMAGE))
+    a_tokens, b_tokens = np.asarray(a[:size]), np.asarray(b[:size])
+    equal = a_tokens == b_tokens
+    slots = np.flatnonzero(np.cumprod(equal) * (a_tokens == IMAGE))
     if len(slots):
         count = len(slots)
-        alike[slots] = (np.asarray(seen)[:count] == np.asarray(visual)[:count]).all(axis=1)
-    return size if alike.all() else int(np.argmin(alike))
+        equal[slots] = (np.asarray(a_visual)[:count] == np.asarray(b_visual)[:count]).all(axis=1)
+    return size if equal.all() else int(np.argmin(equal))
 
 
-def behind(request: Request, n: int) -> tuple[list[int], Any]:
-    """The tokens of a request behind the first n, and their visual tokens."""
-    slots = sum(t == IMAGE for t in request.tokens[:n])
-    rest = None if request.visual is None else request.visual[slots:]
-    return list(request.tokens[n:]), rest if rest is not None and len(rest) else None
+def suffix(request: Request, length: int) -> tuple[list[int], np.ndarray | None]:
+    """The tokens of a request after the first `length`, and their visual tokens."""
+    slots = sum(token == IMAGE for token in request.tokens[:length])
+    visual = None if request.visual is None else request.visual[slots:]
+    return list(request.tokens[length:]), visual if visual is not None and len(visual) else None

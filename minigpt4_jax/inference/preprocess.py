@@ -1,140 +1,75 @@
-"""What a call of the Python interface is given: prompts and images, checked and made requests."""
+"""Checks prompts and images and turns them into requests for the engine."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.detokenize import halting
+from minigpt4_jax.inference.detokenize import make_stop_check
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
-from minigpt4_jax.processing import chat_templates as texts
+from minigpt4_jax.processing import chat_templates
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.sequences import cut_left, prompt_tokens, stop_sequences
 from minigpt4_jax.processing.tokenizer import Tokenizer
 
-Images = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
+# An entry for each prompt: an image, a list of images, or None for text only.
+Images: TypeAlias = Sequence[ImageSource | Sequence[ImageSource] | None] | np.ndarray
+ImageGroups: TypeAlias = list[list[ImageSource]]  # the images of each prompt
 
 
-def paired(
+def match_images(
     config: ModelConfig,
     images: Images | None,
     prompts: Sequence[str | None],
     *,
     template: bool,
     extra_bos: bool = False,
-    none_allowed: bool = False,
-) -> tuple[list[str | None], list[list[ImageSource]]]:
-    """Prompts with the template filled in, and the images of each as a list.
+    allow_none: bool = False,
+) -> tuple[list[str | None], ImageGroups]:
+    """Complete prompts, and the images of each as a list.
 
-    none_allowed: a prompt may be None, which is the image alone.
+    template: put the prompts, plain questions, into the model's training template. allow_none: a
+    prompt may be None, which stands for the image alone. UserError: not text, empty, or another
+    number of images than of prompts.
     """
-    filled: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
-    groups = _image_groups(images, len(filled))
-    for i, prompt in enumerate(filled):
-        if not isinstance(prompt, str) and not (prompt is None and none_allowed):
+    complete: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
+    groups = _image_groups(images, len(complete))
+    for i, prompt in enumerate(complete):
+        if not isinstance(prompt, str) and not (prompt is None and allow_none):
             raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
         if prompt is not None and not prompt.strip():
             raise UserError(f"prompt {i} is empty; expected text")
         if template and prompt is not None:
-            filled[i] = _from_template(config, prompt, len(groups[i]), extra_bos)
-    return filled, groups
+            complete[i] = _fill_training_template(config, prompt, len(groups[i]), extra_bos)
+    return complete, groups
 
 
-def _from_template(config: ModelConfig, question: str, images: int, extra_bos: bool) -> str:
-    question = texts.with_images(question, images)
-    prompt = texts.fill_template(config.prompt_template, question)
-    spelled = texts.chat_template(config).user.startswith("<s>")
-    return "<s>" + prompt if spelled and extra_bos else prompt
+def _fill_training_template(
+    config: ModelConfig, question: str, num_images: int, extra_bos: bool
+) -> str:
+    question = chat_templates.with_images(question, num_images)
+    prompt = chat_templates.fill_template(config.prompt_template, question)
+    spells_bos = chat_templates.chat_template(config).user.startswith("<s>")
+    return "<s>" + prompt if spells_bos and extra_bos else prompt
 
 
-def make_requests(
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    images: Images | None,
-    prompts: Sequence[str],
-    generation_config: GenerationConfig,
-    encode: Callable[[list[list[ImageSource]]], list[np.ndarray | None]],
-) -> list[Request]:
-    """encode: makes the visual tokens [I * P, D] of each group of images; called when all else is
-    known to be right."""
-    filled, groups = paired(
-        config,
-        images,
-        prompts,
-        template=generation_config.template,
-        extra_bos=generation_config.extra_bos,
-    )
-    seeds = generation_config.seeds(len(filled))
-    fitted = []
-    for i, (prompt, group) in enumerate(zip(filled, groups, strict=True)):
-        with naming(f"prompt {i}"):
-            fitted.append(
-                _fitting_prompt(tokenizer, config, prompt or "", len(group), generation_config)
-            )
-    stops, tokens_of = (
-        generation_config.stop_texts(len(filled)),
-        generation_config.stop_tokens(len(filled)),
-    )
-    sequences = {row: _sequences(tokenizer, (config.end_symbol, *row)) for row in set(stops)}
-    halts = {row: halting(tokenizer, row) if row else None for row in set(stops)}
-    options, beams = generation_config.sampling(tokenizer.bos_id), generation_config.beams()
-    return [
-        Request(
-            tokens, v if v is None else v[lost:], generation_config.max_new_tokens, options, s,
-            [*sequences[row], *([i] for i in ids)], beams, halts[row],
-        )
-        for (tokens, lost), v, s, row, ids in zip(
-            fitted, encode(groups), seeds, stops, tokens_of, strict=True
-        )
-    ]  # fmt: skip
-
-
-def _sequences(tokenizer: Tokenizer, stops: Sequence[str]) -> list[list[int]]:
-    """The id sequences that end an answer at any of these texts."""
-    found = [ids for text in stops for ids in stop_sequences(tokenizer, text)]
-    return [ids for n, ids in enumerate(found) if ids not in found[:n]]
-
-
-def _fitting_prompt(
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    prompt: str,
-    images: int,
-    generation_config: GenerationConfig,
-) -> tuple[list[int], int]:
-    """Prompt ids that leave room for the answer, and how many visual tokens were cut off."""
-    tokens = prompt_tokens(
-        tokenizer, config, prompt, images=images, extra_bos=generation_config.extra_bos
-    )
-    new, longest = generation_config.max_new_tokens, config.llm.max_length
-    if generation_config.context is not None:
-        return cut_left(tokens, new, min(generation_config.context, longest))
-    if len(tokens) + new > longest:
-        raise UserError(
-            f"{len(tokens)} tokens and max_new_tokens {new} exceed the language model's "
-            f"context of {longest}; shorten the prompt or lower max_new_tokens"
-        )
-    return tokens, 0
-
-
-def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
-    """The images of each of `count` prompts."""
+def _image_groups(images: Images | None, num_prompts: int) -> ImageGroups:
     if images is None:
-        return [[] for _ in range(count)]
+        return [[] for _ in range(num_prompts)]
     if is_image(images):
         images = [images]  # type: ignore[list-item]
     entries = list(images)
-    if len(entries) != count:
+    if len(entries) != num_prompts:
         raise UserError(
-            f"{len(entries)} images for {count} prompts; expected an entry for each prompt: "
+            f"{len(entries)} images for {num_prompts} prompts; expected an entry for each prompt: "
             "an image, a list of images, or None for text only"
         )
-    groups: list[list[ImageSource]] = []
+    groups: ImageGroups = []
     for entry in entries:
         if entry is None:
             groups.append([])
@@ -143,14 +78,90 @@ def _image_groups(images: Images | None, count: int) -> list[list[ImageSource]]:
     return groups
 
 
-def identity(image: ImageSource) -> Any:
-    """Equal for images that need to be encoded once."""
+def make_requests(
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+    images: Images | None,
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    encode: Callable[[ImageGroups], list[np.ndarray | None]],
+) -> list[Request]:
+    """A request for each prompt. UserError as `Model.generate`.
+
+    encode: image groups -> visual tokens [I * P, D] of each prompt; called once everything else is
+    checked.
+    """
+    complete, groups = match_images(
+        model_config, images, prompts, template=config.template, extra_bos=config.extra_bos
+    )
+    seeds = config.seed_of_prompts(len(complete))
+    tokenized = []
+    for i, (prompt, group) in enumerate(zip(complete, groups, strict=True)):
+        with error_context(f"prompt {i}"):
+            tokens = _tokenize(tokenizer, model_config, prompt or "", len(group), config)
+            tokenized.append(tokens)
+    stop_texts = config.stop_of_prompts(len(complete))
+    stop_ids = config.stop_ids_of_prompts(len(complete))
+    # prompts usually share their stop texts
+    sequences = {
+        texts: _stop_sequences(tokenizer, (model_config.end_symbol, *texts))
+        for texts in set(stop_texts)
+    }
+    checks = {
+        texts: make_stop_check(tokenizer, texts) if texts else None for texts in set(stop_texts)
+    }
+    return [
+        Request(
+            tokens,
+            None if visual is None else visual[num_cut:],
+            config.max_new_tokens,
+            config.sampling_params(tokenizer.bos_id),
+            seeds[i],
+            [*sequences[stop_texts[i]], *([token] for token in stop_ids[i])],
+            config.beam_search(),
+            stop_texts[i],
+            checks[stop_texts[i]],
+        )
+        for i, ((tokens, num_cut), visual) in enumerate(zip(tokenized, encode(groups), strict=True))
+    ]
+
+
+def _stop_sequences(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> list[list[int]]:
+    """The token sequences that end an answer at any of these texts, without duplicates."""
+    found = [ids for text in stop_texts for ids in stop_sequences(tokenizer, text)]
+    return [ids for n, ids in enumerate(found) if ids not in found[:n]]
+
+
+def _tokenize(
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+    prompt: str,
+    num_images: int,
+    config: GenerationConfig,
+) -> tuple[list[int], int]:
+    """Prompt ids that leave room for the answer, and how many visual tokens were cut off."""
+    tokens = prompt_tokens(
+        tokenizer, model_config, prompt, images=num_images, extra_bos=config.extra_bos
+    )
+    max_length = model_config.llm.max_length
+    if config.context is not None:
+        return cut_left(tokens, config.max_new_tokens, min(config.context, max_length))
+    if len(tokens) + config.max_new_tokens > max_length:
+        raise UserError(
+            f"{len(tokens)} tokens and max_new_tokens {config.max_new_tokens} exceed the language "
+            f"model's context of {max_length}; shorten the prompt or lower max_new_tokens"
+        )
+    return tokens, 0
+
+
+def image_key(image: ImageSource) -> str | int:
+    """Equal for images that need to be encoded only once: the same path, or the same object."""
     return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Say in a UserError which of many inputs it is about."""
+def error_context(name: str) -> Iterator[None]:
+    """Prefix a UserError with the input it is about, such as "image 3"."""
     try:
         yield
     except UserError as e:

@@ -1,8 +1,8 @@
-"""What is asked of the engine and what comes back; the shapes that requests are padded to."""
+"""What the engine is asked for and what it returns; the bucket sizes that requests are padded to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,64 +19,74 @@ class Request:
     """One prompt to continue."""
 
     tokens: Sequence[int]  # prompt ids, IMAGE in the visual slots
-    visual: Any = None  # [I * P, D] float32, the visual tokens of those slots; None without images
+    visual: np.ndarray | None = None  # [I * P, D] float32: visual tokens of those slots
     max_new_tokens: int = 20
-    options: SamplingParams = GREEDY
+    sampling: SamplingParams = GREEDY
     seed: int = 0
-    stops: Sequence[Sequence[int]] = ()  # id sequences that end the answer
-    beams: BeamSearchConfig = ONE_BEAM
-    # Rules that ids cannot express: from the ids so far, how many of them to keep, and None to go
-    # on. It is asked between chunks of steps, and not in beam search.
-    halt: Callable[[list[int]], int | None] | None = None
+    stop_sequences: Sequence[Sequence[int]] = ()  # token ids that end the answer
+    beam_search: BeamSearchConfig = ONE_BEAM
+    # Texts that end the answer and are cut off; `stop_check` finds them in the engine.
+    stop_texts: tuple[str, ...] = ()
+    # Stop rules that ids cannot express: generated ids -> how many of them to keep, None to continue.
+    # Called between chunks of decoding steps; not used in beam search.
+    stop_check: Callable[[list[int]], int | None] | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
     """What was generated for a request."""
 
-    ids: list[int]  # a stop sequence that ended it is its last ids
+    ids: list[int]  # including those of the stop sequence that ended it
     logprobs: list[float]  # of each id, by the model itself: before penalties and filters
-    stopped: bool  # by a stop sequence or `halt`; else by the limit
-    score: (
-        float  # the sum of logprobs; of beams: by their rules, see BeamSearchConfig.length_penalty
-    )
+    hit_stop: bool  # ended by a stop sequence or `stop_check`, else by max_new_tokens
+    # the sum of logprobs; in beam search divided as BeamSearchConfig.length_penalty says
+    score: float
 
 
-class Shapes(NamedTuple):
-    """What the requests of a call share, so that any row can take the slot of another."""
+class Progress(NamedTuple):
+    """The state of one request in a running batch."""
 
-    cache: int  # S
-    room: int  # N: generated tokens
-    stops: int  # R: stop sequences of a row
-    width: int  # W: ids of a stop sequence
+    request_index: int
+    request: Request
+    completion: Completion  # so far
+    finished: bool
 
 
-def shapes_of(requests: Sequence[Request]) -> Shapes:
+class BucketSizes(NamedTuple):
+    """Array sizes that the requests of a call share, so that any row can reuse another's slot."""
+
+    cache_length: int  # S
+    max_new_tokens: int  # N
+    num_stops: int  # R: stop sequences of a row
+    stop_width: int  # W: ids of a stop sequence
+
+
+def bucket_sizes(requests: Sequence[Request]) -> BucketSizes:
     """The smallest buckets that all the requests fit into."""
-    longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
-    stops = [r.stops for r in requests]
-    return Shapes(
-        bucket(longest),
-        bucket(max(r.max_new_tokens for r in requests), 16),
+    stops = [request.stop_sequences for request in requests]
+    return BucketSizes(
+        bucket(max(len(request.tokens) + request.max_new_tokens for request in requests)),
+        bucket(max(request.max_new_tokens for request in requests), 16),
         next_power_of_two(max([1, *(len(row) for row in stops)])),
         next_power_of_two(max([2, *(len(ids) for row in stops for ids in row)])),
     )
 
 
-def bucket(n: int, least: int = 32) -> int:
-    """The smallest of least * 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that n fits into."""
-    size = least
+def bucket(n: int, smallest: int = 32) -> int:
+    """The smallest of smallest * 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+    size = smallest
     while size < n:
         size *= 2
     three_quarters = size * 3 // 4
-    return three_quarters if size > 2 * least and n <= three_quarters else size
+    return three_quarters if size > 2 * smallest and n <= three_quarters else size
 
 
-def stack_visual(visual: Sequence[Any], width: int) -> np.ndarray:
-    """Visual tokens [I * P, D] of rows, or None -> [B, I * P, D] float32, the shorter padded."""
-    slots = max((0 if v is None else len(v) for v in visual), default=0)
-    table = np.zeros((len(visual), slots, width), np.float32)
-    for row, v in zip(table, visual, strict=True):
-        if v is not None:
-            row[: len(v)] = v
-    return table
+def stack_visual(rows: Iterable[np.ndarray | None], width: int) -> np.ndarray:
+    """Visual tokens [I * P, D] of each row, or None -> [B, I * P, D] float32, zero-padded."""
+    rows = list(rows)
+    length = max((0 if visual is None else len(visual) for visual in rows), default=0)
+    stacked = np.zeros((len(rows), length, width), np.float32)
+    for target, visual in zip(stacked, rows, strict=True):
+        if visual is not None:
+            target[: len(visual)] = visual
+    return stacked

@@ -1,9 +1,8 @@
-"""Scores of the next token -> one token a row: penalties, filters, greedy or random choice.
+"""Logits -> the next token of each row: penalties, filters, greedy or random choice.
 
-The order is that of `transformers`: repetition penalty, minimum length, temperature, top-k,
-top-p, min-p.
-Every value is an array over rows, so rows with different options share one compiled program; `SamplingStages`
-says which stages a batch needs at all.
+The order is that of transformers: repetition penalty, minimum length, temperature, top-k, top-p, min-p.
+Every option is an array over rows, so rows with different options share one compiled program;
+`SamplingStages` says which stages a batch needs at all.
 """
 
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.rounding import next_power_of_two
 
-COLDEST = 1e-30  # temperature; scores divided by less would not be finite
+MIN_TEMPERATURE = 1e-30  # logits divided by less would not be finite
 
 
 class SamplingParams(NamedTuple):
@@ -23,13 +23,13 @@ class SamplingParams(NamedTuple):
     temperature: Any = 0.0  # 0 is greedy
     top_k: Any = 0  # 0 keeps every token
     top_p: Any = 1.0  # 1 keeps every token
-    repetition_penalty: Any = 1.0  # on generated tokens alone, not on the prompt's
+    repetition_penalty: Any = 1.0  # on generated tokens only, not on the prompt
     min_new_tokens: Any = 0  # no stop token before this many
-    min_p: Any = 0.0  # 0 keeps every token; else those at least min_p times as likely as the first
-    before: Any = -1  # a token that is penalized as if it were generated; -1 is none
+    min_p: Any = 0.0  # drops tokens less likely than min_p times the most likely one; 0 keeps all
+    prior_token: Any = -1  # penalized as if it had been generated; -1 is none
 
     def check(self) -> "SamplingParams":
-        """Return self (plain numbers). UserError names the value that is out of its range."""
+        """Return self (plain numbers). UserError names the value that is out of range."""
         rules = [
             (self.temperature >= 0, "temperature", "0 (greedy) or more"),
             (0 < self.top_p <= 1, "top_p", "more than 0 and at most 1"),
@@ -45,119 +45,117 @@ class SamplingParams(NamedTuple):
 
 
 class SamplingStages(NamedTuple):
-    """The stages a batch needs; part of the compiled program's identity."""
+    """The stages a batch needs. Static: each combination is a compiled program."""
 
     random: bool
-    candidates: int  # tokens a random choice looks at; 0 is the whole vocabulary
-    penalty: bool
-    minimum: bool
+    num_candidates: int  # most likely tokens that a random choice considers; 0 is the vocabulary
+    repetition_penalty: bool
+    min_new_tokens: bool
 
 
-def stages_of(options: list[SamplingParams], vocab: int) -> SamplingStages:
-    """The stages that rows with these options (plain numbers) need together."""
-    drawn = [o for o in options if o.temperature > 0]
-    k = max((int(o.top_k) or vocab for o in drawn), default=0)
-    k = 1 << (k - 1).bit_length() if k else 0  # few different programs
+def required_stages(rows: list[SamplingParams], vocab: int) -> SamplingStages:
+    """The stages that rows with these parameters (plain numbers) need together."""
+    random = [row for row in rows if row.temperature > 0]
+    # a power of two, so that few programs are compiled
+    candidates = next_power_of_two(max((int(row.top_k) or vocab for row in random), default=0))
     return SamplingStages(
-        random=bool(drawn),
-        candidates=k if k < vocab else 0,
-        penalty=any(o.repetition_penalty != 1 for o in options),
-        minimum=any(o.min_new_tokens > 0 for o in options),
+        random=bool(random),
+        num_candidates=candidates if random and candidates < vocab else 0,
+        repetition_penalty=any(row.repetition_penalty != 1 for row in rows),
+        min_new_tokens=any(row.min_new_tokens > 0 for row in rows),
     )
 
 
-def stack_options(options: list[SamplingParams]) -> SamplingParams:
-    """Options of single rows -> arrays [B]."""
-    kinds = SamplingParams(
+def stack_sampling_params(rows: list[SamplingParams]) -> SamplingParams:
+    """Parameters of single rows -> arrays [B]."""
+    dtypes = SamplingParams(
         np.float32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int32
     )
-    return SamplingParams(
-        *(np.asarray(v, k) for v, k in zip(zip(*options, strict=True), kinds, strict=True))
-    )
+    columns = zip(*rows, strict=True)
+    return SamplingParams(*map(np.asarray, columns, dtypes))
 
 
-def with_before(generated: jax.Array, options: SamplingParams) -> jax.Array:
-    """Ids [B, N] behind the one that counts as generated before them: [B, 1 + N]."""
-    return jnp.concatenate([jnp.asarray(options.before)[:, None], generated], axis=1)
+def penalized_tokens(generated: jax.Array, params: SamplingParams) -> jax.Array:
+    """The prior token and the generated ids [B, N] -> [B, 1 + N]."""
+    return jnp.concatenate([jnp.asarray(params.prior_token)[:, None], generated], axis=1)
 
 
-def apply_repetition_penalty(
-    logits: jax.Array, generated: jax.Array, penalty: jax.Array
-) -> jax.Array:
-    """Make tokens that a row has generated less likely (CTRL paper, section 4.1).
+def apply_repetition_penalty(logits: jax.Array, tokens: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Make these tokens less likely (CTRL paper, section 4.1).
 
-    logits [B, V] float32, generated [B, N] int32 with -1 where there is none yet, penalty [B].
+    logits [B, V] float32, tokens [B, N] int32 with -1 for none, penalty [B].
     """
     rows = jnp.arange(logits.shape[0])[:, None]
-    at = logits[rows, jnp.maximum(generated, 0)]
-    at = jnp.where(at < 0, at * penalty[:, None], at / penalty[:, None])
-    nowhere = logits.shape[1]
-    return logits.at[rows, jnp.where(generated < 0, nowhere, generated)].set(at, mode="drop")
+    scores = logits[rows, jnp.maximum(tokens, 0)]
+    scores = jnp.where(scores < 0, scores * penalty[:, None], scores / penalty[:, None])
+    out_of_range = logits.shape[1]  # dropped
+    return logits.at[rows, jnp.where(tokens < 0, out_of_range, tokens)].set(scores, mode="drop")
 
 
 def forbid(logits: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """logits [B, V] with ids [B, E] (-1 is none) impossible in the rows [B] that are True."""
+    """logits [B, V] with ids [B, E] (-1 is none) set to -inf in the rows [B] that are True."""
     ids = jnp.where((ids >= 0) & rows[:, None], ids, logits.shape[1])
     return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 
 
 def filter_logits(
-    logits: jax.Array, options: SamplingParams, candidates: int = 0
+    logits: jax.Array, params: SamplingParams, num_candidates: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Temperature, top-k, top-p and min-p: logits [B, V] -> scores and ids [B, C], most likely first.
 
-    What a filter removed has the score -inf. C is `candidates`, or V when that is 0; no row's top_k
-    may exceed it. A row of temperature 0 is left as if it were 1.
+    Tokens that a filter removes get the score -inf. C is `num_candidates`, or V if that is 0; no
+    row's top_k may exceed it. A row of temperature 0 is treated as if it were 1.
     """
-    warm = jnp.where(options.temperature > 0, jnp.maximum(options.temperature, COLDEST), 1.0)
-    scores, ids = jax.lax.top_k(logits / warm[:, None], candidates or logits.shape[1])
+    temperature = jnp.where(
+        params.temperature > 0, jnp.maximum(params.temperature, MIN_TEMPERATURE), 1.0
+    )
+    scores, ids = jax.lax.top_k(logits / temperature[:, None], num_candidates or logits.shape[1])
     rank = jnp.arange(scores.shape[1])
-    top_k = jnp.asarray(options.top_k)[:, None]
+    top_k = jnp.asarray(params.top_k)[:, None]
     scores = jnp.where((top_k > 0) & (rank >= top_k), -jnp.inf, scores)
     probs = jax.nn.softmax(scores, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are more likely
-    top_p = jnp.asarray(options.top_p)[:, None]
-    scores = jnp.where((top_p < 1) & (rank > 0) & (before >= top_p), -jnp.inf, scores)
-    # A filter before this one changes every probability by the same factor, and so no ratio.
+    more_likely = jnp.cumsum(probs, axis=-1) - probs  # total probability of the tokens before
+    top_p = jnp.asarray(params.top_p)[:, None]
+    scores = jnp.where((top_p < 1) & (rank > 0) & (more_likely >= top_p), -jnp.inf, scores)
+    # The filters before scale all probabilities alike, so they do not change these ratios.
     ratio = jnp.exp(scores - scores[:, :1])
-    return jnp.where(ratio < jnp.asarray(options.min_p)[:, None], -jnp.inf, scores), ids
+    return jnp.where(ratio < jnp.asarray(params.min_p)[:, None], -jnp.inf, scores), ids
 
 
 def draw(scores: jax.Array, ids: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
-    """One token a row with probability softmax(scores): scores, ids [B, C], sorted -> [B] int32.
+    """Draw a token of each row from softmax(scores): scores, ids [B, C], sorted -> [B] int32.
 
-    keys [B]: a row's random stream; step [B]: which draw of the stream. A row uses one uniform
-    number a step, so neither the rows around it nor C change what it draws.
+    keys [B]: each row's PRNG key; step [B]: the number of the draw. A row uses one uniform number
+    a step, so its draws depend neither on other rows nor on C.
     """
     uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))(keys, step)
     cumulative = jnp.cumsum(jax.nn.softmax(scores, axis=-1), axis=-1)
     index = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
-    last = jnp.sum(scores > -jnp.inf, axis=-1) - 1  # rounding may step past the last possible token
+    last = jnp.sum(scores > -jnp.inf, axis=-1) - 1  # rounding may step past the last allowed token
     return jnp.take_along_axis(ids, jnp.minimum(index, last)[:, None], axis=1)[:, 0]
 
 
 def sample(
     logits: jax.Array,
     generated: jax.Array,
-    made: jax.Array,
-    stop_ids: jax.Array,
+    num_generated: jax.Array,
+    stop_tokens: jax.Array,
     keys: jax.Array,
-    options: SamplingParams,
-    plan: SamplingStages,
+    params: SamplingParams,
+    stages: SamplingStages,
 ) -> jax.Array:
     """The next token of each row [B] int32.
 
-    logits [B, V] float32; generated [B, N], -1 where there is none yet; made [B] how many there;
-    stop_ids [B, E]: those that would end it, -1 is none; keys [B] random streams; options: arrays [B].
+    logits [B, V] float32; generated [B, N] ids so far, -1 after the first num_generated [B];
+    stop_tokens [B, R]: tokens that would end the row, -1 is none; keys [B]: PRNG keys; params: [B].
     """
-    if plan.penalty:
-        logits = apply_repetition_penalty(
-            logits, with_before(generated, options), options.repetition_penalty
-        )
-    if plan.minimum:
-        logits = forbid(logits, stop_ids, made < options.min_new_tokens)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if not plan.random:
-        return best
-    drawn = draw(*filter_logits(logits, options, plan.candidates), keys, made)
-    return jnp.where(options.temperature > 0, drawn, best)
+    if stages.repetition_penalty:
+        tokens = penalized_tokens(generated, params)
+        logits = apply_repetition_penalty(logits, tokens, params.repetition_penalty)
+    if stages.min_new_tokens:
+        logits = forbid(logits, stop_tokens, num_generated < params.min_new_tokens)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not stages.random:
+        return greedy
+    drawn = draw(*filter_logits(logits, params, stages.num_candidates), keys, num_generated)
+    return jnp.where(params.temperature > 0, drawn, greedy)

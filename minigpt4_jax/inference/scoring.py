@@ -1,16 +1,21 @@
-"""How likely given answers are: rows as for training, in batches of similar length."""
+"""The likelihood of given answers: rows as in training, in batches of similar length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.preprocess import naming
+from minigpt4_jax.inference.preprocess import error_context
 from minigpt4_jax.inference.requests import bucket, stack_visual
-from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.processing import sequences
+from minigpt4_jax.models.minigpt import Batch, MiniGpt
+from minigpt4_jax.parallel.sharding import constrain, with_mesh
+from minigpt4_jax.processing.sequences import TokenSequence, build_row
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.rounding import next_power_of_two
 
@@ -21,21 +26,26 @@ def answer_rows(
     tokenizer: Tokenizer,
     config: ModelConfig,
     prompts: Sequence[str | None],
-    images: Sequence[int],
+    num_images: Sequence[int],
     answers: Sequence[str],
-) -> list[sequences.TokenSequence]:
-    """A row for each prompt with its answer. images: how many a prompt has. UserError: an answer
-    that is no text, another number of answers, a row longer than the model's context."""
+) -> list[TokenSequence]:
+    """A row for each prompt (complete, with `<ImageHere>`) and its answer.
+
+    UserError: an answer that is not text, another number of answers than of prompts, a row longer
+    than the model's context.
+    """
     answers = [answers] if isinstance(answers, str) else list(answers)
     for i, answer in enumerate(answers):
         if not isinstance(answer, str):
             raise UserError(f"answer {i}: got {type(answer).__name__}; expected text")
     if len(answers) != len(prompts):
-        raise UserError(f"{len(answers)} answers for {len(prompts)} prompts; expected as many")
+        raise UserError(
+            f"{len(answers)} answers for {len(prompts)} prompts; expected one for each prompt"
+        )
     rows = []
-    for i, (prompt, answer, count) in enumerate(zip(prompts, answers, images, strict=True)):
-        with naming(f"prompt {i}"):
-            row = sequences.build_row(tokenizer, config, prompt, answer, images=count)
+    for i, (prompt, answer, count) in enumerate(zip(prompts, answers, num_images, strict=True)):
+        with error_context(f"prompt {i}"):
+            row = build_row(tokenizer, config, prompt, answer, images=count)
             if len(row.tokens) > config.llm.max_length:
                 raise UserError(
                     f"a row of {len(row.tokens)} tokens exceeds the language model's context of "
@@ -45,35 +55,50 @@ def answer_rows(
     return rows
 
 
-def summed_nll(
-    rows: Sequence[sequences.TokenSequence],
-    visual: Sequence[np.ndarray | None],
-    width: int,
-    program: Callable[[Batch, np.ndarray], jax.Array],
-) -> np.ndarray:
-    """[B] float32: the negative log-likelihood of each row's answer.
+class Scorer:
+    """Compiled log-likelihood of answers. `state` is the model's parameters (nnx.state)."""
 
-    visual: the visual tokens [I * P, D = width] of the rows. program: (batch, visual tokens of its
-    rows) -> [b].
-    """
-    nll = np.zeros(len(rows), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    for at in range(0, len(order), SCORE_BATCH):
-        some = order[at : at + SCORE_BATCH]
-        batch = _score_batch([rows[i] for i in some])
-        slots = [visual[i] for i in some] + [None] * (len(batch.lengths) - len(some))
-        nll[some] = program(batch, stack_visual(slots, width))[: len(some)]
-    return nll
+    def __init__(self, graphdef: Any, config: ModelConfig, mesh: Mesh | None):
+        self._width = config.llm.width
+
+        def nll(state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
+            return _summed_nll(nnx.merge(graphdef, state), batch, visual)
+
+        self._nll = jax.jit(with_mesh(nll, mesh))
+
+    def nll(
+        self, state: Any, rows: Sequence[TokenSequence], visual: Sequence[np.ndarray | None]
+    ) -> np.ndarray:
+        """The summed negative log-likelihood of each row's labelled tokens: [B] float32.
+
+        visual: visual tokens [I * P, D] of each row.
+        """
+        nll = np.zeros(len(rows), np.float32)
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+        for start in range(0, len(by_length), SCORE_BATCH):
+            indices = by_length[start : start + SCORE_BATCH]
+            batch = _score_batch([rows[i] for i in indices])
+            padding = [None] * (len(batch.lengths) - len(indices))
+            stacked = stack_visual([*(visual[i] for i in indices), *padding], self._width)
+            nll[indices] = self._nll(state, batch, stacked)[: len(indices)]
+        return nll
 
 
-def _score_batch(rows: list[sequences.TokenSequence]) -> Batch:
-    """Rows padded to a bucket; without pixels, as the images are encoded already."""
+def _summed_nll(model: MiniGpt, batch: Batch, visual: jax.Array) -> jax.Array:
+    embeds = model.merge(jnp.asarray(batch.tokens), visual)
+    hidden = model.llm(embeds, jnp.asarray(batch.lengths))
+    return constrain(model.label_nll(hidden, batch).sum(1))
+
+
+def _score_batch(rows: list[TokenSequence]) -> Batch:
+    """Rows padded to bucket sizes; without pixels, as their images are encoded already."""
     b = next_power_of_two(len(rows))
     lengths = np.ones(b, np.int32)
     tokens = np.zeros((b, bucket(max(len(row.tokens) for row in rows))), np.int32)
-    answers = np.full((b, bucket(max(len(row.label_positions) for row in rows), 16)), -1, np.int32)
+    num_labels = bucket(max(len(row.label_positions) for row in rows), 16)
+    label_positions = np.full((b, num_labels), -1, np.int32)
     for i, row in enumerate(rows):
         lengths[i] = len(row.tokens)
         tokens[i, : len(row.tokens)] = row.tokens
-        answers[i, : len(row.label_positions)] = row.label_positions
-    return Batch(np.zeros((b, 0)), tokens, lengths, answers)
+        label_positions[i, : len(row.label_positions)] = row.label_positions
+    return Batch(np.zeros((b, 0)), tokens, lengths, label_positions)

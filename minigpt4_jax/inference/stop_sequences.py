@@ -1,4 +1,4 @@
-"""When an answer ends: stop sequences of ids in the compiled programs, stop texts on the host."""
+"""Stop sequences of token ids in the compiled programs, and stop texts on the host."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,42 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def stack_stops(stops: Sequence[Sequence[Sequence[int]]], count: int, width: int) -> np.ndarray:
-    """Stop sequences of rows -> [B, R = count, W = width] int32, each at the right end, -1 before it."""
-    table = np.full((len(stops), count, width), -1, np.int32)
-    for row, sequences in zip(table, stops, strict=True):
-        for place, ids in zip(row, sequences, strict=False):
+def stack_stop_sequences(
+    rows: Sequence[Sequence[Sequence[int]]], num_stops: int, width: int
+) -> np.ndarray:
+    """Stop sequences of each row -> [B, R = num_stops, W = width] int32, right-aligned, -1 before."""
+    stacked = np.full((len(rows), num_stops, width), -1, np.int32)
+    for target_row, sequences in zip(stacked, rows, strict=True):
+        for target, ids in zip(target_row, sequences, strict=False):
             if ids:
-                place[width - len(ids) :] = ids
-    return table
+                target[width - len(ids) :] = ids
+    return stacked
 
 
-def completing(ids: jax.Array, made: jax.Array, stops: jax.Array) -> jax.Array:
-    """The next tokens that would end a row: [B, R], -1 where a stop sequence has not begun.
+def completing_tokens(
+    ids: jax.Array, num_generated: jax.Array, stop_sequences: jax.Array
+) -> jax.Array:
+    """The next tokens that would complete a stop sequence: [B, R], -1 where none would.
 
-    ids [B, N] generated so far, of which made [B] count; stops [B, R, W].
+    ids [B, N]: generated so far, of which the first num_generated [B] count; stop_sequences [B, R, W].
     """
-    before = stops.shape[2] - 1
-    at = made[:, None] - before + jnp.arange(before)  # [B, W - 1]
-    tail = jnp.take_along_axis(ids, jnp.maximum(at, 0), axis=1)
-    tail = jnp.where(at >= 0, tail, -2)  # nothing generated there
-    begun = (stops[:, :, :-1] == tail[:, None]) | (stops[:, :, :-1] == -1)
-    return jnp.where(jnp.all(begun, axis=2), stops[:, :, -1], -1)
+    length = stop_sequences.shape[2] - 1  # without the last token
+    index = num_generated[:, None] - length + jnp.arange(length)  # [B, W - 1]
+    tail = jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1)
+    tail = jnp.where(index >= 0, tail, -2)  # before the first token: equal to no id
+    starts = stop_sequences[:, :, :-1]
+    matches = (starts == tail[:, None]) | (starts == -1)
+    return jnp.where(jnp.all(matches, axis=2), stop_sequences[:, :, -1], -1)
 
 
-def certain_part(text: str, endings: Sequence[str]) -> str:
-    """The part of a text that what follows cannot change: without the beginning of an ending, of a
-    character whose other bytes are to come, or white space, which an answer does not end with."""
+def stable_prefix(text: str, stops: Sequence[str]) -> str:
+    """The part of a growing text that later tokens cannot change.
+
+    Leaves out the start of a stop text, an incomplete UTF-8 character, and trailing white space,
+    which is stripped from answers.
+    """
     text = text.rstrip("\ufffd")
-    begun = max(
-        (n for end in endings for n in range(1, len(end)) if text.endswith(end[:n])), default=0
+    partial_stop = max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )
-    return text[: len(text) - begun].rstrip()
+    return text[: len(text) - partial_stop].rstrip()

@@ -102,7 +102,8 @@ class Validation:
         if self._model is None:
             from minigpt4_jax.inference.model import Model
 
-            self._model = Model(module, self._config, self._tokenizer)
+            mesh = mesh_of(self._split.frozen)
+            self._model = Model(module, self._config, self._tokenizer, mesh)
         else:
             self._model.set_module(module)
         return self._model

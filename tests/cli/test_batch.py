@@ -1,4 +1,4 @@
-"""python -m minigpt4_jax.batch: every row answered in its place, once, however often it is interrupted."""
+"""python -m minigpt4_jax.batch: each row answered once and in order, also after interruptions."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax import errors
-from minigpt4_jax.cli import batch, common
+from minigpt4_jax.cli import batch, batch_output, common
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import chat_template, render_chat, with_images
 
@@ -52,8 +52,8 @@ def model(home):
 
 @pytest.fixture
 def command(capsys, monkeypatch, model):
-    """command(*arguments) -> (exit code, stdout, stderr); the model is read once for all."""
-    monkeypatch.setattr(common, "load", lambda args: model)
+    """command(*arguments) -> (exit code, stdout, stderr); the model is loaded once."""
+    monkeypatch.setattr(common, "load_model", lambda args: model)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -81,19 +81,21 @@ def expected(model, home, row, **options):
     return model.generate([images], [prompt], max_new_tokens=6, **options)[0]
 
 
-def test_every_row_is_answered_as_alone(home, model, command, tmp_path):
+def test_every_row_is_answered_as_if_alone(home, model, command, tmp_path):
     out = tmp_path / "out.jsonl"
     code, said, _ = command(*arguments(home, out))
     assert code == 0 and f"{COUNT} rows, 0 of them" in said
     rows, found = read(home / "rows.jsonl"), read(out)
-    assert [{k: v for k, v in row.items() if k not in batch.MADE} for row in found] == rows
+    assert [
+        {k: v for k, v in row.items() if k not in batch_output.OUTPUT_KEYS} for row in found
+    ] == rows
     for row in found[:: COUNT // 8]:
         assert row["response"] == expected(model, home, row)
     assert {row["finish_reason"] for row in found} <= {"stop", "length"}
     assert all(1 <= row["tokens"] <= 6 for row in found)
 
 
-def test_sampling_depends_on_the_row_alone(home, model, command, tmp_path):
+def test_sampling_depends_only_on_the_row(home, model, command, tmp_path):
     warm = ["--temperature=2", "--top_k=50", "--seed=7"]
     assert command(*arguments(home, tmp_path / "a", *warm))[0] == 0
     assert command(*arguments(home, tmp_path / "b", *warm, "--batch_size=7"))[0] == 0
@@ -102,7 +104,7 @@ def test_sampling_depends_on_the_row_alone(home, model, command, tmp_path):
     assert row["response"] == expected(model, home, row, temperature=2.0, top_k=50, seed=18)
 
 
-def test_broken_rows_are_reported_in_their_place(home, command, tmp_path):
+def test_broken_rows_get_an_error(home, command, tmp_path):
     (home / "half.png").write_bytes((home / "1.png").read_bytes()[:200])
     good = {"image": "1.png", "prompt": "what is it"}
     broken = [
@@ -130,7 +132,7 @@ def test_broken_rows_are_reported_in_their_place(home, command, tmp_path):
     assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 26 rows")
 
 
-def test_a_prompt_for_all_and_whole_prompts(home, model, command, tmp_path):
+def test_default_and_raw_prompts(home, model, command, tmp_path):
     rows = [{"image": "1.png"}, {"image": "2.png", "question": "<Img><ImageHere></Img> so?"}]
     (home / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, _ = command(
@@ -144,7 +146,7 @@ def test_a_prompt_for_all_and_whole_prompts(home, model, command, tmp_path):
     assert found[0]["prompt"] == "<ImageHere> is"
 
 
-def test_an_interrupted_run_goes_on_wherever_it_was_cut(home, command, tmp_path):
+def test_an_interrupted_run_continues_wherever_it_was_cut(home, command, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert command(*arguments(home, whole))[0] == 0
     data = whole.read_bytes()
@@ -162,7 +164,7 @@ def test_an_interrupted_run_goes_on_wherever_it_was_cut(home, command, tmp_path)
 
 
 def test_killed_while_it_writes(home, tmp_path):
-    """A real process, SIGKILL after its first answers: the next one ends with the same file."""
+    """A real process gets SIGKILL after its first answers; the next one completes the file."""
     program = [sys.executable, "-m", "minigpt4_jax.batch", *arguments(home, tmp_path / "out")]
     program += ["--dtype=float32", "--batch_size=1"]
     child = subprocess.Popen(program, stderr=subprocess.DEVNULL)
@@ -178,7 +180,7 @@ def test_killed_while_it_writes(home, tmp_path):
 
 
 def test_killed_before_its_first_answer(home, command, tmp_path):
-    """The settings are written before the answers' file is there, and an empty one is nobody's."""
+    """The settings are written before the output exists, and an empty output may be used."""
     out = tmp_path / "out"
     out.touch()
     assert command(*arguments(home, out))[0] == 0
@@ -200,27 +202,27 @@ def read_some(path):
         (["--input={home}/empty.jsonl"], "has no rows"),
         (["--output={home}/no/out"], "there is no directory"),
         (["--output={home}/rows.jsonl"], "are the same file"),
-        (["--output={home}/1.png"], "was not begun by this command"),
+        (["--output={home}/1.png"], "was not written by this command"),
         (["--batch_size=0"], "--batch_size=0"),
         (["--temperature=-1"], "temperature -1"),
         (["--template=moon"], "template 'moon' is not known"),
     ],
 )
-def test_refused_before_anything_is_written(home, command, tmp_path, changed, message):
+def test_errors_before_anything_is_written(home, command, tmp_path, changed, message):
     (home / "empty.jsonl").write_text("\n \n")
     before = sorted(p.name for p in home.iterdir())
-    given_here = [text.format(home=home) for text in changed]
-    code, out, err = command(*arguments(home, tmp_path / "out"), *given_here)
+    changes = [text.format(home=home) for text in changed]
+    code, out, err = command(*arguments(home, tmp_path / "out"), *changes)
     assert (code, out) == (2, "") and err.startswith("error: ") and message in err, err
     assert sorted(p.name for p in home.iterdir()) == before and not any(tmp_path.iterdir())
 
 
-def test_output_of_other_rows_or_settings(home, command, tmp_path):
+def test_an_output_of_other_rows_or_settings_is_refused(home, command, tmp_path):
     out = tmp_path / "out"
     assert command(*arguments(home, out))[0] == 0
     data = out.read_bytes()
     code, _, err = command(*arguments(home, out, "--temperature=1"))
-    assert code == 2 and "was begun with temperature None, now 1.0" in err
+    assert code == 2 and "was started with temperature None, now 1.0" in err
     rows = (home / "rows.jsonl").read_text().splitlines()
     (home / "other.jsonl").write_text("\n".join(rows[1:]))
     code, _, err = command(*arguments(home, out, rows="other.jsonl"))
@@ -230,7 +232,7 @@ def test_output_of_other_rows_or_settings(home, command, tmp_path):
 
 def test_a_full_disk_loses_no_row(home, model, tmp_path, monkeypatch):
     rows = batch.read_rows(home / "rows.jsonl", None)
-    output = batch.Output(tmp_path / "out", rows, {})
+    output = batch_output.Output(tmp_path / "out", rows, {})
 
     class Full(io.BytesIO):
         def write(self, data):

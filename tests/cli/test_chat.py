@@ -1,4 +1,4 @@
-"""python -m minigpt4_jax.chat: answers on stdout, and one line on stderr for what cannot be answered."""
+"""python -m minigpt4_jax.chat: answers on stdout, errors as one line on stderr."""
 
 import contextlib
 import io
@@ -17,9 +17,9 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax import errors
-from minigpt4_jax.cli import chat
-from minigpt4_jax.inference import engine, model
+from minigpt4_jax.cli import chat, common
 from minigpt4_jax.inference.conversation import Conversation
+from minigpt4_jax.inference.model import Model
 from minigpt4_jax.processing.tasks import caption
 from minigpt4_jax.visualization.boxes import draw_boxes
 
@@ -58,7 +58,7 @@ def ask(home, *more):
     return arguments(home, "--prompt=what is it", "--temperature=0", *more)
 
 
-def test_an_answer_is_one_line_and_greedy_is_repeatable(home, command):
+def test_an_answer_is_one_line_and_greedy_decoding_is_repeatable(home, command):
     code, out, err = command(*ask(home))
     assert (code, err) == (0, "")
     assert out.strip() and out.count("\n") == 1
@@ -77,7 +77,7 @@ def piped(home, command, monkeypatch, text, *more):
 
 
 def test_a_pipe_is_one_conversation(home, command, monkeypatch):
-    """Empty lines are passed over; the image comes with the first question."""
+    """Empty lines are skipped; the image comes with the first question."""
     code, out, err = piped(home, command, monkeypatch, "what is it\n\n  \nhow many?  \n")
     assert (code, err) == (0, "")
     talk = minigpt4_jax.load(home / "model", "float32").conversation()
@@ -87,7 +87,7 @@ def test_a_pipe_is_one_conversation(home, command, monkeypatch):
 
 
 def test_commands(home, command, monkeypatch, tmp_path):
-    """What each does, seen in the conversation that is saved."""
+    """The effect of each, as the saved conversation shows it."""
     picture, saved = tmp_path / "my b.png", tmp_path / "talk.json"
     Image.open(home / "a.png").rotate(90).save(picture)
     lines = f"""one
@@ -127,7 +127,7 @@ def test_set_changes_the_next_answers(home, command, monkeypatch):
     assert "temperature=2.0" in err and "top_k=0" in err
 
 
-def test_what_goes_wrong_in_a_pipe_is_said_and_passed(home, command, monkeypatch, tmp_path):
+def test_errors_in_a_pipe_are_reported_and_skipped(home, command, monkeypatch, tmp_path):
     (tmp_path / "taken.json").write_text("mine")
     lines = [
         "one", "/image", "/image none.png", "/image 'a", "/set temperature", "/set temperature=-1",
@@ -138,7 +138,7 @@ def test_what_goes_wrong_in_a_pipe_is_said_and_passed(home, command, monkeypatch
     code, out, err = piped(home, command, monkeypatch, "\n".join(lines))
     assert code == 2
     first, last = out.splitlines()
-    assert first == last  # the image came back to the question with /undo
+    assert first == last  # /undo returned the image to the next question
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 14 and "Traceback" not in err, err
     assert (tmp_path / "taken.json").read_text() == "mine"
@@ -149,17 +149,17 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(home, monkeypatch, capsys):
         minigpt4_jax.load(home / "model", "float32"),
         chat.parse(arguments(home, "--temperature=0")),
     )
-    pieces = session.talk.model._pieces
+    stream = session.conversation.model.stream_request
 
-    def stopped(*args):
-        yield next(pieces(*args))
+    def interrupted(*args):
+        yield next(stream(*args))
         raise KeyboardInterrupt
 
     def lines():
         with monkeypatch.context() as patch:
-            patch.setattr(session.talk.model, "_pieces", stopped)
+            patch.setattr(session.conversation.model, "stream_request", interrupted)
             yield "one"
-        assert len(session.talk.turns) == 1
+        assert len(session.conversation.turns) == 1
         yield "two"
         yield KeyboardInterrupt()
         raise EOFError
@@ -176,7 +176,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(home, monkeypatch, capsys):
     monkeypatch.setattr(chat, "_line_editing", contextlib.nullcontext)
     assert chat.terminal(session) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [t.answer for t in session.talk.turns] == [line.strip() for line in out]
+    assert [t.answer for t in session.conversation.turns] == [line.strip() for line in out]
     assert len(out) == 2 and len(out[0]) < len(out[1])
 
 
@@ -234,10 +234,10 @@ def test_two_images_and_none(home, command):
         (["--quantize=int2"], "int2"),
     ],
 )
-def test_refused_in_one_line(home, command, changed, message):
+def test_errors_are_one_line(home, command, changed, message):
     (home / "web.png").write_text("<html>no</html>")
     (home / "half.png").write_bytes((home / "a.png").read_bytes()[:200])
-    header = b"P6 60000 60000 255\n"  # says it holds 3.6 billion pixels
+    header = b"P6 60000 60000 255\n"  # claims 3.6 billion pixels
     (home / "huge.png").write_bytes(header + bytes(100))
     code, out, err = command(*ask(home), *(text.format(home=home) for text in changed))
     assert code == 2
@@ -246,13 +246,13 @@ def test_refused_in_one_line(home, command, changed, message):
     assert message in err
 
 
-def test_no_model_is_named(command):
+def test_a_missing_model_is_reported(command):
     code, out, err = command("--prompt=x")
     assert (code, out) == (2, "") and "--model" in err
 
 
 def test_as_a_program(home):
-    """What a shell sees: the answer alone on stdout; no traceback where there is none."""
+    """Only the answer on stdout, and no traceback for a user error."""
     program = [sys.executable, "-m", "minigpt4_jax.chat"]
     done = subprocess.run([*program, *ask(home)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -264,14 +264,14 @@ def test_as_a_program(home):
     assert wrong.stderr == "error: image /no/such.png: there is no such file\n"
 
 
-def test_a_pipe_that_breaks_on_either_side(home):
-    """Bytes that are no text, Ctrl-C in an answer, and a reader that leaves."""
+def test_broken_input_and_output_pipes(home):
+    """Bytes that are not UTF-8, Ctrl-C during an answer, and a reader that exits."""
     program = [sys.executable, "-m", "minigpt4_jax.chat", f"--model={home / 'model'}"]
     program += ["--dtype=float32", "--temperature=0", "--max_new_tokens=1500"]
     program += ["--min_new_tokens=1500"]
     flags = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(program, **flags) as child:
-        # to questions in whose whole answers these weights write no line break, wherever the first is cut
+        # full answers of these weights to these questions have no line break, wherever the first is cut
         child.stdin.write(b"which colour \xff\n")
         child.stdin.flush()
         first = child.stdout.read(1)  # the answer has begun
@@ -297,19 +297,18 @@ def answers_with(monkeypatch):
     def replace(text):
         asked = []
 
-        def piece(self, requests, stop, *rest):
+        def stream(self, request, *rest):
             yield text
 
         def answer(self, requests, **options):
-            return [[None]]
+            return [[SimpleNamespace(text=text)]]
 
         prepare = Conversation._prepare
         monkeypatch.setattr(
             Conversation, "_prepare", lambda s, t, *rest: asked.append(t) or prepare(s, t, *rest)
         )
-        monkeypatch.setattr(model.Model, "_pieces", piece)
-        monkeypatch.setattr(model.Model, "_generation", lambda *_: SimpleNamespace(text=text))
-        monkeypatch.setattr(engine.Engine, "answer", answer)
+        monkeypatch.setattr(Model, "stream_request", stream)
+        monkeypatch.setattr(Model, "answer_requests", answer)
         return asked
 
     return replace
@@ -338,7 +337,9 @@ def test_a_task_by_name_needs_no_prompt_where_it_takes_none(home, command, answe
     assert asked == [caption(), "[identify] what is this {<10><20><50><100>}"]
 
 
-def test_an_answer_without_boxes_is_shown_and_saves_nothing(home, command, answers_with, tmp_path):
+def test_an_answer_without_boxes_is_printed_and_nothing_is_saved(
+    home, command, answers_with, tmp_path
+):
     answers_with("A cup.")
     out = tmp_path / "boxes.png"
     code, text, err = command(*ask(home, f"--save-image={out}"))
@@ -354,10 +355,10 @@ def test_boxes_are_saved_in_a_conversation(home, command, monkeypatch, answers_w
     code, _, err = piped(home, command, monkeypatch, lines)
     assert code == 2 and Image.open(out).size == (500, 375) and other.read_text() == "mine"
     assert err.splitlines() == [
-        "error: there is no image with an answer yet; ask about one first",
+        "error: no question about an image has been answered yet; ask one first",
         f"wrote {out}",
-        f"wrote {out}",  # its own file may be written again
-        f"error: {other} is there already; choose another name",
+        f"wrote {out}",  # a file of this session may be overwritten
+        f"error: {other} exists already; choose another name",
         "error: /boxes needs one file, for instance /boxes boxes.png",
     ]
 
@@ -374,9 +375,9 @@ def test_boxes_are_saved_in_a_conversation(home, command, monkeypatch, answers_w
         (["--save-image=no/a.png", "--prompt=x"], "no directory no"),
     ],
 )
-def test_wrong_options_for_boxes_are_refused_before_the_model_is_read(
+def test_wrong_options_for_boxes_are_refused_before_the_model_is_loaded(
     home, command, monkeypatch, options, words
 ):
-    monkeypatch.setattr(chat.cli, "load", None)
+    monkeypatch.setattr(common, "load_model", None)
     code, out, err = command(*arguments(home, *options))
     assert (code, out) == (2, "") and words in err and err.count("\n") == 1

@@ -147,7 +147,7 @@ def generated(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str
     placed = nnx.state(model)
     model.llm = unstack(model.llm)
     assert sharding.mesh_of(placed) is sharding.mesh_of(nnx.state(model))
-    engine = Engine(model)
+    engine = Engine(model, mesh)
     answers = engine.answer(requests(config), batch_size=slots)
     found = {"ids": [a[0].ids for a in answers], "logprobs": [a[0].logprobs for a in answers]}
     if searched:

@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
         for devices in (None, mesh):
             module, _ = load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
             module.llm.int8_cache = True
-            engine = Engine(module)
+            engine = Engine(module, devices)
             assert isinstance(engine.prefill(requests(config)[:8]).cache.k[0], QuantizedArray)
             found.append(engine.generate(requests(config), batch_size=8))
         split = module.llm.blocks[0].mlp.up.weight[...].sharding

@@ -1,4 +1,4 @@
-"""An engine over a model of a few thousand parameters, and requests for it. Programs are shared by tests."""
+"""An engine over a model of a few thousand parameters, and requests for it. Tests share its programs."""
 
 from functools import cache
 
@@ -11,9 +11,7 @@ from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 
-P = 3
-
-
+P = 3  # visual tokens of an image
 VOCAB = 60
 
 
@@ -25,7 +23,7 @@ def model(window=None, stacked=False):
         vocab=VOCAB, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=24, window=window
     )
     module = MiniGpt(ModelConfig(vision=vision, qformer=qformer, llm=llm), nnx.Rngs(0))
-    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # scores that differ clearly
+    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # so that logits differ clearly
         leaf.set_value(leaf.get_value() * (6 if leaf.get_value().ndim > 1 else 1))
     if not stacked:
         module.llm = unstack(module.llm)
@@ -33,8 +31,8 @@ def model(window=None, stacked=False):
 
 
 @cache
-def rounded(window=None, stacked=False):
-    """The model with an int8 cache."""
+def int8_cache_model(window=None, stacked=False):
+    """The model with an int8 key-value cache."""
     module = nnx.merge(*nnx.split(model(window, stacked)))
     module.llm.int8_cache = True
     return module
@@ -42,19 +40,21 @@ def rounded(window=None, stacked=False):
 
 @cache
 def engine(window=None, stacked=False, int8=False):
-    return Engine((rounded if int8 else model)(window, stacked))
+    return Engine((int8_cache_model if int8 else model)(window, stacked))
 
 
 def prompt(rng, length, images=0):
+    """(tokens, visual tokens) of a random prompt with images at random places."""
     tokens = rng.integers(1, VOCAB, length).tolist()
     for _ in range(images):
-        at = int(rng.integers(0, len(tokens) + 1))
-        tokens[at:at] = [IMAGE] * P
+        index = int(rng.integers(0, len(tokens) + 1))
+        tokens[index:index] = [IMAGE] * P
     visual = rng.normal(0, 1, (images * P, 16)).astype(np.float32) if images else None
     return tokens, visual
 
 
-def greedy(count=4, **changes):
+def greedy_requests(count=4, **changes):
+    """Up to four requests of different lengths and numbers of images."""
     rng = np.random.default_rng(7)
-    lengths = [(5, 0), (33, 1), (2, 2), (17, 0)][:count]
-    return [Request(*prompt(rng, n, i), **{"max_new_tokens": 8} | changes) for n, i in lengths]
+    shapes = [(5, 0), (33, 1), (2, 2), (17, 0)][:count]
+    return [Request(*prompt(rng, n, i), **{"max_new_tokens": 8} | changes) for n, i in shapes]

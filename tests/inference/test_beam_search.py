@@ -1,4 +1,4 @@
-"""Beam search against the rules of transformers 4.30, written out here one hypothesis at a time."""
+"""Beam search, compared with the rules of transformers 4.30 written for one hypothesis at a time."""
 
 from functools import cache
 
@@ -23,14 +23,14 @@ VOCAB, LENGTH = 40, 32
 
 @cache
 def model():
-    """With a sliding window, so that a beam's old tokens have to be forgotten too."""
+    """With a sliding window, so that the mask over a beam's old tokens is tested too."""
     vision = VisionConfig(image_size=28, patch_size=14, width=8, depth=1, heads=2, mlp=8)
     qformer = QFormerConfig(queries=2, hidden=8, layers=1, heads=2, ffn=8, vision_width=8)
     llm = LlmConfig(
         vocab=VOCAB, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn=24, window=7
     )
     module = MiniGpt(ModelConfig(vision=vision, qformer=qformer, llm=llm), nnx.Rngs(0))
-    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # scores that differ clearly
+    for _, leaf in nnx.to_flat_state(nnx.state(module.llm)):  # so that logits differ clearly
         leaf.set_value(leaf.get_value() * (4 if leaf.get_value().ndim > 1 else 1))
     module.llm = unstack(module.llm)
     return module
@@ -42,7 +42,7 @@ def engine():
 
 
 @cache
-def whole():
+def forward():
     llm = model().llm
     return jax.jit(lambda tokens, n: llm.logits(llm(llm.embed_tokens(tokens), n)))
 
@@ -53,41 +53,41 @@ def log_probs(rows):
     lengths = np.ones(8, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], lengths[i] = row, len(row)
-    logits = np.asarray(whole()(tokens, lengths))[np.arange(8), lengths - 1][: len(rows)]
+    logits = np.asarray(forward()(tokens, lengths))[np.arange(8), lengths - 1][: len(rows)]
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
-def expected(prompt, limit, stops, beams, options):
-    """[(ids, score)], the best first."""
-    q, power = beams.count, beams.length_penalty
+def expected(prompt, max_new_tokens, stops, beams, params):
+    """[(ids, score)], best first."""
+    q, power = beams.num_beams, beams.length_penalty
     running, finished, complete = [([], 0.0)] + [([], -1e9)] * (q - 1), [], False
-    for made in range(limit):
+    for length in range(max_new_tokens):
         scores = log_probs([prompt + ids for ids, _ in running]).copy()
         for row, (ids, _) in zip(scores, running, strict=True):
-            used = list({*ids, *([options.before] if options.before >= 0 else [])})
-            row[used] *= options.repetition_penalty
+            used = list({*ids, *([params.prior_token] if params.prior_token >= 0 else [])})
+            row[used] *= params.repetition_penalty
             for stop in stops:
-                if made < options.min_new_tokens and ids[len(ids) - len(stop) + 1 :] == stop[:-1]:
+                if length < params.min_new_tokens and ids[len(ids) - len(stop) + 1 :] == stop[:-1]:
                     row[stop[-1]] = -np.inf
         total = scores + np.array([[s] for _, s in running])
-        following = []
-        for rank, at in enumerate(np.argsort(-total, axis=None, kind="stable")):
-            ids, score = [*running[at // VOCAB][0], int(at % VOCAB)], total.flat[at]
+        continued = []
+        for rank, index in enumerate(np.argsort(-total, axis=None, kind="stable")):
+            ids, score = [*running[index // VOCAB][0], int(index % VOCAB)], total.flat[index]
             if any(ids[-len(s) :] == s for s in stops):
                 if rank < q:
-                    finished.append((ids, score / (made + 1) ** power))
+                    finished.append((ids, score / (length + 1) ** power))
                     finished = sorted(finished, key=lambda f: -f[1])[:q]
             else:
-                following.append((ids, score))
-            if len(following) == q:
+                continued.append((ids, score))
+            if len(continued) == q:
                 break
-        running = following
-        best = total.max() / (made + 2) ** power
+        running = continued
+        best = total.max() / (length + 2) ** power
         if len(finished) == q and (beams.early_stopping or finished[-1][1] >= best):
             complete = True
             break
     if not complete:
-        finished += [(ids, score / (1 + limit) ** power) for ids, score in running]
+        finished += [(ids, score / (1 + max_new_tokens) ** power) for ids, score in running]
     return sorted(finished, key=lambda f: -f[1])[:q]
 
 
@@ -96,47 +96,51 @@ def prompts():
     return [rng.integers(1, VOCAB, n).tolist() for n in (5, 12, 2)]
 
 
-RULES = [
-    (BeamSearchConfig(3, returned=3), SamplingParams()),
+OPTIONS = [
+    (BeamSearchConfig(3, num_return_sequences=3), SamplingParams()),
     (
-        BeamSearchConfig(3, 2.0, returned=2),
-        SamplingParams(repetition_penalty=1.5, min_new_tokens=3, before=7),
+        BeamSearchConfig(3, 2.0, num_return_sequences=2),
+        SamplingParams(repetition_penalty=1.5, min_new_tokens=3, prior_token=7),
     ),
-    (BeamSearchConfig(3, -1.0, True, returned=3), SamplingParams()),
+    (BeamSearchConfig(3, -1.0, True, num_return_sequences=3), SamplingParams()),
     (BeamSearchConfig(3, 0.0, True), SamplingParams(min_new_tokens=2, repetition_penalty=0.9)),
 ]
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_equals_the_rules_written_out(plain):
-    """Requests of different rules, lengths, limits and stops, in one batch."""
-    free = engine().search(
-        [Request(p, beams=BeamSearchConfig(3), max_new_tokens=8) for p in prompts()]
+@pytest.mark.parametrize("without_penalties", [False, True])
+def test_equals_the_reference(without_penalties):
+    """Requests with different options, lengths, limits and stops in one batch."""
+    unstopped = engine().search(
+        [Request(p, beam_search=BeamSearchConfig(3), max_new_tokens=8) for p in prompts()]
     )
-    ends = [answer.ids for (answer,) in free]
+    ends = [answer.ids for (answer,) in unstopped]
     stops = [[[ends[0][3]], ends[1][2:4]], [ends[1][2:4], [7]], [[ends[2][2]], [3], [11]]]
-    rules = RULES[::2] if plain else RULES  # without penalties another program
+    options = OPTIONS[::2] if without_penalties else OPTIONS  # another program
     requests = [
-        Request(prompts()[i % 3], None, (8, 6, 7)[i % 3], o, stops=stops[i % 3], beams=b)
-        for i, (b, o) in enumerate(rules * 2)
+        Request(
+            prompts()[i % 3], None, (8, 6, 7)[i % 3], p, stop_sequences=stops[i % 3], beam_search=b
+        )
+        for i, (b, p) in enumerate(options * 2)
     ]
-    ended = 0
+    num_stopped = 0
     for r, answers in zip(requests, engine().search(requests), strict=True):
-        wanted = expected(list(r.tokens), r.max_new_tokens, list(r.stops), r.beams, r.options)
-        assert len(answers) == r.beams.returned
-        for answer, (ids, score) in zip(answers, wanted, strict=False):
+        reference = expected(
+            list(r.tokens), r.max_new_tokens, list(r.stop_sequences), r.beam_search, r.sampling
+        )
+        assert len(answers) == r.beam_search.num_return_sequences
+        for answer, (ids, score) in zip(answers, reference, strict=False):
             assert answer.ids == ids
             assert answer.score == pytest.approx(score, rel=1e-4)
-            at = [log_probs([r.tokens + ids[:n]])[0, ids[n]] for n in range(len(ids))]
-            np.testing.assert_allclose(answer.logprobs, at, rtol=1e-3, atol=1e-4)
-            assert answer.stopped == any(ids[-len(s) :] == s for s in r.stops)
-            ended += answer.stopped
-    assert ended >= 3
+            logprobs = [log_probs([r.tokens + ids[:n]])[0, ids[n]] for n in range(len(ids))]
+            np.testing.assert_allclose(answer.logprobs, logprobs, rtol=1e-3, atol=1e-4)
+            assert answer.hit_stop == any(ids[-len(s) :] == s for s in r.stop_sequences)
+            num_stopped += answer.hit_stop
+    assert num_stopped >= 3
 
 
-def test_beams_and_other_requests_in_one_call():
+def test_requests_with_and_without_beams_in_one_call():
     mixed = [
-        Request(p, max_new_tokens=8, beams=BeamSearchConfig(n))
+        Request(p, max_new_tokens=8, beam_search=BeamSearchConfig(n))
         for p, n in zip(prompts(), (3, 1, 3), strict=True)
     ]
     found = engine().answer(mixed)
@@ -147,10 +151,14 @@ def test_beams_and_other_requests_in_one_call():
 
 
 @pytest.mark.parametrize(
-    ("beams", "options", "message"),
+    ("beams", "params", "message"),
     [
         (BeamSearchConfig(0), SamplingParams(), "num_beams 0"),
-        (BeamSearchConfig(2, returned=3), SamplingParams(), "num_return_sequences 3.*num_beams"),
+        (
+            BeamSearchConfig(2, num_return_sequences=3),
+            SamplingParams(),
+            "num_return_sequences 3.*num_beams",
+        ),
         (BeamSearchConfig(2, float("nan")), SamplingParams(), "length_penalty"),
         (BeamSearchConfig(2, early_stopping="never"), SamplingParams(), "early_stopping"),
         (BeamSearchConfig(2), SamplingParams(temperature=0.5), "num_beams 2 with temperature 0.5"),
@@ -159,6 +167,6 @@ def test_beams_and_other_requests_in_one_call():
         (BeamSearchConfig(2), SamplingParams(min_p=0.5), "min_p"),
     ],
 )
-def test_rules_that_contradict_are_named(beams, options, message):
+def test_options_that_contradict_are_named(beams, params, message):
     with pytest.raises(UserError, match=message):
-        beams.check(options)
+        beams.check(params)

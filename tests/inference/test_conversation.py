@@ -1,4 +1,4 @@
-"""model.conversation(): what the next prompt holds, images encoded once, cuts, and the dumps' turns."""
+"""Conversation: the prompt of the next turn, images encoded once, retry and undo, errors, cuts."""
 
 import numpy as np
 import pytest
@@ -28,10 +28,10 @@ def model(tmp_path_factory):
     return minigpt4_jax.load(folder, dtype="float32")
 
 
-def test_the_next_prompt_holds_all_turns_and_images_are_encoded_once(model, monkeypatch):
+def test_the_prompt_has_all_turns_and_images_are_encoded_once(model, monkeypatch):
     one, two, encoded = picture(0), picture(1), []
-    encode = model._encode_all
-    monkeypatch.setattr(model, "_encode_all", lambda i, n: encoded.extend(i) or encode(i, n))
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda i: encoded.extend(i) or encode(i))
     talk = model.conversation(system="Be brief.")
     first = talk.ask("what is it", images=[one], **FEW)
     second = talk.ask("and <ImageHere>, beside <ImageHere>?", images=[two, one], **FEW)
@@ -40,8 +40,7 @@ def test_the_next_prompt_holds_all_turns_and_images_are_encoded_once(model, monk
     questions = [with_images("what is it", 1), "and <ImageHere>, beside <ImageHere>?", "why"]
     turns = list(zip(questions, [first, second, None], strict=True))
     prompt = render_chat(chat_template(model.config), turns, system="Be brief.")
-    wanted = model.generate([[one, two, one]], [prompt], context=2000, **FEW)[0]
-    assert third == wanted
+    assert third == model.generate([[one, two, one]], [prompt], context=2000, **FEW)[0]
     assert [t.answer for t in talk.turns] == [first, second, third]
 
 
@@ -51,28 +50,28 @@ def test_stream_retry_undo_reset(model):
     talk.undo()
     assert "".join(talk.stream("what is it", picture(0), **FEW)) == first
     assert [t.answer for t in talk.turns] == [first]
-    assert talk.retry() == first  # greedy: the seed makes no difference
+    assert talk.retry() == first  # greedy: the seed does not matter
     warm = {"temperature": 2.0, "top_k": 50}
-    drawn = [talk.retry(**warm), *(talk.retry() for _ in range(3))]
-    assert len(set(drawn)) > 1 and len(talk.turns) == 1
+    sampled = [talk.retry(**warm), *(talk.retry() for _ in range(3))]
+    assert len(set(sampled)) > 1 and len(talk.turns) == 1
     talk.reset()
     assert talk.turns == [] and talk.ask("what is it", picture(0), **FEW) == first
     assert talk.ask("and now", None, **FEW) == talk.retry()
 
 
-def test_a_stopped_stream_keeps_what_was_shown(model):
+def test_a_closed_stream_keeps_what_was_yielded(model):
     talk = model.conversation()
     pieces = talk.stream("what is it", max_new_tokens=40)
-    shown = next(pieces)
+    first = next(pieces)
     pieces.close()
-    assert [t.answer for t in talk.turns] == [shown.strip()]
+    assert [t.answer for t in talk.turns] == [first.strip()]
     talk.stream_retry(seed=1).close()
-    assert [t.answer for t in talk.turns] == [shown.strip()]
+    assert [t.answer for t in talk.turns] == [first.strip()]
     again = "".join(talk.stream_retry(max_new_tokens=6))
     assert [t.answer for t in talk.turns] == [again]
 
 
-def test_errors_leave_the_conversation_as_it_was(model, tmp_path):
+def test_errors_do_not_change_the_conversation(model, tmp_path):
     talk = model.conversation()
     talk.ask("what is it", picture(0), **FEW)
     before = list(talk.turns)
@@ -102,9 +101,9 @@ def test_a_long_history_is_cut_with_a_warning(model):
     assert len(talk.turns) == 2
 
 
-def test_a_template_of_ones_own(model):
-    own = ChatTemplate("Q: {}\n", "A: {};\n")
-    talk = model.conversation(template=own)
+def test_a_custom_template(model):
+    custom = ChatTemplate("Q: {}\n", "A: {};\n")
+    talk = model.conversation(template=custom)
     answer = talk.ask("what", **FEW)
     assert answer == model.generate(None, ["Q: what\nA: "], stop=[";"], **FEW)[0]
     with pytest.raises(UserError, match="'none' is not known; known are vicuna0"):

@@ -1,4 +1,4 @@
-"""What Model.generate says about its answers: stop texts, log-probabilities, several, in pieces."""
+"""The answers of Model.generate: stop texts, log-probabilities, several per prompt, streams."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ import minigpt4_jax
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.detokenize import generation, pieces
+from minigpt4_jax.inference.detokenize import completion_output, stream_text
 from minigpt4_jax.inference.generation_config import GenerationConfig
-from minigpt4_jax.inference.requests import Completion
-from minigpt4_jax.inference.stop_sequences import certain_part
+from minigpt4_jax.inference.requests import Completion, Progress, Request
+from minigpt4_jax.inference.stop_sequences import stable_prefix
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,14 +36,14 @@ def answers(model, **options):
     return model.generate(None, PROMPTS, **{"max_new_tokens": 24} | options)
 
 
-def test_a_stop_text_ends_an_answer_wherever_tokens_begin(model):
-    whole = answers(model)
-    middle = len(whole[0]) // 2
-    stop = whole[0][middle : middle + 3]
+def test_a_stop_text_need_not_begin_with_a_token(model):
+    uncut = answers(model)
+    middle = len(uncut[0]) // 2
+    stop = uncut[0][middle : middle + 3]
     assert len(stop) == 3
     cut = answers(model, stop=[stop, "never written"])
-    assert cut == [text.split(stop)[0].strip() for text in whole]
-    assert cut[0] != whole[0]
+    assert cut == [text.split(stop)[0].strip() for text in uncut]
+    assert cut[0] != uncut[0]
     details = model.generate_details(None, PROMPTS, max_new_tokens=24, stop=[stop])
     first = details[0][0]
     assert first.finish_reason == "stop"
@@ -51,61 +51,65 @@ def test_a_stop_text_ends_an_answer_wherever_tokens_begin(model):
     assert stop not in model.tokenizer.decode(first.ids[:-1])  # and no token more
 
 
-def test_every_row_may_have_stops_of_its_own(model):
-    details = [some[0] for some in model.generate_details(None, PROMPTS, max_new_tokens=24)]
-    ids = [[details[0].ids[5]], [], [details[2].ids[7], 3]]
-    found = [
-        some[0] for some in model.generate_details(None, PROMPTS, max_new_tokens=24, stop_ids=ids)
-    ]
-    for one, whole, ends in zip(found, details, ids, strict=True):
-        at = min((whole.ids.index(i) + 1 for i in ends if i in whole.ids), default=24)
-        assert one.ids == whole.ids[:at] and one.finish_reason == ("stop" if ends else "length")
-    assert answers(model, stop_ids=ids[0])[0] == found[0].text
-    stop = [[details[0].text[4:7]], [details[1].text[4:7], "never"], []]
+def test_stops_of_each_prompt(model):
+    uncut = [output for (output,) in model.generate_details(None, PROMPTS, max_new_tokens=24)]
+    stop_ids = [[uncut[0].ids[5]], [], [uncut[2].ids[7], 3]]
+    details = model.generate_details(None, PROMPTS, max_new_tokens=24, stop_ids=stop_ids)
+    for (output,), full, stops in zip(details, uncut, stop_ids, strict=True):
+        length = min((full.ids.index(i) + 1 for i in stops if i in full.ids), default=24)
+        assert output.ids == full.ids[:length]
+        assert output.finish_reason == ("stop" if stops else "length")
+    assert answers(model, stop_ids=stop_ids[0])[0] == details[0][0].text
+    stop = [[uncut[0].text[4:7]], [uncut[1].text[4:7], "never"], []]
     cut = [
-        d.text.split(row[0])[0].strip() if row else d.text
-        for d, row in zip(details, stop, strict=True)
+        output.text.split(stops[0])[0].strip() if stops else output.text
+        for output, stops in zip(uncut, stop, strict=True)
     ]
     assert answers(model, stop=stop) == cut
 
 
 def test_details(model):
     details = model.generate_details(None, PROMPTS, max_new_tokens=24)
-    assert [some[0].text for some in details] == answers(model)
-    for (one,) in details:
-        assert one.finish_reason == ("length" if len(one.ids) == 24 else "stop")
-        assert len(one.logprobs) == len(one.ids)
-        assert one.score == pytest.approx(sum(one.logprobs))
-        assert max(one.logprobs) <= 0
+    assert [output.text for (output,) in details] == answers(model)
+    for (output,) in details:
+        assert output.finish_reason == ("length" if len(output.ids) == 24 else "stop")
+        assert len(output.logprobs) == len(output.ids)
+        assert output.score == pytest.approx(sum(output.logprobs))
+        assert max(output.logprobs) <= 0
 
 
-def test_pieces_of_a_stream_make_the_answer(model):
-    whole = answers(model)
-    shown = list(model.stream(None, PROMPTS[0], max_new_tokens=24))
-    assert "".join(shown) == whole[0]
-    assert len(shown) > 2
-    stop = whole[0][4:7]
-    shown = list(model.stream(None, PROMPTS[0], max_new_tokens=24, stop=[stop]))
-    assert "".join(shown) == whole[0].split(stop)[0].strip()
+def test_pieces_of_a_stream_join_to_the_answer(model):
+    uncut = answers(model)
+    pieces = list(model.stream(None, PROMPTS[0], max_new_tokens=24))
+    assert "".join(pieces) == uncut[0]
+    assert len(pieces) > 2
+    stop = uncut[0][4:7]
+    pieces = list(model.stream(None, PROMPTS[0], max_new_tokens=24, stop=[stop]))
+    assert "".join(pieces) == uncut[0].split(stop)[0].strip()
 
 
-def test_a_spelled_bos_is_taken_out_of_a_stream_too(model):
+def test_a_spelled_bos_is_removed_from_a_stream_too(model):
     piece = model.tokenizer._model.piece_to_id
     ids = [*model.tokenizer.encode("a"), *map(piece, "<s>"), *model.tokenizer.encode("dog")]
     assert "<s>" in model.tokenizer.decode(ids)
-    grown = [Completion(ids[:n], [0.0] * n, False, 0.0) for n in range(1, len(ids) + 1)]
-    progress = [(0, answer, answer is grown[-1]) for answer in grown]
-    shown = list(pieces(model.tokenizer, model.config, progress, []))
-    assert "".join(shown) == generation(model.tokenizer, model.config, grown[-1], []).text
+    completions = [Completion(ids[:n], [0.0] * n, False, 0.0) for n in range(1, len(ids) + 1)]
+    last = completions[-1]
+    steps = [Progress(0, Request([1]), c, finished=c is last) for c in completions]
+    streamed = "".join(stream_text(model.tokenizer, model.config, steps))
+    assert streamed == completion_output(model.tokenizer, model.config, last, []).text
 
 
-def test_compat_counts_the_bos_that_the_originals_ids_begin_with(model):
-    def requests(**options):
-        return model._requests(None, ["what is it"], GenerationConfig.of(options))[0].options
+def test_compat_counts_the_bos_of_the_originals_answers(model):
+    def sampling(compat):
+        config = GenerationConfig(min_new_tokens=6, compat=compat)
+        (request,) = model.prepare_requests(None, ["what is it"], config)
+        return request.sampling
 
-    plain, counted = (requests(min_new_tokens=6, compat=c) for c in (False, True))
-    assert (plain.min_new_tokens, plain.before) == (6, -1)
-    assert (counted.min_new_tokens, counted.before) == (5, model.tokenizer.bos_id)
+    assert (sampling(False).min_new_tokens, sampling(False).prior_token) == (6, -1)
+    assert (sampling(True).min_new_tokens, sampling(True).prior_token) == (
+        5,
+        model.tokenizer.bos_id,
+    )
     answers(model, compat=True, repetition_penalty=1.5)
 
 
@@ -120,12 +124,12 @@ def test_several_answers_of_a_search(model):
     assert all(a.score >= b.score for a, b in details)
 
 
-def test_what_is_certain_of_a_text():
-    assert certain_part("a caf\ufffd\ufffd", []) == "a caf"
-    assert certain_part("a red ca", ["###"]) == "a red ca"
-    assert certain_part("a red car #", ["###"]) == "a red car"
-    assert certain_part("a red car ##", ["###", "# #"]) == "a red car"
-    assert certain_part("stop here", ["here not"]) == "stop"
+def test_stable_prefix():
+    assert stable_prefix("a caf\ufffd\ufffd", []) == "a caf"
+    assert stable_prefix("a red ca", ["###"]) == "a red ca"
+    assert stable_prefix("a red car #", ["###"]) == "a red car"
+    assert stable_prefix("a red car ##", ["###", "# #"]) == "a red car"
+    assert stable_prefix("stop here", ["here not"]) == "stop"
 
 
 @pytest.mark.parametrize(
@@ -143,12 +147,12 @@ def test_what_is_certain_of_a_text():
         ({"min_p": 1.5}, "min_p 1.5"),
     ],
 )
-def test_options_that_make_no_sense(model, options, message):
+def test_bad_options_are_named(model, options, message):
     with pytest.raises(UserError, match=message):
         answers(model, **options)
 
 
-def test_a_stream_refuses_what_it_cannot_do(model):
+def test_what_a_stream_refuses(model):
     with pytest.raises(UserError, match="num_beams 2"):
         model.stream(None, "what", num_beams=2)
     with pytest.raises(UserError, match="'batch' is not known"):

@@ -1,4 +1,4 @@
-"""Generation with keys and values in int8: near the float cache, and the same from every way to it."""
+"""Generation with an int8 key-value cache: close to the float cache, and equal however it is filled."""
 
 from functools import partial
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import small_engine, tiny
-from helpers.small_engine import VOCAB, greedy, prompt, rounded
+from helpers.small_engine import VOCAB, greedy_requests, int8_cache_model, prompt
 
 import minigpt4_jax
-from minigpt4_jax.cli import chat
+from minigpt4_jax.cli import chat, common
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.requests import Request
@@ -23,12 +23,12 @@ engine = partial(small_engine.engine, int8=True)
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_scores_are_near_those_of_the_float_cache(window):
-    """Largest error of a row's scores, relative to the largest score, at lengths 3 to 60. Measured
-    0.9 % on average and 4 % at most, with heads of 4 numbers; larger heads err less."""
+def test_logits_are_close_to_those_of_the_float_cache(window):
+    """Largest error of a row's logits, relative to the largest logit, at lengths 3 to 60. Measured
+    0.9 % on average and 4 % at most, with a head dimension of 4; larger heads have smaller errors."""
     rng = np.random.default_rng(0)
-    graphdef, state = nnx.split(rounded(window))
-    # smaller weights: those of `model` make attention a choice of one key, which rounding may change
+    graphdef, state = nnx.split(int8_cache_model(window))
+    # smaller weights: with those of `model` attention selects one key, which rounding may change
     module = nnx.merge(graphdef, jax.tree.map(lambda a: a / 18 if a.ndim > 1 else a, state))
     tokens = rng.integers(1, VOCAB, (4, 64)).astype(np.int32)
     lengths = np.array([3, 40, 17, 9], np.int32)
@@ -36,54 +36,55 @@ def test_scores_are_near_those_of_the_float_cache(window):
     exact = module.llm.logits(jax.jit(module.llm)(embeds, np.full(4, 64, np.int32)))
     hidden, kv = jax.jit(lambda x, n: module.llm.prefill(x, n, 128))(embeds, lengths)
     assert isinstance(kv.k[0], QuantizedArray)
-    decode, rows, off = jax.jit(module.llm.decode), np.arange(4), []
+    decode, rows, errors = jax.jit(module.llm.decode), np.arange(4), []
     last = hidden[rows, lengths - 1]
     for step in range(20):
-        wanted = exact[rows, lengths + step - 1]
-        off.append(np.abs(module.llm.logits(last) - wanted).max(1) / np.abs(wanted).max(1))
-        at = (lengths + step)[:, None]
-        hidden, kv = decode(jnp.take_along_axis(embeds, at[..., None], axis=1), at, kv)
+        expected = exact[rows, lengths + step - 1]
+        errors.append(np.abs(module.llm.logits(last) - expected).max(1) / np.abs(expected).max(1))
+        positions = (lengths + step)[:, None]
+        token = jnp.take_along_axis(embeds, positions[..., None], axis=1)
+        hidden, kv = decode(token, positions, kv)
         last = hidden[:, 0]
-    assert 1e-4 < np.mean(off) < 0.015
-    assert np.max(off) < 0.08
+    assert 1e-4 < np.mean(errors) < 0.015
+    assert np.max(errors) < 0.08
 
 
-OPTIONS = SamplingParams(temperature=1.5, top_k=20, top_p=0.9)
+SAMPLING = SamplingParams(temperature=1.5, top_k=20, top_p=0.9)
 
 
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"options": OPTIONS, "seed": 3}, {"beams": BeamSearchConfig(3)}],
-    ids=["greedy", "drawn", "beams"],
+    "options",
+    [{}, {"sampling": SAMPLING, "seed": 3}, {"beam_search": BeamSearchConfig(3)}],
+    ids=["greedy", "sampled", "beams"],
 )
-def test_a_row_alone_in_a_batch_in_refilled_slots_and_in_either_layout(how):
-    requests = greedy(**how)
+def test_batch_size_refilled_slots_and_layout_do_not_change_the_ids(options):
+    requests = greedy_requests(**options)
     together = engine().generate(requests)
     assert [engine().generate([r])[0] for r in requests] == together
     assert engine().generate(requests, batch_size=3) == together
     assert engine(stacked=True).generate(requests) == together
 
 
-def test_progress_grows_to_the_answer():
-    whole, seen = engine().generate(greedy()), {}
-    for i, answer, _ in engine().run(greedy(), chunk=3, progress=True):
-        assert answer.ids[: len(seen.get(i, []))] == seen.get(i, [])
-        seen[i] = answer.ids
-    assert [seen[i] for i in range(4)] == whole
+def test_progress_grows_to_the_final_ids():
+    final, ids = engine().generate(greedy_requests()), {}
+    for i, _, completion, _ in engine().run(greedy_requests(), chunk=3, progress=True):
+        assert completion.ids[: len(ids.get(i, []))] == ids.get(i, [])
+        ids[i] = completion.ids
+    assert [ids[i] for i in range(4)] == final
 
 
-def test_the_search_of_one_beam_is_greedy():
+def test_beam_search_with_one_beam_is_greedy_requests():
     rng = np.random.default_rng(2)
     request = Request(*prompt(rng, 30, 1), 8)
-    runner = engine(5)
-    wide = runner.search([Request(request.tokens, request.visual, 8, beams=BeamSearchConfig(1))])
-    assert wide[0][0].ids == runner.generate([request])[0]
+    an_engine = engine(5)
+    one_beam = Request(request.tokens, request.visual, 8, beam_search=BeamSearchConfig(1))
+    assert an_engine.search([one_beam])[0][0].ids == an_engine.generate([request])[0]
 
 
-def test_loading_with_it(tmp_path):
+def test_load_with_an_int8_cache(tmp_path):
     folder = str(tiny.write_random_model(tmp_path / "model"))
-    loaded = chat.cli.load(chat.parse(["--model", folder, "--kv-cache=int8"]))
-    state = loaded._engine.prefill([Request([5, 6])])
+    loaded = common.load_model(chat.parse(["--model", folder, "--kv-cache=int8"]))
+    state = loaded.engine.prefill([Request([5, 6])])
     assert all(isinstance(kv, QuantizedArray) for kv in [*state.cache.k, *state.cache.v])
     assert isinstance(loaded.generate(None, ["what"], max_new_tokens=3)[0], str)
     with pytest.raises(UserError, match="kv_cache 'int4': expected 'int8'"):

@@ -1,7 +1,8 @@
-"""The Python interface: what the calls take, that rows do not touch each other, and what is refused."""
+"""The Python interface: inputs of its calls, independence of rows, and errors."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from helpers import tiny
 from PIL import Image
 
 import minigpt4_jax
+from minigpt4_jax import GenerationConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates as texts
 
@@ -54,7 +56,7 @@ def test_a_path_a_pil_image_and_an_array_encode_alike(model, tmp_path):
     assert not np.allclose(model.encode_images([picture(1)])[0], visual[0], atol=1e-2)
 
 
-def test_one_image_a_stack_and_none(model, tmp_path):
+def test_a_single_image_a_stack_and_none(model, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(picture(0)).save(path)
     stack = np.stack([picture(0), picture(1)])
@@ -67,7 +69,7 @@ def test_one_image_a_stack_and_none(model, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_more_images_than_are_encoded_at_a_time_stay_in_order(model):
+def test_more_images_than_one_batch_stay_in_order(model):
     images = [picture(i) for i in range(11)]
     visual = model.encode_images(images)
     for i in (0, 7, 8, 10):
@@ -76,42 +78,42 @@ def test_more_images_than_are_encoded_at_a_time_stay_in_order(model):
 
 # --- rows ----------------------------------------------------------------------------------------
 
-# one image, two images, text alone, the image alone (score only)
+# one image, two images, text only, image only (score only)
 PROMPTS = [ASK, "<ImageHere> or <ImageHere> then", "no image here", None]
 IMAGES = [[picture(0)], [picture(1), picture(2)], None, picture(3)]
 ANSWERS = ["a red car", "a dog", "yes", "a much longer answer that goes on " * 3]
 
 
-def test_rows_are_scored_as_if_each_were_alone(model):
+def test_rows_are_scored_independently(model):
     nll, tokens = model.score(IMAGES, PROMPTS, ANSWERS)
     assert (nll.shape, nll.dtype, tokens.dtype) == ((4,), np.float32, np.int32)
     for i, (image, prompt, answer) in enumerate(zip(IMAGES, PROMPTS, ANSWERS, strict=True)):
         alone, count = model.score([image], [prompt], [answer])
         np.testing.assert_allclose(alone[0], nll[i], rtol=1e-5)
         assert count[0] == tokens[i]
-    for n in range(3):  # the fourth is cut, and loses its end symbol
+    for n in range(3):  # the fourth is cut, without its end symbol
         assert tokens[n] == len(model.tokenizer.encode(ANSWERS[n] + "###"))
     assert tokens[3] == model.config.max_text_length
-    back, _ = model.score(IMAGES[::-1], PROMPTS[::-1], ANSWERS[::-1])
-    np.testing.assert_allclose(back[::-1], nll, rtol=1e-5)
+    reversed_nll, _ = model.score(IMAGES[::-1], PROMPTS[::-1], ANSWERS[::-1])
+    np.testing.assert_allclose(reversed_nll[::-1], nll, rtol=1e-5)
 
 
-def test_images_change_the_score_and_so_does_their_order(model):
+def test_images_and_their_order_change_the_score(model):
     one, other = picture(1), picture(2)
     prompts, answers = [PROMPTS[1]] * 3, ["a dog"] * 3
     nll, _ = model.score([[one, other], [other, one], [one, one]], prompts, answers)
     assert np.abs(np.diff(nll)).min() > 1e-3
 
 
-def test_text_alone_needs_no_list_of_images(model):
+def test_text_only_needs_no_list_of_images(model):
     questions, answers = ["what is red", "and blue"], ["a", "b"]
     nll, _ = model.score(None, questions, answers)
     np.testing.assert_allclose(model.score([None] * 2, questions, answers)[0], nll, rtol=1e-6)
-    some = model.generate(None, questions, max_new_tokens=4)
-    assert some == model.generate([None, None], questions, max_new_tokens=4)
+    found = model.generate(None, questions, max_new_tokens=4)
+    assert found == model.generate([None, None], questions, max_new_tokens=4)
 
 
-def test_rows_are_generated_as_if_each_were_alone(model):
+def test_rows_are_generated_independently(model):
     found = model.generate(IMAGES[:3], PROMPTS[:3], max_new_tokens=6)
     assert all(isinstance(text, str) for text in found)
     alone = [
@@ -119,10 +121,10 @@ def test_rows_are_generated_as_if_each_were_alone(model):
         for image, prompt in zip(IMAGES[:3], PROMPTS[:3], strict=True)
     ]
     assert found == alone
-    assert len(set(found)) == 3 and "" not in found  # the test would show nothing otherwise
+    assert len(set(found)) == 3 and "" not in found  # otherwise the test would prove nothing
 
 
-def test_template_is_the_one_the_model_was_trained_with(model):
+def test_template_is_that_of_training(model):
     images, question = [picture(0)], "what is it"
     spelled = model.config.prompt_template.replace("{}", texts.with_images(question, 1))
     plain = model.score(images, [question], ["a dog"], template=True)[0]
@@ -135,24 +137,44 @@ def test_seeds(model):
     images, prompts = [picture(0)] * 4, [ASK] * 4
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 20}
     equal = model.generate(images, prompts, seed=3, **options)
-    assert len(set(equal)) == 1  # rows with equal prompts answer alike under one seed
-    drawn = model.generate(images, prompts, seed=range(4), **options)
-    assert drawn[3] == equal[0] and len(set(drawn)) > 1
-    assert model.generate(images, prompts, seed=range(4), **options) == drawn
+    assert len(set(equal)) == 1  # equal prompts get equal answers under one seed
+    sampled = model.generate(images, prompts, seed=range(4), **options)
+    assert sampled[3] == equal[0] and len(set(sampled)) > 1
+    assert model.generate(images, prompts, seed=range(4), **options) == sampled
     assert model.generate(images, prompts, seed=np.int64(3), **options) == equal
     coldest = model.generate(images, prompts, max_new_tokens=6, temperature=1e-40, seed=range(4))
     assert coldest == model.generate(images, prompts, max_new_tokens=6)
 
 
-def test_a_long_prompt_is_cut_on_the_left_where_that_is_asked_for(model):
+def test_context_cuts_a_long_prompt_on_the_left(model):
     long = "a b c d " * 50
     cut = model.generate(None, [long], context=24, max_new_tokens=4)
     assert model.generate(None, ["x y z" + long], context=24, max_new_tokens=4) == cut
-    # what is kept is the end of the prompt
+    # the end of the prompt remains
     assert model.generate(None, [long + "what is"], context=24, max_new_tokens=4) != cut
 
 
-# --- what is refused -----------------------------------------------------------------------------
+def test_options_by_name_replace_those_of_a_config(model):
+    config = GenerationConfig(max_new_tokens=4, temperature=2.0, top_k=20, seed=1)
+    images = [picture(0)] * 2
+    found = model.generate(images, [ASK, ASK], config, seed=[1, 2], batch_size=1)
+    expected = model.generate(
+        images, [ASK, ASK], max_new_tokens=4, temperature=2.0, top_k=20, seed=[1, 2]
+    )
+    assert found == expected
+    assert found[0] == "".join(model.stream(picture(0), ASK, config))
+    (details,) = model.generate_details([picture(0)], [ASK], config)
+    assert details[0].text == found[0] and len(details[0].ids) <= 4
+    talk = model.conversation()
+    assert talk.ask("what", picture(0), config) == model.conversation().ask(
+        "what", picture(0), max_new_tokens=4, temperature=2.0, top_k=20, seed=1
+    )
+    again = talk.retry()  # with the options of the config and the next seed
+    seed_2 = replace(config, seed=2)
+    assert again == "".join(model.conversation().stream("what", picture(0), seed_2))
+
+
+# --- errors -----------------------------------------------------------------------------
 
 
 def refused(call, *args, **options):
@@ -163,14 +185,14 @@ def refused(call, *args, **options):
 
 
 @pytest.mark.parametrize("name", ["generate", "score"])
-def test_images_and_their_places_must_agree(model, name):
+def test_images_and_tags_must_agree(model, name):
     one = picture(0)
 
     def line(images, prompts):
         answers = (["x"] * len(prompts),) if name == "score" else ()
         return refused(getattr(model, name), images, prompts, *answers)
 
-    message = line([one, one], [ASK, "no place"])
+    message = line([one, one], [ASK, "no tag"])
     assert "prompt 1" in message and "0 <ImageHere> and 1 images" in message
     assert "1 <ImageHere> and 0 images" in line(None, [ASK])
     assert "1 <ImageHere> and 2 images" in line([[one, one]], [ASK])
@@ -182,12 +204,22 @@ def test_images_and_their_places_must_agree(model, name):
     assert "prompt 1" in long and str(model.config.llm.max_length) in long
 
 
-def test_lengths_that_differ(model):
+def test_different_numbers_of_inputs(model):
     assert "1 answers for 2 prompts" in refused(model.score, None, ["a", "b"], ["c"])
     assert "answer 0: got NoneType" in refused(model.score, None, ["a"], [None])
     assert "1 seeds for 2 prompts" in refused(model.generate, None, ["a", "b"], seed=[1])
     assert "prompt 0: got NoneType" in refused(model.generate, [picture(0)], [None])
     assert "prompt 1: " in refused(model.generate, None, ["x", "\ud83d"])
+
+
+def test_unknown_options_name_the_nearest(model):
+    line = refused(model.generate, None, ["x"], temprature=1)
+    assert line == "option 'temprature' is not known; did you mean temperature?"
+    assert "known are max_new_tokens, " in refused(model.generate, None, ["x"], zzz=1)
+    assert "did you mean top_k" in refused(model.stream, None, "x", topk=1)
+    assert "did you mean seed" in refused(model.conversation().ask, "x", sed=1)
+    line = refused(model.generate, None, ["x"], {"seed": 1})
+    assert line.startswith("config: got dict; expected a GenerationConfig")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +245,7 @@ def test_options_out_of_range(model, options, message):
     assert message in refused(model.generate, None, ["x"], **options)
 
 
-def test_which_image_is_unreadable_is_said(model, tmp_path):
+def test_an_unreadable_image_is_named(model, tmp_path):
     bad, good = tmp_path / "bad.png", picture(0)
     bad.write_bytes(b"<html>no</html>")
     message = refused(model.encode_images, [good, bad])
@@ -229,7 +261,7 @@ def test_which_image_is_unreadable_is_said(model, tmp_path):
 # --- model directories ---------------------------------------------------------------------------
 
 
-def test_what_is_not_a_model_directory(tmp_path):
+def test_not_a_model_directory(tmp_path):
     line = refused(minigpt4_jax.load, tmp_path)
     assert str(tmp_path) in line and "not a model directory" in line and "convert build" in line
     assert "not a model directory" in refused(minigpt4_jax.load, tmp_path / "absent")
@@ -257,7 +289,7 @@ def test_damaged_document(copy, text):
     assert "model.json is damaged" in refused(minigpt4_jax.load, copy)
 
 
-def test_documents_that_do_not_fit(copy):
+def test_documents_that_do_not_fit_the_files(copy):
     document = json.loads((copy / "model.json").read_text())
 
     def line(**changes):
@@ -274,7 +306,7 @@ def test_documents_that_do_not_fit(copy):
     assert str(copy) in message and "llm.blocks.0.mlp.up.weight" in message
 
 
-def test_files_that_are_gone(copy):
+def test_missing_files(copy):
     projection = copy / "projection-00001.safetensors"
     whole = projection.read_bytes()
     projection.unlink()

@@ -1,5 +1,6 @@
-"""Encoding, scores and greedy ids against the float64 oracle of this folder, on a small model of random
-weights: what a clone tests itself with, where the original's dumps are not at hand."""
+"""Encoding, scores and greedy ids of a small random model, compared with the float64 oracle in helpers.
+
+Needs no dumps of the original."""
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from helpers.paths import TOKENIZER
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.inference import engine
 from minigpt4_jax.inference.model import Model, load
+from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import load_pixels, normalize
 from minigpt4_jax.processing.sequences import build_row, prompt_tokens
@@ -23,7 +24,7 @@ def relative(ours, theirs):
 
 
 def small_model(kind):
-    """A model like the reference's, of random weights: config, module, tensors by name."""
+    """(config, random tensors by name) of a model like those of the original's dumps."""
     vision = VisionConfig(image_size=28, patch_size=7, width=24, depth=2, heads=3, mlp=40)
     qformer = QFormerConfig(queries=3, hidden=16, layers=3, heads=2, ffn=24, vision_width=24)
     llm = LlmConfig(
@@ -58,28 +59,30 @@ def pictures(count):
     return [rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8) for i in range(count)]
 
 
-def test_oracle_encodes_scores_and_generates_the_same(small):
+def test_equals_the_oracle(small):
     model, tensors = small
     images = pictures(3)
     visual = model.encode_images(images)
     assert visual.dtype == np.float32
-    wanted = [oracle.encode(tensors, model.config, normalize(load_pixels(i, 28))) for i in images]
-    assert relative(visual, np.stack(wanted)) < 1e-5
+    expected_visual = [
+        oracle.encode(tensors, model.config, normalize(load_pixels(i, 28))) for i in images
+    ]
+    assert relative(visual, np.stack(expected_visual)) < 1e-5
     prompts = [
         "###Human: <Img><ImageHere></Img> what color is it ###Assistant: ",
         "<ImageHere> and <ImageHere> differ",
         "no image",
     ]
     groups, answers = [images[0], images[1:], None], ["a red car", "yes " * 20, "dog"]
-    shown = [np.stack(wanted)[:1], np.stack(wanted)[1:], None]
+    visual_of_prompts = [np.stack(expected_visual)[:1], np.stack(expected_visual)[1:], None]
     nll, counts = model.score(groups, prompts, answers)
-    ids = model._engine.generate(
+    ids = model.engine.generate(
         [
-            engine.Request(prompt_tokens(model.tokenizer, model.config, p, images=n), v, 6)
-            for p, n, v in zip(prompts, (1, 2, 0), _joined(shown), strict=True)
+            Request(prompt_tokens(model.tokenizer, model.config, p, images=n), v, 6)
+            for p, n, v in zip(prompts, (1, 2, 0), _flatten(visual_of_prompts), strict=True)
         ]
     )
-    for i, v in enumerate(_joined(shown)):
+    for i, v in enumerate(_flatten(visual_of_prompts)):
         n = (1, 2, 0)[i]
         row = build_row(model.tokenizer, model.config, prompts[i], answers[i], images=n)
         assert counts[i] == len(row.label_positions)
@@ -89,11 +92,11 @@ def test_oracle_encodes_scores_and_generates_the_same(small):
         assert ids[i] == oracle.greedy(tensors, model.config, tokens, 6, v)
 
 
-def _joined(shown):
-    return [None if v is None else v.reshape(-1, v.shape[-1]) for v in shown]
+def _flatten(groups):
+    return [None if v is None else v.reshape(-1, v.shape[-1]) for v in groups]
 
 
-def test_a_module_in_memory_is_a_model(small):
+def test_a_model_from_a_module_in_memory(small):
     model, _ = small
     module = MiniGpt(model.config, nnx.Rngs(0))
     other = Model(module, model.config, model.tokenizer)

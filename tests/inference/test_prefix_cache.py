@@ -1,4 +1,4 @@
-"""A conversation's cache is used again: what follows is equal to what is read anew."""
+"""Prefix caching: answers that continue from a conversation's cache equal those without it."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from minigpt4_jax.inference.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Two sets of stages, few lengths and images: each combination of them is compiled.
-OPTIONS = [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, repetition_penalty=1.3)]
+# Few combinations of stages, lengths and images, as each is compiled.
+SAMPLING = [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, repetition_penalty=1.3)]
 
 
 @pytest.mark.parametrize(
@@ -26,54 +26,52 @@ OPTIONS = [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, repetitio
     [(None, False, False), (5, True, False), (None, False, True)],
     ids=["float", "window stacked", "int8"],
 )
-def test_random_dialogues_have_the_ids_of_rows_read_anew(window, stacked, int8, monkeypatch):
-    """Prompts go on after an answer or part of it, differ in the middle, have images anywhere, are
-    cut on the left; answers end by a rule of the host, or are stopped on the way."""
-    runner = engine(window, stacked, int8)
-    resumed, resume = [], runner._resume
+def test_random_conversations_have_the_ids_of_a_full_prefill(window, stacked, int8, monkeypatch):
+    """Prompts continue after an answer or a part of it, differ in the middle, have images anywhere, or
+    are cut on the left; answers end by a stop check, or their stream is closed early."""
+    cached_engine = engine(window, stacked, int8)
+    resumed, resume = [], cached_engine._resume
     monkeypatch.setattr(
-        runner, "_resume", lambda *args: resumed.append(args[2].tokens.shape) or resume(*args)
+        cached_engine, "_resume", lambda *a: resumed.append(a[2].tokens.shape) or resume(*a)
     )
 
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(st.integers(0, 10_000))
     def check(seed):
-        rng, kept = np.random.default_rng(seed), PrefixCache()
+        rng, prefix_cache = np.random.default_rng(seed), PrefixCache()
         tokens, visual = prompt(rng, int(rng.integers(30, 50)), 1)
         for _ in range(5):
-            halt = (lambda ids: 3 if len(ids) >= 3 else None) if rng.random() < 0.2 else None
+            stop_check = (lambda ids: 3 if len(ids) >= 3 else None) if rng.random() < 0.2 else None
             request = Request(
-                tokens, visual, 8, OPTIONS[rng.integers(2)], int(rng.integers(9)), halt=halt
-            )
-            anew = runner.answer([request])[0][0]
-            wanted = anew.ids
+                tokens, visual, 8, SAMPLING[rng.integers(2)], int(rng.integers(9)),
+                stop_check=stop_check,
+            )  # fmt: skip
+            expected = cached_engine.answer([request])[0][0]
             if rng.random() < 0.3:
-                run = runner.run([request], chunk=2, progress=True, kept=kept)
-                _, answer, _ = next(run)
+                run = cached_engine.run(
+                    [request], chunk=2, progress=True, prefix_cache=prefix_cache
+                )
+                ids = next(run).completion.ids
                 run.close()
-                assert answer.ids == wanted[: len(answer.ids)]
+                assert ids == expected.ids[: len(ids)]
             else:
-                answer = runner.answer([request], kept=kept)[0][0]
-                assert answer.ids == wanted
-                if not int8:  # a level of int8 may round the other way
-                    np.testing.assert_allclose(answer.logprobs, anew.logprobs, atol=5e-3)
-            tokens = [*tokens, *wanted[: 8 if rng.random() < 0.5 else rng.integers(0, 9)]]
+                completion = cached_engine.answer([request], prefix_cache=prefix_cache)[0][0]
+                assert completion.ids == expected.ids
+                if not int8:  # an int8 value may round the other way
+                    np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=5e-3)
+            length = 8 if rng.random() < 0.5 else rng.integers(0, 9)
+            tokens = [*tokens, *expected.ids[:length]]
             if rng.random() < 0.2:
-                at = int(rng.integers(len(tokens)))
-                tokens[at] = tokens[at] if tokens[at] < 0 else int(rng.integers(1, VOCAB))
+                index = int(rng.integers(len(tokens)))
+                tokens[index] = tokens[index] if tokens[index] < 0 else int(rng.integers(1, VOCAB))
             if rng.random() < 0.1:
-                begin = 1 + max(i for i, t in enumerate(tokens) if t < 0)  # behind all images
+                begin = 1 + max(i for i, t in enumerate(tokens) if t < 0)  # after all images
                 tokens, visual = tokens[min(begin, len(tokens) - 1) :], None
-            images = int(rng.integers(0, 2)) if visual is None or len(visual) < 6 else 0
-            more, seen = prompt(rng, int(rng.integers(1, 14)), images)
-            tokens = tokens + more
-            visual = (
-                seen
-                if visual is None
-                else visual
-                if seen is None
-                else np.concatenate([visual, seen])
-            )
+            num_images = int(rng.integers(0, 2)) if visual is None or len(visual) < 6 else 0
+            new_tokens, new_visual = prompt(rng, int(rng.integers(1, 14)), num_images)
+            tokens = tokens + new_tokens
+            parts = [v for v in (visual, new_visual) if v is not None]
+            visual = np.concatenate(parts) if parts else None
             if visual is None:
                 tokens, visual = prompt(rng, 40, 1)
             if rng.random() < 0.1:
@@ -84,43 +82,43 @@ def test_random_dialogues_have_the_ids_of_rows_read_anew(window, stacked, int8, 
     assert min(t for _, t in resumed) == 32
 
 
-def test_other_parameters_read_anew():
-    runner, kept = Engine(small_model()), PrefixCache()
+def test_other_parameters_do_not_use_the_cache():
+    an_engine, prefix_cache = Engine(small_model()), PrefixCache()
     rng = np.random.default_rng(0)
     request = Request(*prompt(rng, 50, 1), 8)
-    runner.answer([request], kept=kept)
-    runner.set_parameters(small_model())
-    assert kept.take(request, runner._leaves) is None
+    an_engine.answer([request], prefix_cache=prefix_cache)
+    an_engine.set_parameters(small_model())
+    assert prefix_cache.take(request, an_engine._leaves) is None
 
 
 def test_a_model_with_lora(tmp_path, monkeypatch):
     lora = LoraConfig(rank=2, targets=("q", "v", "down"))
     model = minigpt4_jax.load(tiny.write_random_model(tmp_path / "m", lora=lora), "float32")
-    resumed, resume = [], model._engine._resume
-    monkeypatch.setattr(model._engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
+    resumed, resume = [], model.engine._resume
+    monkeypatch.setattr(model.engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
     talk = model.conversation()
     for question in ("what is it", "tell me a story", "why"):
-        anew = model.conversation()
-        anew.turns = list(talk.turns)
+        uncached = model.conversation()
+        uncached.turns = list(talk.turns)
         answer = talk.ask(question, max_new_tokens=6)
-        assert answer and answer == anew.ask(question, max_new_tokens=6)
+        assert answer and answer == uncached.ask(question, max_new_tokens=6)
     assert resumed
 
 
-def test_conversations_that_are_kept_and_not(tmp_path, monkeypatch):
-    """Questions, images, retries, steps back, stopped streams, other options, cuts: same answers."""
+def test_conversations_with_and_without_the_cache(tmp_path, monkeypatch):
+    """Questions, images, retries, undo, closed streams, other options, cuts: equal answers."""
     model = minigpt4_jax.load(tiny.write_random_model(tmp_path / "model"), dtype="float32")
-    resumed, resume = [], model._engine._resume
-    monkeypatch.setattr(model._engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
+    resumed, resume = [], model.engine._resume
+    monkeypatch.setattr(model.engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
     pictures = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
-    kept, anew = model.conversation(), model.conversation()
+    cached, uncached = model.conversation(), model.conversation()
 
-    def both(do):
-        anew._kept.clear()
-        assert do(kept) == do(anew)
-        assert [t.answer for t in kept.turns] == [t.answer for t in anew.turns]
+    def both(action):
+        uncached._prefix_cache.clear()
+        assert action(cached) == action(uncached)
+        assert [t.answer for t in cached.turns] == [t.answer for t in uncached.turns]
 
-    def stopped(talk):
+    def close_stream(talk):
         pieces = talk.stream("tell me a story", max_new_tokens=12)
         first = next(pieces)
         pieces.close()
@@ -129,7 +127,7 @@ def test_conversations_that_are_kept_and_not(tmp_path, monkeypatch):
     few = {"max_new_tokens": 6}
     both(lambda talk: talk.ask("what is it", pictures[0], **few))
     both(lambda talk: talk.ask("and this", pictures[1], **few))
-    both(stopped)
+    both(close_stream)
     both(lambda talk: talk.ask("why", temperature=1.0, seed=4, stop=["e"], **few))
     both(lambda talk: talk.retry())
     both(lambda talk: talk.undo())
@@ -137,10 +135,10 @@ def test_conversations_that_are_kept_and_not(tmp_path, monkeypatch):
     both(lambda talk: talk.ask("how", extra_bos=False, **few))
     assert len(resumed) >= 5
     count = len(resumed)
-    for talk in (kept, anew):
+    for talk in (cached, uncached):
         with pytest.warns(UserWarning, match="dropped the oldest"):
             talk.ask("and now", context=60, **few)
-    assert [t.answer for t in kept.turns] == [t.answer for t in anew.turns]
+    assert [t.answer for t in cached.turns] == [t.answer for t in uncached.turns]
     assert len(resumed) == count
     both(lambda talk: talk.ask("again", **few))
     both(lambda talk: talk.reset())

@@ -1,4 +1,4 @@
-"""Sampling: against the original's logits processors, and against what the filters mean."""
+"""Sampling, compared with the original's logits processors and with the definitions of the filters."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from minigpt4_jax.inference.sampling import (
     draw,
     filter_logits,
     forbid,
+    required_stages,
     sample,
-    stack_options,
-    stages_of,
+    stack_sampling_params,
 )
 
 # transformers 4.30's processors on float32 logits: 27 settings of top-p, temperature, penalty
@@ -24,16 +24,16 @@ DUMP = np.load(FIXTURES / "logits_processors.npz")
 EOS = 2
 
 
-def filtered(logits, options, candidates=0):
+def filtered(logits, params, num_candidates=0):
     """Scores [B, V] in vocabulary order, -inf where a filter removed the token."""
-    scores, ids = filter_logits(jnp.asarray(logits), options, candidates)
+    scores, ids = filter_logits(jnp.asarray(logits), params, num_candidates)
     out = np.full(logits.shape, -np.inf, np.float32)
     np.put_along_axis(out, np.asarray(ids), np.asarray(scores), axis=1)
     return out
 
 
 def rows(n, **values):
-    return stack_options([SamplingParams(**values)] * n)
+    return stack_sampling_params([SamplingParams(**values)] * n)
 
 
 def keys(n, seed=0):
@@ -52,18 +52,20 @@ def test_equals_the_original(name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_penalty_leaves_other_tokens_and_empty_slots_alone():
+def test_penalty_does_not_change_other_tokens():
     logits = jnp.asarray([[2.0, -2.0, 1.0, 3.0]])
     out = apply_repetition_penalty(logits, jnp.asarray([[0, 1, 0, -1]]), jnp.asarray([2.0]))
     np.testing.assert_allclose(out, [[1.0, -4.0, 1.0, 3.0]])
 
 
-def test_a_token_before_the_generated_ones_is_penalized_too():
+def test_prior_token_is_penalized():
     logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0]] * 2)
-    options = stack_options([SamplingParams(repetition_penalty=2.0, before=b) for b in (-1, 1)])
-    plan = stages_of([SamplingParams(repetition_penalty=2.0)], 4)
+    options = stack_sampling_params(
+        [SamplingParams(repetition_penalty=2.0, prior_token=b) for b in (-1, 1)]
+    )
+    stages = required_stages([SamplingParams(repetition_penalty=2.0)], 4)
     none = jnp.full((2, 3), -1)
-    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), options, plan)
+    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), options, stages)
     assert found.tolist() == [1, 2]
 
 
@@ -85,8 +87,8 @@ def test_a_tiny_top_p_keeps_the_likeliest():
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_min_p_measures_against_the_likeliest(top_p):
-    """After the other filters; what they removed stays so (transformers' MinPLogitsWarper)."""
+def test_min_p_is_relative_to_the_most_likely_token(top_p):
+    """Applied after the other filters (transformers' MinPLogitsWarper)."""
     logits = np.random.default_rng(1).normal(0, 2, size=(3, 30)).astype(np.float32)
     scores = filtered(logits, rows(3, temperature=0.8, top_p=top_p))
     probs = np.exp(scores - scores.max(1, keepdims=True))
@@ -101,7 +103,7 @@ def test_min_p_measures_against_the_likeliest(top_p):
 
 
 def test_draws_follow_the_filtered_softmax():
-    """Chi-square over 8,000 draws at 1 in 10,000: a wrong filter or a biased draw fails."""
+    """Chi-square test over 8,000 draws at p = 0.0001; fails for a wrong filter or a biased draw."""
     logits = np.random.default_rng(3).normal(0, 2, size=(1, 30)).astype(np.float32)
     n = 8000
     many = jnp.repeat(jnp.asarray(logits), n, 0)
@@ -119,7 +121,7 @@ def test_draws_follow_the_filtered_softmax():
     assert chi2 < limit
 
 
-def test_a_row_draws_the_same_whatever_stands_around_it():
+def test_draws_of_a_row_do_not_depend_on_other_rows():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
     options = rows(6, temperature=1.3, top_k=7, top_p=0.9)
     step = jnp.arange(6, dtype=jnp.int32)
@@ -130,7 +132,7 @@ def test_a_row_draws_the_same_whatever_stands_around_it():
         assert alone[0] == together[i]
 
 
-def test_stop_tokens_wait_for_the_minimum():
+def test_stop_tokens_are_forbidden_before_the_minimum_length():
     logits = jnp.zeros((2, 5)).at[:, 3].set(9.0)
     out = forbid(logits, jnp.asarray([[3, -1], [3, -1]]), jnp.asarray([True, False]))
     assert out.argmax(1).tolist() == [0, 3]
@@ -140,25 +142,24 @@ def test_greedy_and_sampled_rows_in_one_batch():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20)), jnp.float32)
     mixed = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3)]
     none = jnp.full((2, 4), -1)
-    plan = stages_of(mixed, 20)
-    assert plan == SamplingStages(random=True, candidates=4, penalty=False, minimum=False)
-    seen = {
-        tuple(
-            sample(
-                logits, none, jnp.zeros(2, jnp.int32), none, keys(2, s), stack_options(mixed), plan
-            ).tolist()
-        )
-        for s in range(20)
+    stages = required_stages(mixed, 20)
+    assert stages == SamplingStages(
+        random=True, num_candidates=4, repetition_penalty=False, min_new_tokens=False
+    )
+    start, params = jnp.zeros(2, jnp.int32), stack_sampling_params(mixed)
+    tokens = {
+        tuple(sample(logits, none, start, none, keys(2, seed), params, stages).tolist())
+        for seed in range(20)
     }
-    assert {first for first, _ in seen} == {int(logits[0].argmax())}
-    assert len({second for _, second in seen}) == 3
+    assert {first for first, _ in tokens} == {int(logits[0].argmax())}
+    assert len({second for _, second in tokens}) == 3
 
 
-def test_plan_needs_no_more_than_the_rows_ask_for():
-    assert stages_of([SamplingParams()], 100) == SamplingStages(False, 0, False, False)
-    assert stages_of([SamplingParams(temperature=1.0)], 100).candidates == 0
-    assert stages_of([SamplingParams(temperature=1.0, top_k=50)], 100).candidates == 64
-    assert stages_of([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:] == (
+def test_only_the_required_stages_are_compiled():
+    assert required_stages([SamplingParams()], 100) == SamplingStages(False, 0, False, False)
+    assert required_stages([SamplingParams(temperature=1.0)], 100).num_candidates == 0
+    assert required_stages([SamplingParams(temperature=1.0, top_k=50)], 100).num_candidates == 64
+    assert required_stages([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:] == (
         True,
         True,
     )

@@ -1,0 +1,121 @@
+"""The output file of `minigpt4_jax.batch`: answers in the order of the input, resumable."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.atomic import write_text_atomically
+
+if TYPE_CHECKING:
+    from minigpt4_jax.inference.requests import Request
+
+OUTPUT_KEYS = ("response", "finish_reason", "tokens", "error")  # not allowed in the input
+
+
+@dataclass
+class BatchRow:
+    """A line of the input with the request made from it, or the error why there is none."""
+
+    number: int  # from 0
+    fields: dict[str, Any]
+    images: tuple[str, ...] = ()
+    request: "Request | None" = None
+    error: str | None = None
+
+
+class Output:
+    """The file of answers, one line per row, in order; every line is written at once.
+
+    FILE.settings.json beside it records the options that the answers were generated with.
+
+    Attributes:
+        num_written: rows that are in the file.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[BatchRow], settings: dict[str, Any]):
+        """Check an existing file. UserError: it is unreadable, or of other rows or settings."""
+        self._path, self._settings = path, settings
+        self._settings_path = path.with_name(path.name + ".settings.json")
+        self._pending: dict[int, dict[str, Any]] = {}  # answers that wait for earlier rows
+        self._file: BinaryIO
+        if not path.parent.is_dir():
+            raise UserError(f"--output={path}: there is no directory {path.parent}")
+        try:
+            lines = self._complete_lines() if path.exists() and path.stat().st_size else []
+        except (OSError, ValueError) as e:
+            raise UserError(f"--output={path}: cannot be read ({e})") from None
+        for n, line in enumerate(lines):
+            if n >= len(rows) or not _is_answer_to(line, rows[n]):
+                raise self._conflict(f"line {n + 1} is not the answer to row {n + 1} of the input")
+        self.num_written = len(lines)
+        self._size = sum(len(line) + 1 for line in lines)
+
+    def _complete_lines(self) -> list[bytes]:
+        """The lines of the file, without one that an interruption cut."""
+        if not self._settings_path.exists():
+            raise self._conflict("exists already, and was not written by this command")
+        previous = json.loads(self._settings_path.read_bytes())
+        for name, value in self._settings.items():
+            if previous.get(name) != value:
+                raise self._conflict(f"was started with {name} {previous.get(name)}, now {value}")
+        data = self._path.read_bytes()
+        return data[: data.rfind(b"\n") + 1].splitlines()
+
+    def _conflict(self, reason: str) -> UserError:
+        return UserError(f"--output={self._path}: {reason}; choose another --output, or delete it")
+
+    def __enter__(self) -> "Output":
+        """Open the file for appending. UserError: it cannot be written."""
+        try:  # the settings first: answers without them could not be continued
+            settings = json.dumps(self._settings, indent=1) + "\n"
+            write_text_atomically(self._settings_path, settings)
+            self._file = self._path.open("ab")
+            self._file.truncate(self._size)
+        except OSError as e:
+            raise UserError(f"--output={self._path}: cannot be written ({e.strerror})") from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def put(self, row: BatchRow, result: dict[str, Any]) -> int:
+        """Write a row's result as soon as all rows before it are written; how many were written now."""
+        self._pending[row.number] = row.fields | result
+        before = self.num_written
+        while self.num_written in self._pending:
+            try:
+                self._file.write(_json_line(self._pending.pop(self.num_written)))
+                self._file.flush()
+            except OSError as e:
+                raise UserError(
+                    f"cannot write {self._path}: {e.strerror}; {self.num_written} rows are written, "
+                    "the same command continues from there"
+                ) from None
+            self.num_written += 1
+        return self.num_written - before
+
+
+def _json_line(fields: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and UTF-8 cannot
+        return (json.dumps(fields) + "\n").encode()
+
+
+def _is_answer_to(line: bytes, row: BatchRow) -> bool:
+    try:
+        fields = json.loads(line)
+        result = {name: value for name, value in fields.items() if name in OUTPUT_KEYS}
+    except (ValueError, AttributeError):
+        return False
+    # compared as text, because NaN is not equal to itself
+    return bool(result) and json.dumps(row.fields | result) == json.dumps(fields)

@@ -1,0 +1,108 @@
+"""What the engine compiles: prefill, resume from a cache, decode, beam search.
+
+Every function takes the model first; `Engine` binds it. Shapes: see BatchInputs and DecodeState.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from minigpt4_jax.inference import beam_search
+from minigpt4_jax.inference.beam_search import Hypotheses, SearchInputs
+from minigpt4_jax.inference.decode_state import BatchInputs, DecodeState, advance, constrain_state
+from minigpt4_jax.inference.sampling import SamplingStages
+from minigpt4_jax.models.kv_cache import KVCache
+from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.parallel.sharding import constrain
+
+
+def prefill(
+    model: MiniGpt,
+    inputs: BatchInputs,
+    cache_length: int,
+    max_new_tokens: int,
+    stages: SamplingStages,
+) -> DecodeState:
+    """Process the prompts and choose each row's first token. max_new_tokens: N of the bucket."""
+    embeds = model.merge(inputs.tokens, inputs.visual)
+    hidden, cache = model.llm.prefill(embeds, inputs.lengths, cache_length)
+    return _first_tokens(model, hidden, cache, inputs, inputs.lengths, max_new_tokens, stages)
+
+
+def resume(
+    model: MiniGpt,
+    cache: KVCache,
+    inputs: BatchInputs,
+    prefix_length: jax.Array,
+    max_new_tokens: int,
+    stages: SamplingStages,
+) -> DecodeState:
+    """As `prefill`; inputs: what follows the first `prefix_length` positions, which are cached."""
+    embeds = model.merge(inputs.tokens, inputs.visual)
+    positions = prefix_length + jnp.arange(embeds.shape[1])
+    positions = jnp.broadcast_to(positions, inputs.tokens.shape)
+    hidden, cache = model.llm.decode(embeds, positions, cache)
+    lengths = prefix_length + inputs.lengths
+    return _first_tokens(model, hidden, cache, inputs, lengths, max_new_tokens, stages)
+
+
+def _first_tokens(
+    model: MiniGpt,
+    hidden: jax.Array,  # [B, T, D]
+    cache: KVCache,
+    inputs: BatchInputs,
+    lengths: jax.Array,  # [B]: of the whole prompts, with a cached prefix
+    max_new_tokens: int,
+    stages: SamplingStages,
+) -> DecodeState:
+    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
+    b = inputs.lengths.shape[0]
+    state = DecodeState(
+        cache,
+        token=jnp.zeros(b, jnp.int32),
+        position=lengths - 1,
+        ids=jnp.full((b, max_new_tokens), -1, jnp.int32),
+        logprobs=jnp.zeros((b, max_new_tokens), jnp.float32),
+        num_generated=jnp.zeros(b, jnp.int32),
+        done=inputs.max_new_tokens <= 0,
+        hit_stop=jnp.zeros(b, bool),
+        max_new_tokens=inputs.max_new_tokens,
+        stop_sequences=inputs.stop_sequences,
+        keys=inputs.keys,
+        sampling=inputs.sampling,
+    )
+    return constrain_state(advance(state, model.llm.logits(last), stages))
+
+
+def decode(
+    model: MiniGpt, state: DecodeState, steps: jax.Array, stages: SamplingStages
+) -> DecodeState:
+    """Up to `steps` more tokens for every row, until all rows are done."""
+
+    def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        i, s = carry
+        embeds = model.llm.embed_tokens(s.token[:, None])
+        hidden, cache = model.llm.decode(embeds, s.position[:, None], s.cache)
+        return i + 1, advance(s._replace(cache=cache), model.llm.logits(hidden[:, 0]), stages)
+
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        return (carry[0] < steps) & ~jnp.all(carry[1].done)
+
+    _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+    return constrain_state(state)
+
+
+def search(
+    model: MiniGpt,
+    tokens: jax.Array,
+    visual: jax.Array,
+    inputs: SearchInputs,
+    num_beams: int,
+    max_new_tokens: int,
+    stages: SamplingStages,
+) -> Hypotheses:
+    """Beam search, its result replicated."""
+    hypotheses = beam_search.search(
+        model, tokens, visual, inputs, num_beams, max_new_tokens, stages
+    )
+    replicated: Hypotheses = jax.tree.map(constrain, hypotheses)
+    return replicated
