@@ -43,11 +43,11 @@ def keys(n, seed=0):
 @pytest.mark.parametrize("name", [k for k in DUMP if k not in ("logits", "ids")])
 def test_equals_the_original(name):
     top_p, temperature, penalty = (float(part[1:]) for part in name.split("_"))
-    options = rows(3, top_p=top_p, temperature=temperature, repetition_penalty=penalty)
+    params = rows(3, top_p=top_p, temperature=temperature, repetition_penalty=penalty)
     ids = jnp.asarray(DUMP["ids"], jnp.int32)
-    logits = apply_repetition_penalty(jnp.asarray(DUMP["logits"]), ids, options.repetition_penalty)
+    logits = apply_repetition_penalty(jnp.asarray(DUMP["logits"]), ids, params.repetition_penalty)
     logits = forbid(logits, jnp.full((3, 1), EOS), jnp.ones(3, bool))  # min_length was on
-    ours, theirs = filtered(np.asarray(logits), options), DUMP[name]
+    ours, theirs = filtered(np.asarray(logits), params), DUMP[name]
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
@@ -60,26 +60,25 @@ def test_penalty_does_not_change_other_tokens():
 
 def test_prior_token_is_penalized():
     logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0]] * 2)
-    options = stack_sampling_params(
+    params = stack_sampling_params(
         [SamplingParams(repetition_penalty=2.0, prior_token=b) for b in (-1, 1)]
     )
     stages = required_stages([SamplingParams(repetition_penalty=2.0)], 4)
     none = jnp.full((2, 3), -1)
-    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), options, stages)
+    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), params, stages)
     assert found.tolist() == [1, 2]
 
 
-def test_top_k_and_the_window_of_candidates():
+def test_top_k_does_not_depend_on_the_number_of_candidates():
     logits = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
-    whole = filtered(logits, rows(4, temperature=1.0, top_k=5))
-    assert (np.isfinite(whole).sum(1) == 5).all()
-    np.testing.assert_array_equal(
-        filtered(logits, rows(4, temperature=1.0, top_k=5), candidates=8), whole
-    )
-    assert (np.argsort(-logits)[:, :5] == np.argsort(-whole)[:, :5]).all()
+    params = rows(4, temperature=1.0, top_k=5)
+    scores = filtered(logits, params)
+    assert (np.isfinite(scores).sum(1) == 5).all()
+    np.testing.assert_array_equal(filtered(logits, params, num_candidates=8), scores)
+    assert (np.argsort(-logits)[:, :5] == np.argsort(-scores)[:, :5]).all()
 
 
-def test_a_tiny_top_p_keeps_the_likeliest():
+def test_a_tiny_top_p_keeps_the_most_likely_token():
     logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
     kept = np.isfinite(filtered(logits, rows(2, temperature=1.0, top_p=1e-6)))
     np.testing.assert_array_equal(kept.argmax(1), logits.argmax(1))
@@ -107,8 +106,8 @@ def test_draws_follow_the_filtered_softmax():
     logits = np.random.default_rng(3).normal(0, 2, size=(1, 30)).astype(np.float32)
     n = 8000
     many = jnp.repeat(jnp.asarray(logits), n, 0)
-    options = rows(n, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02)
-    drawn = np.asarray(draw(*filter_logits(many, options, 16), keys(n), jnp.zeros(n, jnp.int32)))
+    params = rows(n, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02)
+    drawn = np.asarray(draw(*filter_logits(many, params, 16), keys(n), jnp.zeros(n, jnp.int32)))
     scores = filtered(logits, rows(1, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02))[0]
     probs = np.exp(scores - scores.max())
     probs /= probs.sum()
@@ -123,9 +122,9 @@ def test_draws_follow_the_filtered_softmax():
 
 def test_draws_of_a_row_do_not_depend_on_other_rows():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
-    options = rows(6, temperature=1.3, top_k=7, top_p=0.9)
+    params = rows(6, temperature=1.3, top_k=7, top_p=0.9)
     step = jnp.arange(6, dtype=jnp.int32)
-    together = draw(*filter_logits(logits, options, 0), keys(6), step)
+    together = draw(*filter_logits(logits, params, 0), keys(6), step)
     for i in range(6):
         one = rows(1, temperature=1.3, top_k=7, top_p=0.9)
         alone = draw(*filter_logits(logits[i : i + 1], one, 8), keys(6)[i : i + 1], step[i : i + 1])
