@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.build_plan import BuildPlan, BuildRequest, make_plan
+from convert.downloads import download_inputs
 from convert.formats.files import HashedFile
 from convert.formats.gguf_blocks import repack
 from convert.formats.tensors import DTYPES
@@ -27,6 +28,7 @@ from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization.schemes import BlockFormat, matrix_scheme, quantized_shapes
+from minigpt4_jax.storage.hub import source_record
 from minigpt4_jax.storage.paths import is_remote, parse_path
 
 Shape = tuple[int, ...]
@@ -37,7 +39,7 @@ def build(request: BuildRequest) -> BuildPlan:
     started = time.monotonic()
     request = replace(request, out=parse_path("--out", request.out))
     parent = _check_output(request.out)
-    plan = make_plan(request)
+    plan = make_plan(download_inputs(request))
     dtypes = {name: _stored_dtype(plan, name, request.llm_dtype) for name in plan.shapes}
     size = sum(_stored_size(n, s, dtypes[n], plan.stored_config) for n, s in plan.shapes.items())
     if parent is not None and size > (free := shutil.disk_usage(parent).free):
@@ -165,5 +167,6 @@ def _origins(plan: BuildPlan) -> dict[str, Any]:
         for name, content in tokenizer.items()
         if isinstance(content, Path)
     }
-    origins["tokenizer"] = {"file": plan.language.tokenizer_origin, "files": digests}
+    origin = plan.language.tokenizer_origin
+    origins["tokenizer"] = {"file": origin, "files": digests, **source_record([origin])}
     return origins

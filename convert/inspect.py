@@ -132,7 +132,7 @@ def _origin(source: dict[str, Any] | None) -> str:
     """One line for an entry of model.json's sources."""
     if source is None:
         return "not recorded"
-    file, note = source.get("file"), source.get("note")
+    file, note = source.get("hub") or source.get("file"), source.get("note")
     if not file:
         return str(note or ", ".join(f"{k} {v}" for k, v in source.items()))
     return f"{file} ({note})" if note is not None else str(file)

@@ -13,6 +13,7 @@ from convert.formats.gguf_tokenizer import tokenizer_files
 from convert.formats.readers import Reader, combine, open_directory, read_json
 from convert.key_mapping import LLM, KeyTable, gguf_table, map_keys
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.hub import NOT_FOUND
 
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -66,7 +67,7 @@ def open_llm(
     UserError: a file is missing, damaged, or of an unsupported format.
     """
     if not path.exists():
-        raise UserError(f"--llm: {path} does not exist")
+        raise UserError(f"--llm: {path} {NOT_FOUND}")
     if path.is_dir() and not (path / "config.json").is_file():
         if len(gguf_files := sorted(path.glob("*.gguf"))) == 1:
             path = gguf_files[0]

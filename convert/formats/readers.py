@@ -12,6 +12,7 @@ from convert.formats import safetensors, torch_file
 from convert.formats.files import HashedFile, detect_format
 from convert.formats.tensors import Tensor
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage.hub import source_record
 from minigpt4_jax.storage.paths import parse_local_path
 
 
@@ -32,12 +33,14 @@ class Reader:
         return self.tensors[name].load()
 
     def origin(self) -> dict[str, Any]:
-        """{"file": ..., "sha256": ...}, or "files" with one digest each when there are several."""
+        """{"file": ..., "sha256": ...}, or "files" with one digest each when there are several; with
+        "hub" if they were downloaded from there."""
         digests = {str(f.path): f.sha256() for f in self.files}
+        hub = source_record(digests)
         if len(digests) == 1:
             (path, digest), *_ = digests.items()
-            return {"file": path, "sha256": digest}
-        return {"file": self.label, "files": {Path(p).name: d for p, d in digests.items()}}
+            return {"file": path, "sha256": digest, **hub}
+        return {"file": self.label, "files": {Path(p).name: d for p, d in digests.items()}, **hub}
 
 
 def open_file(path: Path) -> Reader:

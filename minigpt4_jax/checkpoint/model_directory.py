@@ -18,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.gcs_safetensors import GcsSafetensors
+from minigpt4_jax.storage.hub import fetch_model_directory, is_uri, source_uri
 from minigpt4_jax.storage.paths import (
     StorageError,
     is_remote,
     join_path,
     local_copy,
     parse_path,
+    relative_path,
     wrap_storage_errors,
 )
 
@@ -44,9 +46,21 @@ class ReadableTensors(Mapping[str, np.ndarray]):
         """The shape of self[name]."""
 
 
+def locate(model_dir: Path | str) -> Path:
+    """The path of a model directory. If it is given by its Hugging Face id, it is downloaded."""
+    return parse_path("model directory", fetch_model_directory(model_dir))
+
+
+def base_reference(base: Path | str, out: Path) -> str:
+    """How model.json in `out` names its base: hf://ORG/NAME@COMMIT if it came from the hub, otherwise
+    its path relative to `out`."""
+    base = locate(base)
+    return source_uri(base) or relative_path(base, out)
+
+
 def read_model_json(model_dir: Path | str) -> dict[str, Any]:
     """model.json as a dictionary. UserError if it is missing, damaged or has another format version."""
-    path = parse_path("model directory", model_dir) / "model.json"
+    path = locate(model_dir) / "model.json"
     try:
         with wrap_storage_errors(path):
             text = path.read_text()
@@ -56,8 +70,8 @@ def read_model_json(model_dir: Path | str) -> dict[str, Any]:
         document["config"]
     except FileNotFoundError as e:
         raise UserError(
-            f"{model_dir} is not a model directory (no model.json): create one with "
-            f"`python -m convert build --out={model_dir}`"
+            f"{model_dir} is not a model directory (no model.json) nor a Hugging Face model id "
+            f"(ORG/NAME): create one with `python -m convert build --out={model_dir}`"
         ) from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
@@ -84,9 +98,9 @@ def read_config(model_dir: Path | str) -> ModelConfig:
 def model_chain(model_dir: Path | str) -> list[Path]:
     """The directory, its base, the base of that, and so on. A parameter is read from the first
     directory that has it. UserError: a base is missing, or the chain is a cycle."""
-    chain = [parse_path("model directory", model_dir)]
+    chain = [locate(model_dir)]
     while base := read_model_json(chain[-1]).get("base"):
-        chain.append(join_path(chain[-1], base))
+        chain.append(locate(base) if is_uri(base) else join_path(chain[-1], base))
         with bucket_errors_as_user_errors(chain[-1]):
             exists = chain[-1].is_dir()
         if not exists:

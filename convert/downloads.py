@@ -1,0 +1,31 @@
+"""Inputs of `build` that are given by their Hugging Face ids, downloaded."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from convert.build_plan import BuildRequest
+from convert.language_model import TOKENIZER_FILES
+from minigpt4_jax.storage.hub import fetch_checkpoint, fetch_language_model, fetch_tokenizer
+
+
+def download_inputs(request: BuildRequest) -> BuildRequest:
+    """The request with local paths only. UserError: an id cannot be downloaded."""
+    llm = fetch_language_model("--llm", request.llm, TOKENIZER_FILES)
+    delta, tokenizer = request.llm_delta, request.tokenizer
+    if delta is not None:
+        delta = fetch_language_model("--llm-delta", delta, TOKENIZER_FILES)
+    if tokenizer is not None:
+        tokenizer = fetch_tokenizer("--tokenizer", tokenizer, TOKENIZER_FILES)
+    return replace(
+        request,
+        llm=llm,
+        llm_delta=delta,
+        tokenizer=tokenizer,
+        vision=_checkpoint("--vision", request.vision),
+        qformer=_checkpoint("--qformer", request.qformer),
+        checkpoint=_checkpoint("--checkpoint", request.checkpoint),
+    )
+
+
+def _checkpoint(option: str, path: Path | None) -> Path | None:
+    return None if path is None else fetch_checkpoint(option, path)
