@@ -272,7 +272,10 @@ def _explanation(error: Exception, hub_id: HubId) -> str:
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    if type(error) is errors.LocalEntryNotFoundError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # why the file, which is not in the cache, was not downloaded
     code = getattr(error, "errno", None)
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
         return (
             f"access is restricted: accept the terms at {endpoint}/{hub_id.repo}, then set HF_TOKEN or run "
@@ -280,7 +283,7 @@ def _explanation(error: Exception, hub_id: HubId) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{endpoint}/{hub_id.repo} has no revision {hub_id.revision or 'main'}"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return (
             f"there is no such path here and no such model on {endpoint} (for a private one set HF_TOKEN "
             "or run `hf auth login`)"
@@ -295,7 +298,7 @@ def _explanation(error: Exception, hub_id: HubId) -> str:
             f"there is no such path here, it is not in the cache {cache}, and HF_HUB_OFFLINE forbids to "
             "download it"
         )
-    if isinstance(error, errors.HfHubHTTPError):
+    if status is not None:
         return f"{endpoint} answered with an error: {one_line(error)}"
     if code in _DISK_FULL or "no space left" in str(error).lower():
         return (

@@ -1,0 +1,421 @@
+"""Models given by their Hugging Face id, downloaded from a server on this machine."""
+
+import errno
+import json
+import socket
+
+import pytest
+from helpers import tiny
+from helpers.hub_server import files_in, hub_server, use_endpoint
+
+from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.storage import hub as hub_module
+from minigpt4_jax.storage.hub import (
+    HubId,
+    fetch_checkpoint,
+    fetch_language_model,
+    fetch_model_directory,
+    fetch_tokenizer,
+    parse_hub_id,
+    source_record,
+    source_uri,
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+LLM_FILES = {
+    "config.json": b"config",  # contents differ, as equal ones are downloaded once
+    "generation_config.json": b"generation",
+    "tokenizer.json": b"tokenizer",
+    "chat_template.jinja": b"template",
+    "model.safetensors": b"weights" * 1000,
+}
+UNUSED_FILES = {
+    "README.md": b"readme",
+    ".gitattributes": b"lfs",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"twice",
+    "original/config.json": b"other",
+    "onnx/model.safetensors": b"onnx",
+    "flax_model.msgpack": b"flax",
+}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with hub_server(tmp_path / "cache") as server:
+        yield server
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Calling it sets HF_HUB_OFFLINE, as in a new process."""
+    from huggingface_hub import constants
+
+    def switch():
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub_module._model_directory.cache_clear()
+
+    return switch
+
+
+def fetch(hub_id: str):
+    return fetch_language_model("--llm", hub_id, TOKENIZER_FILES)
+
+
+def refusal(hub_id: str, function=fetch) -> str:
+    """The one line with which a download is refused."""
+    with pytest.raises(UserError) as error:
+        function(hub_id)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- ids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", HubId("org/name")),
+        ("hf://org/name", HubId("org/name")),
+        ("hf:/org/name@v1.0", HubId("org/name", "v1.0")),  # as pathlib writes hf://
+        ("org/name@refs/pr/3", HubId("org/name", "refs/pr/3")),
+        ("org/Llama-3.2-1B@main", HubId("org/Llama-3.2-1B", "main")),
+        ("org/name/q4.gguf", HubId("org/name", None, "q4.gguf")),
+        ("org/name@dev/sub/q4.gguf", HubId("org/name", "dev", "sub/q4.gguf")),
+        ("org/name:Q4_K_M", HubId("org/name", None, None, "Q4_K_M")),
+        ("org/name@dev:Q8_0", HubId("org/name", "dev", None, "Q8_0")),
+        ("name", None),
+        ("/org/name", None),
+        ("./org/name", None),
+        ("../name", None),
+        ("~/name", None),
+        ("org/", None),
+        ("org/name/", None),
+        ("org/sub/name", None),
+        ("org/na--me", None),
+        ("weights/model.gguf", None),
+        ("model.gguf", None),
+        ("gs://bucket/name", None),
+        ("gs:/bucket/name", None),
+        ("s3://bucket/name", None),
+        ("org/name with spaces", None),
+    ],
+)
+def test_what_is_an_id(text, expected):
+    assert parse_hub_id(text) == expected
+    if expected is not None and not text.startswith("hf:"):
+        assert str(expected) == text
+
+
+def test_local_paths_are_preferred(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert parse_hub_id("org/name") is None
+    assert parse_hub_id("hf://org/name") == HubId("org/name")
+
+
+def test_a_malformed_uri_is_refused():
+    assert "expected hf://ORG/NAME" in refusal("hf://name", parse_hub_id)
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def test_only_the_needed_files_are_downloaded(hub):
+    commit = hub.publish("org/llm", LLM_FILES | UNUSED_FILES)
+    folder = fetch("org/llm")
+    assert folder.name == commit
+    assert files_in(folder) == LLM_FILES
+    assert hub.downloaded() == sorted(LLM_FILES)
+
+
+def test_of_sharded_weights_the_files_in_the_index(hub):
+    index = json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}})
+    parts = {"part-1.safetensors": b"1", "part-2.safetensors": b"2"}
+    files = {"config.json": b"{}", "model.safetensors.index.json": index.encode(), **parts}
+    hub.publish("org/llm", files | UNUSED_FILES)
+    assert files_in(fetch("org/llm")) == files
+    hub.publish("org/cut", {k: v for k, v in files.items() if k != "part-2.safetensors"})
+    assert "lacks part-2.safetensors" in refusal("org/cut")
+    hub.publish("org/bad", files | {"model.safetensors.index.json": b"<html>"})
+    assert "model.safetensors.index.json is damaged" in refusal("org/bad")
+
+
+def test_pickles_only_without_safetensors(hub):
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": b"pickle"}
+    hub.publish("org/llm", files | {"training_args.bin": b"x", "rust_model.ot": b"y"})
+    assert files_in(fetch("org/llm")) == files
+
+
+def test_tokenizer_only(hub):
+    hub.publish("org/llm", LLM_FILES)
+    fetch_tokenizer("--tokenizer", "org/llm", TOKENIZER_FILES)
+    assert hub.downloaded() == ["chat_template.jinja", "config.json", "tokenizer.json"]
+
+
+GGUF_FILES = {
+    "m-Q4_K_M.gguf": b"GGUF4",
+    "m-Q8_0.gguf": b"GGUF8",
+    "m-IQ4_K_M.gguf": b"GGUFi",
+    "big/m-F16-00001-of-00002.gguf": b"GGUF1",
+    "big/m-F16-00002-of-00002.gguf": b"GGUF2",
+    "mmproj-m-Q8_0.gguf": b"GGUFp",
+}
+
+
+@pytest.mark.parametrize("hub_id", ["org/gguf/m-Q4_K_M.gguf", "org/gguf:Q4_K_M", "org/gguf:q4_k_m"])
+def test_one_gguf_file(hub, hub_id):
+    hub.publish("org/gguf", GGUF_FILES | {"config.json": b"{}"})
+    assert fetch(hub_id).read_bytes() == b"GGUF4"
+    assert hub.downloaded() == ["m-Q4_K_M.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "message"),
+    [
+        ("org/gguf", "has 4 GGUF files; name one, or its type as in org/gguf:Q4_K_M"),
+        (
+            "org/gguf:Q5_K_M",
+            "0 GGUF files match 'Q5_K_M'; it has big/m-F16-00001-of-00002.gguf, m-IQ4",
+        ),
+        ("org/gguf:F16", "is one of 2 parts"),
+        ("org/gguf/other.gguf", "has no file other.gguf; it has big/m-F16"),
+    ],
+)
+def test_which_gguf_file_is_unclear(hub, hub_id, message):
+    hub.publish("org/gguf", GGUF_FILES)
+    assert message in refusal(hub_id)
+    assert hub.downloads == []
+
+
+def test_the_only_gguf_file_needs_no_name(hub):
+    hub.publish("org/gguf", {"README.md": b"x", "m.gguf": b"GGUF"})
+    assert fetch("org/gguf").name == "m.gguf"
+
+
+def test_a_checkpoint_file(hub):
+    hub.publish("org/vision", {"eva_vit_g.pth": b"PK", "other.pth": b"PK"})
+    assert fetch_checkpoint("--vision", "org/vision/eva_vit_g.pth").read_bytes() == b"PK"
+    assert hub.downloaded() == ["eva_vit_g.pth"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "is not a language model in a format that can be converted"),
+        ({"README.md": b"x"}, "it has README.md"),
+        ({"config.json": b"{}", "model.onnx": b"x"}, "it has config.json, model.onnx"),
+    ],
+)
+def test_a_repository_without_usable_files(hub, files, message):
+    hub.publish("org/other", files)
+    assert message in refusal("org/other")
+    assert hub.downloads == []
+
+
+def test_a_language_model_is_not_a_model_directory(hub):
+    hub.publish("org/llm", LLM_FILES)
+    assert "convert build --llm=org/llm" in refusal("org/llm", fetch_model_directory)
+    assert "model directory org/llm:Q4 is a file" in refusal("org/llm:Q4", fetch_model_directory)
+
+
+# --- revisions and the cache ----------------------------------------------------------------------
+
+
+def test_revisions(hub):
+    old = hub.publish("org/llm", LLM_FILES)
+    new = hub.publish("org/llm", LLM_FILES | {"model.safetensors": b"new"})
+    hub.publish("org/llm", LLM_FILES | {"model.safetensors": b"branch"}, branch="v2.0")
+    assert (fetch("org/llm") / "model.safetensors").read_bytes() == b"new"
+    assert (fetch("org/llm@v2.0") / "model.safetensors").read_bytes() == b"branch"
+    assert fetch(f"org/llm@{old}").name == old
+    assert fetch(f"hf://org/llm@{new}").name == new
+    assert f"{hub.endpoint}/org/llm has no revision v3" in refusal("org/llm@v3")
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(hub, offline):
+    hub.publish("org/llm", LLM_FILES)
+    first = fetch("org/llm")
+    hub.downloads.clear()
+    assert fetch("org/llm") == first and hub.downloads == []
+    hub.publish("org/llm", LLM_FILES | {"model.safetensors": b"new"})
+    offline()
+    hub.requests.clear()
+    assert fetch("org/llm") == first == fetch(f"org/llm@{first.name}")
+    assert hub.requests == []
+    assert "HF_HUB_OFFLINE forbids" in refusal("org/llm@v2") and "HF_HUB" in refusal("org/other")
+
+
+def test_the_cache_is_used_without_a_network(hub, monkeypatch):
+    hub.publish("org/llm", LLM_FILES)
+    first = fetch("org/llm")
+    use_endpoint(monkeypatch, closed_port())
+    assert fetch("org/llm") == first
+
+
+def test_an_interrupted_download_is_resumed(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    hub.publish("org/llm", LLM_FILES)
+    hub.cut_after["model.safetensors"] = 2500
+    assert files_in(fetch("org/llm")) == LLM_FILES
+    ranges = [r for file, r in hub.downloads if file == "model.safetensors"]
+    assert ranges == [None, "bytes=2500-"]
+
+
+def test_a_failed_download_leaves_nothing_half_used(hub, monkeypatch):
+    hub.publish("org/llm", LLM_FILES)
+    hub.failing.add("chat_template.jinja")
+    assert f"{hub.endpoint} answered with an error: " in refusal("org/llm") or "500" in refusal(
+        "org/llm"
+    )
+    with monkeypatch.context() as patch:
+        use_endpoint(patch, closed_port())
+        assert "is incomplete" in refusal("org/llm")
+    hub.failing.clear()
+    assert files_in(fetch("org/llm")) == LLM_FILES
+    assert hub.downloaded() == sorted(LLM_FILES)  # each once
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def closed_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def test_no_such_repository(hub, monkeypatch):
+    message = "there is no such path here and no such model on http://127.0.0.1"
+    assert f"--llm org/none: {message}" in refusal("org/none")  # status 401
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert message in refusal("org/none")  # status 404
+
+
+def test_a_private_repository_needs_a_token(hub, monkeypatch):
+    hub.publish("org/private", LLM_FILES)
+    hub.token = "hf_secret"
+    assert "for a private one set HF_TOKEN" in refusal("org/private")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert files_in(fetch("org/private")) == LLM_FILES
+
+
+def test_a_gated_repository(hub):
+    hub.publish("org/gated", LLM_FILES)
+    hub.gated.add("org/gated")
+    assert f"accept the terms at {hub.endpoint}/org/gated, then set HF_TOKEN" in refusal(
+        "org/gated"
+    )
+
+
+def test_no_network(hub, monkeypatch):
+    use_endpoint(monkeypatch, closed_port())
+    line = refusal("runs/stage1")
+    assert "there is no such path here, and it cannot be downloaded from http://127.0.0.1" in line
+    assert "Connection refused; check the network, or give a local path" in line
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_download(hub):
+    hub.publish("org/llm", LLM_FILES)
+    hub.sizes["model.safetensors"] = 10**17
+    line = refusal("org/llm")
+    assert "the disk is full" in line and "the download needs 100000000.0 GB; set HF_HOME" in line
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: make room in"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot write to the cache"),
+        (RuntimeError("Xet: no space left"), "the disk is full: make room in"),
+        (OSError("Consistency check failed"), "cannot be downloaded"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(hub, monkeypatch, error, message):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise error
+
+    hub.publish("org/llm", LLM_FILES)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert message in refusal("org/llm")
+
+
+# --- model directories ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_load_by_id(hub, offline, tiny_model):
+    from minigpt4_jax import load
+
+    needed = files_in(tiny_model)
+    others = {"README.md": b"x", "optimizer.bin": b"y", "checkpoints/1/x.safetensors": b"z"}
+    hub.publish("org/tiny", needed | others)
+    model = load("org/tiny", "float32")
+    assert hub.downloaded() == sorted(needed)
+    assert model.config == model_directory.read_config(tiny_model)
+    offline()
+    hub.requests.clear()
+    again = load("org/tiny", "float32")
+    assert again.tokenizer.vocab_size == model.tokenizer.vocab_size and hub.requests == []
+
+
+def test_a_model_trained_from_an_id_names_the_commit_as_its_base(
+    hub, offline, tiny_model, tmp_path
+):
+    commit = hub.publish("org/tiny", files_in(tiny_model))
+    config = model_directory.read_config(tiny_model)
+    name = "projection.bias"
+    trained = {name: model_directory.Tensors(tiny_model)[name] + 1}
+    out = weights.write_model(tmp_path / "run", config, trained.items(), base="org/tiny")
+    assert model_directory.read_document(out)["base"] == f"hf://org/tiny@{commit}"
+
+    hub.publish("org/tiny", files_in(tiny_model) | {"model.json": b"{}"})  # main moves on
+    hub.publish("org/tuned", files_in(out))
+    assert [p.name for p in model_directory.model_chain(out)] == ["run", commit]
+    tensors = model_directory.Tensors("org/tuned")
+    assert set(tensors) == set(weights.parameter_shapes(config))
+    assert (tensors[name] == trained[name]).all()
+    offline()
+    assert model_directory.tokenizer_dir("org/tuned").parent.name == commit
+
+
+def test_a_base_that_is_not_there_any_more(hub, tiny_model, tmp_path):
+    hub.publish("org/tiny", files_in(tiny_model))
+    config = model_directory.read_config(tiny_model)
+    out = weights.write_model(tmp_path / "run", config, [], base="org/tiny")
+    path = out / "model.json"
+    path.write_text(path.read_text().replace("hf://org/tiny@", "hf://org/gone@"))
+    assert "no such model on" in refusal(out, model_directory.model_chain)
+
+
+def test_where_a_file_came_from(hub):
+    commit = hub.publish("org/llm", LLM_FILES)
+    folder = fetch("org/llm")
+    uri = f"hf://org/llm@{commit}"
+    assert source_uri(folder) == uri
+    assert source_uri(folder / "model.safetensors") == f"{uri}/model.safetensors"
+    assert parse_hub_id(f"{uri}/model.safetensors") == HubId("org/llm", commit, "model.safetensors")
+    assert source_uri("/data/models/llm") is None
+    assert source_record([folder / "config.json"]) == {"hub": f"{uri}/config.json"}
+    assert source_record([folder / "config.json", folder / "model.safetensors"]) == {"hub": uri}
+    assert source_record(["/data/x"]) == {}
+
+
+def test_a_cached_copy_of_a_model_directory_that_is_incomplete(hub, offline, tiny_model):
+    hub.publish("org/tiny", files_in(tiny_model))
+    hub.failing.add("tokenizer/tokenizer.model")
+    with pytest.raises(UserError):
+        fetch_model_directory("org/tiny")
+    offline()
+    assert "is incomplete" in refusal("org/tiny", fetch_model_directory)
