@@ -9,7 +9,7 @@ from helpers.gguf_files import write_gguf
 from helpers.hub_server import files_in, hub_server
 from helpers.released_files import llm_config, llm_state
 
-from minigpt4_jax.checkpoint.model_directory import Tensors, read_document
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_model_json
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_language_model_by_id(hub, files, command):
     assert set(found) == set(expected)
     assert all((found[name] == expected[name]).all() for name in found)
 
-    document, reference = read_document(downloaded), read_document(local)
+    document, reference = read_model_json(downloaded), read_model_json(local)
     assert document.keys() == reference.keys() and document["config"] == reference["config"]
     sources = document["sources"]
     assert sources["llm"]["hub"].startswith(f"hf://org/tiny@{commit}")
@@ -54,7 +54,7 @@ def test_the_other_inputs_by_id(hub, files, command):
     ids = {option: f"org/parts@main/{name}" for option, name in names.items()}
     code, _, err = command(*files.arguments("minigpt4-vicuna", tokenizer="org/words", **ids))
     assert code == 0, err
-    sources = read_document(files.folder / "model_a")["sources"]
+    sources = read_model_json(files.folder / "model_a")["sources"]
     for option, name in names.items():
         assert sources[option]["hub"] == f"hf://org/parts@{commit}/{name}"
     weights = [name for name in hub.downloaded() if name.endswith((".bin", ".safetensors"))]
@@ -69,7 +69,7 @@ def test_a_gguf_file_by_its_type(hub, files, command, tmp_path):
     code, _, err = command(*files.arguments("minigpt4-vicuna", llm="org/gguf:F32"))
     assert code == 0, err
     assert hub.downloaded() == ["m-F32.gguf"]
-    llm = read_document(files.folder / "model_a")["sources"]["llm"]
+    llm = read_model_json(files.folder / "model_a")["sources"]["llm"]
     assert llm["hub"] == f"hf://org/gguf@{commit}/m-F32.gguf"
 
 

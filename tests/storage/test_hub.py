@@ -8,7 +8,9 @@ import pytest
 from helpers import tiny
 from helpers.hub_server import files_in, hub_server, use_endpoint
 
-from minigpt4_jax.checkpoint import model_directory, weights
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage import hub as hub_module
 from minigpt4_jax.storage.hub import (
@@ -377,14 +379,14 @@ def test_a_model_trained_from_an_id_names_the_commit_as_its_base(
     config = model_directory.read_config(tiny_model)
     name = "projection.bias"
     trained = {name: model_directory.Tensors(tiny_model)[name] + 1}
-    out = weights.write_model(tmp_path / "run", config, trained.items(), base="org/tiny")
-    assert model_directory.read_document(out)["base"] == f"hf://org/tiny@{commit}"
+    out = write_model(tmp_path / "run", config, trained.items(), base="org/tiny")
+    assert model_directory.read_model_json(out)["base"] == f"hf://org/tiny@{commit}"
 
     hub.publish("org/tiny", files_in(tiny_model) | {"model.json": b"{}"})  # main moves on
     hub.publish("org/tuned", files_in(out))
     assert [p.name for p in model_directory.model_chain(out)] == ["run", commit]
     tensors = model_directory.Tensors("org/tuned")
-    assert set(tensors) == set(weights.parameter_shapes(config))
+    assert set(tensors) == set(parameter_shapes(config))
     assert (tensors[name] == trained[name]).all()
     offline()
     assert model_directory.tokenizer_dir("org/tuned").parent.name == commit
@@ -393,7 +395,7 @@ def test_a_model_trained_from_an_id_names_the_commit_as_its_base(
 def test_a_base_that_is_not_there_any_more(hub, tiny_model, tmp_path):
     hub.publish("org/tiny", files_in(tiny_model))
     config = model_directory.read_config(tiny_model)
-    out = weights.write_model(tmp_path / "run", config, [], base="org/tiny")
+    out = write_model(tmp_path / "run", config, [], base="org/tiny")
     path = out / "model.json"
     path.write_text(path.read_text().replace("hf://org/tiny@", "hf://org/gone@"))
     assert "no such model on" in refusal(out, model_directory.model_chain)
