@@ -1,15 +1,14 @@
 """Memory and time of converting a full-size MiniGPT-4 (Vicuna 7B), with random weights.
 
-    python benchmarks/convert_7b.py --tokenizer=DIR --workdir=DIR [--keep]
+    python benchmarks/convert_7b.py --tokenizer=DIR --workdir=DIR [--keep] [--layers=32]
 
-writes checkpoints of the released sizes and layouts into WORKDIR (16 GB: eva_vit_g.pth,
-blip2_pretrained_flant5xxl.pth, llama-7b/ in fp16 shards, minigpt4_7b.pth), runs `convert build` on
-them, prints its peak resident memory, and removes everything (--keep keeps sources and model). DIR
-holds LLaMA's tokenizer.model, or any tokenizer with close to 32,000 tokens. --layers=N makes the
-language model shallower, for a quick look.
+Writes checkpoints with the sizes and layouts of the released files into WORKDIR (16 GB: eva_vit_g.pth,
+blip2_pretrained_flant5xxl.pth, llama-7b/ in fp16 shards, minigpt4_7b.pth), runs `convert build` on them,
+prints its time and peak resident memory, and removes everything (--keep keeps sources and model). Exit code
+1 if the peak is above the limit. DIR holds LLaMA's tokenizer.model, or any tokenizer with close to 32,000
+tokens. --layers: fewer layers of the language model, for a quick run.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from common import argument_parser, peak_resident_bytes
 from safetensors.numpy import save_file
 
 from convert.export import original_shape, write_torch
@@ -34,13 +34,13 @@ from minigpt4_jax.errors import UserError, run
 
 SHARD_BYTES = 2 << 30
 LIMIT_GIB = 8
-# The files have one block more than the model uses.
+# The released files have one more ViT block than the model uses.
 FULL = ModelConfig(vision=dataclasses.replace(VisionConfig(), depth=40))
 TABLES = {"vit": EVA, "qformer": BLIP2, "projection": FINE_TUNED, "llm": LLM}
 
 
-class Numbers:
-    """Random arrays cut from one pool: drawing 7 billion numbers takes longer than converting."""
+class RandomArrays:
+    """Random arrays cut from one pool: drawing 7 billion numbers would take longer than converting."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -53,8 +53,8 @@ class Numbers:
         return np.resize(self._pool[start : start + count], count).reshape(shape).astype(dtype)
 
 
-def originals(model: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Part -> key -> shape, as the released files have them."""
+def original_shapes(model: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Part -> key in the released file -> shape."""
     keys: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in TABLES}
     for name, shape in parameter_shapes(model).items():
         part = "qformer" if name.startswith("ln_vision") else part_of(name)
@@ -66,8 +66,9 @@ def originals(model: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def write_sources(out: Path, tokenizer: Path, layers: int) -> None:
+    """Write the released files, with random weights."""
     llm = dataclasses.replace(FULL.llm, layers=layers)
-    numbers, keys = Numbers(), originals(dataclasses.replace(FULL, llm=llm))
+    random_arrays, shapes = RandomArrays(), original_shapes(dataclasses.replace(FULL, llm=llm))
     files = {
         "vit": "eva_vit_g",
         "qformer": "blip2_pretrained_flant5xxl",
@@ -75,20 +76,25 @@ def write_sources(out: Path, tokenizer: Path, layers: int) -> None:
     }
     for part, stem in files.items():
         dtype = np.float16 if part == "vit" else np.float32
-        loads = {key: partial(numbers, shape, dtype) for key, shape in keys[part].items()}
+        loads = {key: partial(random_arrays, shape, dtype) for key, shape in shapes[part].items()}
         write_torch(out / f"{stem}.pth", loads)
-    write_llama(out / "llama-7b", llm, keys["llm"], numbers, tokenizer)
+    write_llama(out / "llama-7b", llm, shapes["llm"], random_arrays, tokenizer)
 
 
 def write_llama(
-    out: Path, m: LlmConfig, keys: dict[str, tuple[int, ...]], numbers: Numbers, tokenizer: Path
+    out: Path,
+    m: LlmConfig,
+    shapes: dict[str, tuple[int, ...]],
+    random_arrays: RandomArrays,
+    tokenizer: Path,
 ) -> None:
+    """Write a Hugging Face checkpoint in safetensors shards."""
     out.mkdir()
-    shards = list(_shards(keys))
+    shards = list(_shards(shapes))
     weight_map = {}
     for n, shard in enumerate(shards, start=1):
         name = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
-        save_file({key: numbers(keys[key], np.float16) for key in shard}, out / name)
+        save_file({key: random_arrays(shapes[key], np.float16) for key in shard}, out / name)
         weight_map |= dict.fromkeys(shard, name)
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {
@@ -106,9 +112,10 @@ def write_llama(
         shutil.copyfile(path, out / name)
 
 
-def _shards(keys: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
+def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Keys of each shard."""
     shard, size = [], 0
-    for key, shape in keys.items():
+    for key, shape in shapes.items():
         shard.append(key)
         size += 2 * math.prod(shape)
         if size > SHARD_BYTES:
@@ -119,7 +126,7 @@ def _shards(keys: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def convert(workdir: Path) -> float:
-    """Run `convert build` in a process of its own; returns its peak resident memory in GiB."""
+    """Run `convert build` in a subprocess; returns its peak resident memory in GiB."""
     command = [
         sys.executable, "-m", "convert", "build", "--variant=minigpt4-vicuna",
         f"--vision={workdir / 'eva_vit_g.pth'}",
@@ -128,13 +135,11 @@ def convert(workdir: Path) -> float:
         f"--out={workdir / 'model'}",
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1 << 20)
+    return peak_resident_bytes(resource.RUSAGE_CHILDREN) / (1 << 30)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=FULL.llm.layers)
@@ -144,20 +149,20 @@ def main() -> int:
     free = shutil.disk_usage(args.workdir).free
     if free < 40e9:
         raise UserError(f"{args.workdir}: {free / 1e9:.0f} GB free, 40 GB are needed")
-    made = args.workdir / "full_size"
-    made.mkdir()
+    folder = args.workdir / "full_size"
+    folder.mkdir()
     try:
         start = time.perf_counter()
-        write_sources(made, args.tokenizer, args.layers)
+        write_sources(folder, args.tokenizer, args.layers)
         written = time.perf_counter()
         print(f"sources written in {written - start:.0f} s")
-        peak = convert(made)
-        seconds = time.perf_counter() - written
-        print(f"convert build: {seconds:.0f} s, peak memory {peak:.2f} GiB (limit {LIMIT_GIB})")
+        peak = convert(folder)
+        elapsed = time.perf_counter() - written
+        print(f"convert build: {elapsed:.0f} s, peak memory {peak:.2f} GiB (limit {LIMIT_GIB})")
         return 0 if peak < LIMIT_GIB else 1
     finally:
         if not args.keep:
-            shutil.rmtree(made)
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

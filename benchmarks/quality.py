@@ -1,27 +1,27 @@
-"""What rounding the weights costs: perplexity and greedy answers of a language model, by scheme.
+"""Cost of quantization: perplexity and greedy answers of a language model, by scheme.
 
     python benchmarks/quality.py --model=DIR [--precision=float32,int8,int4] [--stored=DIR]
                                  [--data=SPLIT [--count=60]] [--tokens=24]
 
-DIR is a model directory in floats (of SmolLM2: `python -m convert build --llm=...`). Perplexity is
-over the texts below. Answers are compared with those in float32: how many are the same word for word,
-and the share of words before the first that differs. --stored: another directory, compared as it is
-(of `convert build --quantize=keep`). --data: a split that minigpt4_jax.shapes.dataset wrote, for a model
-that was trained on it (the quickstart's `stage2/model` and `data/heldout`): descriptions of its first
-images instead of the texts and questions, and the share that is entirely right.
+DIR is a model directory in floats (for SmolLM2: `python -m convert build --llm=...`). Prints for each scheme
+the perplexity over the texts below and two comparisons with the answers of the first scheme: how many are
+identical, and the share of words before the first difference. --stored: also evaluate this directory as it is
+(from `convert build --quantize=keep`). --data: a split written by minigpt4_jax.shapes.dataset, for a model
+trained on it (the quickstart's `stage2/model` and `shapes/heldout`): descriptions of its first images
+instead of the texts and questions, and the share of descriptions that are entirely right.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import Table, argument_parser
 
 import minigpt4_jax
 from minigpt4_jax.demos.quickstart import judge_split
-from minigpt4_jax.errors import Parser, run
+from minigpt4_jax.errors import run
 
 TEXTS = (
     "The lighthouse keeper climbed the narrow stairs every evening at dusk. He trimmed the wick, "
@@ -62,56 +62,63 @@ def perplexity(model: minigpt4_jax.Model) -> float:
     lengths = np.array([len(ids) for ids in rows], np.int32)
 
     @jax.jit
-    def nll(state: object, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def negative_log_likelihood(state: object, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         llm = model._merge(state).llm
-        scores = jax.nn.log_softmax(llm.logits(llm(llm.embed_tokens(tokens), lengths)))
-        chosen = jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=2)[:, :, 0]
-        return -jnp.where(jnp.arange(1, tokens.shape[1]) < lengths[:, None], chosen, 0).sum()
+        log_probs = jax.nn.log_softmax(llm.logits(llm(llm.embed_tokens(tokens), lengths)))
+        targets = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=2)[:, :, 0]
+        return -jnp.where(jnp.arange(1, tokens.shape[1]) < lengths[:, None], targets, 0).sum()
 
-    return math.exp(float(nll(model._state, tokens, lengths)) / float((lengths - 1).sum()))
+    total = float(negative_log_likelihood(model._state, tokens, lengths))
+    return math.exp(total / float((lengths - 1).sum()))
 
 
-def agreement(ours: list[str], theirs: list[str]) -> tuple[int, float]:
-    """(answers that are the same, mean share of words before the first difference)."""
+def agreement(answers: list[str], reference: list[str]) -> tuple[int, float]:
+    """(number of identical answers, mean share of words before the first difference)"""
     shares = []
-    for a, b in zip(ours, theirs, strict=True):
-        words, wanted = a.split(), b.split()
+    for a, b in zip(answers, reference, strict=True):
+        words, expected = a.split(), b.split()
         same = 0
-        while same < min(len(words), len(wanted)) and words[same] == wanted[same]:
+        while same < min(len(words), len(expected)) and words[same] == expected[same]:
             same += 1
-        shares.append(same / max(len(words), len(wanted), 1))
-    return sum(a == b for a, b in zip(ours, theirs, strict=True)), float(np.mean(shares))
+        shares.append(same / max(len(words), len(expected), 1))
+    identical = sum(a == b for a, b in zip(answers, reference, strict=True))
+    return identical, float(np.mean(shares))
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument(
-        "--precision", default="float32,int8,int4", help="the first is compared with"
+        "--precision", default="float32,int8,int4", help="schemes; the first is the reference"
     )
     parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: 24)")
-    parser.add_argument("--stored", type=Path, help="a directory to compare as it is")
-    parser.add_argument("--data", type=Path, help="a split of shapes: judged by its images")
+    parser.add_argument("--stored", type=Path, help="a directory to evaluate as it is")
+    parser.add_argument("--data", type=Path, help="a split of shapes, to evaluate on its images")
     parser.add_argument("--count", type=int, default=60, help="images of it (default: 60)")
-    a = parser.parse_args()
-    columns = f"{'precision':11}{'perplexity':>11}{'same answers':>14}{'same words':>12}"
-    print(columns + ("     exact" if a.data else ""))
-    first: list[str] | None = None
-    for precision in [*a.precision.split(","), *(["stored"] if a.stored else [])]:
-        scheme = precision if precision.startswith("int") else None
-        dtype = "float32" if scheme or precision == "stored" else precision
-        folder = a.stored if precision == "stored" else a.model
-        model = minigpt4_jax.load(folder, dtype, quantize=scheme)
-        if a.data:
-            judged = judge_split(model, a.data, a.count, stage2=True)
-            answers, loss, exact = judged.texts, math.exp(judged.loss), f"{judged.exact:10.0%}"
+    args = parser.parse_args()
+    columns = {
+        "precision": (11, ""),
+        "perplexity": (11, ".3f"),
+        "same answers": (14, ""),
+        "same words": (12, ".0%"),
+    }
+    table = Table(columns | ({"exact": (10, ".0%")} if args.data else {}))
+    reference: list[str] | None = None
+    for precision in [*args.precision.split(","), *(["stored"] if args.stored else [])]:
+        quantize = precision if precision.startswith("int") else None
+        dtype = "float32" if quantize or precision == "stored" else precision
+        folder = args.stored if precision == "stored" else args.model
+        model = minigpt4_jax.load(folder, dtype, quantize=quantize)
+        exact = []
+        if args.data:
+            judged = judge_split(model, args.data, args.count, stage2=True)
+            answers, value, exact = judged.texts, math.exp(judged.loss), [judged.exact]
         else:
-            answers = model.generate(None, QUESTIONS, template=True, max_new_tokens=a.tokens)
-            loss, exact = perplexity(model), ""
-        first = first or answers
-        same, share = agreement(answers, first)
-        count = f"{same} of {len(answers)}"
-        print(f"{precision:11}{loss:11.3f}{count:>14}{share:12.0%}{exact}", flush=True)
+            answers = model.generate(None, QUESTIONS, template=True, max_new_tokens=args.tokens)
+            value = perplexity(model)
+        reference = reference or answers
+        identical, share = agreement(answers, reference)
+        table.row(precision, value, f"{identical} of {len(answers)}", share, *exact)
 
 
 if __name__ == "__main__":

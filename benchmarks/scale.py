@@ -2,36 +2,34 @@
 
     python benchmarks/scale.py [--only=REGEX] [--out=scale.jsonl] [--list] [--no-checkpoints]
 
-compiles the training step of each cell of the table for its slice with the real compiler (libtpu,
-`pip install '.[tpu]'`), full size, from shapes, and prints what `python -m minigpt4_jax.compile` finds:
-HBM of a chip, and the time and share of peak that published figures of the chip would allow. A cell
-takes some ten seconds of one core: no machine code is made. Each is added to --out when it is done and
-is not compiled again, so the table can be made in parts. At the end comes the cost of checkpointing on
-this machine (benchmarks/checkpointing.py).
+Compiles the full-size training step of each table cell for its slice by `python -m minigpt4_jax.compile`
+(libtpu, `pip install '.[tpu]'`) and prints HBM per chip, and the time and share of peak that the chip's
+published figures allow. A cell takes about ten seconds of one core, as no machine code is generated. Results
+are appended to --out and not compiled again, so the table can be made in parts. At the end the cost of
+checkpoints on this machine is measured (benchmarks/checkpointing.py).
 
-For every model and kind of chip: the smallest slice that holds a step, one of eight chips and one of 256,
-each on the mesh that a run would choose. Layers are computed again in the backward pass (config.remat);
-"kept" is a step on eight chips that keeps the results of their products instead, "most" one with as many
-rows as fit there, by powers of two. A step is one batch. Rows are as long as the longest answer of their
-stage. "rows": a chip's.
+For every model and chip: the smallest slice that holds a step, one of eight chips and one of 256, each on the
+mesh that a run would choose. Layers are recomputed in the backward pass (config.remat); "kept" is a step on
+eight chips that stores the results of matrix products instead, "most" one with the largest batch that fits,
+by powers of two. A step is one batch. Rows have the length of the longest answer of their stage. The column
+"rows" is per chip.
 """
 
-import argparse
 import contextlib
-import json
 import math
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.errors import Parser, UserError, run
+from common import RecordFile, argument_parser, compile_figures
 
-# name -> (configuration, rows of a chip)
+from minigpt4_jax.errors import run
+
+# name -> (configuration, rows per chip)
 MODELS = {
     "7b-stage1": ("stage1", 32),
     "7b-stage2": ("stage2", 16),
@@ -47,6 +45,8 @@ SLICES = {
     "v6e": (("1x1", "2x2"), "2x4", "16x16"),
 }
 
+Records = Mapping[str, dict[str, Any]]  # by the name of the cell
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -54,178 +54,170 @@ class Cell:
 
     model: str
     slice: str
-    rows: int  # of a chip
+    rows: int  # per chip
     remat: bool = True
     mesh: str = "auto"
-    fill: bool = False  # with as many rows as fit
+    max_rows: bool = False  # search for the largest batch
 
     @property
     def name(self) -> str:
         kept = "" if self.remat else " kept"
-        most = " most" if self.fill else ""
+        most = " most" if self.max_rows else ""
         return f"{self.model} {self.slice} {self.mesh} rows:{self.rows}{kept}{most}"
 
     @property
-    def kind(self) -> tuple[str, str]:
-        """Model and chip."""
+    def model_and_chip(self) -> tuple[str, str]:
         return self.model, self.slice.partition(":")[0]
 
     @property
     def chips(self) -> int:
         return math.prod(map(int, self.slice.partition(":")[2].split("x")))
 
-    def command(self) -> list[str]:
+    def arguments(self) -> list[str]:
         return [
             f"--config={MODELS[self.model][0]}", f"--topology={self.slice}", f"--mesh={self.mesh}",
             f"--config.batch_size={self.rows * self.chips}", "--config.accumulate=1",
-            f"--config.remat={str(self.remat).lower()}", "--program=train", *["--fill"] * self.fill,
+            f"--config.remat={str(self.remat).lower()}", "--program=train",
+            *["--fill"] * self.max_rows,
         ]  # fmt: skip
 
 
-def cells(rows: int | None = None) -> Iterator[Cell]:
-    for model, (_, usual) in MODELS.items():
-        for chip, (few, eight, many) in SLICES.items():
-            for shape in (*few, eight, many):
-                yield Cell(model, f"{chip}:{shape}", rows or usual)
-            yield Cell(model, f"{chip}:{eight}", rows or usual, remat=False)
-            yield Cell(model, f"{chip}:{eight}", rows or usual, fill=True)
+def all_cells(rows: int | None = None) -> Iterator[Cell]:
+    for model, (_, default_rows) in MODELS.items():
+        for chip, (small, eight, large) in SLICES.items():
+            for shape in (*small, eight, large):
+                yield Cell(model, f"{chip}:{shape}", rows or default_rows)
+            yield Cell(model, f"{chip}:{eight}", rows or default_rows, remat=False)
+            yield Cell(model, f"{chip}:{eight}", rows or default_rows, max_rows=True)
 
 
-def is_wanted(cell: Cell, found: dict[str, dict[str, Any]]) -> bool:
-    """Whether no smaller slice of the same kind holds it, or it is one of 8 chips or more."""
-    smaller = (c for c in cells(cell.rows) if c.kind == cell.kind and c.chips < cell.chips)
-    return cell.chips >= 8 or not any(found.get(c.name, {}).get("fits") for c in smaller)
-
-
-def compiled(cell: Cell) -> dict[str, Any]:
-    """The figures of a cell, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "minigpt4_jax.compile", *cell.command(), f"--json={path}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not path.exists():
-            raise UserError(f"{cell.name}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-        found = json.loads(path.read_text())[0]
-        return found | {"cell": cell.name, "chip_rows": found["rows"] / found["chips"]}
-
-
-def kept(path: Path) -> dict[str, dict[str, Any]]:
-    """What was compiled before, by the cell's name."""
-    if not path.exists():
-        return {}
-    records = map(json.loads, path.read_text().splitlines())
-    return {record["cell"]: record for record in records}
-
-
-# --- the table --------------------------------------------------------------------------------
-
-
-def row(r: dict[str, Any]) -> str:
-    model, where, _, _, *kept = r["cell"].split()
-    mesh = r["mesh"] if r["chips"] > 1 else ""
-    memory = _memory(r)
-    rows = ", ".join([f"{r['chip_rows']:g}", *kept])
-    head = f"| {model} | {where} | {mesh} | {rows} | {memory} |"
-    if not r["fits"]:
-        return f"{head} does not fit | | | | |"
-    p = r["predicted"]
-    rate = r["rows"] / r["chips"] / p["seconds"]
-    return (
-        f"{head} {p['seconds'] * 1e3:.0f} | {rate:.1f} | {p['share']:.0%} | {p['limit']} | "
-        f"{r['sent'] / 1e9:.2f} |"
+def is_needed(cell: Cell, records: Records) -> bool:
+    """Whether the slice has at least 8 chips, or no smaller slice of the same chip holds the step."""
+    smaller = (
+        c
+        for c in all_cells(cell.rows)
+        if c.model_and_chip == cell.model_and_chip and c.chips < cell.chips
     )
+    return cell.chips >= 8 or not any(records.get(c.name, {}).get("fits") for c in smaller)
 
 
-HEAD = (
+def compile_cell(cell: Cell) -> dict[str, Any]:
+    record = compile_figures(cell.arguments())
+    return record | {"cell": cell.name, "chip_rows": record["rows"] / record["chips"]}
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+TABLE_HEAD = (
     "| | slice | mesh | rows | HBM, GB | ms a step | rows/s of a chip | of peak | limited by | sent, GB |\n"
     "|---|---|---|---:|---:|---:|---:|---:|---|---:|"
 )
 
 
-def scaling(records: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Time of a step on 8 chips / on 256, with as many rows a chip and weights split alike."""
+def table_row(record: dict[str, Any]) -> str:
+    model, topology, _, _, *variant = record["cell"].split()
+    mesh = record["mesh"] if record["chips"] > 1 else ""
+    rows = ", ".join([f"{record['chip_rows']:g}", *variant])
+    head = f"| {model} | {topology} | {mesh} | {rows} | {_memory(record)} |"
+    if not record["fits"]:
+        return f"{head} does not fit | | | | |"
+    p = record["predicted"]
+    rate = record["rows"] / record["chips"] / p["seconds"]
+    return (
+        f"{head} {p['seconds'] * 1e3:.0f} | {rate:.1f} | {p['share']:.0%} | {p['limit']} | "
+        f"{record['sent'] / 1e9:.2f} |"
+    )
+
+
+def weak_scaling(records: Records) -> Iterator[str]:
+    """Time of a step on 8 chips / time on 256, for cells that differ only in the slice."""
+
+    def variant(record: dict[str, Any]) -> tuple[str, ...]:
+        model, topology, *rest = record["cell"].split()
+        return (model, topology.partition(":")[0], *rest)
+
     fitting = [r for r in records.values() if "predicted" in r]
-    for r in fitting:
-        for other in fitting:
-            (model, where, *how), same = r["cell"].split(), other["cell"].split()
-            alike = (model, where.partition(":")[0], how) == (
-                same[0], same[1].partition(":")[0], same[2:]
-            )  # fmt: skip
-            if alike and (r["chips"], other["chips"]) == (8, 256):
-                share = r["predicted"]["seconds"] / other["predicted"]["seconds"]
-                yield f"{model} {where} {r['mesh']} -> {same[1]} {other['mesh']}: {share:.1%}"
+    for small in (r for r in fitting if r["chips"] == 8):
+        for large in (r for r in fitting if r["chips"] == 256 and variant(r) == variant(small)):
+            share = small["predicted"]["seconds"] / large["predicted"]["seconds"]
+            model, topology = small["cell"].split()[:2]
+            large_topology = large["cell"].split()[1]
+            yield (
+                f"{model} {topology} {small['mesh']} -> {large_topology} {large['mesh']}: {share:.1%}"
+            )
 
 
-SUMMARY = (
+SUMMARY_HEAD = (
     "| | chip | smallest slice, GB of a chip | eight chips | ms, of peak | the same, products kept "
     "| most rows of a chip | 256 chips | 8 to 256 |\n|---|---|---|---|---|---|---|---|---:|"
 )
 
 
-def summary(found: dict[str, dict[str, Any]], rows: int | None = None) -> Iterator[str]:
-    """A line for each model and kind of chip of which all is known."""
-    for model, (_, usual) in MODELS.items():
+def summary(records: Records, rows: int | None = None) -> Iterator[str]:
+    """A row for each model and chip whose cells are all compiled."""
+    for model, (_, default_rows) in MODELS.items():
         for chip in SLICES:
             with contextlib.suppress(KeyError):
-                yield _line(model, chip, rows or usual, found)
+                yield _summary_row(model, chip, rows or default_rows, records)
 
 
-def _line(model: str, chip: str, rows: int, found: dict[str, dict[str, Any]]) -> str:
-    few, eight, many = SLICES[chip]
+def _summary_row(model: str, chip: str, rows: int, records: Records) -> str:
+    small, eight, large = SLICES[chip]
 
-    def of(shape: str, **how: bool) -> dict[str, Any]:
-        return found[Cell(model, f"{chip}:{shape}", rows, **how).name]
+    def record_of(shape: str, **variant: Any) -> dict[str, Any]:
+        return records[Cell(model, f"{chip}:{shape}", rows, **variant).name]
 
-    small = next((shape for shape in few if of(shape)["fits"]), few[-1])
-    usual, kept, most, large = of(eight), of(eight, remat=False), of(eight, fill=True), of(many)
-    other_mesh = f"{kept['mesh']}: " if kept["fits"] and kept["mesh"] != usual["mesh"] else ""
-    share = usual["predicted"]["seconds"] / large["predicted"]["seconds"]
+    smallest = next((shape for shape in small if record_of(shape)["fits"]), small[-1])
+    default, most = record_of(eight), record_of(eight, max_rows=True)
+    kept, largest = record_of(eight, remat=False), record_of(large)
+    other_mesh = f"{kept['mesh']}: " if kept["fits"] and kept["mesh"] != default["mesh"] else ""
+    share = default["predicted"]["seconds"] / largest["predicted"]["seconds"]
     return (
-        f"| {model}, {rows} | {chip} | {small}: {_memory(of(small))} | {usual['mesh']} | {_time(usual)} | "
-        f"{other_mesh}{_time(kept)} | {most['chip_rows']:g}: {_memory(most)} | "
-        f"{large['mesh']}: {_time(large)} | {share:.1%} |"
+        f"| {model}, {rows} | {chip} | {smallest}: {_memory(record_of(smallest))} | {default['mesh']} "
+        f"| {_time(default)} | {other_mesh}{_time(kept)} | {most['chip_rows']:g}: {_memory(most)} "
+        f"| {largest['mesh']}: {_time(largest)} | {share:.1%} |"
     )
 
 
-def _memory(r: dict[str, Any]) -> str:
-    return f"{r['peak'] / 1e9:.1f} of {r['hbm'] / 1e9:.1f}"
+def _memory(record: dict[str, Any]) -> str:
+    return f"{record['peak'] / 1e9:.1f} of {record['hbm'] / 1e9:.1f}"
 
 
-def _time(r: dict[str, Any]) -> str:
-    if not r["fits"]:
+def _time(record: dict[str, Any]) -> str:
+    if not record["fits"]:
         return "does not fit"
-    return f"{r['predicted']['seconds'] * 1e3:.0f} ms, {r['predicted']['share']:.0%}"
+    return f"{record['predicted']['seconds'] * 1e3:.0f} ms, {record['predicted']['share']:.0%}"
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", help="cells whose name this is found in")
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--only", default="", help="regular expression: only cells whose name matches"
+    )
     parser.add_argument("--out", type=Path, default=Path("scale.jsonl"))
-    parser.add_argument("--rows", type=int, help="of a chip, instead of those of the table")
-    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("--rows", type=int, help="per chip, instead of those of the table")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells and stop")
     parser.add_argument("--no-checkpoints", action="store_true")
     args = parser.parse_args()
-    chosen = [cell for cell in cells(args.rows) if re.search(args.only, cell.name)]
+    cells = [cell for cell in all_cells(args.rows) if re.search(args.only, cell.name)]
     if args.list:
-        print("\n".join(cell.name for cell in chosen))
+        print("\n".join(cell.name for cell in cells))
         return
-    found = kept(args.out)
-    for cell in chosen:
-        if cell.name not in found and is_wanted(cell, found):
-            found[cell.name] = compiled(cell)
-            with args.out.open("a") as file:
-                file.write(json.dumps(found[cell.name]) + "\n")
-            print(row(found[cell.name]), flush=True)
-    print("\n" + HEAD)
-    print("\n".join(row(found[cell.name]) for cell in chosen if cell.name in found))
-    print("\n".join(["", SUMMARY, *summary(found, args.rows)]))
+    file = RecordFile(args.out, key=lambda record: record["cell"])
+    records = file.records
+    for cell in cells:
+        if cell.name not in records and is_needed(cell, records):
+            print(table_row(file.add(compile_cell(cell))), flush=True)
+    print("\n" + TABLE_HEAD)
+    print("\n".join(table_row(records[cell.name]) for cell in cells if cell.name in records))
+    print("\n".join(["", SUMMARY_HEAD, *summary(records, args.rows)]))
     print("\nWeak scaling, 8 to 256 chips, predicted:")
-    print("\n".join(scaling(found)) or "(no two cells to compare)")
+    print("\n".join(weak_scaling(records)) or "(no two cells to compare)")
     if not args.no_checkpoints:
         print("\nA checkpoint:", flush=True)
-        subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("checkpointing.py"))], check=True
-        )
+        script = Path(__file__).with_name("checkpointing.py")
+        subprocess.run([sys.executable, str(script)], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured: model sizes, a batch of stage-2 rows, weights that both sides make alike, and FLOPs."""
+"""Workloads shared by the benchmarks: model sizes, a stage-2 batch, reproducible weights, FLOPs of a step."""
 
 import dataclasses
 import zlib
@@ -7,12 +7,13 @@ import numpy as np
 
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.utils.rounding import round_up
 
 SMOLLM2 = LlmConfig(
     vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536,
     eps=1e-5, rope_theta=1e5, tie=True, max_length=8192,
 )  # fmt: skip
-# The demonstration's vision side (minigpt4_jax/demos/vision_encoder.py)
+# The quickstart's vision encoder (minigpt4_jax/demos/vision_encoder.py)
 SMALL_VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4, mlp=512)
 SMALL_QFORMER = QFormerConfig(queries=13, hidden=128, layers=2, heads=4, ffn=384, vision_width=128)
 
@@ -24,7 +25,7 @@ BATCH = {"smollm2": 8, "vicuna7b": 12}
 
 
 def model_config(size: str, layers: int | None) -> ModelConfig:
-    """A size of SIZES, its language model cut to `layers` layers."""
+    """A configuration of SIZES. layers: of the language model, if not all."""
     config = SIZES[size]
     if layers is not None:
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, layers=layers))
@@ -39,7 +40,7 @@ def make_batch(config: ModelConfig, rows: int, answer: int) -> Batch:
     rng = np.random.default_rng(0)
     before, after, p = 9, 15, config.visual_tokens
     start = before + p + after
-    size = -(-(start + answer) // 16) * 16
+    size = round_up(start + answer, 16)
     tokens = rng.integers(3, config.llm.vocab, (rows, size), dtype=np.int32)
     tokens[:, before : before + p] = IMAGE
     counts = np.linspace(answer // 2, answer, rows).astype(np.int32)
@@ -52,13 +53,12 @@ def make_batch(config: ModelConfig, rows: int, answer: int) -> Batch:
     return Batch(pixels, tokens, lengths, answers)
 
 
-_POOL = 0.02 * np.random.default_rng(1).standard_normal(
-    1_048_573, dtype=np.float32
-)  # a prime length
+# The length is prime, so that repetitions do not align with rows.
+_POOL = 0.02 * np.random.default_rng(1).standard_normal(1_048_573, dtype=np.float32)
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight called `name`: the same numbers in every process, and fast to make at 7B.
+    """Random weights for `name`, the same in every process, and fast to generate at 7B.
 
     Norm scales are near 1, everything else normal with standard deviation 0.02.
     """
@@ -68,11 +68,11 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def flops(config: ModelConfig, batch: Batch) -> float:
-    """Floating-point operations of one step's matrix products, a multiply-add counted as two.
+    """FLOPs of the matrix products of one projection-only step, 2 per multiply-add.
 
-    Forward through everything; backward through the language model for activations alone; the
-    projection's own gradient. The output matrix meets answer tokens only; attention is counted in
-    full, not halved for causality; norms, softmax and activations are not counted.
+    Forward through everything, backward through the language model for activations only, and the
+    gradient of the projection. The output matrix multiplies labelled positions only. Attention is counted
+    in full, not halved for causality. Norms, softmax and activation functions are not counted.
     """
     v, q, m = config.vision, config.qformer, config.llm
     b, t = batch.tokens.shape
@@ -95,7 +95,7 @@ def vision_macs(v: VisionConfig) -> float:
 
 
 def qformer_macs(q: QFormerConfig, tokens: int) -> float:
-    """Multiply-adds of one image's vision tokens through the Q-Former."""
+    """Multiply-adds of the vision tokens of one image through the Q-Former."""
     p, d = q.queries, q.hidden
     layer = p * (4 * d * d + 2 * d * q.ffn) + 2 * p * p * d
     cross = 2 * p * d * d + 2 * tokens * q.vision_width * d + 2 * p * tokens * d

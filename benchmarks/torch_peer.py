@@ -1,6 +1,7 @@
-"""The same model and step in PyTorch: transformers' LLaMA, the vision side written plainly.
+"""The same model and training step in PyTorch, for train_step.py and decode.py; not run by hand.
 
-Weights carry this project's names and come from `sizes.tensor`, so both sides hold the same numbers.
+The language model is the LLaMA of transformers, the vision side is written here. Weights have this project's
+names and come from `sizes.tensor`, so that both sides have the same numbers.
 """
 
 import numpy as np
@@ -53,6 +54,7 @@ def vit(w: Weights, config: ModelConfig, pixels: torch.Tensor) -> torch.Tensor:
 def qformer(w: Weights, config: ModelConfig, vision: torch.Tensor) -> torch.Tensor:
     """vision tokens [B, T, Dv] -> query outputs [B, P, D] float32."""
     c = config.qformer
+    assert c is not None
 
     def attend(p: str, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         q, k, v = (
@@ -83,12 +85,14 @@ HF_NAMES = {
 
 
 def hf_name(name: str) -> str:
-    """Our name of a language-model tensor -> transformers'."""
-    whole = {"llm.embed": "embed_tokens.weight", "llm.norm.scale": "norm.weight"}
-    if name == "llm.head.weight":
-        return "lm_head.weight"
-    if name in whole:
-        return f"model.{whole[name]}"
+    """Name of a language-model tensor here -> its name in transformers."""
+    outside_layers = {
+        "llm.head.weight": "lm_head.weight",
+        "llm.embed": "model.embed_tokens.weight",
+        "llm.norm.scale": "model.norm.weight",
+    }
+    if name in outside_layers:
+        return outside_layers[name]
     _, _, layer, rest = name.split(".", 3)
     return f"model.layers.{layer}.{HF_NAMES[rest]}"
 
@@ -103,9 +107,9 @@ def hf_config(m: LlmConfig) -> LlamaConfig:
     )  # fmt: skip
 
 
-class Peer:
-    """One projection-only training step. answers_only: the output matrix meets labelled tokens alone
-    (our own trick); otherwise every position, as transformers' loss and so the original do."""
+class TorchPeer:
+    """One projection-only training step. labels_only: apply the output matrix to labelled positions only,
+    as this project does; otherwise to every position, as transformers and the original do."""
 
     def __init__(self, config: ModelConfig, batch: Batch, dtype: torch.dtype, device: str):
         self.config, self.device, self.dtype = config, device, dtype
@@ -116,52 +120,58 @@ class Peer:
         self.llm.model.rotary_emb = type(self.llm.model.rotary_emb)(self.llm.config).to(device)
         self.llm.tie_weights()
         state = self.llm.state_dict()
-        self.w: Weights = {}
+        self.weights: Weights = {}
         for name, shape in shapes.items():
             value = torch.from_numpy(tensor(name, shape))
             if name.startswith("llm."):
                 state[hf_name(name)].copy_(value)
             else:
                 matrix = name.endswith("weight") and not name.startswith("projection")
-                self.w[name] = value.to(device, dtype if matrix else torch.float32)
+                self.weights[name] = value.to(device, dtype if matrix else torch.float32)
         self.llm.requires_grad_(False).eval()
-        self.trained = [self.w[f"projection.{n}"].requires_grad_() for n in ("weight", "bias")]
+        self.trained = [
+            self.weights[f"projection.{n}"].requires_grad_() for n in ("weight", "bias")
+        ]
         groups = [
             {"params": [p], "weight_decay": 0.05 if p.ndim > 1 else 0.0} for p in self.trained
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-5)
-        self.place(batch)
+        self.set_batch(batch)
 
-    def place(self, batch: Batch) -> None:
+    def set_batch(self, batch: Batch) -> None:
         tokens = torch.from_numpy(np.asarray(batch.tokens)).long().to(self.device)
         lengths = torch.from_numpy(np.asarray(batch.lengths)).to(self.device)
-        answers = torch.from_numpy(np.asarray(batch.label_positions)).long().to(self.device)
+        label_positions = torch.from_numpy(np.asarray(batch.label_positions)).long().to(self.device)
         self.pixels = torch.from_numpy(np.asarray(batch.pixels)[:, 0]).to(self.device)
-        self.slots = tokens == IMAGE
-        self.tokens = tokens.masked_fill(self.slots, 0)
-        self.mask = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
-        labelled = torch.zeros_like(self.mask)
-        rows, columns = torch.nonzero(answers >= 0, as_tuple=True)
-        labelled[rows, answers[rows, columns]] = True
-        self.labels = self.tokens.masked_fill(~labelled, -100)
+        self.image_slots = tokens == IMAGE
+        self.tokens = tokens.masked_fill(self.image_slots, 0)
+        self.attention_mask = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+        is_label = torch.zeros_like(self.attention_mask)
+        rows, columns = torch.nonzero(label_positions >= 0, as_tuple=True)
+        is_label[rows, label_positions[rows, columns]] = True
+        self.labels = self.tokens.masked_fill(~is_label, -100)
 
-    def loss(self, answers_only: bool) -> torch.Tensor:
+    def loss(self, labels_only: bool) -> torch.Tensor:
         with torch.no_grad():
-            vision = vit(self.w, self.config, self.pixels)
-            visual = qformer(self.w, self.config, vision)
+            vision = vit(self.weights, self.config, self.pixels)
+            visual = qformer(self.weights, self.config, vision)
         visual = F.linear(visual, *self.trained).to(self.dtype)
         embeds = self.llm.get_input_embeddings()(self.tokens)
-        embeds = embeds.masked_scatter(self.slots[..., None], visual)
-        if not answers_only:
-            return self.llm(inputs_embeds=embeds, attention_mask=self.mask, labels=self.labels).loss
-        hidden = self.llm.model(inputs_embeds=embeds, attention_mask=self.mask).last_hidden_state
-        chosen = self.labels[:, 1:] >= 0
-        logits = self.llm.lm_head(hidden[:, :-1][chosen]).float()
-        return F.cross_entropy(logits, self.labels[:, 1:][chosen])
+        embeds = embeds.masked_scatter(self.image_slots[..., None], visual)
+        if not labels_only:
+            return self.llm(
+                inputs_embeds=embeds, attention_mask=self.attention_mask, labels=self.labels
+            ).loss
+        hidden = self.llm.model(
+            inputs_embeds=embeds, attention_mask=self.attention_mask
+        ).last_hidden_state
+        is_label = self.labels[:, 1:] >= 0
+        logits = self.llm.lm_head(hidden[:, :-1][is_label]).float()
+        return F.cross_entropy(logits, self.labels[:, 1:][is_label])
 
-    def step(self, answers_only: bool) -> torch.Tensor:
+    def step(self, labels_only: bool) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(answers_only)
+        loss = self.loss(labels_only)
         loss.backward()
         self.optimizer.step()
         return loss.detach()

@@ -1,47 +1,48 @@
-"""benchmarks/scale.py: which slices it compiles for, and the table that it prints; nothing is compiled."""
+"""benchmarks/scale.py: which slices it compiles for, and its tables. Compilation is replaced by a fake."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
 def scale(monkeypatch):
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "scale", module)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.delitem(sys.modules, "scale", raising=False)
+    return importlib.import_module("scale")
 
 
-def record(cell) -> dict:
-    """A v5e chip alone is too small; on 256 chips a step takes a tenth longer; four times the rows fit."""
-    rows = cell.rows * (4 if cell.fill else 1)
-    found = {
+def fake_record(cell) -> dict:
+    """One v5e chip is too small; on 256 chips a step takes a tenth longer; four times the rows fit."""
+    rows = cell.rows * (4 if cell.max_rows else 1)
+    record = {
         "cell": cell.name, "chip_rows": rows, "chips": cell.chips, "rows": rows * cell.chips,
         "mesh": "fsdp:8", "peak": 15e9, "hbm": 16.9e9, "sent": 24.9e9, "fits": cell.slice != "v5e:1x1",
     }  # fmt: skip
     predicted = {"seconds": 0.55 if cell.chips == 256 else 0.5, "share": 0.5, "limit": "compute"}
-    return found | ({"predicted": predicted} if found["fits"] else {})
+    return record | ({"predicted": predicted} if record["fits"] else {})
 
 
-def test_the_table(scale, tmp_path, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(scale, "compiled", lambda cell: asked.append(cell.slice) or record(cell))
+def test_tables(scale, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(
+        scale, "compile_cell", lambda cell: compiled.append(cell.slice) or fake_record(cell)
+    )
     out = f"--out={tmp_path / 'scale.jsonl'}"
     monkeypatch.setattr(sys, "argv", ["scale", "--only=7b-stage2 v(4|5e)", "--no-checkpoints", out])
     scale.main()
-    # one v4 chip holds a step, so four are not tried; 8 and 256 always are, 8 also with products kept,
-    # and with as many rows as fit
-    assert asked == [
+    # One v4 chip holds a step, so four are not compiled. 8 and 256 always are; 8 also with products
+    # kept and with the largest batch.
+    assert compiled == [
         "v4:1x1x1", "v4:2x2x2", "v4:4x8x8", "v4:2x2x2", "v4:2x2x2",
         "v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v5e:2x4", "v5e:2x4",
     ]  # fmt: skip
-    table = capsys.readouterr().out.partition(scale.HEAD)[2]
+    table = capsys.readouterr().out.partition(scale.TABLE_HEAD)[2]
     assert "| 7b-stage2 | v5e:1x1 |  | 16 | 15.0 of 16.9 | does not fit |" in table
     eight = (
         "| 7b-stage2 | v5e:2x4 | fsdp:8 | 16 | 15.0 of 16.9 | 500 | 32.0 | 50% | compute | 24.90 |"
@@ -54,16 +55,18 @@ def test_the_table(scale, tmp_path, monkeypatch, capsys):
         "| 64: 15.0 of 16.9 | fsdp:8: 550 ms, 50% | 90.9% |"
     )
     assert short in table and "| 7b-stage2, 16 | v4 | 1x1x1: 15.0" in table
-    asked.clear()
+    compiled.clear()
     scale.main()  # nothing is compiled again
-    assert not asked
-    assert capsys.readouterr().out.partition(scale.HEAD)[2] == table
+    assert not compiled
+    assert capsys.readouterr().out.partition(scale.TABLE_HEAD)[2] == table
 
 
-def test_the_cost_of_a_checkpoint_comes_at_the_end(scale, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(scale.subprocess, "run", lambda command, **_: ran.append(Path(command[1])))
+def test_checkpoints_are_measured_at_the_end(scale, tmp_path, monkeypatch):
+    scripts = []
+    monkeypatch.setattr(
+        scale.subprocess, "run", lambda command, **_: scripts.append(Path(command[1]))
+    )
     out = f"--out={tmp_path / 'scale.jsonl'}"
     monkeypatch.setattr(sys, "argv", ["scale", "--only=no cell", out])
     scale.main()
-    assert ran == [ROOT / "benchmarks" / "checkpointing.py"] and ran[0].is_file()
+    assert scripts == [BENCHMARKS / "checkpointing.py"] and scripts[0].is_file()
