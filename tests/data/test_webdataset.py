@@ -1,4 +1,4 @@
-"""Tar shards: names, index, rows, damage."""
+"""Webdataset shards: file names, index, rows, damage."""
 
 import gzip
 import io
@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from helpers.paths import TOKENIZER
 from helpers.published_layouts import Disk
+from helpers.resuming import data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4_jax.config import ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.data import webdataset
+from minigpt4_jax.data import shard_index, webdataset
 from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.data.webdataset import expand_braces, open_shards
@@ -71,15 +72,15 @@ def test_rows_of_all_shards_in_order(folder, pattern):
     assert captions(source) == ["a a", "a b", "a c", "a d", "a e"]
     assert [shade(source, n) for n in (4, 0, 3)] == [4, 0, 3]
     assert source.dropped == {}
-    again = pickle.loads(pickle.dumps(source))  # as to a worker process
+    again = pickle.loads(pickle.dumps(source))  # as sent to a worker process
     assert captions(again) == captions(source)
 
 
-def test_captions_as_they_are(folder):
+def test_captions_that_are_not_cleaned(folder):
     assert captions(open_shards("mine", folder, clean_captions=False))[0] == "A a!"
 
 
-def test_other_layouts_of_a_row(tmp_path):
+def test_file_types_of_a_row(tmp_path):
     folder = write(tmp_path / "a.tar", [
         {"txt": b"one", "webp": jpeg(1)},
         {"JPEG": jpeg(2), "txt": b"no", "json": b'{"caption": "two"}'},
@@ -96,43 +97,41 @@ def test_other_layouts_of_a_row(tmp_path):
 @pytest.mark.parametrize(
     "text", [b"{", b"[]", b"\xff", b'{"caption": 3}', b'{"text": "a"}', b'{"caption": "!"}']
 )
-def test_a_caption_that_cannot_be_read(tmp_path, text):
+def test_invalid_caption(tmp_path, text):
     source = open_shards("mine", write(tmp_path / "a.tar", [{"jpg": jpeg(1), "json": text}]))
     with pytest.raises(DataError, match=r"a\.tar at byte \d+: .*caption"):
         source.example(0, RNG)
 
 
-def test_the_index_is_made_once_and_anew_when_a_shard_changes(folder, monkeypatch):
+def test_index_is_rebuilt_only_when_a_shard_changes(folder, monkeypatch):
     open_shards("cc", folder)
-    looked_at = []
-    scan = webdataset._scan
-    monkeypatch.setattr(webdataset, "_scan", lambda tar: looked_at.append(tar.name) or scan(tar))
+    scanned = []
+    scan = shard_index._scan
+    monkeypatch.setattr(shard_index, "_scan", lambda tar: scanned.append(tar.name) or scan(tar))
     open_shards("cc", folder)
-    assert looked_at == []
+    assert scanned == []
     write(folder / "001.tar", rows("xyz"))
     assert captions(open_shards("cc", folder))[3:] == ["a x", "a y", "a z"]
-    assert looked_at == ["001.tar"]
+    assert scanned == ["001.tar"]
     (folder / "000.tar.index").write_bytes(b'{"version": 1}\n')  # damaged
     assert len(open_shards("cc", folder)) == 6
 
 
-def test_an_interrupted_index_leaves_nothing(folder, monkeypatch):
+def test_interrupted_indexing_leaves_no_file(folder, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     before = sorted(os.listdir(folder))
-    monkeypatch.setattr(webdataset.os, "replace", stop)
+    monkeypatch.setattr(shard_index.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         open_shards("cc", folder)
     assert sorted(os.listdir(folder)) == before
 
 
-def test_the_index_is_in_the_cache_where_the_folder_cannot_be_written(
-    folder, tmp_path, monkeypatch
-):
+def test_index_is_in_the_cache_if_the_folder_is_not_writable(folder, tmp_path, monkeypatch):
     before = sorted(os.listdir(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(webdataset.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(shard_index.os, "access", lambda path, mode: False)
     assert len(open_shards("cc", folder)) == 5
     assert sorted(os.listdir(folder)) == sorted([*before, "cache"])
     assert len(list((tmp_path / "cache" / "minigpt4_jax" / "shards").iterdir())) == 2
@@ -148,8 +147,8 @@ def test_gzip(folder):
         assert shade(source, 4) == 4
     (folder / "001.tar.gz.plain").unlink()
     assert shade(open_shards("cc", folder), 4) == 4
-    whole = (folder / "001.tar.gz").read_bytes()
-    (folder / "001.tar.gz").write_bytes(whole[:-20])
+    compressed = (folder / "001.tar.gz").read_bytes()
+    (folder / "001.tar.gz").write_bytes(compressed[:-20])
     source = open_shards("cc", folder, max_broken=0.5)
     assert source.dropped[webdataset.BROKEN] == 1
     assert captions(source)[:3] == ["a a", "a b", "a c"]
@@ -160,22 +159,22 @@ def test_gzip(folder):
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_rows_before_a_cut_are_kept(tmp_path_factory, data):
+def test_rows_before_a_truncation_are_used(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cut")
     path = write(folder / "a.tar", rows("abcde"))
     with tarfile.open(path) as tar:
         ends = [member.offset_data + member.size for member in tar][1::2]
-    whole = path.read_bytes()
+    content = path.read_bytes()
     cut = data.draw(st.integers(0, len(ends) * 2048))
-    path.write_bytes(whole[:cut])
-    kept = sum(end <= cut for end in ends)
-    if kept == 0:
-        with pytest.raises(UserError, match="no row of a picture and a caption"):
+    path.write_bytes(content[:cut])
+    complete = sum(end <= cut for end in ends)
+    if complete == 0:
+        with pytest.raises(UserError, match="no row of an image and a caption"):
             open_shards("cc", path, max_broken=1)
         return
     source = open_shards("cc", path, max_broken=1)
-    assert captions(source) == [f"a {name}" for name in "abcde"][:kept]
-    assert all(shade(source, n) == n for n in range(kept))
+    assert captions(source) == [f"a {name}" for name in "abcde"][:complete]
+    assert all(shade(source, n) == n for n in range(complete))
     assert source.dropped[webdataset.BROKEN] == 1
 
 
@@ -202,7 +201,7 @@ def test_faulty_shards_are_named_and_counted(folder, caplog):
         ("pipe:aws s3 cp x -", "is not local"),
     ],
 )
-def test_refused(tmp_path, pattern, message):
+def test_invalid_patterns(tmp_path, pattern, message):
     path = pattern if ":" in pattern else tmp_path / pattern
     with pytest.raises(UserError, match=message):
         open_shards("cc", path)
@@ -210,29 +209,28 @@ def test_refused(tmp_path, pattern, message):
 
 @settings(deadline=None)
 @given(st.integers(0, 99999), st.integers(0, 30), st.integers(1, 6))
-def test_braces_count(first, more, width):
+def test_ranges_in_braces(first, more, width):
     text = f"{first:0{width}d}"
     names = expand_braces(f"a{{{text}..{first + more}}}.tar")
     assert names == [f"a{n:0{width}d}.tar" for n in range(first, first + more + 1)]
 
 
-def test_braces_nest_beside_each_other():
+def test_several_braces():
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
     assert expand_braces("a{b}.tar") == ["a{b}.tar"]
 
 
 def test_shards_resume_with_workers(folder):
-    """Rows reach worker processes by their places alone, and a stopped run goes on exactly."""
+    """Worker processes get only positions of rows; a resumed run reads the same batches."""
 
     def loader(workers):
-        part = MixtureComponent("cc", open_shards("cc", folder), batch_size=2)
-        return make_loader(
-            [part], CONFIG, TOKENIZER, batch_size=2, seed=3, workers=workers, threads=1
-        )
+        component = MixtureComponent("cc", open_shards("cc", folder), batch_size=2)
+        data = data_config(workers=workers, threads=1)
+        return make_loader([component], data, CONFIG, TOKENIZER, batch_size=2, seed=3)
 
-    plain = loader(0)
-    expected = [next(plain) for _ in range(6)]
-    plain.close()
+    uninterrupted = loader(0)
+    expected = [next(uninterrupted) for _ in range(6)]
+    uninterrupted.close()
     first = loader(0)
     for _ in range(2):
         next(first)
