@@ -1,4 +1,4 @@
-"""User-facing errors: one clear line and an exit code instead of a traceback."""
+"""User errors: one line on stderr and an exit code instead of a traceback."""
 
 import argparse
 import os
@@ -10,19 +10,20 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: the message names the thing, its value, what was expected
-    and what to do. Entry points print it as one line; library callers can catch it."""
+    """A mistake in the user's input. The message names the thing, its value, what was expected and
+    what to do. Entry points print it as one line; library callers can catch it."""
 
-    code = 2  # of the exit of an entry point
+    code = 2  # exit code of an entry point
 
 
 class DataError(UserError):
-    """A fault in one image, row or file of a dataset, which training can go on without.
+    """An error in one image, row or file of a dataset, which training can skip.
 
-    cause: the kind of fault in a few words, the same for all of the kind, by which they are counted."""
+    cause: the kind of error in a few words; errors are counted by it.
+    """
 
     def __init__(self, message: str, cause: str):
-        super().__init__(message, cause)  # both, so that it can be pickled
+        super().__init__(message, cause)  # both, for pickling
         self.message, self.cause = message, cause
 
     def __str__(self) -> str:
@@ -30,16 +31,19 @@ class DataError(UserError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is a UserError: one line without the usage text."""
+    """An ArgumentParser that raises UserError: one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run an entry point: UserError becomes one line on stderr and its code, Ctrl-C code 130, and code
-    141 says that nobody reads stdout any more. leave: ends the process with a code, after a traceback
-    too."""
+    """Run an entry point and end the process.
+
+    Exit codes: that of main, 2 after a UserError (printed as one line on stderr), 130 after Ctrl-C,
+    141 if the reader of stdout exited. leave: ends the process with an exit code; if it is not
+    sys.exit, it is called after an unexpected exception too, with code 1.
+    """
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -62,13 +66,13 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
 
 
 def _stdout_is_closed() -> bool:
-    """Whether what reads stdout is gone, as with `| head`; nothing more is written to it then."""
+    """Whether the reader of stdout exited, as with `| head`. If so, stdout is redirected to /dev/null."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         if not poll.poll(0):
             return False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AttributeError, OSError):  # no poll() on Windows, no descriptor in a notebook
+    except (AttributeError, OSError):  # no poll() on Windows, no file descriptor in a notebook
         return False
     return True

@@ -1,8 +1,8 @@
-"""Bad input, from the command to what it leaves: one clear line, an exit code, nothing half-written.
+"""Bad input, from the command line to the files: one line, an exit code, nothing half-written.
 
-Beside the tests of each part: checkpoints that are missing, cut, HTML, pickled code or of the wrong
-variant in tests/convert, rows of data in tests/data, configurations in tests/training, one image at a
-time in test_images.py, the Python interface and the chat in test_api.py and test_chat.py.
+Other tests of bad input: checkpoints (missing, truncated, HTML, pickled code, wrong variant) in
+tests/convert, rows of data in tests/data, configurations in tests/training, single images in
+processing/test_images.py, the Python interface in inference/test_model.py, the chat in cli/test_chat.py.
 """
 
 import errno
@@ -45,7 +45,7 @@ def train(home, tmp_path, capsys):
     ]  # fmt: skip
 
     def run(*options):
-        if not any("data.path" in option for option in options):  # given twice, it names two
+        if not any("data.path" in option for option in options):  # a repeated option adds a value
             options = (*options, f"--config.data.path={home / 'data' / 'rows.jsonl'}")
         with pytest.raises(SystemExit) as stop:
             errors.run(lambda: command.main([*short, *options]))
@@ -70,7 +70,7 @@ def rows(folder, *captions):
     return path
 
 
-# --- nothing is begun -------------------------------------------------------------------------------
+# --- errors before a run starts -------------------------------------------------------------------
 
 
 @pytest.mark.smoke
@@ -90,7 +90,7 @@ def rows(folder, *captions):
         ("--workdir={0}/data/rows.jsonl", "cannot write "),
     ],
 )
-def test_a_training_that_cannot_be(home, train, tmp_path, option, message):
+def test_bad_options(home, train, tmp_path, option, message):
     assert message in refused(train, option.format(home))
     assert not list(tmp_path.iterdir())
 
@@ -107,22 +107,22 @@ def test_a_training_that_cannot_be(home, train, tmp_path, option, message):
         ('{"image": "b.png", "caption": "x"}', "1 of 1 images are missing"),
     ],
 )
-def test_data_that_is_none(train, tmp_path, text, message):
+def test_bad_dataset_files(train, tmp_path, text, message):
     path = rows(tmp_path)
     path.write_text(text)
     assert message in refused(train, f"--config.data.path={path}")
     assert not (tmp_path / "w").exists()
 
 
-def test_a_caption_of_punctuation(train, tmp_path):
+def test_a_caption_of_punctuation_only(train, tmp_path):
     clean = ["--config.data.clean_captions=True", f"--config.data.path={rows(tmp_path, '...')}"]
     assert "empty once its punctuation is removed" in refused(train, *clean)
     assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("name", ["llm-00001.safetensors", "projection-00001.safetensors"])
-def test_a_model_that_is_cut_begins_no_run(home, train, tmp_path, name):
-    """A run that had begun would be bound to the damaged weights."""
+def test_a_truncated_model_starts_no_run(home, train, tmp_path, name):
+    """A workdir is bound to its model, so a run must not be created for damaged weights."""
     model = shutil.copytree(home / "model", tmp_path / "model")
     data = (model / name).read_bytes()
     (model / name).write_bytes(data[: len(data) // 2])
@@ -133,25 +133,25 @@ def test_a_model_that_is_cut_begins_no_run(home, train, tmp_path, name):
     assert not (tmp_path / "w").exists()
 
 
-# --- what goes wrong on the way ---------------------------------------------------------------------
+# --- errors during a run --------------------------------------------------------------------------
 
 
-def test_a_broken_image_ends_the_run_and_it_goes_on_once_repaired(train, tmp_path):
-    """Also: captions longer than the limit are cut, with a warning and no error."""
+def test_a_broken_image_ends_the_run_which_continues_once_repaired(train, tmp_path):
+    """Also: captions longer than the limit are cut with a warning, not an error."""
     data, model = tmp_path / "data", tmp_path / "w" / "model"
     path = tiny.write_data(data, rows=4)
-    whole = (data / "2.png").read_bytes()
-    (data / "2.png").write_bytes(whole[: len(whole) // 2])
+    intact = (data / "2.png").read_bytes()
+    (data / "2.png").write_bytes(intact[: len(intact) // 2])
     options = [f"--config.data.path={path}", "--config.max_text_length=3"]
     line = refused(train, *options)
     assert "2.png" in line and not model.exists()
-    (data / "2.png").write_bytes(whole)
+    (data / "2.png").write_bytes(intact)
     code, lines = train(*options)
     assert code == 0, lines
     assert model_directory.read_config(model).max_text_length == 3
 
 
-def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_end_loses_no_step(train, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise FULL
 
@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_step(train, tmp_path, monkeypat
     steps = (workdir / "metrics.jsonl").read_text()
     code, lines = train()
     assert code == 0, lines
-    assert (workdir / "metrics.jsonl").read_text() == steps  # no step was made again
+    assert (workdir / "metrics.jsonl").read_text() == steps  # no step was repeated
     assert set(model_directory.Tensors(workdir / "model")) >= {
         "projection.weight",
         "projection.bias",
@@ -188,11 +188,11 @@ def test_pictures_on_a_full_disk(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# --- odd, but images all the same -------------------------------------------------------------------
+# --- unusual but valid images ---------------------------------------------------------------------
 
 
-def test_odd_images_are_described(home, tmp_path):
-    """1x1, 16-bit, CMYK, transparent and very long ones go through the whole model."""
+def test_unusual_images(home, tmp_path):
+    """1x1, 16-bit, CMYK, transparent and very wide images go through the whole model."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     gray = (pixels[..., 0].astype(np.uint16) << 8) | 255
@@ -216,8 +216,8 @@ def test_odd_images_are_described(home, tmp_path):
     np.testing.assert_array_equal(plain[3], pixels)
 
 
-def test_a_fault_of_the_program_still_ends_the_process_as_it_is_to_be_ended(capsys):
-    """One of several processes would else wait for the others at its end, and they for it."""
+def test_leave_is_called_after_an_unexpected_exception_too(capsys):
+    """Otherwise one of several processes would wait for the others at its exit, and they for it."""
 
     def leave(code):
         raise SystemExit(code)

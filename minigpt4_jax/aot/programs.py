@@ -18,12 +18,12 @@ from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.decode_state import PRNG, BatchInputs, DecodeState
 from minigpt4_jax.inference.engine import Engine
+from minigpt4_jax.inference.image_encoder import encode_pixels
 from minigpt4_jax.inference.sampling import SamplingParams, required_stages
 from minigpt4_jax.models.kv_cache import cache_axes
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.parallel.sharding import (
     BATCH_AXES,
-    constrain,
     divisible_axes,
     parameter_sharding,
     replicated,
@@ -165,9 +165,8 @@ class AbstractEngine(Engine):
         edge = self.config.vision.image_size
         pixels = sharded_shape((images, edge, edge, 3), jnp.uint8, replicated(self.mesh))
 
-        def encode(state: Any, pixels: jax.Array) -> jax.Array:  # as inference.model.Model does
-            model: Any = nnx.merge(graphdef, state)
-            return constrain(model.encode(constrain(pixels, BATCH_AXES)[:, None]))
+        def encode(state: Any, pixels: jax.Array) -> jax.Array:
+            return encode_pixels(nnx.merge(graphdef, state), pixels)
 
         with platform.compiling_for("tpu"):
             return jax.jit(with_mesh(encode, self.mesh)).lower(state, pixels)
