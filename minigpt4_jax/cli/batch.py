@@ -145,8 +145,8 @@ def with_visual(rows: Sequence[BatchRow], model: "Model") -> Iterator[BatchRow]:
             reading = {
                 image: pool.submit(read, image) for image in needed - encoded.keys() - pixels.keys()
             }
-            kept = needed.union(*(row.images for row in group))
-            encoded = {image: v for image, v in encoded.items() if image in kept}
+            reused = needed.union(*(row.images for row in group))
+            encoded = {image: v for image, v in encoded.items() if image in reused}
             encoded |= _encode(model, pixels)
             yield from (_add_visual(row, encoded) for row in group)
 

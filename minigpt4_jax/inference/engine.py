@@ -114,8 +114,8 @@ class Engine:
         for progress in run:
             completions[plain[progress.request_index]] = [progress.completion]
         searched = [i for i, r in enumerate(requests) if r.beam_search.num_beams > 1]
-        found = self.search([requests[i] for i in searched], batch_size)
-        for i, best in zip(searched, found, strict=True):
+        results = self.search([requests[i] for i in searched], batch_size)
+        for i, best in zip(searched, results, strict=True):
             completions[i] = best
         return completions
 
@@ -163,8 +163,8 @@ class Engine:
             order = order[len(batch) :]
             best = self._search_batch([requests[i] for i in batch])
             for row, i in enumerate(batch):
-                wanted = requests[i].beam_search.num_return_sequences
-                completions[i] = _completions(best, row)[:wanted]
+                num_answers = requests[i].beam_search.num_return_sequences
+                completions[i] = _completions(best, row)[:num_answers]
         return completions
 
     def _search_batch(self, requests: Sequence[Request]) -> Hypotheses:

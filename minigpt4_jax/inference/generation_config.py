@@ -113,14 +113,14 @@ class GenerationConfig:
     def _check_numbers(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            whole = type(field.default) is int  # not bool
-            if field.name == "seed" or (not whole and type(field.default) is not float):
+            is_integer = type(field.default) is int  # not bool
+            if field.name == "seed" or (not is_integer and type(field.default) is not float):
                 continue
-            number: Any = Integral if whole else Real
+            number: Any = Integral if is_integer else Real
             if not isinstance(value, number):
-                expected = "a whole number" if whole else "a number"
+                expected = "a whole number" if is_integer else "a number"
                 raise UserError(f"{field.name} {value!r}: expected {expected}")
-            if whole and not abs(value) < 1 << 31:
+            if is_integer and not abs(value) < 1 << 31:
                 raise UserError(f"{field.name} {value}: expected less than 2^31")
         if not (self.context is None or isinstance(self.context, Integral)):
             raise UserError(f"context {self.context!r}: expected a number of tokens, or None")

@@ -128,8 +128,8 @@ def make_requests(
 
 def _stop_sequences(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> list[list[int]]:
     """The token sequences that end an answer at any of these texts, without duplicates."""
-    found = [ids for text in stop_texts for ids in stop_sequences(tokenizer, text)]
-    return [ids for n, ids in enumerate(found) if ids not in found[:n]]
+    sequences = [ids for text in stop_texts for ids in stop_sequences(tokenizer, text)]
+    return [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
 
 
 def _tokenize(

@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it returns; the bucket sizes that requests are padded to."""
+"""Requests to the engine and their completions; the bucket sizes that requests are padded to."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

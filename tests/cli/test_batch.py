@@ -85,14 +85,14 @@ def test_every_row_is_answered_as_if_alone(home, model, command, tmp_path):
     out = tmp_path / "out.jsonl"
     code, said, _ = command(*arguments(home, out))
     assert code == 0 and f"{COUNT} rows, 0 of them" in said
-    rows, found = read(home / "rows.jsonl"), read(out)
+    rows, results = read(home / "rows.jsonl"), read(out)
     assert [
-        {k: v for k, v in row.items() if k not in batch_output.OUTPUT_KEYS} for row in found
+        {k: v for k, v in row.items() if k not in batch_output.OUTPUT_KEYS} for row in results
     ] == rows
-    for row in found[:: COUNT // 8]:
+    for row in results[:: COUNT // 8]:
         assert row["response"] == expected(model, home, row)
-    assert {row["finish_reason"] for row in found} <= {"stop", "length"}
-    assert all(1 <= row["tokens"] <= 6 for row in found)
+    assert {row["finish_reason"] for row in results} <= {"stop", "length"}
+    assert all(1 <= row["tokens"] <= 6 for row in results)
 
 
 def test_sampling_depends_only_on_the_row(home, model, command, tmp_path):
@@ -120,14 +120,14 @@ def test_broken_rows_get_an_error(home, command, tmp_path):
     out = tmp_path / "out"
     code, said, _ = command(*arguments(home, out, rows="broken.jsonl"))
     assert code == 0 and "26 rows, 13 of them with an error" in said
-    found = read(out)
-    assert len({row["response"] for row in found[1::2]}) == 1
-    wanted = [
+    results = read(out)
+    assert len({row["response"] for row in results[1::2]}) == 1
+    messages = [
         "not JSON", "expected an object", 'has no "prompt"', "prompt is ''", "prompt is 3", "none.png",
         "half.png", "expected a path", "2 <ImageHere> and 1 images", "not JSON", "context", "rename",
         "half of a character",
     ]  # fmt: skip
-    for row, message in zip(found[::2], wanted, strict=True):
+    for row, message in zip(results[::2], messages, strict=True):
         assert message in row["error"] and (set(row) & {"tokens"}) == set(), row
     assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 26 rows")
 
@@ -141,16 +141,16 @@ def test_default_and_raw_prompts(home, model, command, tmp_path):
     assert code == 0
     images = [home / "1.png", home / "2.png"]
     prompts = ["<ImageHere> is", rows[1]["question"]]
-    found = read(tmp_path / "o")
-    assert [r["response"] for r in found] == model.generate(images, prompts, max_new_tokens=6)
-    assert found[0]["prompt"] == "<ImageHere> is"
+    results = read(tmp_path / "o")
+    assert [r["response"] for r in results] == model.generate(images, prompts, max_new_tokens=6)
+    assert results[0]["prompt"] == "<ImageHere> is"
 
 
 def test_an_interrupted_run_continues_wherever_it_was_cut(home, command, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert command(*arguments(home, whole))[0] == 0
-    data = whole.read_bytes()
-    settings_file = (tmp_path / "whole.settings.json").read_bytes()
+    complete, out = tmp_path / "complete", tmp_path / "out"
+    assert command(*arguments(home, complete))[0] == 0
+    data = complete.read_bytes()
+    settings_file = (tmp_path / "complete.settings.json").read_bytes()
 
     @settings(max_examples=8, deadline=None)
     @given(st.integers(0, len(data)))
@@ -174,8 +174,8 @@ def test_killed_while_it_writes(home, tmp_path):
     child.wait()
     before = (tmp_path / "out").read_bytes()
     subprocess.run(program, check=True, capture_output=True)
-    whole = (tmp_path / "out").read_bytes()
-    assert whole.startswith(before[: before.rfind(b"\n") + 1])
+    complete = (tmp_path / "out").read_bytes()
+    assert complete.startswith(before[: before.rfind(b"\n") + 1])
     assert [row["id"] for row in read(tmp_path / "out")] == list(range(COUNT))
 
 

@@ -111,8 +111,8 @@ def test_commands(home, command, monkeypatch, tmp_path):
     assert len(out.splitlines()) == 6, out
     turns = json.loads(saved.read_text())["turns"]
     a, b = str(home / "a.png"), str(picture)
-    asked = [(t["question"], t["images"]) for t in turns]
-    assert asked == [("one", [a]), ("three", []), ("/four", [b, a])]
+    questions = [(t["question"], t["images"]) for t in turns]
+    assert questions == [("one", [a]), ("three", []), ("/four", [b, a])]
     assert [t["answer"] for t in turns] == [out.splitlines()[i] for i in (0, 2, 3)]
     (last,) = json.loads((tmp_path / "last.json").read_text())["turns"]
     assert (last["question"], last["images"]) == ("five", [b])
@@ -204,9 +204,9 @@ def test_in_a_terminal(home, tmp_path):
 def test_two_images_and_none(home, command):
     model = f"--model={home / 'model'}"
     rest = ["--prompt=what is it", "--temperature=0", "--max_new_tokens=6", "--dtype=float32"]
-    found = [command(model, *[f"--image={home / 'a.png'}"] * n, *rest) for n in range(3)]
-    assert all(code == 0 and out.strip() for code, out, _ in found)
-    assert len({out for _, out, _ in found}) == 3
+    results = [command(model, *[f"--image={home / 'a.png'}"] * n, *rest) for n in range(3)]
+    assert all(code == 0 and out.strip() for code, out, _ in results)
+    assert len({out for _, out, _ in results}) == 3
 
 
 @pytest.mark.smoke
@@ -295,7 +295,7 @@ def answers_with(monkeypatch):
     """answers_with(text): every answer is this text; returns the questions that were asked."""
 
     def replace(text):
-        asked = []
+        questions = []
 
         def stream(self, request, *rest):
             yield text
@@ -305,11 +305,13 @@ def answers_with(monkeypatch):
 
         prepare = Conversation._prepare
         monkeypatch.setattr(
-            Conversation, "_prepare", lambda s, t, *rest: asked.append(t) or prepare(s, t, *rest)
+            Conversation,
+            "_prepare",
+            lambda s, t, *rest: questions.append(t) or prepare(s, t, *rest),
         )
         monkeypatch.setattr(Model, "stream_request", stream)
         monkeypatch.setattr(Model, "answer_requests", answer)
-        return asked
+        return questions
 
     return replace
 
@@ -318,23 +320,23 @@ BOXES = "<p>a cup</p> {<10><20><50><60>}"
 
 
 def test_the_boxes_of_an_answer_are_saved(home, command, answers_with, tmp_path):
-    asked = answers_with(BOXES)
+    questions = answers_with(BOXES)
     out = tmp_path / "boxes.png"
     code, text, err = command(
         *arguments(home, "--task=refer", "--prompt=the cup", f"--save-image={out}")
     )
     assert (code, text, err) == (0, f"{BOXES}\n", f"wrote {out}\n")
-    assert asked == ["[refer] give me the location of the cup"]
+    assert questions == ["[refer] give me the location of the cup"]
     drawn = draw_boxes(home / "a.png", BOXES)
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn))
 
 
 def test_a_task_by_name_needs_no_prompt_where_it_takes_none(home, command, answers_with):
-    asked = answers_with("a cup")
+    questions = answers_with("a cup")
     assert command(*arguments(home, "--task=caption"))[:2] == (0, "a cup\n")
     assert command(*arguments(home, "--task=identify", "--prompt=4,6,20,30"))[0] == 0
     # the image is 40 x 30 pixels
-    assert asked == [caption(), "[identify] what is this {<10><20><50><100>}"]
+    assert questions == [caption(), "[identify] what is this {<10><20><50><100>}"]
 
 
 def test_an_answer_without_boxes_is_printed_and_nothing_is_saved(

@@ -143,11 +143,11 @@ def test_requests_with_and_without_beams_in_one_call():
         Request(p, max_new_tokens=8, beam_search=BeamSearchConfig(n))
         for p, n in zip(prompts(), (3, 1, 3), strict=True)
     ]
-    found = engine().answer(mixed)
+    completions = engine().answer(mixed)
     alone = engine().search(mixed[:1])[0]
-    assert [a.ids for a in found[0]] == [a.ids for a in alone]
-    np.testing.assert_allclose(found[0][0].score, alone[0].score, rtol=1e-5)
-    assert len(found[1]) == 1 and len(found[1][0].ids) == 8
+    assert [a.ids for a in completions[0]] == [a.ids for a in alone]
+    np.testing.assert_allclose(completions[0][0].score, alone[0].score, rtol=1e-5)
+    assert len(completions[1]) == 1 and len(completions[1][0].ids) == 8
 
 
 @pytest.mark.parametrize(

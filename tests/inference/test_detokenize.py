@@ -114,10 +114,10 @@ def test_compat_counts_the_bos_of_the_originals_answers(model):
 
 
 def test_several_answers_of_a_search(model):
-    found = answers(model, num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    assert len(found) == 6
+    texts = answers(model, num_beams=3, num_return_sequences=2, max_new_tokens=8)
+    assert len(texts) == 6
     best = answers(model, num_beams=3, max_new_tokens=8)
-    assert found[::2] == best
+    assert texts[::2] == best
     details = model.generate_details(
         None, PROMPTS, num_beams=3, num_return_sequences=2, max_new_tokens=8
     )

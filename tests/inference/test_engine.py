@@ -137,9 +137,9 @@ def test_limits_and_stop_sequences_of_each_row():
             greedy_requests(), (1, 8, 3, 8), ([], [], [], [[unstopped[3][1]]]), strict=True
         )
     ]
-    found = engine().generate(requests)
-    assert found[:3] == [unstopped[0][:1], unstopped[1], unstopped[2][:3]]
-    assert found[3] == _until(unstopped[3], [[unstopped[3][1]]])
+    ids = engine().generate(requests)
+    assert ids[:3] == [unstopped[0][:1], unstopped[1], unstopped[2][:3]]
+    assert ids[3] == _until(unstopped[3], [[unstopped[3][1]]])
 
 
 def test_the_first_token_can_stop():
@@ -153,10 +153,8 @@ def test_the_first_token_can_stop():
 def test_minimum_length_delays_the_stop():
     unstopped = engine().generate(greedy_requests(1))[0]
     params = SamplingParams(min_new_tokens=4)
-    found = engine().generate(greedy_requests(1, stop_sequences=[[unstopped[0]]], sampling=params))[
-        0
-    ]
-    assert unstopped[0] not in found[:4]
+    ids = engine().generate(greedy_requests(1, stop_sequences=[[unstopped[0]]], sampling=params))[0]
+    assert unstopped[0] not in ids[:4]
 
 
 def test_decoding_in_chunks_gives_the_same_ids():
@@ -196,8 +194,8 @@ def test_slots_of_finished_rows_are_refilled():
     """More requests than slots, with different limits: the ids are those of single requests."""
     requests = [r for n in (1, 6, 3) for r in greedy_requests(max_new_tokens=n)]
     unstopped = engine().generate(greedy_requests())
-    found = engine().generate(requests, batch_size=3)
-    assert found == [ids[:n] for n in (1, 6, 3) for ids in unstopped]
+    ids = engine().generate(requests, batch_size=3)
+    assert ids == [row[:n] for n in (1, 6, 3) for row in unstopped]
 
 
 def test_progress_grows_to_the_final_ids():

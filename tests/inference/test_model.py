@@ -109,19 +109,19 @@ def test_text_only_needs_no_list_of_images(model):
     questions, answers = ["what is red", "and blue"], ["a", "b"]
     nll, _ = model.score(None, questions, answers)
     np.testing.assert_allclose(model.score([None] * 2, questions, answers)[0], nll, rtol=1e-6)
-    found = model.generate(None, questions, max_new_tokens=4)
-    assert found == model.generate([None, None], questions, max_new_tokens=4)
+    answers = model.generate(None, questions, max_new_tokens=4)
+    assert answers == model.generate([None, None], questions, max_new_tokens=4)
 
 
 def test_rows_are_generated_independently(model):
-    found = model.generate(IMAGES[:3], PROMPTS[:3], max_new_tokens=6)
-    assert all(isinstance(text, str) for text in found)
+    answers = model.generate(IMAGES[:3], PROMPTS[:3], max_new_tokens=6)
+    assert all(isinstance(text, str) for text in answers)
     alone = [
         model.generate([image], [prompt], max_new_tokens=6)[0]
         for image, prompt in zip(IMAGES[:3], PROMPTS[:3], strict=True)
     ]
-    assert found == alone
-    assert len(set(found)) == 3 and "" not in found  # otherwise the test would prove nothing
+    assert answers == alone
+    assert len(set(answers)) == 3 and "" not in answers  # otherwise the test would prove nothing
 
 
 def test_template_is_that_of_training(model):
@@ -157,14 +157,14 @@ def test_context_cuts_a_long_prompt_on_the_left(model):
 def test_options_by_name_replace_those_of_a_config(model):
     config = GenerationConfig(max_new_tokens=4, temperature=2.0, top_k=20, seed=1)
     images = [picture(0)] * 2
-    found = model.generate(images, [ASK, ASK], config, seed=[1, 2], batch_size=1)
+    answers = model.generate(images, [ASK, ASK], config, seed=[1, 2], batch_size=1)
     expected = model.generate(
         images, [ASK, ASK], max_new_tokens=4, temperature=2.0, top_k=20, seed=[1, 2]
     )
-    assert found == expected
-    assert found[0] == "".join(model.stream(picture(0), ASK, config))
+    assert answers == expected
+    assert answers[0] == "".join(model.stream(picture(0), ASK, config))
     (details,) = model.generate_details([picture(0)], [ASK], config)
-    assert details[0].text == found[0] and len(details[0].ids) <= 4
+    assert details[0].text == answers[0] and len(details[0].ids) <= 4
     talk = model.conversation()
     assert talk.ask("what", picture(0), config) == model.conversation().ask(
         "what", picture(0), max_new_tokens=4, temperature=2.0, top_k=20, seed=1
@@ -308,10 +308,10 @@ def test_documents_that_do_not_fit_the_files(copy):
 
 def test_missing_files(copy):
     projection = copy / "projection-00001.safetensors"
-    whole = projection.read_bytes()
+    data = projection.read_bytes()
     projection.unlink()
     message = refused(minigpt4_jax.load, copy)
     assert str(copy) in message and "projection.weight: missing" in message
     shutil.rmtree(copy / "tokenizer")
-    projection.write_bytes(whole)
+    projection.write_bytes(data)
     assert "has no tokenizer/" in refused(minigpt4_jax.load, copy)

@@ -65,8 +65,8 @@ def test_prior_token_is_penalized():
     )
     stages = required_stages([SamplingParams(repetition_penalty=2.0)], 4)
     none = jnp.full((2, 3), -1)
-    found = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), params, stages)
-    assert found.tolist() == [1, 2]
+    tokens = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), params, stages)
+    assert tokens.tolist() == [1, 2]
 
 
 def test_top_k_does_not_depend_on_the_number_of_candidates():
@@ -80,9 +80,9 @@ def test_top_k_does_not_depend_on_the_number_of_candidates():
 
 def test_a_tiny_top_p_keeps_the_most_likely_token():
     logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
-    kept = np.isfinite(filtered(logits, rows(2, temperature=1.0, top_p=1e-6)))
-    np.testing.assert_array_equal(kept.argmax(1), logits.argmax(1))
-    assert kept.sum() == 2
+    allowed = np.isfinite(filtered(logits, rows(2, temperature=1.0, top_p=1e-6)))
+    np.testing.assert_array_equal(allowed.argmax(1), logits.argmax(1))
+    assert allowed.sum() == 2
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
@@ -92,9 +92,9 @@ def test_min_p_is_relative_to_the_most_likely_token(top_p):
     scores = filtered(logits, rows(3, temperature=0.8, top_p=top_p))
     probs = np.exp(scores - scores.max(1, keepdims=True))
     probs /= probs.sum(1, keepdims=True)
-    wanted = np.where(probs < 0.2 * probs.max(1, keepdims=True), -np.inf, scores)
+    expected = np.where(probs < 0.2 * probs.max(1, keepdims=True), -np.inf, scores)
     ours = filtered(logits, rows(3, temperature=0.8, top_p=top_p, min_p=0.2))
-    np.testing.assert_array_equal(ours, wanted)
+    np.testing.assert_array_equal(ours, expected)
     assert 3 < np.isfinite(ours).sum() < np.isfinite(scores).sum()
     alone = np.isfinite(filtered(logits, rows(3, temperature=1.0, min_p=1.0)))
     np.testing.assert_array_equal(alone.argmax(1), logits.argmax(1))
