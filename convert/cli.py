@@ -10,6 +10,7 @@ from typing import NoReturn, TypeAlias
 from minigpt4_jax import errors
 from minigpt4_jax.config import QUANTIZATIONS, VARIANTS
 from minigpt4_jax.errors import Parser
+from minigpt4_jax.storage.hub import input_path
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -46,22 +47,23 @@ def _add_build(commands: Commands) -> None:
     )
     b.add_argument("--variant", default=VARIANTS[0], metavar="NAME",
                    help=f"the architecture: {', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
-    b.add_argument("--llm", type=Path, required=True, metavar="PATH",
-                   help="language model: a Hugging Face directory or a .gguf file")  # fmt: skip
+    b.add_argument("--llm", type=input_path, required=True, metavar="PATH",
+                   help="language model: a Hugging Face directory, a .gguf file, or a Hugging Face id, see "
+                   "below")  # fmt: skip
     b.add_argument("--out", type=Path, required=True, metavar="DIR",
                    help="the model directory to write; must not exist")  # fmt: skip
-    b.add_argument("--vision", type=Path, metavar="PATH",
+    b.add_argument("--vision", type=input_path, metavar="PATH",
                    help="vision encoder: eva_vit_g.pth, or a .safetensors file or model directory of "
                    "this project (default: the packaged demonstration encoder)")  # fmt: skip
-    b.add_argument("--qformer", type=Path, metavar="PATH",
+    b.add_argument("--qformer", type=input_path, metavar="PATH",
                    help="Q-Former: blip2_pretrained_flant5xxl.pth, or a file or directory as for "
                    "--vision")  # fmt: skip
-    b.add_argument("--checkpoint", type=Path, metavar="PATH",
+    b.add_argument("--checkpoint", type=input_path, metavar="PATH",
                    help="fine-tuned MiniGPT-4 or MiniGPT-v2 checkpoint (default: none; the projection "
                    "is initialized at random and must be trained)")  # fmt: skip
-    b.add_argument("--llm-delta", type=Path, metavar="DIR",
+    b.add_argument("--llm-delta", type=input_path, metavar="DIR",
                    help="Vicuna delta weights, added to the LLaMA weights of --llm")  # fmt: skip
-    b.add_argument("--tokenizer", type=Path, metavar="DIR",
+    b.add_argument("--tokenizer", type=input_path, metavar="DIR",
                    help="directory with tokenizer files (default: those of --llm)")  # fmt: skip
     b.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
                    help="override a value of the model's configuration, see below; repeatable")  # fmt: skip
@@ -93,7 +95,10 @@ and qformer.heads for encoders whose width is not that of the released ones.
 values (4-bit types take 4 bits a weight, the others 8); matrices of other types are rounded to int8.
 
 Without --vision the packaged demonstration encoder is used; it only recognizes drawn shapes.
-A language model with its own chat format (ChatML, Llama 3, Mistral) is prompted in that format."""
+A language model with its own chat format (ChatML, Llama 3, Mistral) is prompted in that format.
+Inputs may be Hugging Face ids: ORG/NAME or ORG/NAME@REVISION for --llm, --llm-delta and --tokenizer,
+  ORG/NAME:Q4_K_M or ORG/NAME/FILE for one file. What exists as a local path is preferred; hf://ORG/NAME is
+  always an id. Only the needed files are downloaded, into the cache of huggingface_hub (HF_HOME)."""
 
 
 def _add_export(commands: Commands) -> None:
@@ -103,7 +108,7 @@ def _add_export(commands: Commands) -> None:
         description="Writes the trained weights (projection, LoRA and whatever else was trained) as "
         "a .pth file that the original implementation loads.",
     )
-    e.add_argument("--model", type=Path, required=True, metavar="DIR",
+    e.add_argument("--model", type=input_path, required=True, metavar="DIR",
                    help="model directory, also one that training wrote")  # fmt: skip
     e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
 
@@ -115,7 +120,7 @@ def _add_merge(commands: Commands) -> None:
         description="Adds LoRA to the weights it adapts: writes a model without LoRA that computes the "
         "same.",
     )
-    m.add_argument("--model", type=Path, required=True, metavar="DIR",
+    m.add_argument("--model", type=input_path, required=True, metavar="DIR",
                    help="model directory with LoRA")  # fmt: skip
     _add_output(m)
 
@@ -127,9 +132,9 @@ def _add_unmerge(commands: Commands) -> None:
         description="Subtracts merged LoRA from the weights again: writes a model with LoRA that "
         "computes the same.",
     )
-    u.add_argument("--model", type=Path, required=True, metavar="DIR",
+    u.add_argument("--model", type=input_path, required=True, metavar="DIR",
                    help="model directory that `merge` wrote")  # fmt: skip
-    u.add_argument("--lora", type=Path, required=True, metavar="DIR",
+    u.add_argument("--lora", type=input_path, required=True, metavar="DIR",
                    help="the model directory with LoRA that was merged")  # fmt: skip
     _add_output(u)
 
@@ -149,7 +154,7 @@ def _add_inspect(commands: Commands) -> None:
         description="Prints what a model directory contains: parameters, dtypes and bytes of each "
         "part, the configuration, and the files it was made from.",
     )
-    i.add_argument("model", type=Path, metavar="DIR", help="model directory")
+    i.add_argument("model", type=input_path, metavar="DIR", help="model directory")
     i.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -32,7 +32,12 @@ GENERATION_OPTIONS = {
 def make_parser(command: str, description: str) -> Parser:
     """A parser with --model and how to load it."""
     p = Parser(prog=f"python -m minigpt4_jax.{command}", description=description)
-    p.add_argument("--model", required=True, metavar="DIR", help="model directory")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="model directory, or its Hugging Face id: ORG/NAME or ORG/NAME@REVISION",
+    )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the large matrices")
     p.add_argument("--quantize", choices=("int8", "int4"), help="quantize them while loading")
     p.add_argument("--kv-cache", choices=("int8",), help="store keys and values in 8 bits")

@@ -48,6 +48,8 @@ def load(
     """Load a model directory (written by `python -m convert build` or by training).
 
     Args:
+        model_dir: a local path, gs://..., or the id of a model directory on the Hugging Face hub, such
+            as "org/name" or "org/name@revision", which is downloaded into huggingface_hub's cache.
         dtype: "float32" or "bfloat16" for the large matrices. By default bfloat16, except on a CPU
             with enough memory for the model in float32.
         quantize: "int8" or "int4" quantizes the matrices of the language model and the vision encoder

@@ -82,6 +82,12 @@ def parse_hub_id(path: Path | str) -> HubId | None:
     return HubId(**match.groupdict())
 
 
+def input_path(text: str) -> Path:
+    """A path of the command line. pathlib drops the ./ of ./ORG/NAME, which tells it from an id."""
+    path = Path(text)
+    return path.absolute() if text.startswith("./") and not path.exists() else path
+
+
 # --- what the commands open ---------------------------------------------------------------------
 
 

@@ -73,7 +73,9 @@ def test_a_gguf_file_by_its_type(hub, files, command, tmp_path):
     assert llm["hub"] == f"hf://org/gguf@{commit}/m-F32.gguf"
 
 
-@pytest.mark.parametrize("path", ["./x", "../x", "/nowhere/x", "x.gguf", "weights/x.gguf", "x"])
+@pytest.mark.parametrize(
+    "path", ["./x", "./org/x", "../x", "/nowhere/x", "x.gguf", "weights/x.gguf", "x"]
+)
 def test_a_path_that_does_not_exist_is_not_asked_for_on_the_hub(hub, files, refused, path):
     line = refused(*files.arguments("minigpt4-vicuna", llm=path))
     assert "does not exist, and is not a Hugging Face model id (ORG/NAME" in line

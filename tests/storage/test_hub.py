@@ -3,6 +3,7 @@
 import errno
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from helpers import tiny
@@ -19,6 +20,7 @@ from minigpt4_jax.storage.hub import (
     fetch_language_model,
     fetch_model_directory,
     fetch_tokenizer,
+    input_path,
     parse_hub_id,
     source_record,
     source_uri,
@@ -116,6 +118,14 @@ def test_local_paths_are_preferred(tmp_path, monkeypatch):
     (tmp_path / "org/name").mkdir(parents=True)
     assert parse_hub_id("org/name") is None
     assert parse_hub_id("hf://org/name") == HubId("org/name")
+
+
+def test_a_dot_keeps_a_missing_path_from_being_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_hub_id(input_path("./org/name")) is None
+    assert parse_hub_id(input_path("org/name")) == HubId("org/name")
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert input_path("./org/name") == Path("org/name")
 
 
 def test_a_malformed_uri_is_refused():
