@@ -96,9 +96,10 @@ values (4-bit types take 4 bits a weight, the others 8); matrices of other types
 
 Without --vision the packaged demonstration encoder is used; it only recognizes drawn shapes.
 A language model with its own chat format (ChatML, Llama 3, Mistral) is prompted in that format.
+
 Inputs may be Hugging Face ids: ORG/NAME or ORG/NAME@REVISION for --llm, --llm-delta and --tokenizer,
-  ORG/NAME:Q4_K_M or ORG/NAME/FILE for one file. What exists as a local path is preferred; hf://ORG/NAME is
-  always an id. Only the needed files are downloaded, into the cache of huggingface_hub (HF_HOME)."""
+ORG/NAME:Q4_K_M or ORG/NAME/FILE for one file. What exists as a local path is preferred; hf://ORG/NAME is
+always an id. Only the needed files are downloaded, into the cache of huggingface_hub (HF_HOME)."""
 
 
 def _add_export(commands: Commands) -> None:
