@@ -117,7 +117,7 @@ class SentencePieceTokenizer:
             PAD_PIECE
         )  # unk if there is no such piece, as originally
         self._special = {self._model.id_to_piece(i): i for i in (bos, eos, unk) if i >= 0}
-        self._added = _read_added_tokens(directory / "added_tokens.json", self._model)
+        self._added = _read_added_tokens(directory, pieces)
         self._added_by_id = {i: token for token, i in self._added.items()}
         self.vocab_size = max([pieces, *(i + 1 for i in self._added.values())])
         self._keep_space = _tokens_that_keep_space(directory / "special_tokens_map.json")
@@ -251,13 +251,32 @@ class HfTokenizer:
             ) from None
 
 
-def _read_added_tokens(path: Path, model: Any) -> dict[str, int]:
-    """Tokens beyond the sentencepiece model, such as Vicuna v0's [PAD] = 32000."""
-    added = _read_json_object(path)
+def _read_added_tokens(directory: Path, pieces: int) -> dict[str, int]:
+    """Tokens beyond the sentencepiece model's pieces, such as Vicuna v0's [PAD] = 32000.
+
+    They are listed in added_tokens.json, tokenizer_config.json or tokenizer.json, in some directories in one
+    of them only.
+    """
+    path = directory / "added_tokens.json"
+    added: dict[Any, Any] = dict(_read_json_object(path))
     for token, i in added.items():
         if not token or type(i) is not int or i < 0:
             raise UserError(f"tokenizer: {path}: {token!r}: {i!r} is not a token with its id")
-    return {token: i for token, i in added.items() if i >= model.get_piece_size()}
+    by_id = _read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    if isinstance(by_id, dict):
+        for i, token in by_id.items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if str(i).isdigit():
+                added.setdefault(content, int(i))
+    entries = _read_json_object(directory / "tokenizer.json").get("added_tokens")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict):
+            added.setdefault(entry.get("content"), entry.get("id"))
+    return {
+        token: i
+        for token, i in added.items()
+        if isinstance(token, str) and token and type(i) is int and i >= pieces
+    }
 
 
 def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
