@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert.chat_format import string_format, tokenizer_format, wants_tokenizer_template
 from convert.formats.gguf_blocks import BLOCK_FORMATS, kept_formats
 from convert.infer_config import lora_config, qformer_config, vision_config
 from convert.key_mapping import BLIP2, EVA, FINE_TUNED, NATIVE
 from convert.language_model import LanguageModelFiles, drop_added_tokens, open_llm
-from convert.overrides import Variant, apply_settings, chat_format, parse_settings, variant_named
+from convert.overrides import Variant, apply_settings, parse_settings, variant_named
 from convert.sources import (
     BuildInputs,
     MappedCheckpoint,
@@ -77,8 +78,9 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     notes: list[str] = []
     language = open_llm(request.llm, request.llm_delta, request.tokenizer)
     inputs = _open_inputs(request, variant, language, notes)
-    tokenizer, tokens = _read_tokenizer(language)
-    values = _config_values(request.variant, variant, inputs, language, tokenizer, settings)
+    tokenizer, tokens, chat = _read_tokenizer(language, variant, settings, notes)
+    values = _config_values(request.variant, variant, inputs, language, settings)
+    values |= {"tokenizer": asdict(tokenizer), **chat}
     for name in apply_settings(values, settings):
         notes.append(f"--set {name} is not used: {request.variant} has no such part")
     config = ModelConfig.from_dict(values).check()
@@ -87,7 +89,7 @@ def make_plan(request: BuildRequest) -> BuildPlan:
             notes.append(
                 f"added tokens {', '.join(dropped)} left out: the model has no embedding for them"
             )
-        _, tokens = _read_tokenizer(language)
+        _, tokens, _ = _read_tokenizer(language, variant, settings, [])
     check_vocabulary(config, inputs, tokens)
     check_fine_tuned(config, inputs)
     sources = _assign_sources(config, inputs, notes)
@@ -170,12 +172,18 @@ def _open_inputs(
     return BuildInputs(vision, qformer, llm_checkpoint(language), checkpoint)
 
 
-def _read_tokenizer(language: LanguageModelFiles) -> tuple[TokenizerConfig, int]:
-    """(special ids, number of tokens). Loads the tokenizer, which also checks that it works."""
-    from minigpt4_jax.processing.tokenizer import load_tokenizer
+def _read_tokenizer(
+    language: LanguageModelFiles, variant: Variant, settings: dict[str, Any], notes: list[str]
+) -> tuple[TokenizerConfig, int, dict[str, str]]:
+    """(special ids, number of tokens, ModelConfig fields of the prompt format).
+
+    Loads the tokenizer, which also checks that it works.
+    """
+    from minigpt4_jax.processing.tokenizer import HfTokenizer, load_tokenizer
 
     llama = language.config.get("model_type") == "llama"
-    legacy = llama or "tokenizer.json" not in language.tokenizer
+    original = llama or "tokenizer.json" not in language.tokenizer
+    own = wants_tokenizer_template(variant, language.chat_template(), settings)
     with tempfile.TemporaryDirectory() as tmp:
         for name, content in language.tokenizer.items():
             if isinstance(content, bytes):
@@ -183,10 +191,37 @@ def _read_tokenizer(language: LanguageModelFiles) -> tuple[TokenizerConfig, int]
             else:
                 shutil.copyfile(content, Path(tmp) / name)
         try:
-            t = load_tokenizer(Path(tmp), None if legacy else "hf")
+            if own or not original or language.other_eos():
+                tokenizer = load_tokenizer(Path(tmp), "hf")
+            else:
+                tokenizer = load_tokenizer(Path(tmp))
         except UserError as e:
             raise UserError(str(e).replace(tmp, language.tokenizer_origin)) from e
-        return TokenizerConfig(t.kind, t.bos_id, t.eos_id, t.pad_id), t.vocab_size
+        chat = string_format(variant, settings)
+        if own and isinstance(tokenizer, HfTokenizer):
+            try:
+                chat = tokenizer_format(tokenizer)
+                notes.append(
+                    "prompts are rendered by the language model's own chat template: "
+                    f"{chat['prompt_template']!r}"
+                )
+            except UserError as e:
+                if "chat_template" in settings:
+                    raise UserError(f"--set chat_template={settings['chat_template']}: {e}") from e
+                notes.append(
+                    f"the chat template of {language.tokenizer_origin} cannot be used ({e}); "
+                    f"prompts have the format {chat['chat_template']}: {chat['prompt_template']!r}"
+                )
+                own = False
+        elif not original and "chat_template" not in settings and "prompt_template" not in settings:
+            notes.append(
+                f"{language.tokenizer_origin} has no chat template of its own; prompts have the format "
+                f"{chat['chat_template']}: {chat['prompt_template']!r}"
+            )
+        config = TokenizerConfig(
+            tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, own
+        )
+        return config, tokenizer.vocab_size, chat
 
 
 def _config_values(
@@ -194,7 +229,6 @@ def _config_values(
     variant: Variant,
     inputs: BuildInputs,
     language: LanguageModelFiles,
-    tokenizer: TokenizerConfig,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """ModelConfig fields, from the variant, the tensor shapes and the language model's config."""
@@ -217,14 +251,8 @@ def _config_values(
         "llm": asdict(LlmConfig.from_hf(language.config)),
         "lora": _lora_values(variant, inputs.checkpoint, settings),
         "merge_patches": variant.merge_patches,
-        "prompt_template": variant.prompt_template,
-        "chat_template": variant.chat_template,
-        "end_symbol": variant.end_symbol,
         "max_text_length": variant.max_text_length,
-        "tokenizer": asdict(tokenizer),
     }
-    if tokenizer.kind == "hf":  # not LLaMA 1/2 or Vicuna: prompted in its own chat format
-        values |= chat_format(language.chat_template())
     return values
 
 

@@ -52,6 +52,17 @@ class LanguageModelFiles:
             template = named.get("default")
         return template if isinstance(template, str) else ""
 
+    def other_eos(self) -> bool:
+        """Whether tokenizer_config.json names another EOS token than LLaMA's `</s>`."""
+        if "tokenizer_config.json" not in self.tokenizer:
+            return False
+        try:
+            eos = json.loads(_text(self.tokenizer["tokenizer_config.json"])).get("eos_token")
+        except (ValueError, AttributeError):
+            return False
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        return isinstance(eos, str) and eos != "</s>"
+
 
 def _text(content: Path | bytes) -> str:
     return (content if isinstance(content, bytes) else content.read_bytes()).decode(

@@ -48,38 +48,9 @@ def variant_named(name: str) -> Variant:
     return _VARIANTS[name]
 
 
-_LLAMA3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
-# (text in a language model's Jinja template, chat_template, prompt_template, end_symbol)
-_CHAT_FORMATS = (
-    (
-        "<|im_start|>",
-        "chatml",
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>",
-    ),
-    (
-        "<|start_header_id|>",
-        "llama3",
-        _LLAMA3_ROLE.format("user") + "{}<|eot_id|>" + _LLAMA3_ROLE.format("assistant"),
-        "<|eot_id|>",
-    ),
-    ("[INST]", "mistral", "[INST] {} [/INST]", "</s>"),
-)
-
-
-def chat_format(template: str) -> dict[str, str]:
-    """ModelConfig fields for a language model with this Jinja chat template; {} if it is unknown.
-
-    Not for Llama 2 (its template has <<SYS>>): the variants' own prompts are in its format.
-    """
-    for marker, chat_template, prompt_template, end_symbol in _CHAT_FORMATS:
-        if marker in template and "<<SYS>>" not in template:
-            return {
-                "chat_template": chat_template,
-                "prompt_template": prompt_template,
-                "end_symbol": end_symbol,
-            }
-    return {}
+def variant_with_chat_template(name: str) -> Variant | None:
+    """The variant whose released weights were trained with a chat template; None for other templates."""
+    return next((v for v in _VARIANTS.values() if v.chat_template == name), None)
 
 
 # --- --set ----------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ class TokenizerConfig:
     bos_id: int | None = 1
     eos_id: int = 2
     pad_id: int = 0
+    chat_template: bool = False  # prompts are rendered by the tokenizer's own chat template
 
 
 @dataclass(frozen=True)

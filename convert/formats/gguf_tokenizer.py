@@ -24,12 +24,13 @@ def tokenizer_files(source: Gguf) -> dict[str, bytes]:
     token_types = source.field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if model == "gpt2":
         files = {"tokenizer.json": _byte_level(source, tokens, token_types).encode()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     elif model == "llama":
         scores = source.field("tokenizer.ggml.scores") or [0.0] * len(tokens)
         prefix = source.field("tokenizer.ggml.add_space_prefix", True)
         files = {"tokenizer.model": sentencepiece_model(tokens, scores, token_types, bool(prefix))}
-        config = {"tokenizer_class": "LlamaTokenizer"}
+        # legacy: a space before the text behind a special token, as in most directories of this family
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
     else:
         raise UserError(
             f"{source.path}: tokenizer {model!r} is not supported: give --tokenizer=DIR"

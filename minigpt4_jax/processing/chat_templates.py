@@ -25,8 +25,7 @@ STAGE2_PROMPTS = (
     f"{IMAGE_SLOT} Could you describe the contents of this image for me?",
 )
 
-# config.chat_template of a model that uses its tokenizer's own template
-TOKENIZER_TEMPLATE = "tokenizer"
+TOKENIZER_TEMPLATE = "tokenizer"  # the name of the tokenizer's own template
 
 _MARK = re.compile("\ue000[0-9]+\ue001")
 
@@ -135,6 +134,7 @@ class TokenizerChatTemplate:
 
     def __init__(self, tokenizer: HfTokenizer):
         self._tokenizer = tokenizer
+        self.bos = tokenizer.bos
 
     @cached_property
     def end_symbol(self) -> str:
@@ -190,6 +190,25 @@ class TokenizerChatTemplate:
         return text.strip()
 
 
+def known_format(template: TokenizerChatTemplate) -> str:
+    """The name in CHAT_TEMPLATES of the format that a tokenizer's template renders, or "tokenizer"."""
+    probes: tuple[tuple[str | None, list[Turn]], ...] = (
+        (None, [("Q", None)]), (None, [("Q", "A"), ("R", None)]), ("S", [("Q", "A"), ("R", None)])
+    )  # fmt: skip
+    for name in ("chatml", "llama3", "mistral"):
+        known = CHAT_TEMPLATES[name]
+        try:
+            if all(
+                template.render(turns, system=system).removeprefix(template.bos)
+                == known.render(turns, system=system)
+                for system, turns in probes
+            ):
+                return name
+        except UserError:
+            continue
+    return TOKENIZER_TEMPLATE
+
+
 def messages_of(turns: Sequence[Turn], system: str | None = None) -> list[dict[str, Any]]:
     """A dialogue as messages with `role` and `content`, as chat templates take them."""
     messages = [{"role": "system", "content": system}] if system else []
@@ -241,7 +260,7 @@ _TRAINING = "training"
 def chat_format(
     config: ModelConfig, tokenizer: Tokenizer, name: str | ChatTemplate | None = None
 ) -> ChatFormat:
-    """The chat format that a name stands for, by default the model's own (config.chat_template).
+    """The chat format that a name stands for, by default the model's own.
 
     name: one of CHAT_TEMPLATES; "tokenizer", the tokenizer's own Jinja template; "training", the format
     that the model was trained with (config.prompt_template and the end symbol, no system message); or a
@@ -249,7 +268,7 @@ def chat_format(
     without `{}`.
     """
     if name is None:
-        name = config.chat_template
+        name = TOKENIZER_TEMPLATE if config.tokenizer.chat_template else config.chat_template
     if isinstance(name, ChatTemplate):
         for role in ("user", "assistant"):
             if "{}" not in getattr(name, role):

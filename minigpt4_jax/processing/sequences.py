@@ -17,7 +17,6 @@ from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import (
     IMAGE_TAG,
-    TOKENIZER_TEMPLATE,
     TokenizerChatTemplate,
     chat_format,
     fill_template,
@@ -44,7 +43,7 @@ def training_prompt(tokenizer: Tokenizer, config: ModelConfig, question: str) ->
 
     question: with an `<ImageHere>` for each image. UserError: the tokenizer's template refuses it.
     """
-    if config.chat_template == TOKENIZER_TEMPLATE:
+    if config.tokenizer.chat_template:
         return chat_format(config, tokenizer).render([(question, None)])
     return fill_template(config.prompt_template, question)
 
@@ -84,7 +83,7 @@ def build_conversation_row(
             f"conversation: {len(questions)} questions and {len(answers)} answers; "
             "expected the same number of both, at least one"
         )
-    if config.chat_template == TOKENIZER_TEMPLATE:
+    if config.tokenizer.chat_template:
         return _rendered_row(tokenizer, config, list(zip(questions, answers, strict=True)), images)
     prompts = [fill_template(config.prompt_template, question) for question in questions]
     in_first = prompts[0].count(IMAGE_TAG)
@@ -193,7 +192,7 @@ def _locate(text: str, answer: str, end: str, start: int) -> tuple[int, int]:
 
 def _adds_bos(tokenizer: Tokenizer, config: ModelConfig, *, rendered: bool) -> bool:
     """Whether BOS goes before a text. rendered: the text comes from a chat template."""
-    if config.chat_template == TOKENIZER_TEMPLATE and isinstance(tokenizer, HfTokenizer):
+    if config.tokenizer.chat_template and isinstance(tokenizer, HfTokenizer):
         return not rendered and tokenizer.adds_bos
     return True
 

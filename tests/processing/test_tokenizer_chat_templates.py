@@ -9,7 +9,7 @@ from helpers.chat_families import DIALOGUES, FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig
+from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, TokenizerChatTemplate, chat_format
 from minigpt4_jax.processing.sequences import (
@@ -22,7 +22,9 @@ from minigpt4_jax.processing.tokenizer import HfTokenizer
 
 WITH_SENTENCEPIECE = ("llama2", "mistral v1", "zephyr", "qwen2")
 CONFIG = ModelConfig(
-    qformer=QFormerConfig(queries=3), chat_template="tokenizer", max_text_length=1000
+    qformer=QFormerConfig(queries=3),
+    tokenizer=TokenizerConfig("hf", chat_template=True),
+    max_text_length=1000,
 )
 
 
