@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp writes them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,41 @@ def pieces():
     return [m.id_to_piece(i) for i in ids], [m.get_score(i) for i in ids], kinds
 
 
+def add_directory_tokenizer(w, folder: Path) -> None:
+    """The tokenizer of a Hugging Face directory, as llama.cpp's conversion script stores it."""
+    from transformers import AutoTokenizer
+
+    t = AutoTokenizer.from_pretrained(str(folder))
+    special = {i for i, token in t.added_tokens_decoder.items() if token.special}
+    if (folder / "tokenizer.model").is_file():
+        tokens, scores, kinds = pieces()
+        added = [t.convert_ids_to_tokens(i) for i in range(len(tokens), len(t))]
+        w.add_tokenizer_model("llama")
+        w.add_token_list(tokens + added)
+        w.add_token_scores(scores + [0.0] * len(added))
+        w.add_token_types(kinds + [3] * len(added))
+    else:
+        tokens = t.convert_ids_to_tokens(range(len(t)))
+        merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("gpt-2")
+        w.add_token_list(tokens)
+        w.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
+        w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    if t.bos_token_id is not None:
+        w.add_bos_token_id(t.bos_token_id)
+    w.add_eos_token_id(t.eos_token_id)
+    w.add_add_bos_token(t.encode("a")[:1] == [t.bos_token_id])
+    if t.chat_template:
+        w.add_chat_template(t.chat_template)
+
+
 def write_gguf(
-    path: Path, config: dict, state: dict, arch="llama", quantize=None, extra=None, drop=()
-):
+    path: Path, config: dict, state: dict, arch="llama", quantize=None, extra=None, drop=(),
+    tokenizer: Path | None = None,
+):  # fmt: skip
     """What llama.cpp's conversion script makes of a Hugging Face model. quantize: a type, or a
-    function of a tensor's name."""
+    function of a tensor's name. tokenizer: a directory, instead of the small sentencepiece model."""
     w = gguf.GGUFWriter(path, arch)
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     w.add_block_count(config["num_hidden_layers"])
@@ -54,7 +85,9 @@ def write_gguf(
     w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_freq_base(config.get("rope_theta", 10000.0))
     tokens, scores, kinds = pieces()
-    if "tokenizer" not in drop:
+    if tokenizer is not None:
+        add_directory_tokenizer(w, tokenizer)
+    elif "tokenizer" not in drop:
         w.add_tokenizer_model("llama")
         w.add_token_list(tokens)
         w.add_token_scores(scores)

@@ -127,12 +127,13 @@ def save_pth(path: Path, state: State) -> Path:
     return path
 
 
-def save_hf(folder: Path, config: dict, state: State, tokenizer: bool = True) -> Path:
+def save_hf(folder: Path, config: dict, state: State, tokenizer: bool | Path = True) -> Path:
+    """A Hugging Face directory. tokenizer: the small LLaMA one, none, or that of a directory."""
     folder.mkdir()
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     if tokenizer:
-        for path in TOKENIZER.iterdir():
+        for path in (TOKENIZER if tokenizer is True else tokenizer).iterdir():
             shutil.copyfile(path, folder / path.name)
     return folder
 

@@ -1,0 +1,147 @@
+"""A converted model's prompts are those of its language model's own chat template, from any file format."""
+
+import json
+
+import pytest
+from helpers import chat_families
+from helpers.chat_families import DIALOGUES, FAMILIES
+from helpers.gguf_files import write_gguf
+from helpers.paths import TOKENIZER
+from helpers.released_files import llm_config, llm_state, save_hf
+
+from convert.build import build
+from convert.build_plan import BuildRequest
+from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
+from minigpt4_jax.processing.chat_templates import chat_format
+from minigpt4_jax.processing.sequences import build_conversation_row, prompt_tokens
+from minigpt4_jax.processing.tokenizer import load_tokenizer
+
+SENTENCEPIECE = ("zephyr", "qwen2", "mistral v1")
+
+
+def language_model(folder, tokenizer, vocab, model_type):
+    """A Hugging Face directory and a GGUF file of the same language model."""
+    config = llm_config(vocab_size=vocab, model_type=model_type)
+    state = llm_state(config)
+    save_hf(folder / "hf", config, state, tokenizer)
+    return folder / "hf", write_gguf(
+        folder / "model.gguf", config, state, arch=model_type, tokenizer=tokenizer
+    )
+
+
+def converted(llm, out, *settings, variant="minigpt4-vicuna"):
+    plan = build(BuildRequest(variant, llm, out, settings=list(settings)))
+    config = read_config(out)
+    return config, load_tokenizer(tokenizer_dir(out), config.tokenizer.kind), plan.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "bpe") for name in FAMILIES), *((name, "sentencepiece") for name in SENTENCEPIECE)],
+)
+def test_prompts_are_those_of_transformers_from_a_directory_and_from_gguf(tmp_path, name, kind):
+    from transformers import AutoTokenizer
+
+    family = FAMILIES[name]
+    write = {
+        "bpe": chat_families.write_tokenizer,
+        "sentencepiece": chat_families.write_sentencepiece_tokenizer,
+    }[kind]
+    folder = write(tmp_path / "tokenizer", family)
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    files = language_model(tmp_path, folder, len(theirs), "llama")
+    for llm in files:
+        config, ours, notes = converted(llm, tmp_path / f"from {llm.name}")
+        assert any("own chat template" in note for note in notes), notes
+        assert config.tokenizer.chat_template and config.end_symbol == family.end_symbol
+        assert (config.tokenizer.bos_id, config.tokenizer.eos_id) == (
+            theirs.bos_token_id, theirs.eos_token_id,
+        )  # fmt: skip
+        template = chat_format(config, ours)
+        for system, turns in DIALOGUES.values():
+            if system and not family.takes_system:
+                continue
+            text = theirs.apply_chat_template(
+                chat_families.messages(system, turns), tokenize=False, add_generation_prompt=True
+            )
+            assert template.render(turns, system=system) == text
+            if "<ImageHere>" not in text:
+                ids = prompt_tokens(ours, config, text, images=0, rendered=True)
+                assert ids == theirs.encode(text, add_special_tokens=False)
+        row = build_conversation_row(ours, config, ["Hi"], ["A cat"], images=0)
+        text = theirs.apply_chat_template(
+            chat_families.messages(None, [("Hi", "A cat")]), tokenize=False
+        )
+        if name != "deepseek r1":  # whose generation prompt has more than its history
+            ids = theirs.encode(text, add_special_tokens=False)
+            assert row.tokens == ids[: len(row.tokens)]
+        bare = prompt_tokens(ours, config, "A cat", images=0)
+        assert bare == theirs.encode("A cat")
+
+
+def test_released_variants_keep_their_formats(tmp_path):
+    """Llama 2's and Vicuna's own templates do not replace the formats that the variants were trained with."""
+    llama2 = chat_families.write_sentencepiece_tokenizer(tmp_path / "t", FAMILIES["llama2"])
+    llm, _ = language_model(tmp_path, llama2, 785, "llama")
+    config, tokenizer, _ = converted(llm, tmp_path / "llama2", variant="minigpt4-llama2")
+    assert (config.chat_template, config.prompt_template) == ("llama2", "[INST] {} [/INST] ")
+    assert tokenizer.kind == "sentencepiece" and not config.tokenizer.chat_template
+    vicuna = FAMILIES["llama2"]._replace(
+        template="{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+        "{{ m.content + ' ' }}{% endfor %}"
+    )
+    (tmp_path / "v").mkdir()
+    folder = chat_families.write_sentencepiece_tokenizer(tmp_path / "v" / "t", vicuna)
+    llm, _ = language_model(tmp_path / "v", folder, 785, "llama")
+    config, _, _ = converted(llm, tmp_path / "vicuna")
+    assert (config.chat_template, config.end_symbol) == ("vicuna0", "###")
+
+
+def test_set_chooses_another_format(tmp_path):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["smollm2"])
+    llm, _ = language_model(tmp_path, folder, 400, "llama")
+    config, _, _ = converted(llm, tmp_path / "a", "chat_template=chatml")
+    assert not config.tokenizer.chat_template
+    assert config.prompt_template == "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert config.end_symbol == "<|im_end|>"
+    config, _, _ = converted(llm, tmp_path / "b", "chat_template=vicuna0")
+    assert (config.prompt_template, config.end_symbol) == ("###Human: {} ###Assistant: ", "###")
+    config, _, _ = converted(llm, tmp_path / "c", "prompt_template=Q: {} A:", "end_symbol=.")
+    assert (config.prompt_template, config.end_symbol) == ("Q: {} A:", ".")
+    assert not config.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "cannot render"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{% for m in messages %}{{ m.content }}", "cannot render"),
+        ("always the same", "does not write the question"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, cause):
+    family = FAMILIES["qwen2"]._replace(template=template)
+    folder = chat_families.write_tokenizer(tmp_path / "t", family)
+    llm, _ = language_model(tmp_path, folder, 400, "llama")
+    config, _, notes = converted(llm, tmp_path / "m")
+    (note,) = [note for note in notes if "template" in note]
+    assert "cannot be used" in note and cause in note and "\n" not in note
+    assert config.chat_template == "vicuna0" and not config.tokenizer.chat_template
+
+
+def test_a_model_without_template_says_which_format_it_gets(tmp_path):
+    family = FAMILIES["qwen2"]._replace(template="")
+    folder = chat_families.write_tokenizer(tmp_path / "t", family)
+    llm, _ = language_model(tmp_path, folder, 400, "mistral")
+    config, _, notes = converted(llm, tmp_path / "m")
+    assert any("no chat template" in n and "vicuna0" in n for n in notes)
+    assert config.prompt_template == "###Human: {} ###Assistant: "
+
+
+def test_added_tokens_that_only_tokenizer_json_lists_are_not_split(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((TOKENIZER / "tokenizer.model").read_bytes())
+    entry = {"id": 785, "content": "<|extra|>", "special": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [entry]}))
+    tokenizer = load_tokenizer(tmp_path, "sentencepiece")
+    assert 785 in tokenizer.encode("a <|extra|> b") and tokenizer.vocab_size == 786
