@@ -11,6 +11,7 @@ from convert.formats.gguf_blocks import BLOCK_FORMATS, kept_formats
 from convert.infer_config import lora_config, qformer_config, vision_config
 from convert.key_mapping import BLIP2, EVA, FINE_TUNED, NATIVE
 from convert.language_model import LanguageModelFiles, drop_added_tokens, open_llm
+from convert.llm_config import llm_config, resolve_tied_embeddings
 from convert.overrides import Variant, apply_settings, parse_settings, variant_named
 from convert.sources import (
     BuildInputs,
@@ -23,7 +24,7 @@ from convert.sources import (
 )
 from convert.validate import check_fine_tuned, check_vocabulary, shape_problems
 from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
-from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, TokenizerConfig
+from minigpt4_jax.config import LoraConfig, ModelConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization import schemes
 
@@ -77,9 +78,10 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     settings = parse_settings(request.settings)
     notes: list[str] = []
     language = open_llm(request.llm, request.llm_delta, request.tokenizer)
+    notes += language.notes
     inputs = _open_inputs(request, variant, language, notes)
     tokenizer, tokens, chat = _read_tokenizer(language, variant, settings, notes)
-    values = _config_values(request.variant, variant, inputs, language, settings)
+    values = _config_values(request.variant, variant, inputs, language, settings, notes)
     values |= {"tokenizer": asdict(tokenizer), **chat}
     for name in apply_settings(values, settings):
         notes.append(f"--set {name} is not used: {request.variant} has no such part")
@@ -230,6 +232,7 @@ def _config_values(
     inputs: BuildInputs,
     language: LanguageModelFiles,
     settings: dict[str, Any],
+    notes: list[str],
 ) -> dict[str, Any]:
     """ModelConfig fields, from the variant, the tensor shapes and the language model's config."""
     vision = inputs.vision.sizes.get("vision") or vision_config(
@@ -244,11 +247,13 @@ def _config_values(
         qformer = inputs.qformer.sizes.get("qformer") or qformer_config(
             inputs.qformer.shapes("qformer."), inputs.qformer.label, settings
         )
+    llm = asdict(llm_config(language.config, language.config_label, notes))
+    resolve_tied_embeddings(llm, inputs.llm, notes)
     values: dict[str, Any] = {
         "variant": name,
         "vision": dict(vision),
         "qformer": qformer and dict(qformer),
-        "llm": asdict(LlmConfig.from_hf(language.config)),
+        "llm": llm,
         "lora": _lora_values(variant, inputs.checkpoint, settings),
         "merge_patches": variant.merge_patches,
         "max_text_length": variant.max_text_length,
@@ -295,7 +300,7 @@ def _assign_sources(
 def _drop_unused(
     config: ModelConfig, sources: dict[str, ParameterSource], notes: list[str]
 ) -> None:
-    """Drop ViT blocks past `depth`, and the output matrix of a model with tied embeddings."""
+    """Drop ViT blocks past `depth`."""
     depth = config.vision.depth
     blocks = {n: int(n.split(".")[2]) for n in sources if n.startswith("vit.blocks.")}
     if unused := sorted({i for i in blocks.values() if i >= depth}):
@@ -304,9 +309,6 @@ def _drop_unused(
     for name, i in blocks.items():
         if i >= depth:
             del sources[name]
-    if config.llm.tie and "llm.head.weight" in sources:
-        del sources["llm.head.weight"]
-        notes.append("lm_head.weight is not used: the language model ties it to the embedding")
 
 
 def _new_parameters(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 class LanguageModelFiles:
     """Weights, the content of config.json, and tokenizer files (name -> path or content).
 
-    tokenizer_origin: the directory or file they come from.
+    tokenizer_origin: the directory or file they come from. config_label: of the configuration, in messages.
     """
 
     reader: Reader
@@ -34,6 +34,8 @@ class LanguageModelFiles:
     config: dict[str, Any]
     tokenizer: Mapping[str, Path | bytes]
     tokenizer_origin: str
+    config_label: str
+    notes: list[str] = field(default_factory=list)  # messages for the user
 
     def chat_template(self) -> str:
         """The model's own chat template (Jinja), "" if it has none."""
@@ -98,16 +100,21 @@ def open_llm(
 def _open_gguf(path: Path, tokenizer: Path | None) -> LanguageModelFiles:
     source = Gguf(path)
     config = source.hf_config()
+    notes = []
+    if unused := source.unused_fields():
+        notes.append(f"{path}: {', '.join(unused)}: metadata that is not known here and not used")
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     table = gguf_table(heads, kv_heads, source.architecture in PERMUTED)
     files = find_tokenizer(tokenizer) if tokenizer else tokenizer_files(source)
-    return LanguageModelFiles(source.reader, table, config, files, str(tokenizer or path))
+    return LanguageModelFiles(
+        source.reader, table, config, files, str(tokenizer or path), str(path), notes
+    )
 
 
 def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> LanguageModelFiles:
     reader = open_directory(path)
-    config = read_json(path / "config.json")
+    config_file = path / "config.json"
     folders = [path]
     if delta is not None:
         if not delta.is_dir():
@@ -115,11 +122,14 @@ def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> Language
         reader = _add_delta(path, reader, delta)
         folders.insert(0, delta)
         if (delta / "config.json").is_file():
-            config = read_json(delta / "config.json")
+            config_file = delta / "config.json"
+    config = read_json(config_file)
     if tokenizer is not None:
         folders = [tokenizer]
     folder = next((f for f in folders if _has_vocabulary(f)), folders[-1])
-    return LanguageModelFiles(reader, LLM, config, find_tokenizer(folder), str(folder))
+    return LanguageModelFiles(
+        reader, LLM, config, find_tokenizer(folder), str(folder), str(config_file)
+    )
 
 
 def _has_vocabulary(folder: Path) -> bool:

@@ -268,7 +268,7 @@ def _from_hf(c: dict[str, Any]) -> LlmConfig:
         head_dim=c.get("head_dim") or c["hidden_size"] // heads,
         ffn=c["intermediate_size"],
         eps=c.get("rms_norm_eps", 1e-6),
-        rope_theta=float(c.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(c.get("rope_scaling") or rope, c),
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2",
@@ -282,17 +282,35 @@ def _from_hf(c: dict[str, Any]) -> LlmConfig:
 
 def _rope_scaling(s: dict[str, Any], c: dict[str, Any]) -> RopeScaling | None:
     kind = s.get("rope_type") or s.get("type") or "default"
+    if (partial := s.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise UserError(
+            f"language model: partial_rotary_factor {partial} is not supported; expected 1"
+        )
     if kind == "default":
         return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(
+            f"language model: rope_scaling type {kind!r} is not supported; "
+            "expected default, linear or llama3"
+        )
+
+    def number(name: str, default: Any = None) -> float:
+        value = s.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(
+                f"language model: rope_scaling {kind}: {name} is {value!r}; expected a number above 0"
+            )
+        return float(value)
+
     if kind == "linear":
-        return RopeScaling("linear", float(s["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3", float(s["factor"]), float(s["low_freq_factor"]), float(s["high_freq_factor"]),
-            int(s.get("original_max_position_embeddings", c.get("max_position_embeddings", 8192))),
-        )  # fmt: skip
-    raise UserError(
-        f"language model: rope_scaling type {kind!r} is not supported; expected default, linear or llama3"
+        return RopeScaling("linear", number("factor"))
+    original = number("original_max_position_embeddings", c.get("max_position_embeddings", 8192))
+    return RopeScaling(
+        "llama3",
+        number("factor"),
+        number("low_freq_factor"),
+        number("high_freq_factor"),
+        int(original),
     )
 
 

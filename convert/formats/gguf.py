@@ -86,6 +86,7 @@ class Gguf:
             )
         if self.field(f"{arch}.expert_count"):
             raise UserError(f"{self.path} is a mixture of experts, which is not supported")
+        self._check_fields()
         config: dict[str, Any] = {"model_type": ARCHITECTURES[arch]}
         for key, gguf_field in _FIELDS.items():
             value = self.field(f"{arch}.{gguf_field}")
@@ -97,6 +98,12 @@ class Gguf:
                 value = value[0]
             if value is not None:
                 config[key] = value
+        if window := self.field(f"{arch}.attention.sliding_window"):
+            if arch != "llama":
+                raise UserError(
+                    f"{self.path}: {arch}.attention.sliding_window is {window}, which is not supported"
+                )
+            config |= {"model_type": "mistral", "sliding_window": window}
         if missing := [k for k in _NEEDED if k not in config]:
             raise UserError(
                 f"{self.path}: metadata lacks {arch}.{_FIELDS[missing[0]]}; convert it again"
@@ -122,13 +129,49 @@ class Gguf:
                 f"{self.path}: only {rotated} of {config['head_dim']} dimensions rotate: "
                 "not supported"
             )
-        kind = self.field(f"{arch}.rope.scaling.type", "none")
-        if kind != "none":
-            factor = self.field(f"{arch}.rope.scaling.factor", 1.0)
-            config["rope_scaling"] = {"rope_type": kind, "factor": factor}
+        config |= self._rope_scaling(config)
         if "rope_freqs.weight" in names:
             config["rope_scaling"] = self._llama3_scaling(config)
         return config
+
+    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
+        """rope_scaling from metadata. Files of 2023 have the linear factor under rope.scale_linear."""
+        arch = self.architecture
+        kind = self.field(f"{arch}.rope.scaling.type")
+        factor = self.field(f"{arch}.rope.scaling.factor", self.field(f"{arch}.rope.scale_linear"))
+        if kind is None:
+            kind = "none" if factor in (None, 0.0, 1.0) else "linear"
+        if kind == "none":
+            return {}
+        return {"rope_scaling": {"rope_type": kind, "factor": factor}}
+
+    def _check_fields(self) -> None:
+        """UserError for metadata that changes the model's output in a way that is not supported."""
+        arch = self.architecture
+        for name, neutral in _UNSUPPORTED.items():
+            value = self.field(f"{arch}.{name}", neutral)
+            if value != neutral:
+                raise UserError(
+                    f"{self.path}: {arch}.{name} is {value!r}, which is not supported; "
+                    f"expected {neutral!r} or no such field"
+                )
+        if (key := self.field(f"{arch}.attention.key_length")) != (
+            value := self.field(f"{arch}.attention.value_length", key)
+        ) and key is not None:
+            raise UserError(
+                f"{self.path}: {arch}.attention.value_length is {value}, key_length {key}: "
+                "different sizes are not supported"
+            )
+
+    def unused_fields(self) -> list[str]:
+        """Metadata of the architecture that is neither used nor known not to matter."""
+        known = {*_FIELDS.values(), *_UNSUPPORTED, *_USED, *_HARMLESS}
+        prefix = f"{self.architecture}."
+        return sorted(
+            name
+            for name in self._values
+            if name.startswith(prefix) and name.removeprefix(prefix) not in known
+        )
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
         """The parameters of Llama 3.1's scaling, recovered from the frequency divisors in the file."""
@@ -157,6 +200,27 @@ _FIELDS = {
     "rope_theta": "rope.freq_base",
     "max_position_embeddings": "context_length",
 }
+# Metadata (GGUF specification; llama.cpp's LLM_KV names) that is read elsewhere in this file,
+_USED = (
+    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "expert_count", "attention.value_length", "attention.sliding_window",
+)  # fmt: skip
+# or that says what the tensors say too, or how the file was made,
+_HARMLESS = (
+    "vocab_size", "tensor_data_layout", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "expert_used_count", "rope.scaling.yarn_log_multiplier",
+    "attention.sliding_window_pattern",
+)  # fmt: skip
+# or that is supported with this value only.
+_UNSUPPORTED: dict[str, Any] = {
+    "use_parallel_residual": False, "attention.causal": True, "pooling_type": 0,
+    "attention.max_alibi_bias": 0.0, "attention.clamp_kqv": 0.0, "attention.scale": 0.0,
+    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0, "rope.dimension_sections": [], "expert_shared_count": 0,
+    "leading_dense_block_count": 0, "attention.layer_norm_epsilon": None,
+    "attention.group_norm_epsilon": None, "swin_norm": False,
+}  # fmt: skip
 _NEEDED = (
     "hidden_size",
     "num_hidden_layers",

@@ -192,7 +192,8 @@ def write_sentencepiece_tokenizer(folder: Path, family: Family) -> Path:
     config = {
         "tokenizer_class": "LlamaTokenizer", "bos_token": family.bos or "<s>",
         "eos_token": family.eos, "unk_token": "<unk>", "added_tokens_decoder": decoder,
-        "chat_template": family.template, "add_bos_token": True, "legacy": True, "clean_up_tokenization_spaces": False,
+        "chat_template": family.template, "add_bos_token": True, "legacy": True,
+        "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -1,0 +1,90 @@
+"""The language model's configuration: every field of config.json is used, harmless, or named to the user."""
+
+from typing import Any
+
+import numpy as np
+
+from convert.sources import MappedCheckpoint
+from minigpt4_jax.config import SUPPORTED_LLMS, LlmConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import one_line
+
+# Fields that no configuration class of transformers lists, and that do not change the logits.
+_HARMLESS = {
+    "torch_dtype", "rope_scaling", "rope_theta", "auto_map", "_attn_implementation",
+    "_attn_implementation_autoset", "_flash_attn_2_enabled", "unsloth_version", "unsloth_fixed",
+    "use_mrope", "max_sequence_length", "tokenizer_class", "model_max_length", "is_llama_config",
+    "rope_interleaved", "rope_parameters", "head_dim", "sliding_window", "transformers.js_config",
+    "task_specific_params", "num_labels", "license",
+}  # fmt: skip
+_NEEDED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+)  # fmt: skip
+
+
+def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfig:
+    """LlmConfig of a config.json, with the defaults of transformers' class for its model_type.
+
+    label: the file in messages. Fields that transformers does not use either are named in a note.
+    UserError: an unsupported model_type, a missing size, or a field whose value is not supported.
+    """
+    from transformers import AutoConfig
+
+    model_type = values.get("model_type")
+    if model_type not in SUPPORTED_LLMS or any(key not in values for key in _NEEDED):
+        return LlmConfig.from_hf(values)  # raises
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "an unknown method")
+        raise UserError(
+            f"{label}: quantization_config: the weights are quantized by {method}, which is not read; "
+            "convert the original weights, or a GGUF file, and add --quantize=int8 or int4"
+        )
+    fields = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        resolved = AutoConfig.for_model(model_type, **fields).to_dict()
+    except Exception as e:  # its checks raise several types
+        raise UserError(f"{label}: transformers refuses it: {one_line(e)}") from None
+    known = AutoConfig.for_model(model_type).to_dict()
+    if unused := sorted(key for key in values if key not in known and key not in _HARMLESS):
+        notes.append(
+            f"{label}: {', '.join(unused)}: not used, as in transformers' {model_type} models"
+        )
+    for key in ("rope_scaling", "rope_theta"):  # they are in rope_parameters
+        resolved.pop(key, None)
+    if model_type in ("llama", "mistral"):  # whose classes have no such fields
+        for key in {"sliding_window", "layer_types", "attention_bias", "mlp_bias"} - known.keys():
+            resolved.pop(key, None)
+    return LlmConfig.from_hf(resolved)
+
+
+def resolve_tied_embeddings(
+    config: dict[str, Any], llm: MappedCheckpoint, notes: list[str]
+) -> None:
+    """Let the file decide what a tied model's output matrix is, as transformers 5 does.
+
+    config: LlmConfig fields, whose `tie` may change. An lm_head.weight that differs from the embedding is
+    kept; one without embedding is the embedding; an equal one is dropped.
+    """
+    head, embed = llm.mapped.get("llm.head.weight"), llm.mapped.get("llm.embed")
+    if not config["tie"] or head is None:
+        return
+    if embed is None:
+        llm.mapped["llm.embed"] = head
+        notes.append(f"{head.key} is the embedding too: the language model ties them")
+    elif _equal(llm, head.key, embed.key):
+        notes.append(f"{head.key} is not used: the language model ties it to the embedding")
+    else:
+        config["tie"] = False
+        notes.append(
+            f"{head.key} differs from {embed.key}, so both are kept, although config.json says "
+            "tie_word_embeddings"
+        )
+        return
+    del llm.mapped["llm.head.weight"]
+
+
+def _equal(llm: MappedCheckpoint, a: str, b: str) -> bool:
+    tensors = llm.reader.tensors
+    if tensors[a].shape != tensors[b].shape:
+        return False
+    return bool(np.array_equal(llm.reader.read(a), llm.reader.read(b)))
