@@ -21,6 +21,7 @@ from convert.formats.gguf_blocks import repack
 from convert.formats.tensors import DTYPES
 from convert.validate import FLOATS
 from minigpt4_jax.checkpoint.adapters import initial_lora
+from minigpt4_jax.checkpoint.finite_tensors import check_finite
 from minigpt4_jax.checkpoint.model_directory import bucket_errors_as_user_errors
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
@@ -136,8 +137,10 @@ def _tensors(
                     # a language model's transforms move whole rows, of scales and offsets as well
                     yield name + suffix, transform.apply(array, array.shape)
             else:
-                array = transform.apply(tensor.load(), shape)
-                yield name, array.astype(dtypes[name], copy=False)
+                array = transform.apply(tensor.load(), shape).astype(dtypes[name], copy=False)
+                if not request.allow_nonfinite:
+                    check_finite(array, f"{source.checkpoint.label}: {source.key}")
+                yield name, array
             bar.update(tensor.nbytes)
 
 

@@ -48,6 +48,7 @@ class BuildRequest:
     projection_scale: float = 1.0
     llm_dtype: str | None = None
     quantize: str | None = None
+    allow_nonfinite: bool = False
 
 
 @dataclass

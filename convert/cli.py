@@ -74,6 +74,8 @@ def _add_build(commands: Commands) -> None:
                    help="quantize the matrices of the language model and the vision encoder; the "
                    "embedding always to int8. keep: use the quantized blocks of a GGUF file as they "
                    "are, see below")  # fmt: skip
+    b.add_argument("--allow-nonfinite", action="store_true",
+                   help="convert NaN and infinite values instead of refusing them")  # fmt: skip
     b.add_argument("--seed", type=int, default=0, metavar="N",
                    help="random seed for new weights (default: %(default)s)")  # fmt: skip
     b.add_argument("--projection-scale", type=_positive_number, default=1.0, metavar="FACTOR",

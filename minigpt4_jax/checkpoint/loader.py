@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from minigpt4_jax.checkpoint.adapters import TensorsWithNewLora
+from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
 from minigpt4_jax.checkpoint.model_directory import ReadableTensors, Shape, Tensors, read_config
 from minigpt4_jax.checkpoint.parameters import (
     ParameterPath,
@@ -52,6 +53,7 @@ def load_model(
     lora: LoraConfig | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays on the devices of a mesh.
 
@@ -60,15 +62,16 @@ def load_model(
     or "int4", for a directory that is not quantized already; each tensor is quantized as it is read.
     lora: replaces the directory's own configuration and must have its shapes; a directory without LoRA
     gets new adapters, initialized from the seed. mesh: the devices, with parameters split by the rules
-    of parallel/sharding.py; by default the first device. UserError: the directory is damaged or
-    incomplete, is quantized in another scheme, or a trainable part is quantized.
+    of parallel/sharding.py; by default the first device. allow_nonfinite: load NaN and infinity too.
+    UserError: the directory is damaged or incomplete, is quantized in another scheme, a trainable part is
+    quantized, or a value is NaN or infinite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = _with_quantization(read_config(model_dir), quantize, model_dir)
     config = dataclasses.replace(config, lora=lora or config.lora)
     check_trainable(model_dir, config, trainable_parts)
-    tensors = open_tensors(model_dir, config, seed)
+    tensors = open_tensors(model_dir, config, seed, allow_nonfinite=allow_nonfinite)
     mesh = mesh or single_device_mesh()
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     loaded = []
@@ -87,13 +90,17 @@ def load_model(
     return nnx.merge(graphdef, nnx.from_flat_state(loaded)), config
 
 
-def open_tensors(model_dir: Path | str, config: ModelConfig, seed: int = 0) -> ReadableTensors:
+def open_tensors(
+    model_dir: Path | str, config: ModelConfig, seed: int = 0, *, allow_nonfinite: bool = False
+) -> ReadableTensors:
     """The tensors of a model directory as `config` needs them; only names and shapes are read so far.
 
     If `config` has LoRA and the directory does not, new adapters initialized from the seed are
     included. UserError: files are damaged, or parameters are missing or have a wrong shape.
     """
     tensors: ReadableTensors = Tensors(model_dir)
+    if not allow_nonfinite:
+        tensors = FiniteTensors(tensors, model_dir)
     if config.quantize not in (None, GGUF):
         tensors = QuantizedTensors(tensors, config.quantize)
     expected = parameter_shapes(config)

@@ -25,8 +25,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minigpt4_jax.checkpoint import writer
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, read_model_json
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
+from minigpt4_jax.errors import UserError
 
 
 def same(a, b):
@@ -243,12 +245,29 @@ def test_llm_dtype_changes_matrices_only(files, command):
     assert t["vit.cls"].dtype == np.float16
 
 
-def test_a_tied_head_in_the_file_is_not_used(files, command, tmp_path):
-    config = files.llm_config | {"tie_word_embeddings": True}
-    save_hf(tmp_path / "tied", config, files.llm)
+@pytest.mark.parametrize(
+    ("change", "note", "tied"),
+    [
+        ("equal", "ties it", True),
+        ("differs", "so both are kept", False),
+        ("alone", "is the embedding too", True),
+    ],
+)
+def test_the_file_decides_about_a_tied_head(files, command, tmp_path, change, note, tied):
+    config, state = files.llm_config | {"tie_word_embeddings": True}, dict(files.llm)
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if change == "equal":
+        state[head] = state[embed]
+    if change == "alone":
+        del state[embed]
+    save_hf(tmp_path / "tied", config, state)
     code, out, err = command(*files.arguments("minigpt4-vicuna", llm=tmp_path / "tied"))
-    assert code == 0 and "ties it" in out, err
-    assert "llm.head.weight" not in Tensors(files.folder / "model_a")
+    assert code == 0 and note in out, err
+    tensors = Tensors(files.folder / "model_a")
+    assert read_config(files.folder / "model_a").llm.tie == tied
+    assert ("llm.head.weight" in tensors) == (not tied)
+    assert same(tensors["llm.embed"], state[head if change == "alone" else embed])
+    assert tied or same(tensors["llm.head.weight"], state[head])
 
 
 @pytest.mark.parametrize("vocab, kept", [(VOCAB, {}), (VOCAB + 1, {"<pad>": VOCAB})])
@@ -375,3 +394,33 @@ def test_reference_checkpoints_give_the_originals_visual_tokens(case, command, t
     got = model.encode(jnp.asarray(np.moveaxis(pixels, 1, -1)[:, None]))
     want = np.load(REFERENCE / "dumps" / f"{case}_vision.npz")["inputs_llama"]
     np.testing.assert_allclose(np.asarray(got).reshape(want.shape), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(files, refused, command, tmp_path, value):
+    state = {**files.llm}
+    key = "model.layers.1.mlp.up_proj.weight"
+    state[key] = state[key].copy()
+    state[key][2, 3] = value
+    save_file(state, files.folder / "llm" / "model.safetensors")
+    out = tmp_path / "m"
+    arguments = ["build", f"--llm={files.folder / 'llm'}", f"--out={out}"]
+    line = refused(*arguments)
+    assert key in line and "1 of 384 values are NaN or infinite" in line and not out.exists()
+    code, _, err = command(*arguments, "--allow-nonfinite")
+    assert code == 0, err
+    with pytest.raises(
+        UserError, match=r"llm\.blocks\.1\.mlp\.up\.weight: 1 of 384 values are NaN"
+    ):
+        load_model(out)
+    load_model(out, allow_nonfinite=True)
+
+
+def test_a_cast_that_overflows_is_refused(files, refused, tmp_path):
+    state = {name: x.astype(np.float32) for name, x in files.llm.items()}
+    state["lm_head.weight"][0, 0] = 1e6
+    save_file(state, files.folder / "llm" / "model.safetensors")
+    line = refused(
+        "build", f"--llm={files.folder / 'llm'}", f"--out={tmp_path / 'm'}", "--llm-dtype=float16"
+    )
+    assert "lm_head.weight: 1 of " in line
