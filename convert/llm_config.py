@@ -1,5 +1,6 @@
 """The language model's configuration: every field of config.json is used, harmless, or named to the user."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             f"{label}: quantization_config: the weights are quantized by {method}, which is not read; "
             "convert the original weights, or a GGUF file, and add --quantize=int8 or int4"
         )
-    fields = {key: value for key, value in values.items() if key != "model_type"}
+    # transformers changes dictionaries that it is given
+    fields = {key: copy.deepcopy(v) for key, v in values.items() if key != "model_type"}
     try:
         resolved = AutoConfig.for_model(model_type, **fields).to_dict()
     except Exception as e:  # its checks raise several types

@@ -155,9 +155,11 @@ class Gguf:
                     f"{self.path}: {arch}.{name} is {value!r}, which is not supported; "
                     f"expected {neutral!r} or no such field"
                 )
-        if (key := self.field(f"{arch}.attention.key_length")) != (
-            value := self.field(f"{arch}.attention.value_length", key)
-        ) and key is not None:
+        width, heads = (self.field(f"{arch}.{name}", 0) for name in _WIDTH_AND_HEADS)
+        by_width = width // heads if isinstance(heads, int) and heads else None
+        key = self.field(f"{arch}.attention.key_length", by_width)
+        value = self.field(f"{arch}.attention.value_length", key)
+        if key != value:
             raise UserError(
                 f"{self.path}: {arch}.attention.value_length is {value}, key_length {key}: "
                 "different sizes are not supported"
@@ -201,6 +203,7 @@ _FIELDS = {
     "max_position_embeddings": "context_length",
 }
 # Metadata (GGUF specification; llama.cpp's LLM_KV names) that is read elsewhere in this file,
+_WIDTH_AND_HEADS = ("embedding_length", "attention.head_count")
 _USED = (
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "expert_count", "attention.value_length", "attention.sliding_window",

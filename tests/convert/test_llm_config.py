@@ -1,0 +1,217 @@
+"""No field of config.json or GGUF metadata is lost: the logits of transformers, or one line that names it."""
+
+import copy
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.gguf_files import gguf, write_gguf
+from helpers.released_files import llm_config as hf_values
+from helpers.released_files import llm_state, save_hf
+
+from convert.build import build
+from convert.build_plan import BuildRequest
+from convert.formats.gguf import Gguf
+from convert.llm_config import llm_config
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.errors import UserError
+
+torch = pytest.importorskip("torch")
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BASE = {
+    "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+    "rope_theta": 5000.0, "max_position_embeddings": 64, "hidden_act": "silu",
+    "sliding_window": None,
+}  # fmt: skip
+IDS = np.random.default_rng(0).integers(3, 700, (1, 24))
+# field -> other values that it may have
+CHANGES = {
+    "rope_theta": [700.0],
+    "rope_scaling": [
+        {"type": "linear", "factor": 3.0}, {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 16},
+        {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope"}, {"type": "linear"}, {"rope_type": "linear", "factor": "big"},
+        {"rope_type": "llama3", "factor": 4.0}, {},
+    ],
+    "rope_parameters": [
+        {"rope_type": "default", "rope_theta": 300.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0},
+        {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+    ],
+    "partial_rotary_factor": [0.5],
+    "sliding_window": [5, 4096, None],
+    "use_sliding_window": [True],
+    "max_window_layers": [0, 1],
+    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2],
+    "attention_bias": [True],
+    "mlp_bias": [True],
+    "head_dim": [8, None],
+    "num_key_value_heads": [4, None, 3],
+    "rms_norm_eps": [0.1],
+    "hidden_act": ["gelu", "swish"],
+    "tie_word_embeddings": [True],
+    "max_position_embeddings": [128],
+    "attention_dropout": [0.5],
+    "pretraining_tp": [2],
+    "logit_scale": [2.0], "logits_scaling": [2.0], "final_logit_softcapping": [1.0],
+    "residual_multiplier": [3.0], "attn_logit_softcapping": [1.0], "query_pre_attn_scalar": [8],
+    "quantization_config": [{"quant_method": "gptq", "bits": 4}],
+    "use_cache": [False],
+}  # fmt: skip
+
+
+def values_of(model_type, **changes):
+    values = hf_values(**BASE, model_type=model_type, vocab_size=785)
+    return {k: v for k, v in (values | changes).items() if v is not REMOVED}
+
+
+REMOVED = object()
+
+
+def state_of(model_type):
+    values = values_of(model_type)
+    state = llm_state(values, np.float32)
+    rng = np.random.default_rng(1)
+    for i in range(2):
+        attention = f"model.layers.{i}.self_attn"
+        if model_type == "qwen2":
+            for name, size in (("q", 16), ("k", 8), ("v", 8)):
+                state[f"{attention}.{name}_proj.bias"] = rng.normal(0, 1, size).astype(np.float32)
+        if model_type == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                state[f"{attention}.{name}.weight"] = np.ones(4, np.float32)
+    return state
+
+
+def their_logits(values, state):
+    """transformers' logits; None if it does not take this configuration with these weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(**copy.deepcopy(values))
+        config._attn_implementation = "eager"
+        model = AutoModelForCausalLM.from_config(config).eval()
+        keys = model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+        missing = [k for k in keys.missing_keys if "lm_head" not in k]
+        if missing:
+            return None
+        with torch.no_grad():
+            return model(torch.tensor(IDS)).logits.numpy()
+    except Exception:
+        return None
+
+
+@pytest.fixture(scope="module")
+def our_logits(tmp_path_factory):
+    """(values, model type) -> our logits, computed once for equal language models."""
+    known = {}
+
+    def logits(values, model_type):
+        folder = tmp_path_factory.mktemp("llm")
+        llm = save_hf(folder / "hf", values, state_of(model_type))
+        plan = build(BuildRequest("minigpt4-vicuna", llm, folder / "m"))
+        if plan.config.llm not in known:
+            module, _ = load_model(folder / "m")
+            length = jnp.array([IDS.shape[1]])
+            hidden = module.llm(module.llm.embed_tokens(jnp.asarray(IDS)), length)
+            known[plan.config.llm] = np.asarray(module.llm.logits(hidden))
+        return known[plan.config.llm], plan.notes
+
+    return logits
+
+
+def cases():
+    for field, options in CHANGES.items():
+        yield from ((field, value) for value in options)
+    for field in BASE | {"rms_norm_eps": 0, "tie_word_embeddings": 0}:
+        if field not in ("hidden_size", "num_attention_heads"):
+            yield field, REMOVED
+    yield "a_field_that_nobody_knows", 3
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_is_used_or_refused(our_logits, model_type, capsys):
+    state = state_of(model_type)
+    compared = refused = 0
+    for field, value in cases():
+        values = values_of(model_type, **{field: value})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = their_logits(values, state)
+        try:
+            ours, notes = our_logits(values, model_type)
+        except UserError as e:
+            line = str(e)
+            names = {
+                field,
+                field.removesuffix("_scaling"),
+                {"hidden_act": "hidden_act"}.get(field, field),
+            }
+            shapes = any(word in line for word in ("shape", "in no file", "is in", "key"))
+            assert "\n" not in line and (any(n in line for n in names) or shapes), (
+                field,
+                value,
+                line,
+            )
+            refused += 1
+            continue
+        assert theirs is not None, (field, value)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3, err_msg=f"{field} {value}")
+        if "nobody" in field:
+            assert any(field in note for note in notes)
+        compared += 1
+    assert compared > 25 and refused > 5, (compared, refused)
+
+
+GGUF_CHANGES = {
+    "llama.rope.scale_linear": 4.0, "llama.rope.scaling.type": "yarn",
+    "llama.attention.causal": False, "llama.attention.clamp_kqv": 8.0,
+    "llama.attention.max_alibi_bias": 8.0, "llama.use_parallel_residual": True,
+    "llama.logit_scale": 0.5, "llama.residual_scale": 0.5, "llama.embedding_scale": 12.0,
+    "llama.attention.scale": 0.1, "llama.expert_count": 8, "llama.rope.dimension_count": 2,
+    "llama.attention.value_length": 8, "llama.final_logit_softcapping": 30.0,
+    "llama.attention.layer_norm_epsilon": 1e-5, "llama.attention.sliding_window": 8,
+    "llama.something.new": 3, "llama.rope.freq_base": 700.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_CHANGES)
+def test_every_field_of_gguf_is_used_refused_or_named(tmp_path, monkeypatch, name):
+    config = hf_values(head_dim=4, hidden_size=16)
+    value = GGUF_CHANGES[name]
+    plain = Gguf(write_gguf(tmp_path / "a.gguf", config, llm_state(config))).hf_config()
+
+    header = gguf.GGUFWriter.write_header_to_file
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "write_header_to_file", lambda w, *a: (_put(w, name, value), header(w))
+    )
+    path = write_gguf(tmp_path / "b.gguf", config, llm_state(config))
+    source = Gguf(path)
+    try:
+        changed = source.hf_config()
+        resolved = llm_config(changed, str(path), [])
+    except UserError as e:
+        assert (
+            name.removeprefix("llama.") in str(e)
+            or name.split(".")[-1] in str(e)
+            or (
+                name
+                in ("llama.rope.dimension_count", "llama.expert_count", "llama.rope.scaling.type")
+            )
+        ), str(e)
+        assert "\n" not in str(e)
+        return
+    assert resolved != llm_config(plain, "", []) or name in source.unused_fields()
+
+
+def _put(writer, name, value):
+    writer.kv_data[0].pop(name, None)
+    kinds = {
+        bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32,
+        str: writer.add_string,
+    }  # fmt: skip
+    kinds[type(value)](name, value)
