@@ -309,7 +309,7 @@ def test_generated_text(case):
 @NEEDS_DUMPS
 def test_chat_turns(case):
     """Two turns about one image, the second after the first one's answer."""
-    from minigpt4_jax.processing.chat_templates import chat_template, render_chat, with_images
+    from minigpt4_jax.processing.chat_templates import chat_format, with_images
 
     dump, turns = case.arrays("chat"), []
     image = case.images[1 if case.name == "b" else 0]
@@ -318,7 +318,7 @@ def test_chat_turns(case):
     for n, turn in enumerate(case.document("chat")):
         question = turn["question"] if n else with_images(turn["question"], 1)
         turns.append((question, None))
-        prompt = render_chat(chat_template(case.config), turns)
+        prompt = chat_format(case.config, case.tokenizer).render(turns)
         if case.name != "c":  # its demo overwrites the answers it keeps: a fault not to copy
             assert prompt == turn["prompt"]
         tokens = prompt_tokens(case.tokenizer, case.config, turn["prompt"], images=1)

@@ -104,7 +104,7 @@ def prepare(
     row: BatchRow,
     model: "Model",
     args: argparse.Namespace,
-    template: chat_templates.ChatTemplate,
+    template: chat_templates.ChatFormat,
     config: "GenerationConfig",
 ) -> None:
     """Set the row's request, still without visual tokens, or its error."""
@@ -116,8 +116,8 @@ def prepare(
             raise UserError(f"the prompt is {prompt!r}; expected text")
         if not args.raw:
             question = chat_templates.with_images(prompt, len(row.images))
-            prompt = chat_templates.render_chat(
-                template, [(question, None)], system=args.system, extra_bos=args.extra_bos
+            prompt = template.render(
+                [(question, None)], system=args.system, extra_bos=args.extra_bos
             )
         config = replace(config, seed=config.seed_of_prompts(1)[0] + row.number)
         (row.request,) = model.prepare_requests([list(row.images)], [prompt], config, [None])
@@ -222,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     model = common.load_model(args)
     remaining = rows[output.num_written :]
-    template = chat_templates.find_template(model.config, args.template)
+    template = chat_templates.chat_format(model.config, model.tokenizer, args.template)
     # The model's own template ends an answer with its end symbol.
-    stop = chat_templates.answer_endings(template) if args.template else ()
+    stop = template.stop if args.template else ()
     for row in remaining:
         prepare(row, model, args, template, replace(config, stop=stop))
     with output:

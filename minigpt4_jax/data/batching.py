@@ -15,8 +15,13 @@ from minigpt4_jax.data.mixture import BatchOrder, ExampleRef, MixtureComponent
 from minigpt4_jax.data.skipped import SkippedRow, skipped_row
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import images
-from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, fill_template, with_images
-from minigpt4_jax.processing.sequences import TokenSequence, build_conversation_row, build_row
+from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, with_images
+from minigpt4_jax.processing.sequences import (
+    TokenSequence,
+    build_conversation_row,
+    build_row,
+    training_prompt,
+)
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.rounding import round_up
 
@@ -87,10 +92,14 @@ def tokenize_example(
         space = " " if n and config.variant == "minigpt-v2" else ""  # as in the v2 datasets
         questions = [question + space for question in example.questions]
         return build_conversation_row(tokenizer, config, questions, example.answers, images=n)
-    templated = None
-    if prompt is not None:
-        templated = fill_template(config.prompt_template, _with_image_slots(prompt, n))
-    return build_row(tokenizer, config, templated, example.answers[0], images=n)
+    answer = example.answers[0]
+    if prompt is None:
+        return build_row(tokenizer, config, None, answer, images=n)
+    question = _with_image_slots(prompt, n)
+    if config.tokenizer.chat_template:
+        return build_conversation_row(tokenizer, config, [question], [answer], images=n)
+    templated = training_prompt(tokenizer, config, question)
+    return build_row(tokenizer, config, templated, answer, images=n)
 
 
 def _with_image_slots(prompt: str, num_images: int) -> str:

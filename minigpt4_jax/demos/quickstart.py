@@ -79,6 +79,8 @@ class Quickstart:
             "--variant=minigpt4-vicuna",
             f"--llm={language_model()}",
             f"--out={out}",
+            # ChatML without the system message that SmolLM2's own template adds: shorter rows.
+            "--set=chat_template=chatml",
         ]
         # SmolLM2's word embeddings are short (norm 2.5): visual tokens begin at that size.
         convert([*arguments, f"--seed={self.seed}", "--projection-scale=0.2"])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 VISION = Path(__file__).parents[1] / "assets" / "shapes_vision_v2.safetensors"
 SETTINGS = (  # what differs from the released MiniGPT-v2
+    "chat_template=chatml",  # without the system message of SmolLM2's own template
     "merge_patches=2",  # of 64 patches; four in a row often show two objects
     "lora.targets=q,k,v,o,gate,up,down",  # reads boxes sooner than q and v alone
     "lora.rank=16",

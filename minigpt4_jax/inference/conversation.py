@@ -52,10 +52,10 @@ class Conversation:
         template: str | chat_templates.ChatTemplate | None = None,
     ):
         self.model, self.system = model, system
-        self.template = chat_templates.find_template(model.config, template)
+        self.template = chat_templates.chat_format(model.config, model.tokenizer, template)
         self.turns: list[Turn] = []
         # The model's own template ends an answer with its end symbol.
-        self._stop = () if template is None else chat_templates.answer_endings(self.template)
+        self._stop = () if template is None else self.template.stop
         self._last_config = _with_chat_context(None, {})
         self._prefix_cache = PrefixCache()
         # Visual tokens [P, D] by image_key. The image is kept too, so that its id stays unique.
@@ -187,8 +187,8 @@ class Conversation:
         history: list[tuple[str, str | None]] = [
             (_question(t), t.answer.replace(chat_templates.IMAGE_TAG, "")) for t in self.turns
         ]
-        return chat_templates.render_chat(
-            self.template, [*history, (_question(turn), None)],
+        return self.template.render(
+            [*history, (_question(turn), None)],
             system=self.system, extra_bos=extra_bos,
         )  # fmt: skip
 
@@ -221,7 +221,7 @@ class Conversation:
             if finished or streamed:
                 if replaced is not None and self.turns and self.turns[-1] is replaced:
                     self.turns.pop()
-                self._append(turn, chat_templates.clean_answer(streamed), config)
+                self._append(turn, chat_templates.clean_answer(self.model.config, streamed), config)
 
     def _warn_if_cut(self, prompt: str, num_images: int, config: GenerationConfig) -> None:
         if config.context is None:

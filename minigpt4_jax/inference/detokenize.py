@@ -7,7 +7,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.generation_config import GenerationOutput
 from minigpt4_jax.inference.requests import Completion, Progress
 from minigpt4_jax.inference.stop_sequences import stable_prefix
-from minigpt4_jax.processing.chat_templates import clean_answer
+from minigpt4_jax.processing.chat_templates import answer_ends, clean_answer, removed_text
 from minigpt4_jax.processing.tokenizer import Tokenizer
 
 
@@ -15,7 +15,7 @@ def completion_output(
     tokenizer: Tokenizer, config: ModelConfig, completion: Completion, stop_texts: Sequence[str]
 ) -> GenerationOutput:
     """A completion as the public API returns it, its text cut at the stop texts."""
-    text = clean_answer(_decode(tokenizer, config, completion.ids, stop_texts))
+    text = clean_answer(config, _decode(tokenizer, config, completion.ids, stop_texts))
     finish_reason = "stop" if completion.hit_stop else "length"
     return GenerationOutput(
         text, completion.ids, completion.logprobs, finish_reason, completion.score
@@ -26,15 +26,16 @@ def stream_text(
     tokenizer: Tokenizer, config: ModelConfig, steps: Iterable[Progress]
 ) -> Iterator[str]:
     """Yield each new piece of an answer. steps: of one request, as `Engine.run` yields them."""
-    streamed = ""
+    streamed, removed = "", removed_text(config)
     for step in steps:
         stop_texts = step.request.stop_texts
         text = _decode(tokenizer, config, step.completion.ids, stop_texts)
-        text = text.replace("<s>", "").lstrip()
+        text = (text.replace(removed, "") if removed else text).lstrip()
         if step.finished:
             text = text.rstrip()
-        else:  # "<s>" is removed from the text, so its start must not be shown
-            text = stable_prefix(text, [*_all_stop_texts(config, stop_texts), "<s>"])
+        else:  # what is removed from the text must not be shown in part either
+            hidden = [*_all_stop_texts(config, stop_texts), *([removed] if removed else [])]
+            text = stable_prefix(text, hidden)
         if text.startswith(streamed) and len(text) > len(streamed):
             yield text[len(streamed) :]
             streamed = text
@@ -68,6 +69,6 @@ def _decode(
 
 
 def _all_stop_texts(config: ModelConfig, stop_texts: Sequence[str]) -> list[str]:
-    """The texts that an answer is cut at: the request's, the model's and the original's."""
-    candidates = (config.end_symbol, *stop_texts, "###", "</s>")
+    """The texts that an answer is cut at: the model's, the request's and its format's."""
+    candidates = (config.end_symbol, *stop_texts, *answer_ends(config))
     return [text for text in candidates if text.strip() or text in stop_texts]

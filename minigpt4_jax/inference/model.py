@@ -319,7 +319,7 @@ class Model:
         template: bool,
     ) -> tuple[list[TokenSequence], np.ndarray]:
         complete, groups = match_images(
-            self.config, images, prompts, template=template, allow_none=True
+            self.tokenizer, self.config, images, prompts, template=template, allow_none=True
         )
         num_images = [len(group) for group in groups]
         rows = answer_rows(self.tokenizer, self.config, complete, num_images, answers)

@@ -13,8 +13,14 @@ from minigpt4_jax.inference.detokenize import make_stop_check
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.processing import chat_templates
+from minigpt4_jax.processing.chat_templates import ChatTemplate
 from minigpt4_jax.processing.images import ImageSource, is_image
-from minigpt4_jax.processing.sequences import cut_left, prompt_tokens, stop_sequences
+from minigpt4_jax.processing.sequences import (
+    cut_left,
+    prompt_tokens,
+    stop_sequences,
+    training_prompt,
+)
 from minigpt4_jax.processing.tokenizer import Tokenizer
 
 # An entry for each prompt: an image, a list of images, or None for text only.
@@ -23,6 +29,7 @@ ImageGroups: TypeAlias = list[list[ImageSource]]  # the images of each prompt
 
 
 def match_images(
+    tokenizer: Tokenizer,
     config: ModelConfig,
     images: Images | None,
     prompts: Sequence[str | None],
@@ -45,16 +52,19 @@ def match_images(
         if prompt is not None and not prompt.strip():
             raise UserError(f"prompt {i} is empty; expected text")
         if template and prompt is not None:
-            complete[i] = _fill_training_template(config, prompt, len(groups[i]), extra_bos)
+            complete[i] = _fill_training_template(
+                tokenizer, config, prompt, len(groups[i]), extra_bos
+            )
     return complete, groups
 
 
 def _fill_training_template(
-    config: ModelConfig, question: str, num_images: int, extra_bos: bool
+    tokenizer: Tokenizer, config: ModelConfig, question: str, num_images: int, extra_bos: bool
 ) -> str:
     question = chat_templates.with_images(question, num_images)
-    prompt = chat_templates.fill_template(config.prompt_template, question)
-    spells_bos = chat_templates.chat_template(config).user.startswith("<s>")
+    prompt = training_prompt(tokenizer, config, question)
+    template = chat_templates.chat_format(config, tokenizer)
+    spells_bos = isinstance(template, ChatTemplate) and template.user.startswith("<s>")
     return "<s>" + prompt if spells_bos and extra_bos else prompt
 
 
@@ -92,7 +102,12 @@ def make_requests(
     checked.
     """
     complete, groups = match_images(
-        model_config, images, prompts, template=config.template, extra_bos=config.extra_bos
+        tokenizer,
+        model_config,
+        images,
+        prompts,
+        template=config.template,
+        extra_bos=config.extra_bos,
     )
     seeds = config.seed_of_prompts(len(complete))
     tokenized = []
@@ -107,8 +122,12 @@ def make_requests(
         texts: _stop_sequences(tokenizer, (model_config.end_symbol, *texts))
         for texts in set(stop_texts)
     }
+    # The end symbol needs a check of the text only if it is no single token.
+    end = model_config.end_symbol
+    always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()
     checks = {
-        texts: make_stop_check(tokenizer, texts) if texts else None for texts in set(stop_texts)
+        texts: make_stop_check(tokenizer, (*always, *texts)) if always or texts else None
+        for texts in set(stop_texts)
     }
     return [
         Request(

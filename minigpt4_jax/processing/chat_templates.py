@@ -32,8 +32,12 @@ _MARK = re.compile("\ue000[0-9]+\ue001")
 Turn = tuple[str, str | None]  # (question, answer); an answer of None is to be generated
 
 
+class RenderedPrompt(str):
+    """A prompt that a tokenizer's chat template has rendered: BOS is in it where it belongs."""
+
+
 class ChatFormat(Protocol):
-    """How dialogues are rendered, and what belongs to a rendered answer but not to its text."""
+    """How dialogues are rendered as prompts."""
 
     @property
     def system(self) -> str:
@@ -53,10 +57,6 @@ class ChatFormat(Protocol):
         turns: oldest first; an answer of None ends the prompt where generation starts. system: replaces
         the default system message; "" is none. UserError: no turns, or a template that refuses them.
         """
-        ...
-
-    def clean(self, text: str) -> str:
-        """The text of a decoded answer without the format's own marks."""
         ...
 
 
@@ -82,9 +82,6 @@ class ChatTemplate:
     system: str = ""  # the default message
     without_system: str = ""  # replaces an empty system message
     system_in_user: bool = False  # no system role: the message starts the first question
-    cut_at: tuple[str, ...] = ()  # an answer is cut at the first of these texts
-    cut_before: tuple[str, ...] = ()  # an answer starts after the last of these texts
-    removed: tuple[str, ...] = ()  # texts that are removed from an answer
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -112,16 +109,6 @@ class ChatTemplate:
                 return text + self.assistant.split("{}", 1)[0]
             text += fill_template(self.assistant, answer)
         return text
-
-    def clean(self, text: str) -> str:
-        """A decoded answer as shown (the original's Chat.answer)."""
-        for end in self.cut_at:
-            text = text.split(end)[0]
-        for mark in self.removed:
-            text = text.replace(mark, "")
-        for role in self.cut_before:
-            text = text.split(role)[-1]
-        return text.strip()
 
 
 class TokenizerChatTemplate:
@@ -162,9 +149,10 @@ class TokenizerChatTemplate:
         """As `ChatFormat.render`; the template writes BOS where it belongs, so extra_bos is not used."""
         if not turns:
             raise UserError("chat: there is no question to answer")
-        return self._tokenizer.apply_chat_template(
+        text = self._tokenizer.apply_chat_template(
             messages_of(turns, system), add_generation_prompt=turns[-1][1] is None
         )
+        return RenderedPrompt(text)
 
     def pieces(self, turns: Sequence[Turn]) -> list[str]:
         """The template's own texts around the messages of a dialogue: one more than there are messages.
@@ -184,10 +172,6 @@ class TokenizerChatTemplate:
                 "choose another --template"
             )
         return _MARK.split(text)
-
-    def clean(self, text: str) -> str:
-        """Special tokens are not decoded, so only surrounding white space is removed."""
-        return text.strip()
 
 
 def known_format(template: TokenizerChatTemplate) -> str:
@@ -223,25 +207,17 @@ _SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. "
     "You will be able to see the image once I provide it to you. Please answer my questions."
 )
-# What the original's Chat.answer removes from an answer, whatever the conversation's format.
-_ORIGINAL_CLEANING: dict[str, Any] = {
-    "cut_at": ("###", "</s>"),
-    "removed": ("<s>",),
-    "cut_before": ("Assistant:", "[/INST]"),
-}
-
 # The first three are the original's CONV_VISION templates, with the spacing and the extra <s> that released
 # weights expect. The others are the formats of model directories written before a tokenizer's own template
 # was used; they can be chosen by name.
 CHAT_TEMPLATES = {
     "vicuna0": ChatTemplate(
-        "Human: {}###", "Assistant: {}###", "{}###", system=_SYSTEM, without_system="###",
-        **_ORIGINAL_CLEANING,
+        "Human: {}###", "Assistant: {}###", "{}###", system=_SYSTEM, without_system="###"
     ),
     "llama2": ChatTemplate(
-        "<s>[INST] {}", " [/INST] {}", system=_SYSTEM, **_ORIGINAL_CLEANING
+        "<s>[INST] {}", " [/INST] {}", system=_SYSTEM
     ),
-    "minigptv2": ChatTemplate("<s>[INST] {}", " [/INST]{}", **_ORIGINAL_CLEANING),
+    "minigptv2": ChatTemplate("<s>[INST] {}", " [/INST]{}"),
     "chatml": ChatTemplate(
         "<|im_start|>user\n{}<|im_end|>\n",
         "<|im_start|>assistant\n{}<|im_end|>\n",
@@ -278,8 +254,7 @@ def chat_format(
         return name
     if name == _TRAINING:
         user, assistant = config.prompt_template.split("{}", 1)
-        cleaning = _ORIGINAL_CLEANING if config.end_symbol in ("###", "</s>") else {}
-        return ChatTemplate(user + "{}", assistant + "{}" + config.end_symbol, **cleaning)
+        return ChatTemplate(user + "{}", assistant + "{}" + config.end_symbol)
     if name == TOKENIZER_TEMPLATE:
         if not isinstance(tokenizer, HfTokenizer) or not tokenizer.has_chat_template:
             raise UserError(
@@ -293,32 +268,38 @@ def chat_format(
     return CHAT_TEMPLATES[name]
 
 
-# --- until inference uses ChatFormat ----------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------
+
+_ORIGINAL_FORMATS = ("vicuna0", "llama2", "minigptv2")
 
 
-def chat_template(config: ModelConfig) -> ChatTemplate:
-    return find_template(config, config.chat_template)
+def _has_original_format(config: ModelConfig) -> bool:
+    if config.tokenizer.chat_template:
+        return False
+    trained = config.chat_template == _TRAINING and config.end_symbol in ("###", "</s>")
+    return trained or config.chat_template in _ORIGINAL_FORMATS
 
 
-def find_template(config: ModelConfig, template: str | ChatTemplate | None) -> ChatTemplate:
-    found = chat_format(config, None, template)  # type: ignore[arg-type]
-    assert isinstance(found, ChatTemplate)
-    return found
+def answer_ends(config: ModelConfig) -> tuple[str, ...]:
+    """Texts that an answer is cut at besides its stop texts: those of the original's Chat.answer.
+
+    Other formats close answers with special tokens, and their answers may have these texts.
+    """
+    return ("###", "</s>") if _has_original_format(config) else ()
 
 
-def answer_endings(template: ChatTemplate) -> tuple[str, ...]:
-    return template.stop
+def removed_text(config: ModelConfig) -> str:
+    """The text that is removed from an answer wherever it stands, "" for none."""
+    return "<s>" if _has_original_format(config) else ""
 
 
-def render_chat(
-    template: ChatTemplate,
-    turns: Sequence[Turn],
-    *,
-    system: str | None = None,
-    extra_bos: bool = True,
-) -> str:
-    return template.render(turns, system=system, extra_bos=extra_bos)
-
-
-def clean_answer(text: str) -> str:
-    return CHAT_TEMPLATES["vicuna0"].clean(text)
+def clean_answer(config: ModelConfig, text: str) -> str:
+    """A decoded answer as it is shown: stripped, and for the original's formats as its Chat.answer does:
+    cut at ### and </s>, without <s>, and only what follows the last role marker."""
+    for end in answer_ends(config):
+        text = text.split(end)[0]
+    if _has_original_format(config):
+        text = text.replace("<s>", "")
+        for role in ("Assistant:", "[/INST]"):
+            text = text.split(role)[-1]
+    return text.strip()

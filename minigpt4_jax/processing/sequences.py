@@ -17,6 +17,7 @@ from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import (
     IMAGE_TAG,
+    RenderedPrompt,
     TokenizerChatTemplate,
     chat_format,
     fill_template,
@@ -59,7 +60,7 @@ def build_row(
     without its end symbol). UserError: empty prompt, images and `<ImageHere>` do not agree.
     """
     context = _encode_prompt(tokenizer, config, prompt, images)
-    bos = _adds_bos(tokenizer, config, rendered=prompt is not None)
+    bos = _adds_bos(tokenizer, config, rendered=isinstance(prompt, RenderedPrompt))
     answer_ids = tokenizer.encode(answer + config.end_symbol)
     return _join_row(tokenizer, config, context, answer_ids, [True] * len(answer_ids), bos)
 
@@ -241,17 +242,16 @@ def prompt_tokens(
     *,
     images: int,
     extra_bos: bool = True,
-    rendered: bool = False,
 ) -> list[int]:
     """Ids of a prompt for generation.
 
-    rendered: the prompt comes from the tokenizer's chat template, which writes BOS where it belongs;
-    other prompts of such a model get BOS if the tokenizer adds it. Prompts of the original's formats
-    always get BOS, before the first segment (get_context_emb). One that starts with `<s>` then has two,
-    as released weights were used; extra_bos=False leaves one.
+    A RenderedPrompt is tokenized as it is; other prompts of a model that uses its tokenizer's chat template
+    get BOS if the tokenizer adds it. Prompts of the original's formats always get BOS, before the first
+    segment (get_context_emb). One that starts with `<s>` then has two, as released weights were used;
+    extra_bos=False leaves one.
     UserError: as `build_row`.
     """
-    bos = _adds_bos(tokenizer, config, rendered=rendered)
+    bos = _adds_bos(tokenizer, config, rendered=isinstance(prompt, RenderedPrompt))
     ids = _encode_prompt(tokenizer, config, prompt, images, bos)
     if not extra_bos and ids[:2] == [tokenizer.bos_id] * 2:
         ids = ids[1:]

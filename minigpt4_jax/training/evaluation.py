@@ -14,8 +14,9 @@ from minigpt4_jax.data.loader import make_loader
 from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import mesh_of, shard_batch
-from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template, with_images
+from minigpt4_jax.processing.chat_templates import IMAGE_TAG, with_images
 from minigpt4_jax.processing.images import name_of
+from minigpt4_jax.processing.sequences import training_prompt
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.mesh_selection import share_of
@@ -95,7 +96,7 @@ class Validation:
         if not example.questions and not drawn:
             return IMAGE_TAG  # stage 1: the caption follows the bare image
         question = example.questions[0] if example.questions else drawn[0]
-        return fill_template(self._config.prompt_template, with_images(question, 1))
+        return training_prompt(self._tokenizer, self._config, with_images(question, 1))
 
     def _generator(self, trainable: Trainable) -> "Model":
         module = self._split.join(trainable, self._split.frozen)

@@ -132,11 +132,15 @@ def model_config(c: TrainConfig) -> ModelConfig:
 
 def adjusted(config: ModelConfig, c: TrainConfig, model: str) -> ModelConfig:
     """A model's configuration with the run's changes. model: its name in messages."""
-    changes = {
+    changes: dict[str, Any] = {
         name: getattr(c, name)
         for name in ("prompt_template", "end_symbol", "max_text_length")
         if getattr(c, name)
     }
+    if config.tokenizer.chat_template and {"prompt_template", "end_symbol"} & changes.keys():
+        # The run's own format replaces the tokenizer's chat template.
+        tokenizer = dataclasses.replace(config.tokenizer, chat_template=False)
+        changes |= {"tokenizer": tokenizer, "chat_template": "training"}
     return dataclasses.replace(config, lora=_lora(c, config.lora, model), **changes).check()
 
 

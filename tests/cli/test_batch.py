@@ -19,7 +19,7 @@ import minigpt4_jax
 from minigpt4_jax import errors
 from minigpt4_jax.cli import batch, batch_output, common
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.chat_templates import chat_template, render_chat, with_images
+from minigpt4_jax.processing.chat_templates import chat_format, with_images
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,7 +77,7 @@ def expected(model, home, row, **options):
     names = row.get("image", [])
     images = [home / name for name in ([names] if isinstance(names, str) else names)]
     question = with_images(row["prompt"], len(images))
-    prompt = render_chat(chat_template(model.config), [(question, None)])
+    prompt = chat_format(model.config, model.tokenizer).render([(question, None)])
     return model.generate([images], [prompt], max_new_tokens=6, **options)[0]
 
 

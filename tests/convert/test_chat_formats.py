@@ -12,7 +12,7 @@ from helpers.released_files import llm_config, llm_state, save_hf
 from convert.build import build
 from convert.build_plan import BuildRequest
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
-from minigpt4_jax.processing.chat_templates import chat_format
+from minigpt4_jax.processing.chat_templates import RenderedPrompt, chat_format
 from minigpt4_jax.processing.sequences import build_conversation_row, prompt_tokens
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
@@ -66,7 +66,7 @@ def test_prompts_are_those_of_transformers_from_a_directory_and_from_gguf(tmp_pa
             )
             assert template.render(turns, system=system) == text
             if "<ImageHere>" not in text:
-                ids = prompt_tokens(ours, config, text, images=0, rendered=True)
+                ids = prompt_tokens(ours, config, RenderedPrompt(text), images=0)
                 assert ids == theirs.encode(text, add_special_tokens=False)
         row = build_conversation_row(ours, config, ["Hi"], ["A cat"], images=0)
         text = theirs.apply_chat_template(

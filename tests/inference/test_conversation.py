@@ -8,8 +8,7 @@ import minigpt4_jax
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import (
     ChatTemplate,
-    chat_template,
-    render_chat,
+    chat_format,
     with_images,
 )
 
@@ -39,7 +38,7 @@ def test_the_prompt_has_all_turns_and_images_are_encoded_once(model, monkeypatch
     assert [id(i) for i in encoded] == [id(one), id(two)]
     questions = [with_images("what is it", 1), "and <ImageHere>, beside <ImageHere>?", "why"]
     turns = list(zip(questions, [first, second, None], strict=True))
-    prompt = render_chat(chat_template(model.config), turns, system="Be brief.")
+    prompt = chat_format(model.config, model.tokenizer).render(turns, system="Be brief.")
     assert third == model.generate([[one, two, one]], [prompt], context=2000, **FEW)[0]
     assert [t.answer for t in talk.turns] == [first, second, third]
 

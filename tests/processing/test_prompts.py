@@ -84,16 +84,16 @@ def test_row_ids_are_the_embeddings_the_original_fed(case):
 @pytest.mark.parametrize("variant", "abc")
 def test_chat_equals_the_original(variant):
     config = CONFIGS[variant]
-    template = chat_templates.chat_template(config)
+    template = chat_templates.chat_format(config, TOKENIZER)
     turns = []
     for n, turn in enumerate(CASES["chats"][variant]):
         question = chat_templates.with_images(turn["question"], 1) if n == 0 else turn["question"]
-        prompt = chat_templates.render_chat(template, [*turns, (question, None)])
+        prompt = template.render([*turns, (question, None)])
         assert prompt == turn["prompt"]
         first, second = turn["segment_ids"]
         ids = sequences.prompt_tokens(TOKENIZER, config, prompt, images=1)
         assert ids == first + [IMAGE] * config.visual_tokens + second
-        assert chat_templates.clean_answer(TOKENIZER.decode(turn["ids"])) == turn["answer"]
+        assert chat_templates.clean_answer(config, TOKENIZER.decode(turn["ids"])) == turn["answer"]
         turns.append((question, turn["answer"]))
 
 
@@ -102,7 +102,8 @@ def test_generation_prompts_equal_the_original(variant):
     for case in CASES["prompts"][variant]:
         ids = sequences.prompt_tokens(TOKENIZER, CONFIGS[variant], case["prompt"], images=1)
         assert len(ids) == case["length"]
-        assert chat_templates.clean_answer(TOKENIZER.decode(case["ids"])) == case["answer"]
+        answer = chat_templates.clean_answer(CONFIGS[variant], TOKENIZER.decode(case["ids"]))
+        assert answer == case["answer"]
 
 
 def test_extra_bos_has_a_switch():
@@ -115,9 +116,7 @@ def test_extra_bos_has_a_switch():
     )
     turns = [("a", "b"), ("c", None)]
     assert (
-        chat_templates.render_chat(
-            chat_templates.CHAT_TEMPLATES["minigptv2"], turns, extra_bos=False
-        )
+        chat_templates.CHAT_TEMPLATES["minigptv2"].render(turns, extra_bos=False)
         == "[INST] a [/INST]b<s>[INST] c [/INST]"
     )
 
@@ -235,7 +234,7 @@ def test_an_image_of_a_later_question_stands_where_its_mark_is():
 
 def test_unknown_chat_template_lists_the_known():
     with pytest.raises(UserError, match=r"'alpaca'.*vicuna0.*chatml"):
-        chat_templates.chat_template(dataclasses.replace(CONFIGS["a"], chat_template="alpaca"))
+        chat_templates.chat_format(CONFIGS["a"], TOKENIZER, "alpaca")
 
 
 @pytest.mark.parametrize(
@@ -249,17 +248,14 @@ def test_unknown_chat_template_lists_the_known():
     ],
 )  # fmt: skip
 def test_templates_of_other_models(name, expected):
-    template = chat_templates.chat_template(dataclasses.replace(CONFIGS["a"], chat_template=name))
+    config = dataclasses.replace(CONFIGS["a"], chat_template=name)
+    template = chat_templates.chat_format(config, TOKENIZER)
     system = "" if name == "training" else "S"
-    assert (
-        chat_templates.render_chat(template, [("q", "a"), ("r", None)], system=system) == expected
-    )
+    assert template.render([("q", "a"), ("r", None)], system=system) == expected
 
 
 def test_messages_may_hold_braces():
-    text = chat_templates.render_chat(
-        chat_templates.CHAT_TEMPLATES["minigptv2"], [("{<1>} {}", "{}"), ("{}", None)]
-    )
+    text = chat_templates.CHAT_TEMPLATES["minigptv2"].render([("{<1>} {}", "{}"), ("{}", None)])
     assert text == "<s>[INST] {<1>} {} [/INST]{}<s>[INST] {} [/INST]"
 
 
@@ -275,7 +271,23 @@ def test_messages_may_hold_braces():
     ],
 )
 def test_clean_answer(text, shown):
-    assert chat_templates.clean_answer(text) == shown
+    assert all(chat_templates.clean_answer(config, text) == shown for config in CONFIGS.values())
+
+
+@pytest.mark.parametrize(
+    "text", ["# Cake ### Steps", "write </s> to close", "Robot Assistant: ready", "[/INST] x <s>"]
+)
+def test_answers_of_other_formats_keep_what_looks_like_marks(text):
+    for name, tokenizer in (
+        ("chatml", CONFIGS["a"].tokenizer),
+        ("tokenizer", dataclasses.replace(CONFIGS["a"].tokenizer, chat_template=True)),
+        ("vicuna0", dataclasses.replace(CONFIGS["a"].tokenizer, chat_template=True)),
+    ):
+        config = dataclasses.replace(
+            CONFIGS["a"], chat_template=name, end_symbol="<|im_end|>", tokenizer=tokenizer
+        )
+        assert chat_templates.clean_answer(config, f" {text} ") == text
+        assert chat_templates.answer_ends(config) == ()
 
 
 texts = st.text(alphabet="abc {}#<s>/.\n$", max_size=40)

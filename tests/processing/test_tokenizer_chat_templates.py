@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.chat_templates import IMAGE_TAG, TokenizerChatTemplate, chat_format
+from minigpt4_jax.processing.chat_templates import (
+    IMAGE_TAG,
+    RenderedPrompt,
+    TokenizerChatTemplate,
+    chat_format,
+)
 from minigpt4_jax.processing.sequences import (
     build_conversation_row,
     build_row,
@@ -76,7 +81,7 @@ def test_prompts_have_the_text_and_ids_of_transformers(models, name, dialogue):
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert template.render(turns, system=system) == text
     images = text.count(IMAGE_TAG)
-    ids = prompt_tokens(ours, config, text, images=images, rendered=True)
+    ids = prompt_tokens(ours, config, RenderedPrompt(text), images=images)
     assert ids == expected_ids(theirs, text)
     if not images:
         encoded = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -122,7 +127,7 @@ def test_training_rows_are_rendered_dialogues_whose_answers_are_labelled(models,
 def test_a_single_question_is_trained_by_the_prompt_that_it_is_asked_by(models, name):
     ours, theirs, config, _ = models[name]
     prompt = training_prompt(ours, config, f"{IMAGE_TAG} What is it?")
-    ids = prompt_tokens(ours, config, prompt, images=1, rendered=True)
+    ids = prompt_tokens(ours, config, RenderedPrompt(prompt), images=1)
     row = build_conversation_row(ours, config, [f"{IMAGE_TAG} What is it?"], ["A cat"], images=1)
     assert row.tokens[: len(ids)] == ids == expected_ids(theirs, prompt)
     assert row.label_positions[0] == len(ids)
