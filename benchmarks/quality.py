@@ -20,7 +20,7 @@ import numpy as np
 from common import Table, argument_parser
 
 import minigpt4_jax
-from minigpt4_jax.demos.quickstart import judge_split
+from minigpt4_jax.demos.quickstart import evaluate_split
 from minigpt4_jax.errors import run
 
 TEXTS = (
@@ -111,7 +111,7 @@ def main() -> None:
         model = minigpt4_jax.load(folder, dtype, quantize=quantize)
         exact = []
         if args.data:
-            judged = judge_split(model, args.data, args.count, stage2=True)
+            judged = evaluate_split(model, args.data, args.count, stage2=True)
             answers, value, exact = judged.texts, math.exp(judged.loss), [judged.exact]
         else:
             answers = model.generate(None, QUESTIONS, template=True, max_new_tokens=args.tokens)

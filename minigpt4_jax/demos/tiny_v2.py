@@ -1,14 +1,11 @@
-"""python -m minigpt4_jax.tiny_v2: MiniGPT-v2 in small, all its tasks, before and after training.
+"""python -m minigpt4_jax.tiny_v2: train a small MiniGPT-v2, with boxes and all its tasks.
 
-Converts SmolLM2-135M-Instruct with LoRA and the vision side of patches this package ships, generates
-the dataset `shapes` with questions of every task, trains by configs/tiny_v2.py, judges answers about
-held-out images, and leaves report.json, loss.png and contact_sheet.png in the workdir.
+Converts SmolLM2-135M-Instruct with LoRA and the patch encoder in this package, draws the dataset
+`shapes` with questions for every task, trains by configs/tiny_v2.py, evaluates answers about held-out
+images before and after, and writes report.json, loss.png and contact_sheet.png to the workdir.
 """
 
-import argparse
 import json
-import shutil
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +14,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from minigpt4_jax import errors
-from minigpt4_jax.demos.quickstart import language_model
+from minigpt4_jax.demos.common import (
+    ProgressLog,
+    argument_parser,
+    build_base_model,
+    draw_dataset,
+    prepare_workdir,
+    train_with_config,
+    write_report,
+)
 from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.shapes.scene import Scene
     from minigpt4_jax.shapes.tasks import Asked
 
 VISION = Path(__file__).parents[1] / "assets" / "shapes_vision_v2.safetensors"
-SETTINGS = (  # what differs from the released MiniGPT-v2
-    "chat_template=chatml",  # without the system message of SmolLM2's own template
+SETTINGS = (  # differences from the released MiniGPT-v2
     "merge_patches=2",  # of 64 patches; four in a row often show two objects
-    "lora.targets=q,k,v,o,gate,up,down",  # reads boxes sooner than q and v alone
+    "lora.targets=q,k,v,o,gate,up,down",  # learns boxes sooner than q and v alone
     "lora.rank=16",
-    "lora.dropout=0",  # each row comes once
+    "lora.dropout=0",  # each row is used once
+    "chat_template=chatml",  # without the system message of SmolLM2's own template
 )
-PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # questions, objects of the scenes
+# Phases of training: (task -> number of questions, numbers of objects in the scenes)
+PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (
     ({"caption": 160, "grounding": 80, "identify": 40, "refer": 40, "vqa": 64}, (1,)),
     (
         {"caption": 240, "grounding": 120, "identify": 160, "refer": 320, "vqa": 240, "detection": 40},
@@ -46,14 +54,14 @@ PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (  # questions, obj
     ),
 )  # fmt: skip
 TURNS = 3  # short questions about an image in one row
-JUDGED = ("refer", "identify", "vqa", "caption", "grounding")
-QUESTIONS = 4  # of an image that are judged, of vqa's many
+EVALUATED_TASKS = ("refer", "identify", "vqa", "caption", "grounding")
+VQA_QUESTIONS = 4  # evaluated for each image
 NEW_TOKENS = 96
 SHOWN = 12  # answers on the contact sheet
 
 
-class Judged(NamedTuple):
-    """A question about an image, what the model answered, and how right that is, 0 to 1."""
+class ScoredAnswer(NamedTuple):
+    """A question about an image, the model's answer, and its score from 0 to 1."""
 
     image: Path
     asked: "Asked"
@@ -62,147 +70,141 @@ class Judged(NamedTuple):
 
 
 class TinyV2:
-    """The steps in order; each prints what it did and how long it took."""
+    """Runs the steps in order; each prints what it does and when it began."""
 
     def __init__(self, workdir: Path, images: int, judged: int, seed: int):
         self.workdir, self.images, self.judged, self.seed = workdir, images, judged, seed
-        self.begin = time.perf_counter()
+        self.base, self.shapes = workdir / "base", workdir / "shapes"
+        self.rows = workdir / "rows.jsonl"
+        self.log = ProgressLog()
         self.results: dict[str, dict[str, dict[str, float]]] = {}
 
-    def say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.begin:4.0f} s] {text}", flush=True)
-
     def prepare(self) -> None:
-        """The base model, the images, and the rows of training."""
-        from convert.cli import main as convert
-        from minigpt4_jax.shapes.dataset import write_dataset
-
-        self.say("converting SmolLM2-135M-Instruct and the demonstration's vision side of patches")
-        # The patches' values are large (see training/shapes_patches.py), word embeddings are short.
-        convert([
-            "build", "--variant=minigpt-v2", f"--vision={VISION}", f"--llm={language_model()}",
-            f"--out={self.workdir / 'base'}", f"--seed={self.seed}", "--projection-scale=0.01",
+        """Make the base model, the images, and the training rows."""
+        self.log("converting SmolLM2-135M-Instruct and the demonstration's patch encoder")
+        # The patches' values are large (patch_encoder.GAIN), word embeddings are small.
+        build_base_model(
+            self.base,
+            self.seed,
+            "--variant=minigpt-v2",
+            f"--vision={VISION}",
+            "--projection-scale=0.01",
             *(f"--set={setting}" for setting in SETTINGS),
-        ])  # fmt: skip
-        self.say(f"drawing {self.images} training images of coloured shapes")
-        shapes = self.workdir / "shapes"
-        write_dataset(
-            shapes, train=self.images, heldout=200, heldout_pairs=200, seed=self.seed, workers=2
         )
-        write_rows(shapes / "train", self.workdir / "rows.jsonl", self.seed)
+        self.log(f"drawing {self.images} training images of coloured shapes")
+        draw_dataset(self.shapes, self.images, self.seed)
+        write_rows(self.shapes / "train", self.rows, self.seed)
 
     def run(self) -> None:
-        self.prepare()
-        base, shapes = self.workdir / "base", self.workdir / "shapes"
-        self.judge("before", base, {"heldout": max(1, self.judged // 5)}, shapes)
-        model = self.train(base)
-        splits = {"heldout": self.judged, "heldout_pairs": (self.judged + 1) // 2}
-        found = self.judge("after", model, splits, shapes)
-        self.finish(model, found)
-
-    def train(self, base: Path) -> Path:
         from minigpt4_jax.training.config_cli import read_config_file
-        from minigpt4_jax.training.config_values import from_mapping
-        from minigpt4_jax.training.trainer import train
 
-        values = read_config_file("tiny_v2")
-        values |= {"model": str(base), "seed": self.seed}
-        values["data"]["path"] = (str(self.workdir / "rows.jsonl"),)
-        self.say(f"training projection and LoRA, {values['steps']} steps")
-        return train(from_mapping(values), self.workdir / "run").model
+        self.prepare()
+        self.evaluate("before", self.base, {"heldout": max(1, self.judged // 5)})
+        steps = read_config_file("tiny_v2")["steps"]
+        self.log(f"training projection and LoRA, {steps} steps")
+        model = train_with_config("tiny_v2", self.base, self.rows, self.seed, self.workdir / "run")
+        splits = {"heldout": self.judged, "heldout_pairs": (self.judged + 1) // 2}
+        answers = self.evaluate("after", model, splits)
+        self.finish(model, answers)
 
-    def judge(
-        self, title: str, model_dir: Path, splits: dict[str, int], shapes: Path
-    ) -> list[Judged]:
-        """Ask about the first so many images of each split; the answers for `heldout`."""
+    def evaluate(self, title: str, model_dir: Path, splits: dict[str, int]) -> list[ScoredAnswer]:
+        """Ask about the first images of each split (name -> how many); returns those of `heldout`."""
         from minigpt4_jax import load
 
-        model, found = load(model_dir, "float32"), {}
+        model, answers = load(model_dir, "float32"), {}
         for split, count in splits.items():
-            found[split] = judge_split(model, shapes / split, count)
-        self.results[title] = {split: shares(answers) for split, answers in found.items()}
-        told = ", ".join(f"{k} {v:.0%}" for k, v in self.results[title]["heldout"].items())
-        self.say(f"{title}, held-out images: {told}")
-        return found["heldout"]
+            answers[split] = evaluate_split(model, self.shapes / split, count)
+        self.results[title] = {split: mean_scores(a) for split, a in answers.items()}
+        scores = ", ".join(f"{k} {v:.0%}" for k, v in self.results[title]["heldout"].items())
+        self.log(f"{title}, held-out images: {scores}")
+        return answers["heldout"]
 
-    def finish(self, model: Path, found: list[Judged]) -> None:
+    def finish(self, model: Path, answers: list[ScoredAnswer]) -> None:
         from minigpt4_jax.visualization.plots import loss_plot
 
-        write_sheet(found, self.workdir / "contact_sheet.png")
+        sheet = self.workdir / "contact_sheet.png"
+        write_sheet(answers, sheet)
         loss_plot(self.workdir / "run" / "metrics.jsonl", self.workdir / "loss.png")
-        seconds = round(time.perf_counter() - self.begin, 1)
-        report = {"seed": self.seed, "images": self.judged, "results": self.results}
-        report |= {"training_images": self.images, "seconds": seconds}
-        (self.workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        report = {
+            "seed": self.seed,
+            "images": self.judged,
+            "results": self.results,
+            "training_images": self.images,
+            "seconds": round(self.log.seconds, 1),
+        }
+        write_report(self.workdir, report)
         print_report(report)
-        one = next(j for j in found if j.asked.task == "refer")
-        phrase = one.asked.question.rsplit(" of ", 1)[1]
-        print(f"\nLook at {self.workdir / 'contact_sheet.png'}. Ask for yourself:")
+        example = next(a for a in answers if a.asked.task == "refer")
+        phrase = example.asked.question.rsplit(" of ", 1)[1]
+        print(f"\nLook at {sheet}. To ask a question yourself:")
         print(
-            f"  python -m minigpt4_jax.chat --model={model} --image={one.image} --temperature=0 \\"
+            f"  python -m minigpt4_jax.chat --model={model} --image={example.image} --temperature=0 \\"
         )
         print(f'    --task=refer --prompt="{phrase}" --save-image=boxes.png')
 
 
 def write_rows(train_dir: Path, out: Path, seed: int) -> int:
-    """Write what training asks, a row {"image", "conversations"} each, in its order; returns how many."""
+    """Write the training rows {"image", "conversations"}, in training order; returns their number."""
     from minigpt4_jax.shapes.dataset import read_scenes
     from minigpt4_jax.shapes.tasks import Phase, training_rows
     from minigpt4_jax.training.config_cli import read_config_file
 
-    known = read_scenes(train_dir)
+    scenes = read_scenes(train_dir)
     phases = [Phase(questions, counts) for questions, counts in PHASES]
     batch = read_config_file("tiny_v2")["batch_size"]
-    rows = training_rows([scene for _, scene in known], phases, batch, TURNS, seed)
+    rows = training_rows([scene for _, scene in scenes], phases, batch, TURNS, seed)
     with out.open("w") as file:
         for i, turns in rows:
-            talk = [
+            conversation = [
                 {"from": speaker, "value": value}
-                for asked in turns
-                for speaker, value in (("human", asked.question), ("gpt", asked.answer))
+                for turn in turns
+                for speaker, value in (("human", turn.question), ("gpt", turn.answer))
             ]
-            image = str(known[i][0].relative_to(out.parent))
-            file.write(json.dumps({"image": image, "conversations": talk}) + "\n")
+            image = str(scenes[i][0].relative_to(out.parent))
+            file.write(json.dumps({"image": image, "conversations": conversation}) + "\n")
     return len(rows)
 
 
-# --- judging --------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
-def judge_split(model: "Model", split_dir: Path, count: int) -> list[Judged]:
-    """Everything that is judged about the first `count` images of a split, answered greedily."""
+def evaluate_split(model: "Model", split_dir: Path, count: int) -> list[ScoredAnswer]:
+    """Answer the evaluation questions about the first `count` images of a split, greedily."""
     from minigpt4_jax.shapes.dataset import read_scenes
 
-    known = read_scenes(split_dir)[:count]
-    rows = [(path, scene, a) for i, (path, scene) in enumerate(known) for a in exam(scene, i)]
+    scenes = read_scenes(split_dir)[:count]
+    rows = [
+        (path, scene, asked)
+        for i, (path, scene) in enumerate(scenes)
+        for asked in evaluation_questions(scene, i)
+    ]
     answers = model.generate(
-        [path for path, _, _ in rows], [a.question for _, _, a in rows],
+        [path for path, _, _ in rows], [asked.question for _, _, asked in rows],
         max_new_tokens=NEW_TOKENS, template=True, batch_size=32,
     )  # fmt: skip
     return [
-        Judged(path, a, answer, score(scene, a, answer))
-        for (path, scene, a), answer in zip(rows, answers, strict=True)
+        ScoredAnswer(path, asked, answer, score_answer(scene, asked, answer))
+        for (path, scene, asked), answer in zip(rows, answers, strict=True)
     ]
 
 
-def exam(scene: "Scene", seed: int) -> list["Asked"]:
-    """What is judged of a scene: all but detection, and of vqa's questions a few."""
+def evaluation_questions(scene: "Scene", seed: int) -> list["Asked"]:
+    """All questions of EVALUATED_TASKS about a scene, but of vqa only VQA_QUESTIONS."""
     from minigpt4_jax.shapes.tasks import asked
 
     rng = np.random.default_rng([seed, 5])
-    everything = [a for a in asked(scene, rng) if a.task in JUDGED]
-    short = [a for a in everything if a.task == "vqa"]
-    chosen = set(rng.permutation(len(short))[:QUESTIONS].tolist())
-    return [a for a in everything if a.task != "vqa"] + [
-        a for i, a in enumerate(short) if i in chosen
-    ]
+    questions = [a for a in asked(scene, rng) if a.task in EVALUATED_TASKS]
+    vqa = [a for a in questions if a.task == "vqa"]
+    chosen = set(rng.permutation(len(vqa))[:VQA_QUESTIONS].tolist())
+    others = [a for a in questions if a.task != "vqa"]
+    return others + [a for i, a in enumerate(vqa) if i in chosen]
 
 
-def score(scene: "Scene", asked: "Asked", answer: str) -> float:
-    """How right an answer is: 1 or 0, and for grounding the share of objects that are named and found.
+def score_answer(scene: "Scene", asked: "Asked", answer: str) -> float:
+    """1 for a right answer, 0 for a wrong one; for grounding the share of objects named and located.
 
-    refer: the first box overlaps the true one by more than half; caption: every attribute is right;
-    vqa and identify: the very words.
+    refer: the first box has an IoU over 0.5 with the true one; caption: every attribute is right;
+    vqa and identify: the exact words.
     """
     from minigpt4_jax.processing.boxes import iou, parse_boxes
     from minigpt4_jax.shapes.text import matches
@@ -212,60 +214,63 @@ def score(scene: "Scene", asked: "Asked", answer: str) -> float:
     if asked.task in ("vqa", "identify"):
         return float(answer.strip().lower() == asked.answer.lower())
     side = scene.image_size
-    found = parse_boxes(answer, side, side)
+    boxes = parse_boxes(answer, side, side)
     if asked.task == "refer" and asked.box is not None:
-        return float(bool(found) and iou(found[0][1], asked.box) > 0.5)
-    true = parse_boxes(asked.answer, side, side)
-    hits = sum(any(p == phrase and iou(b, box) > 0.5 for p, b in found) for phrase, box in true)
-    return hits / max(len(true), len(found))
+        return float(bool(boxes) and iou(boxes[0][1], asked.box) > 0.5)
+    true_boxes = parse_boxes(asked.answer, side, side)
+    hits = sum(
+        any(p == phrase and iou(b, box) > 0.5 for p, b in boxes) for phrase, box in true_boxes
+    )
+    return hits / max(len(true_boxes), len(boxes))
 
 
-def shares(found: list[Judged]) -> dict[str, float]:
+def mean_scores(answers: list[ScoredAnswer]) -> dict[str, float]:
     """Task -> mean score."""
     scores: dict[str, list[float]] = defaultdict(list)
-    for judged in found:
-        scores[judged.asked.task].append(judged.score)
-    return {task: sum(s) / len(s) for task in JUDGED if (s := scores[task])}
+    for answer in answers:
+        scores[answer.asked.task].append(answer.score)
+    return {task: sum(s) / len(s) for task in EVALUATED_TASKS if (s := scores[task])}
 
 
-def write_sheet(found: list[Judged], out: Path) -> None:
-    """A contact sheet: answers of every task about different images, their boxes drawn."""
+def write_sheet(answers: list[ScoredAnswer], out: Path) -> None:
+    """A contact sheet: one answer for each image, the tasks in turn, with boxes drawn."""
     from minigpt4_jax.visualization.plots import contact_sheet
 
-    images = list(dict.fromkeys(j.image for j in found))[:SHOWN]
+    images = list(dict.fromkeys(a.image for a in answers))[:SHOWN]
+    tasks = [EVALUATED_TASKS[i % len(EVALUATED_TASKS)] for i in range(len(images))]
     shown = [
-        next(j for j in found if j.image == image and j.asked.task == JUDGED[i % len(JUDGED)])
-        for i, image in enumerate(images)
+        next(a for a in answers if a.image == image and a.asked.task == task)
+        for image, task in zip(images, tasks, strict=True)
     ]
     contact_sheet(
-        [_picture(j) for j in shown],
-        [f"{j.asked.question}: {j.answer}" for j in shown],
-        [j.score == 1 for j in shown],
-        out, truths=[j.asked.answer for j in shown], title="Images never seen in training", side=240,
+        [image_with_boxes(a) for a in shown],
+        [f"{a.asked.question}: {a.answer}" for a in shown],
+        [a.score == 1 for a in shown],
+        out, truths=[a.asked.answer for a in shown], title="Images never seen in training", side=240,
     )  # fmt: skip
 
 
-def _picture(judged: Judged) -> Any:
-    """The image with the boxes of the answer, or of the question where that has one."""
+def image_with_boxes(answer: ScoredAnswer) -> "Path | Image.Image":
+    """The image with the boxes of the answer, or else of the question; its path if neither has any."""
     from minigpt4_jax.visualization.boxes import draw_boxes
 
-    for text in (judged.answer, judged.asked.question):
+    for text in (answer.answer, answer.asked.question):
         try:
-            return draw_boxes(judged.image, text)
+            return draw_boxes(answer.image, text)
         except UserError:
             continue
-    return judged.image
+    return answer.image
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The table: each task before and after training."""
+    """Print the scores of each task before and after training."""
     columns = [
         (f"{title}, {split.replace('_', ' ')}", results)
         for title, splits in report["results"].items()
         for split, results in splits.items()
     ]
     print("\n" + " " * 12 + "".join(f"{title:>22}" for title, _ in columns))
-    for task in JUDGED:
+    for task in EVALUATED_TASKS:
         print(f"{task:12}" + "".join(f"{results[task]:>22.1%}" for _, results in columns))
     print(
         f"{report['seconds']:.0f} seconds, seed {report['seed']}, {report['images']} held-out images"
@@ -273,23 +278,17 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, default=Path("tiny_v2"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=4000, help="training images")
-    parser.add_argument("--judged", type=int, default=50, help="held-out images asked about")
-    parser.add_argument("--prepare", action="store_true", help="only what training needs")
-    a = parser.parse_args(argv)
-    if a.images < 100 or not 1 <= a.judged <= 200:
-        raise UserError("--images must be at least 100 and --judged between 1 and 200")
-    for name in ("base", "run", "shapes"):
-        shutil.rmtree(a.workdir / name, ignore_errors=True)
-    a.workdir.mkdir(parents=True, exist_ok=True)
-    steps = TinyV2(a.workdir, a.images, a.judged, a.seed)
-    steps.prepare() if a.prepare else steps.run()
+    description = (__doc__ or "").splitlines()[0]
+    parser = argument_parser(description, "tiny_v2", images=4000, judged=50)
+    parser.add_argument("--prepare", action="store_true",
+                        help="only make the base model and the training data")  # fmt: skip
+    args = parser.parse_args(argv)
+    prepare_workdir(args, ("base", "run", "shapes"))
+    demo = TinyV2(args.workdir, args.images, args.judged, args.seed)
+    demo.prepare() if args.prepare else demo.run()
     return 0
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and end the process; a UserError is one line on stderr."""
+    """Run the command and end the process; a UserError becomes one line on stderr."""
     errors.run(lambda: main(argv))

