@@ -1,1 +1,1 @@
-"""From files to batches."""
+"""From dataset files to training batches."""

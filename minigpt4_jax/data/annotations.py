@@ -1,4 +1,4 @@
-"""Rows of JSON files, read so that every mistake is one line that says where."""
+"""Read and check the rows of JSON files. Errors are one line and say where the mistake is."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 from minigpt4_jax.errors import UserError
 
-_GAP = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
+_WHITESPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
 
 
 def read_text(path: Path) -> str:
-    """UserError: there is no such file, or it is not UTF-8 text."""
+    """The text of a file. UserError: there is no such file, or it is not UTF-8."""
     if not path.is_file():
         raise UserError(f"data {path}: there is no such file")
     try:
@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(where: str, text: str) -> Any:
-    """The value that a text of JSON holds."""
+    """Parse JSON. where: what error messages start with."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -32,12 +32,15 @@ def parse(where: str, text: str) -> Any:
 
 
 def read_list(path: Path, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of every object in a file's list; with `key`, of the list that an
-    object has under it instead. One row is made after another: files of a gigabyte are usual."""
+    """(location for messages, row) of every object in a list.
+
+    key: the file may also be an object that has the list under this key. Rows of a plain list are
+    parsed one at a time, because such files may have gigabytes.
+    """
     text = read_text(path)
-    begin = _skip(text, 0)
-    if text[begin : begin + 1] == "[":
-        rows = _elements(f"data {path}", text, begin + 1)
+    start = _skip_whitespace(text, 0)
+    if text[start : start + 1] == "[":
+        rows = _elements(f"data {path}", text, start + 1)
     else:
         value = parse(f"data {path}", text)
         if not isinstance(value, dict) or not key:
@@ -51,7 +54,7 @@ def read_list(path: Path, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_object(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(where it stands, key, row) of every object in a file's object."""
+    """(location for messages, key, row) of every object in an object of rows."""
     value = parse(f"data {path}", read_text(path))
     if not isinstance(value, dict):
         raise UserError(f"data {path}: holds {kind(value)}; expected an object of rows by their id")
@@ -60,50 +63,54 @@ def read_object(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield where, name, expect_object(row, where)
 
 
-def first_mark(path: Path) -> str:
-    """The mark a file of JSON begins with: "[", "{", or "" when that is far from its beginning."""
+def first_character(path: Path) -> str:
+    """The first character that is not whitespace, such as "[" or "{"; "" if the file starts with more
+    than a kilobyte of whitespace."""
     try:
         with path.open("rb") as file:
-            begin = file.read(1024)
+            start = file.read(1024)
     except OSError as e:
         raise UserError(f"data {path}: cannot be read ({e})") from None
-    return begin.decode("utf-8-sig", "replace").lstrip()[:1]
+    return start.decode("utf-8-sig", "replace").lstrip()[:1]
 
 
-def _elements(where: str, text: str, at: int) -> Iterator[Any]:
-    """The values of the array whose `[` ends at `at`."""
+def _elements(where: str, text: str, start: int) -> Iterator[Any]:
+    """The values of a JSON array, parsed one at a time. start: the position after its `[`."""
     decoder = json.JSONDecoder()
     try:
-        at = _skip(text, at)
-        more = text[at : at + 1] != "]"
+        position = _skip_whitespace(text, start)
+        more = text[position : position + 1] != "]"
         while more:
-            value, at = decoder.raw_decode(text, at)
+            value, position = decoder.raw_decode(text, position)
             yield value
-            at = _skip(text, at)
-            more = text[at : at + 1] == ","
+            position = _skip_whitespace(text, position)
+            more = text[position : position + 1] == ","
             if more:
-                at = _skip(text, at + 1)
-        if text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if (at := _skip(text, at + 1)) != len(text):
-            raise json.JSONDecodeError("Extra data", text, at)
+                position = _skip_whitespace(text, position + 1)
+        if text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        if (position := _skip_whitespace(text, position + 1)) != len(text):
+            raise json.JSONDecodeError("Extra data", text, position)
     except json.JSONDecodeError as e:
         raise _not_json(where, e) from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply to be rows") from None
 
 
-def _skip(text: str, at: int) -> int:
-    gap = _GAP.match(text, at)
-    return gap.end() if gap else at
+def _skip_whitespace(text: str, position: int) -> int:
+    match = _WHITESPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _not_json(where: str, e: json.JSONDecodeError) -> UserError:
-    place = "" if ", line " in where else f" at line {e.lineno}"
-    return UserError(f"{where}: is not JSON{place} ({e.msg}, column {e.colno})")
+    line = "" if ", line " in where else f" at line {e.lineno}"
+    return UserError(f"{where}: is not JSON{line} ({e.msg}, column {e.colno})")
 
 
 # --- fields of a row -------------------------------------------------------------------------
+
+
+# Each raises UserError with the location, the key and what was expected.
 
 
 def expect_object(row: Any, where: str) -> dict[str, Any]:
@@ -119,7 +126,7 @@ def field_of(row: dict[str, Any], key: str, where: str) -> Any:
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:
-    """A string, which may be empty."""
+    """A string, possibly empty."""
     value = field_of(row, key, where)
     if not isinstance(value, str):
         raise UserError(f'{where}: "{key}" is {kind(value)}; expected a string')
@@ -150,17 +157,19 @@ def number_of(row: dict[str, Any], key: str, where: str) -> float:
 
 
 def identity_of(row: dict[str, Any], key: str, where: str) -> str | int:
-    """What names a picture: text or a whole number."""
+    """An identifier: a non-empty string or an integer."""
     value = field_of(row, key, where)
     if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
-        raise UserError(f'{where}: "{key}" is {kind(value)}; expected a name or a whole number')
+        raise UserError(f'{where}: "{key}" is {kind(value)}; expected a string or an integer')
     return value
 
 
 def keys(row: dict[str, Any]) -> str:
+    """The first keys of a row, for messages."""
     return "the keys " + ", ".join(map(repr, list(row)[:8])) if row else "no keys"
 
 
 def kind(value: Any) -> str:
+    """What a JSON value is, for messages: "a list", "int 3"."""
     names = {list: "a list", dict: "an object", str: "a string", type(None): "null"}
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")

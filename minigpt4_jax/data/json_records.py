@@ -1,13 +1,13 @@
-"""From files of captions, questions and conversations to a checked list of examples.
+"""Read JSON files of captions, questions and conversations as a checked list of examples.
 
-Three layouts are read, recognized by what is there:
+Three layouts are recognized:
 
     DIR/            filter_cap.json and image/{image_id}.jpg or .png (MiniGPT-4's stage 2)
     FILE.json       a list of rows, or an object {"annotations": [{"image_id", "caption"}, ...]}
-    FILE.jsonl      one row a line
+    FILE.jsonl      one row per line
 
-A row has an image (a path beside the file, several in a list, or none) and one of "caption",
-"question" with "answer", or "conversations" [{"from": "human" | "gpt", "value": text}] as LLaVA's.
+A row has an image (a path relative to the file, a list of paths, or none) and one of "caption",
+"question" with "answer", or "conversations" [{"from": "human" | "gpt", "value": text}] as in LLaVA.
 """
 
 import os
@@ -29,20 +29,20 @@ DataPath = str | os.PathLike[str]
 
 
 class Example(NamedTuple):
-    """One row of a dataset. Questions have an `<ImageHere>` for each image."""
+    """Images with text. The questions have an `<ImageHere>` for each image."""
 
-    images: tuple[ImageSource, ...]  # most often paths
-    questions: tuple[str, ...]  # one a turn; none: a caption alone
-    answers: tuple[str, ...]  # one a turn
+    images: tuple[ImageSource, ...]  # mostly paths
+    questions: tuple[str, ...]  # one per turn; (): the answer is a caption
+    answers: tuple[str, ...]  # one per turn
 
 
 def read_sources(
     paths: DataPath | Sequence[DataPath], *, clean_captions: bool = False
 ) -> list[Example]:
-    """Read one or several datasets, one behind the other.
+    """Read and concatenate one or several datasets.
 
-    clean_captions: pass captions through `blip_caption`, as the original's stage 1 does.
-    UserError names the file, the line and the key that is wrong, an empty dataset, missing images.
+    clean_captions: apply `blip_caption` to captions, as stage 1 of the original does.
+    UserError: an invalid row (with file, line and key), an empty dataset, missing images.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -56,7 +56,7 @@ def read_sources(
 
 
 def blip_caption(caption: str) -> str:
-    """Lower case, punctuation but commas and apostrophes to spaces, at most 50 words
+    """Lower case, punctuation except commas and apostrophes replaced by spaces, at most 50 words
     (BlipCaptionProcessor.pre_caption of LAVIS)."""
     caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
@@ -84,7 +84,7 @@ def _read(path: Path, clean: bool) -> list[Example]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) for every row of the file."""
+    """(location for messages, row) of every row of the file."""
     text = read_text(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         rows = _json_lines(path, text)
@@ -121,13 +121,14 @@ def _json_file(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _stage2_row(row: dict[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """Replace "image_id" by the path of the image."""
     if "image" in row or "images" in row:
         return row
     number = row.get("image_id")
     if not isinstance(number, (str, int)) or isinstance(number, bool) or number == "":
         raise UserError(f'{where}: has {keys(row)}; expected "image_id" and "caption"')
-    found = next((e for e in (".jpg", ".png") if (folder / f"{number}{e}").is_file()), ".jpg")
-    return {**row, "image": os.path.join("image", f"{number}{found}")}
+    suffix = next((s for s in (".jpg", ".png") if (folder / f"{number}{s}").is_file()), ".jpg")
+    return {**row, "image": os.path.join("image", f"{number}{suffix}")}
 
 
 # --- one row ---------------------------------------------------------------------------------
@@ -184,31 +185,33 @@ def _conversation(turns: Any, where: str) -> tuple[tuple[str, ...], tuple[str, .
         )
     texts = []
     for n, turn in enumerate(turns):
-        speaker, here = ("human", "gpt")[n % 2], f'{where}, turn {n + 1} of "conversations"'
+        speaker, turn_where = ("human", "gpt")[n % 2], f'{where}, turn {n + 1} of "conversations"'
         if not isinstance(turn, dict) or turn.get("from") != speaker:
-            raise UserError(f'{here}: expected an object with "from": "{speaker}" and "value"')
-        texts.append(_text(turn, "value", here))
+            raise UserError(
+                f'{turn_where}: expected an object with "from": "{speaker}" and "value"'
+            )
+        texts.append(_text(turn, "value", turn_where))
     return tuple(texts[::2]), tuple(texts[1::2])
 
 
 def _place_images(question: str, images: int, where: str) -> str:
-    """LLaVA's `<image>` becomes `<Img><ImageHere></Img>`: several stay where they are, a single one
-    comes first, as the original's LLaVA datasets put it."""
-    marks = question.count("<image>")
-    if IMAGE_TAG not in question and marks > 1:
+    """Replace LLaVA's `<image>` by `<Img><ImageHere></Img>`: several keep their positions, a single
+    one is moved to the front, as in the original's LLaVA datasets."""
+    tags = question.count("<image>")
+    if IMAGE_TAG not in question and tags > 1:
         question = re.sub(r"<image>\n?", IMAGE_SLOT, question)
-    elif marks:
+    elif tags:
         question = re.sub(r"\n?<image>\n?", "", question).strip()
     question = with_images(question, images)
     if question.count(IMAGE_TAG) != images:
         raise UserError(
-            f"{where}: the question places {question.count(IMAGE_TAG)} images; the row has {images}"
+            f"{where}: the question has {question.count(IMAGE_TAG)} image tags; the row has {images} images"
         )
     return question
 
 
 def _check_images_exist(path: Path, examples: list[Example]) -> None:
-    named = dict.fromkeys(str(image) for example in examples for image in example.images)
-    if missing := [image for image in named if not os.path.isfile(image)]:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"data {path}: {len(missing)} of {len(named)} images are missing: {some}")
+    images = dict.fromkeys(str(image) for example in examples for image in example.images)
+    if missing := [image for image in images if not os.path.isfile(image)]:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"data {path}: {len(missing)} of {len(images)} images are missing: {first}")

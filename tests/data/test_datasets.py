@@ -293,7 +293,7 @@ VQA_ROW = {"image": CAT, "question": "What?", "answer": ["a"]}
          r'row "1": 1 "questions" and 0 "answers"'),
         ("ocrvqa", "dataset.json", [], "expected an object"),
         ("textcaps_caption", "TextCaps_0.1_train.json", {"data": [{"image_id": ""}]},
-         'row 1: "image_id" is a string; expected a name'),
+         'row 1: "image_id" is a string; expected a string or an integer'),
         ("llava_detail", "detail_23k.json", [{"id": "1", "conversations": [{"from": "human"}]}],
          'row 1: .*"value" is missing'),
         ("llava_detail", "detail_23k.json", [{"id": "1", "conversations": "hi"}],
@@ -317,9 +317,9 @@ def test_what_is_not_there_is_named(disk, coco):
     with pytest.raises(UserError, match=r"no file .*vqa_train.json; expected a folder with vqa_tr"):
         disk.open("coco_vqa", ".", "coco")
     disk.json("okvqa_train.json", [VQA_ROW])
-    with pytest.raises(UserError, match="folder of images is not named; name it as `images`"):
+    with pytest.raises(UserError, match="image folder is not named; name it as `images`"):
         disk.open("ok_vqa", ".")
-    with pytest.raises(UserError, match=r"there is no folder of images .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no image folder .*nowhere"):
         disk.open("ok_vqa", ".", "nowhere")
     with pytest.raises(UserError, match="no annotations are named"):
         open_dataset("ok_vqa", ())

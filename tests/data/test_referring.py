@@ -76,7 +76,7 @@ def test_refcoco_both_ways(disk, name):
         assert choices(source, 0, 2) == [7, 2]
         assert len(source) == 1 and source.left_out == {"of another split": 1}
         assert source.dropped == {
-            "whose picture or box instances.json does not have": 1, "without words": 1,
+            "whose image or box is not in instances.json": 1, "without words": 1,
         }  # fmt: skip
 
 
@@ -161,8 +161,8 @@ def test_refvg(disk):
     assert first_draw(source, 1).answers == ("{<0><98><2><100>}",)  # cut at the picture's edge
     assert source.left_out == {"of 16384 pixels or more": 1}
     assert source.dropped == {
-        "with a box of no size or outside of its picture": 1, "without words": 1,
-        "whose picture image_data.json does not have": 1, "without their image": 1,
+        "with an empty box or one outside its image": 1, "without words": 1,
+        "whose image is not in image_data.json": 1, "without their image": 1,
     }  # fmt: skip
 
 

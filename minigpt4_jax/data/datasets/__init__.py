@@ -1,4 +1,4 @@
-"""The datasets MiniGPT-4 and MiniGPT-v2 were trained on, each read from the files it is published as.
+"""The datasets that MiniGPT-4 and MiniGPT-v2 were trained on, read from their published files.
 
 open_dataset("coco_vqa", "vqav2", "coco/images")
 """
@@ -82,13 +82,13 @@ def open_dataset(
 ) -> Dataset:
     """Open a published dataset.
 
-    name: one of DATASETS. annotations: the folder that holds its files under their published names,
-    or the files themselves, in the order of DATASETS[name].files. images: the folder of its pictures
-    (COCO's train2014 for the datasets about COCO); where pictures are published together with the
-    annotations, None finds them there. check_images: look now which pictures are missing, by listing
-    their folders, and leave their rows out; False leaves that to the reading.
-    UserError: an unknown name, a missing file or folder, a malformed file (naming file, row and
-    key), no usable row.
+    name: one of DATASETS. annotations: the folder with its files under their published names, or the
+    files themselves, in the order of DATASETS[name].files. images: its image folder (COCO's train2014
+    for the datasets about COCO); None: where the images are published together with the annotations.
+    check_images: drop rows whose image is missing now, by listing the folders; False: a missing image is
+    an error when it is read.
+    UserError: an unknown name, a missing file or folder, an invalid row (with file, row and key), no
+    usable row.
     """
     layout = _layout(name)
     paths = [annotations] if isinstance(annotations, (str, os.PathLike)) else list(annotations)
@@ -119,8 +119,8 @@ def _expected(layout: Layout) -> str:
 
 def _image_folder(name: str, layout: Layout, folder: Path, images: AnyPath | None) -> Path | None:
     if images is None and layout.images is None:
-        return None  # text alone, or asked for at the first row with a picture
+        return None  # text only; otherwise an error at the first row with an image
     path = Path(images) if images is not None else folder / (layout.images or "")
     if not path.is_dir():
-        raise UserError(f"data {name}: there is no folder of images {path}; name it as `images`")
+        raise UserError(f"data {name}: there is no image folder {path}; name it as `images`")
     return path

@@ -1,4 +1,4 @@
-"""A published dataset as a Source: its rows packed in memory, its pictures in a folder."""
+"""A published dataset as a Source: compact rows in memory, images in a folder."""
 
 import json
 import logging
@@ -22,43 +22,43 @@ _log = logging.getLogger(__name__)
 
 
 class DatasetRow(NamedTuple):
-    """What a dataset keeps of a row of its files."""
+    """The part of a row of the files that examples are made of."""
 
-    image: str  # below the folder of images; "": none
-    fields: tuple[Any, ...]  # JSON values, what `make` takes
+    image: str  # path below the image folder; "": none
+    fields: tuple[Any, ...]  # JSON values for Layout.make
 
 
 class Unused(NamedTuple):
-    """A row that makes no example."""
+    """A row that is not an example."""
 
-    cause: str  # in a few words that follow a count: "12 without a caption"
-    fault: bool = True  # False: the dataset's own rule leaves it out, such as another split
+    cause: str  # words that follow a count: "12 without a caption"
+    fault: bool = True  # False: a valid row that the dataset excludes, such as another split
 
 
-# (images, a row's fields, generator) -> the example
-Make = Callable[[tuple[str, ...], Sequence[Any], np.random.Generator], Example]
+# (image paths, DatasetRow.fields, generator) -> the example
+MakeExample = Callable[[tuple[str, ...], Sequence[Any], np.random.Generator], Example]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset lies on disk, and what becomes of a row."""
+    """The files of a dataset, and how to read them."""
 
-    files: tuple[str, ...]  # annotation files below the folder that it is published as
-    read: Callable[[Sequence[Path]], Iterator[DatasetRow | Unused]]  # from these files
-    make: Make
-    images: str | None = None  # where the images are below that folder; None: wherever, or none
+    files: tuple[str, ...]  # annotation files below the published folder
+    read: Callable[[Sequence[Path]], Iterator[DatasetRow | Unused]]  # reads these files
+    make: MakeExample
+    images: str | None = None  # image folder below the published folder; None: separate, or none
 
 
 class PackedRows:
-    """A list of JSON values as one block of bytes: a tenth of the memory of Python's objects, shared
-    by forked processes and quickly sent to others."""
+    """A list of JSON values in one bytes object: a tenth of the memory of Python objects, shared by forked
+    processes and fast to send to others."""
 
     def __init__(self, rows: Iterable[Any]):
-        block, ends = bytearray(), array("q", [0])
+        encoded, ends = bytearray(), array("q", [0])
         for row in rows:
-            block += json.dumps(row, separators=(",", ":")).encode()
-            ends.append(len(block))
-        self._block = bytes(block)
+            encoded += json.dumps(row, separators=(",", ":")).encode()
+            ends.append(len(encoded))
+        self._encoded = bytes(encoded)
         self._ends = np.frombuffer(ends, np.int64)
 
     def __len__(self) -> int:
@@ -67,15 +67,11 @@ class PackedRows:
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return json.loads(self._block[self._ends[index] : self._ends[index + 1]])
+        return json.loads(self._encoded[self._ends[index] : self._ends[index + 1]])
 
 
 class Dataset:
-    """A Source of one dataset.
-
-    dropped: rows that something is wrong with, left_out: rows that the dataset's own rule does not
-    take (another split, say), both counted by cause.
-    """
+    """A Source of the examples of one published dataset."""
 
     def __init__(
         self,
@@ -90,8 +86,8 @@ class Dataset:
         self.left_out: dict[str, int] = {}
         self._images = images
         self._make = layout.make
-        self._missing = ""  # the first of them
-        self._rows = PackedRows(self._used(layout.read(annotations), check_images))
+        self._first_missing = ""  # path of the first missing image
+        self._rows = PackedRows(self._usable(layout.read(annotations), check_images))
         self._report(annotations)
 
     def __len__(self) -> int:
@@ -104,27 +100,28 @@ class Dataset:
     def _paths(self, image: str) -> tuple[str, ...]:
         return (os.path.join(self._images or "", image),) if image else ()
 
-    def _used(self, rows: Iterator[DatasetRow | Unused], check: bool) -> Iterator[list[Any]]:
+    def _usable(self, rows: Iterator[DatasetRow | Unused], check: bool) -> Iterator[list[Any]]:
+        """The rows to keep, as JSON values; counts the others."""
         dropped, left_out = Counter[str](), Counter[str]()
-        folder = _Folder(self._images) if check else None
+        folder = _FolderListing(self._images) if check else None
         for row in rows:
             if isinstance(row, Unused):
                 (dropped if row.fault else left_out)[row.cause] += 1
             elif row.image and self._images is None:
                 raise UserError(
-                    f"data {self.name}: its folder of images is not named; name it as `images`"
+                    f"data {self.name}: its image folder is not named; name it as `images`"
                 )
             elif row.image and folder and not folder.has(row.image):
                 dropped[NO_IMAGE] += 1
-                self._missing = self._missing or self._paths(row.image)[0]
+                self._first_missing = self._first_missing or self._paths(row.image)[0]
             else:
                 yield [row.image, *row.fields]
         self.dropped, self.left_out = dict(dropped), dict(left_out)
 
     def _report(self, annotations: Sequence[Path]) -> None:
-        """Into the log; UserError when no example is left."""
+        """Log the counts. UserError: no example is left."""
         counts = [f"{n} {cause}" for cause, n in [*self.dropped.items(), *self.left_out.items()]]
-        missing = f" (the first: {self._missing})" if self._missing else ""
+        missing = f" (the first: {self._first_missing})" if self._first_missing else ""
         rest = f"; rows not used: {', '.join(counts)}{missing}" if counts else ""
         if not len(self):
             raise UserError(
@@ -134,28 +131,28 @@ class Dataset:
         _log.log(level, "data %s: %d examples%s", self.name, len(self), rest)
 
 
-class _Folder:
-    """Which files there are, found by listing each folder once: quicker than a question a file."""
+class _FolderListing:
+    """Which files exist, from listing each folder once: faster than checking each file."""
 
     def __init__(self, path: Path | None):
         self._path = path
         self._names: dict[str, set[str]] = {}
 
     def has(self, image: str) -> bool:
-        below, name = os.path.split(image)
-        if below not in self._names:
+        subfolder, name = os.path.split(image)
+        if subfolder not in self._names:
             try:
-                self._names[below] = set(os.listdir(os.path.join(self._path or "", below)))
+                self._names[subfolder] = set(os.listdir(os.path.join(self._path or "", subfolder)))
             except (OSError, ValueError):
-                self._names[below] = set()
-        return name in self._names[below]
+                self._names[subfolder] = set()
+        return name in self._names[subfolder]
 
 
-def asked(images: tuple[str, ...], question: str) -> str:
-    """A first question: behind the images, without prompt template."""
+def image_question(images: tuple[str, ...], question: str) -> str:
+    """The first question of an example, after its image slots and without prompt template."""
     return with_images(question, len(images))
 
 
-def pick(choices: Sequence[str], rng: np.random.Generator) -> str:
-    """One of them, all equally likely."""
+def choose(choices: Sequence[str], rng: np.random.Generator) -> str:
+    """One of the choices, uniformly."""
     return choices[int(rng.integers(len(choices)))]

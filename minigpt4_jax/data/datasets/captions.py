@@ -1,4 +1,4 @@
-"""Pictures and what they show: cc_sbu_align, coco_caption, textcaps_caption."""
+"""Captions: cc_sbu_align, coco_caption, textcaps_caption."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax.data.annotations import identity_of, read_list, text_of
-from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, choose, image_question
 from minigpt4_jax.data.json_records import Example, blip_caption
 
-# What the original's caption_datasets.py and text_caps.py ask, spaces at the end included.
+# From the original's caption_datasets.py and text_caps.py, including trailing spaces.
 CAPTION_PROMPTS = (
     "Briefly describe this image.",
     "Provide a concise depiction of this image.",
@@ -46,13 +46,13 @@ def read_cc_sbu_align(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
 def make_described(
     images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
 ) -> Example:
-    """A caption alone: the batch's prompt asks for it."""
+    """A caption without a question: the prompt of the batch is used."""
     return Example(images, (), (fields[0],))
 
 
 def read_coco_caption(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
     """coco_karpathy_train.json of LAVIS: [{"caption", "image": "val2014/COCO_val2014_...jpg",
-    "image_id"}], a row a caption. Rows with pictures of val2014 are not used
+    "image_id"}], one row per caption. Rows with images of val2014 are excluded
     (COCOCaptionDataset)."""
     for file in files:
         for where, row in read_list(file, "annotations"):
@@ -80,5 +80,5 @@ def _captioned(image: str, caption: str) -> DatasetRow | Unused:
 def make_captioned(
     images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
 ) -> Example:
-    question = asked(images, f"[caption] {pick(CAPTION_PROMPTS, rng)}")
+    question = image_question(images, f"[caption] {choose(CAPTION_PROMPTS, rng)}")
     return Example(images, (question,), (fields[0],))

@@ -1,5 +1,4 @@
-"""Questions and conversations in free words: the LLaVA files, multitask_conversation,
-unnatural_instruction."""
+"""Conversations and instructions: the LLaVA files, multitask_conversation, unnatural_instruction."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax.data.annotations import identity_of, objects_of, read_list, text_of
-from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, image_question
 from minigpt4_jax.data.datasets.vqa import coco_train_image
 from minigpt4_jax.data.json_records import Example, blip_caption
 from minigpt4_jax.errors import UserError
@@ -18,8 +17,8 @@ _NO_ANSWER = Unused("without a question or an answer")
 
 
 def _read_llava(files: Sequence[Path], all_turns: bool) -> Iterator[DatasetRow | Unused]:
-    """One of LLaVA-Instruct-150K: [{"id": "000000123456", "conversations": [{"from": "human",
-    "value": "<image>\\nWhat?"}, {"from": "gpt", "value"}, ...]}], about pictures of COCO's train2014
+    """A file of LLaVA-Instruct-150K: [{"id": "000000123456", "conversations": [{"from": "human",
+    "value": "<image>\\nWhat?"}, {"from": "gpt", "value"}, ...]}], about images of COCO's train2014
     (huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; llava_dataset.py)."""
     for file in files:
         for where, row in read_list(file):
@@ -31,14 +30,14 @@ def _read_llava(files: Sequence[Path], all_turns: bool) -> Iterator[DatasetRow |
                 yield _NO_ANSWER
                 continue
             first = turns[0].replace("<image>", "").replace("\n", "").strip()
-            if not all_turns:  # the original cleans the question of these, not of conversations
+            if not all_turns:  # the original cleans these questions, but not those of conversations
                 first = blip_caption(first)
             yield DatasetRow(image, ([first, *turns[2::2]], turns[1::2]))
 
 
-# detail_23k.json and complex_reasoning_77k.json: a question and its answer
+# detail_23k.json and complex_reasoning_77k.json: one question and its answer
 read_question = partial(_read_llava, all_turns=False)
-# conversation_58k.json, and MiniGPT-v2's multi_task_conversation.json of the same layout
+# conversation_58k.json, and MiniGPT-v2's multi_task_conversation.json with the same layout
 read_conversation = partial(_read_llava, all_turns=True)
 
 
@@ -46,7 +45,7 @@ def make_dialogue(
     images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
 ) -> Example:
     (first, *later), answers = fields
-    return Example(images, (asked(images, first), *later), tuple(answers))
+    return Example(images, (image_question(images, first), *later), tuple(answers))
 
 
 def read_unnatural_instruction(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
@@ -59,8 +58,8 @@ def read_unnatural_instruction(files: Sequence[Path]) -> Iterator[DatasetRow | U
             if not instances:
                 raise UserError(f'{where}: "instances" is empty; expected one or more')
             task = instances[0]
-            asks = text_of(task, "instruction_with_input", where)
+            question = text_of(task, "instruction_with_input", where)
             if task.get("constraints") is not None:
-                asks += " " + text_of(task, "constraints", where)
-            asks, answer = blip_caption(asks), blip_caption(text_of(task, "output", where))
-            yield DatasetRow("", ([asks], [answer])) if asks and answer else _NO_ANSWER
+                question += " " + text_of(task, "constraints", where)
+            question, answer = blip_caption(question), blip_caption(text_of(task, "output", where))
+            yield DatasetRow("", ([question], [answer])) if question and answer else _NO_ANSWER

@@ -1,8 +1,7 @@
-"""Flickr30k: descriptions with boxes, and the boxes of what a caption or a phrase names.
+"""Flickr30k: descriptions with boxes, and the boxes of the objects in a caption or of a phrase.
 
-The files are MiniGPT-v2's own, made from Flickr30k Entities; boxes are written in them as the model
-reads them, `{<x1><y1><x2><y2>}`, and pictures are {image_id}.jpg (its
-dataset/README_MINIGPTv2_FINETUNE.md, flickr.py).
+The files are published by MiniGPT-v2, made from Flickr30k Entities. Boxes are in the model's format,
+`{<x1><y1><x2><y2>}`; images are {image_id}.jpg (dataset/README_MINIGPTv2_FINETUNE.md, flickr.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax.data.annotations import identity_of, read_list, text_of
-from minigpt4_jax.data.datasets.base import DatasetRow, Unused, asked, pick
+from minigpt4_jax.data.datasets.base import DatasetRow, Unused, choose, image_question
 from minigpt4_jax.data.json_records import Example
 
 GROUNDING_PROMPTS = (
@@ -48,7 +47,7 @@ def read_phrase_to_boxes(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]
 
 
 def _row(row: dict[str, Any], where: str, texts: Sequence[str]) -> DatasetRow | Unused:
-    """texts: the answer; what to detect, if anything is named."""
+    """texts: the answer, then what to detect, if anything."""
     if not all(text.strip() for text in texts):
         return Unused("without a text or a box")
     return DatasetRow(f"{identity_of(row, 'image_id', where)}.jpg", tuple(texts))
@@ -57,11 +56,11 @@ def _row(row: dict[str, Any], where: str, texts: Sequence[str]) -> DatasetRow | 
 def make_grounded(
     images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
 ) -> Example:
-    return Example(images, (asked(images, pick(GROUNDING_PROMPTS, rng)),), (fields[0],))
+    return Example(images, (image_question(images, choose(GROUNDING_PROMPTS, rng)),), (fields[0],))
 
 
 def make_detected(
     images: tuple[str, ...], fields: Sequence[Any], rng: np.random.Generator
 ) -> Example:
-    answer, named = fields
-    return Example(images, (asked(images, f"[detection] {named}"),), (answer,))
+    answer, phrase = fields
+    return Example(images, (image_question(images, f"[detection] {phrase}"),), (answer,))
