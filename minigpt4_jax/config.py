@@ -1,4 +1,4 @@
-"""What a model is made of: sizes, constants and templates, as plain frozen dataclasses."""
+"""Model configuration: sizes, constants and prompt templates, as frozen dataclasses."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,19 +6,19 @@ from typing import Any
 
 from minigpt4_jax.errors import UserError
 
-IMAGE = -1  # token id of a visual slot in a row; the model puts a projected visual token there
+IMAGE = -1  # token id of an image placeholder; the model replaces it by a projected visual token
 
-# CLIP's statistics, as EVA-ViT-g and BLIP-2 were trained with
+# CLIP's pixel statistics, used by EVA-ViT-g and BLIP-2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
-QUANTIZATIONS = ("int8", "int4")  # what minigpt4_jax/quantization/schemes.py can do
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # what adapters can be on
+QUANTIZATIONS = ("int8", "int4")  # the schemes of quantization/schemes.py
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that can have adapters
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """EVA-ViT-g by default (EVA paper, table 4; the original keeps 39 of its 40 blocks)."""
+    """EVA-ViT-g by default (EVA paper, table 4; as in the original, 39 of its 40 blocks)."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -35,7 +35,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """BLIP-2's Q-Former: BERT-base whose every second layer attends to the image."""
+    """BLIP-2's Q-Former: BERT-base with cross-attention to the image in every second layer."""
 
     queries: int = 32
     hidden: int = 768
@@ -45,12 +45,12 @@ class QFormerConfig:
     cross_every: int = 2
     vision_width: int = 1408
     eps: float = 1e-12
-    dropout: float = 0.1  # only when it is trained (freeze_qformer=False)
+    dropout: float = 0.1  # only if it is trained (freeze_qformer=False)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Long-context change of the rotary frequencies: "linear" (position interpolation) or "llama3"."""
+    """Long-context scaling of the rotary frequencies: "linear" (position interpolation) or "llama3"."""
 
     kind: str
     factor: float
@@ -61,7 +61,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """A LLaMA-like decoder. Families differ in these fields only."""
+    """A LLaMA-like decoder. Model families differ only in these fields."""
 
     model_type: str = "llama"
     vocab: int = 32000
@@ -80,11 +80,11 @@ class LlmConfig:
     qk_norm: bool = False
     tie: bool = False
     window: int | None = None  # sliding attention window in tokens
-    max_length: int = 2048  # context the model was trained for
+    max_length: int = 2048  # context length of the training
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlmConfig":
-        """Read a Hugging Face config.json. UserError for an architecture that is not supported."""
+        """Convert a Hugging Face config.json. UserError: the architecture is not supported."""
         return _from_hf(config)
 
 
@@ -99,7 +99,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q", "v")
 
     def rules(self) -> list[tuple[bool, str]]:
-        """(whether it holds, what is wrong) for each value."""
+        """(rule holds, error message) for each rule."""
         known, unknown = ", ".join(LORA_TARGETS), [t for t in self.targets if t not in LORA_TARGETS]
         return [
             (self.rank > 0, f"lora.rank {self.rank} must be positive"),
@@ -109,14 +109,14 @@ class LoraConfig:
             (not unknown, f"lora.targets {', '.join(unknown)} unknown: expected some of {known}"),
             (
                 len(set(self.targets)) == len(self.targets),
-                f"lora.targets {self.targets}: one twice",
+                f"lora.targets {self.targets}: duplicate target",
             ),
         ]
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer a model directory holds, and its special ids."""
+    """The kind of tokenizer in a model directory, and its special token ids."""
 
     kind: str = "sentencepiece"  # or "hf"
     bos_id: int | None = 1
@@ -127,28 +127,27 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One MiniGPT model: the three variants of the papers differ only in these values."""
+    """A MiniGPT model. The three variants of the papers differ only in these values."""
 
     variant: str = "minigpt4-vicuna"
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig | None = field(default_factory=QFormerConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     lora: LoraConfig | None = None
-    merge_patches: int = 1  # consecutive raster patches joined into one visual token (no Q-Former)
+    merge_patches: int = 1  # consecutive patches per visual token (without Q-Former)
     prompt_template: str = "###Human: {} ###Assistant: "
     chat_template: str = "vicuna0"
     end_symbol: str = "###"
     max_text_length: int = 160
     max_context: int = 3800
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    quantize: str | None = None  # how large matrices are held: None (floats), as above, or "gguf"
-    kept: tuple[
-        str, ...
-    ] = ()  # for "gguf": "NAME FORMAT" of the language model's matrices (quant.py)
+    quantize: str | None = None  # scheme of large matrices: None (floats), "int8", "int4" or "gguf"
+    # "NAME FORMAT" of each matrix of the language model for the scheme "gguf" (BlockFormat)
+    kept: tuple[str, ...] = ()
 
     @property
     def visual_tokens(self) -> int:
-        """P: visual tokens one image becomes."""
+        """P: visual tokens per image."""
         if self.qformer is not None:
             return self.qformer.queries
         return self.vision.patches // self.merge_patches
@@ -165,11 +164,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of to_dict, also after a trip through JSON. UserError names an unknown field."""
-        return _build(cls, values, "config")
+        """The inverse of to_dict, also after a round trip through JSON. UserError: an unknown field."""
+        config: ModelConfig = _build(cls, values, "config")
+        return config
 
     def check(self) -> "ModelConfig":
-        """Return self; UserError when sizes contradict each other."""
+        """Return self. UserError: values are invalid or contradict each other."""
         v, q, m = self.vision, self.qformer, self.llm
         rules = [
             (self.variant in VARIANTS, f"variant {self.variant!r}: expected one of {VARIANTS}"),
@@ -218,23 +218,20 @@ _NESTED = {
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass, nested ones included, from a dictionary; where: its name in error messages."""
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - names):
         raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(names)}")
-    made = {}
+    arguments = {}
     for key, value in values.items():
         if key in _NESTED and isinstance(value, dict):
             value = _build(_NESTED[key], value, f"{where}.{key}")
-        made[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
 
 
-SUPPORTED_LLMS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
+# Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
+SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _from_hf(c: dict[str, Any]) -> LlmConfig:

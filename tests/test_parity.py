@@ -163,8 +163,9 @@ def test_training_forward(case):
     for kind, dump, rows, images in case.forwards():
         batch = case.batch(rows, images)
         model = case.module
-        embeds = model.merge(jnp.asarray(batch.tokens), model.encode(jnp.asarray(batch.pixels)))
-        logits = model.llm.logits(model.llm(embeds, jnp.asarray(batch.lengths)))
+        pixels, tokens, lengths = map(jnp.asarray, (batch.pixels, batch.tokens, batch.lengths))
+        embeds = model.merge(tokens, model.encode(pixels))
+        logits = model(pixels, tokens, lengths)
         np.testing.assert_array_equal(dump["attention_mask"].sum(1), batch.lengths, kind)
         for i, (row, n) in enumerate(zip(rows, batch.lengths, strict=True)):
             assert relative(embeds[i, :n], dump["inputs_embeds"][i, :n]) < 1e-4, kind

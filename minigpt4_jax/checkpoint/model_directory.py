@@ -64,7 +64,7 @@ def read_model_json(model_dir: Path | str) -> dict[str, Any]:
     try:
         with wrap_storage_errors(path):
             text = path.read_text()
-        document = json.loads(text)
+        document: dict[str, Any] = json.loads(text)
         if document["format"] != FORMAT:
             raise UserError(f"{path}: format {document['format']}, but this version reads {FORMAT}")
         document["config"]
@@ -151,12 +151,14 @@ class Tensors(ReadableTensors):
         # The file is opened for each tensor: pages read from a file that stays open stay mapped, and
         # loading a model would take twice its size.
         with self._opened(self._stored[name].path) as file:
-            return file.get_tensor(name)
+            tensor: np.ndarray = file.get_tensor(name)
+            return tensor
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """self[name][index]; no more than that is read."""
         with self._opened(self._stored[name].path) as file:
-            return file.get_slice(name)[index]
+            part: np.ndarray = file.get_slice(name)[index]
+            return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

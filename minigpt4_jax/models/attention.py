@@ -5,18 +5,19 @@ attention: scores stay on the chip, and fully masked blocks are skipped (FlashAt
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minigpt4_jax.parallel.sharding import BATCH_AXES, shard_map_over
 from minigpt4_jax.quantization.matmul import precision
 from minigpt4_jax.utils.platform import backend
+from minigpt4_jax.utils.rounding import round_up
 
-CHUNKED_FROM = 1024  # causal attention to more than these is computed
-
-
-QUERY_CHUNK = 256  # by blocks of these
+CHUNKED_FROM = 1024  # longer prompts are processed in chunks
+QUERY_CHUNK = 256  # queries per chunk
 
 
 def attention(
@@ -33,14 +34,14 @@ def attention(
 ) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
 
-    lengths [B]: keys at and after a row's length are not seen. mask [B, 1, T, S]: True is seen.
-    segments [B, T = S], in place of both: a query sees the keys of its own segment.
-    window: with causal, a query sees itself and the window - 1 keys before it.
+    lengths [B]: keys at and after a row's length are masked. mask [B, 1, T, S]: True is attended to.
+    segments [B, T = S] replaces both: a query attends to the keys of its own segment. window: with
+    causal, a query attends to itself and the window - 1 keys before it.
     """
     if causal and segments is None and mask is None and q.shape[1] > CHUNKED_FROM:
         if backend() == "tpu" and window is None and splash_supports(q):
             return splash_attention(q, k, v, scale)
-        return _attention_by_blocks(q, k, v, scale, lengths, window)
+        return _chunked_attention(q, k, v, scale, lengths, window)
     if segments is not None:
         mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
@@ -51,7 +52,7 @@ def attention(
         )  # fmt: skip
 
 
-def _attention_by_blocks(
+def _chunked_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -59,23 +60,23 @@ def _attention_by_blocks(
     lengths: jax.Array | None,
     window: int | None,
 ) -> jax.Array:
-    """Causal `attention`, some queries after others: all scores [B, N, T, S] at once would be by far
-    the largest array of a long prefill."""
+    """Causal `attention` in query chunks: all scores [B, N, T, S] at once would be by far the largest
+    array of a long prefill."""
     b, t, n, h = q.shape
-    count = -(-t // QUERY_CHUNK)
-    q = jnp.pad(q, ((0, 0), (0, count * QUERY_CHUNK - t), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(q.reshape(b, count, QUERY_CHUNK, n, h), 1, 0)
+    padded = round_up(t, QUERY_CHUNK)
+    q = jnp.pad(q, ((0, 0), (0, padded - t), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(q.reshape(b, -1, QUERY_CHUNK, n, h), 1, 0)
     keys = jnp.arange(k.shape[1])
 
-    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, first = block
-        at = first + jnp.arange(QUERY_CHUNK)[:, None]
-        seen = keys <= at
+    def attend(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, start = chunk
+        positions = start + jnp.arange(QUERY_CHUNK)[:, None]
+        mask = keys <= positions
         if window is not None:
-            seen &= keys > at - window
-        return attention(q, k, v, scale=scale, lengths=lengths, mask=seen[None, None])
+            mask &= keys > positions - window
+        return attention(q, k, v, scale=scale, lengths=lengths, mask=mask[None, None])
 
-    y = jax.lax.map(one, (blocks, jnp.arange(count) * QUERY_CHUNK))
+    y = jax.lax.map(attend, (chunks, jnp.arange(padded // QUERY_CHUNK) * QUERY_CHUNK))
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
@@ -83,16 +84,16 @@ def cached_attention(
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    seen: jax.Array,
+    mask: jax.Array,
     *,
     scale: float,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], seen [B, T, S] (True is
-    seen) -> [B, T, N, H]. Head after head, as the cache lies in memory, so nothing is transposed.
+    """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], mask [B, T, S] (True is
+    attended to) -> [B, T, N, H]. The cache is used in its own layout, heads first, without a transpose.
 
-    key_scale, value_scale [B, K, S]: factors that keys and values are yet to be multiplied by.
+    key_scale, value_scale [B, K, S]: scales of a quantized cache, applied to scores and probabilities.
     """
     b, t, n, h = q.shape
     k, s = keys.shape[1:3]
@@ -105,7 +106,7 @@ def cached_attention(
     if key_scale is not None:
         scores *= key_scale[:, :, None, :]
     scores = (scores * scale).reshape(b, k, t, n // k, s)
-    scores = jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, :, None, :], scores, np.finfo(np.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s)
     if value_scale is not None:
         probs *= value_scale[:, :, None, :]
@@ -116,31 +117,33 @@ def cached_attention(
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
-SPLASH_BLOCK = 512  # queries, and keys, that a chip works on at once
+SPLASH_BLOCK = 512  # queries, and keys, per block of the kernel
 
 
 def splash_supports(q: jax.Array) -> bool:
-    """Whether the kernel is for queries [B, T, N, H] like these."""
+    """Whether the kernel supports these queries [B, T, N, H]."""
     return q.dtype == jnp.bfloat16 and q.shape[-1] % 128 == 0
 
 
 def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, interpret: bool = False
 ) -> jax.Array:
-    """q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], softmax in float32. Rows are padded on the
-    right, so that no token sees padding, and what comes of padding itself is of no use.
+    """Causal attention by JAX's splash attention kernel: q [B, T, N, H], k and v [B, T, K, H]
+    -> [B, T, N, H], softmax in float32.
 
-    interpret: the kernel as ordinary operations, for machines without a TPU.
+    Rows are padded on the right, so no token attends to padding; outputs at padding are not used.
+    interpret: run the kernel as ordinary operations, on machines without a TPU.
     """
     b, t, n, _ = q.shape
-    full = -(-t // SPLASH_BLOCK) * SPLASH_BLOCK
-    pads = ((0, 0), (0, full - t), (0, 0), (0, 0))
+    padded = round_up(t, SPLASH_BLOCK)
+    pads = ((0, 0), (0, padded - t), (0, 0), (0, 0))
     heads_first = [jnp.pad(a, pads).transpose(0, 2, 1, 3) for a in (q * scale, k, v)]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [B, heads, T, H] each
-        return jax.vmap(_kernel(q.shape[1], full, interpret))(q, k, v)
+        output: jax.Array = jax.vmap(_kernel(q.shape[1], padded, interpret))(q, k, v)
+        return output
 
-    # of heads as many as divide both: a group of queries stays with its keys
+    # Split by a number of heads that divides both, so that query groups stay with their keys.
     heads = math.gcd(n, k.shape[2])
     run = shard_map_over(
         local,
@@ -148,12 +151,13 @@ def splash_attention(
         (BATCH_AXES, "model"),
         ((0, 1, None, None),) * 3,
         (0, 1, None, None),
-        kernel=True,
+        pallas=True,
     )
     return run(*heads_first).transpose(0, 2, 1, 3)[:, :t]
 
 
-def _kernel(heads: int, tokens: int, interpret: bool) -> jax.custom_vjp:
+def _kernel(heads: int, tokens: int, interpret: bool) -> Any:
+    """The causal kernel for arrays [heads, tokens, H]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -1,9 +1,11 @@
-"""The key-value cache of a language model: in the model's floats, or rounded to int8.
+"""The key-value cache of a language model, in the model's dtype or quantized to int8.
 
-QuantizedArray, each key or value vector of a head has a scale of its own (largest absolute value / 127).
-Attention never needs the vectors as floats: the scale of a key is a factor of its score, and the
-scale of a value one of its probability. A prompt that is read attends to its rounded keys and
-values as well, so the numbers are the same whether tokens are read together or one after another.
+In int8, each key or value vector of a head has its own scale (largest absolute value / 127). Attention
+does not dequantize the vectors: the scale of a key multiplies its score, and the scale of a value its
+probability. Prefill also attends to quantized keys and values, so results do not depend on whether
+tokens are processed together or one by one.
+
+Axes: B batch, T sequence, S cache length, K key/value heads, H head dim, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -12,25 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.models.attention import cached_attention
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, shard_map_over
+from minigpt4_jax.parallel.sharding import BATCH_AXES, Axis, constrain, shard_map_over
 from minigpt4_jax.utils.platform import backend
 
 
 class QuantizedArray(NamedTuple):
-    """Keys or values in int8."""
+    """Keys or values [..., H] in int8 with one scale per vector."""
 
     levels: jax.Array  # [..., H] int8
     scale: jax.Array  # [...] float32
 
 
-Vectors = Any  # keys or values [..., H]: an array, or QuantizedArray
+Vectors = jax.Array | QuantizedArray  # keys or values [..., H]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer: stacked Vectors [L, B, K, S, H] each, or L of [B, K, S, H].
+    """Keys and values of all layers: stacked Vectors [L, B, K, S, H] each, or lists of L [B, K, S, H].
 
-    Slot t of a row holds position t. A row's slots past its length are never looked at, so right
-    padding may leave anything there, and decoding overwrites it.
+    Slot t of a row holds position t. Slots beyond a row's length are masked, so padding may leave any
+    values there, and decoding overwrites them.
     """
 
     k: Any
@@ -43,20 +45,23 @@ class KVCache(NamedTuple):
         return (keys.levels if isinstance(keys, QuantizedArray) else keys).shape[-2]
 
 
-def cache_axes(cache: KVCache) -> tuple:
-    """The axes of a mesh that split the dimensions of a cache's arrays: rows, and heads."""
+def cache_axes(cache: KVCache) -> tuple[Axis, ...]:
+    """The mesh axes that split the first dimensions of a cache's arrays: rows and heads."""
     return (BATCH_AXES, "model") if isinstance(cache.k, list) else (None, BATCH_AXES, "model")
 
 
 class CacheUpdate(NamedTuple):
-    """Where in a cache the T tokens of a step go, and what each of them looks at."""
+    """The cache slots that T new tokens are written to, and the slots that each attends to."""
 
     slots: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T, S] bool
 
 
 def causal_cache_update(positions: jax.Array, length: int, window: int | None) -> CacheUpdate:
-    """Positions [B, T] of rows whose slot t of S = length holds position t."""
+    """The update for tokens at positions [B, T] if slot t of a row holds position t.
+
+    length: S. window: sliding attention window in tokens.
+    """
     slots = jnp.arange(length)
     mask = slots <= positions[:, :, None]
     if window is not None:
@@ -65,7 +70,7 @@ def causal_cache_update(positions: jax.Array, length: int, window: int | None) -
 
 
 def quantize_vectors(x: jax.Array) -> QuantizedArray:
-    """x [..., H] to int8, a scale for each vector."""
+    """x [..., H] of floats -> int8 with one scale per vector."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127
     levels = jnp.rint(x / jnp.where(scale == 0, 1.0, scale)[..., None])
@@ -73,25 +78,26 @@ def quantize_vectors(x: jax.Array) -> QuantizedArray:
 
 
 def dequantize_vectors(x: Vectors, dtype: Any) -> jax.Array:
-    """Vectors [..., H] as an array of dtype."""
-    if isinstance(x, QuantizedArray):
-        x = x.levels.astype(jnp.float32) * x.scale[..., None]
-    return x.astype(dtype)
+    """Vectors [..., H] -> an array [..., H] of dtype."""
+    array = x
+    if isinstance(array, QuantizedArray):
+        array = array.levels.astype(jnp.float32) * array.scale[..., None]
+    return array.astype(dtype)
 
 
 def new_cache(x: Vectors, length: int) -> Vectors:
-    """Keys or values [B, T, K, H] of the first T positions -> cache [B, K, S = length, H]."""
+    """Keys or values [B, T, K, H] of positions 0 to T - 1 -> a cache [B, K, S = length, H]."""
 
-    def place(a: jax.Array) -> jax.Array:  # [B, T, K, ...]
-        rest = [(0, 0)] * (a.ndim - 2)
-        a = jnp.pad(a, [(0, 0), (0, length - a.shape[1]), *rest]).swapaxes(1, 2)
-        return constrain(a.astype(_held(a.dtype)), BATCH_AXES, "model")
+    def pad_and_transpose(a: jax.Array) -> jax.Array:  # [B, T, K, ...]
+        a = _pad(a, 1, length - a.shape[1]).swapaxes(1, 2)
+        return constrain(a.astype(_storage_dtype(a.dtype)), BATCH_AXES, "model")
 
-    return jax.tree.map(place, x)
+    cache: Vectors = jax.tree.map(pad_and_transpose, x)
+    return cache
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
-    """The same cache with S = length, which is not less than it was."""
+    """The cache padded to S = length, at least its current length."""
     more = length - cache.length
 
     def grow(x: Vectors) -> Vectors:
@@ -99,50 +105,57 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
             return QuantizedArray(_pad(x.levels, -2, more), _pad(x.scale, -1, more))
         return _pad(x, -2, more)
 
-    is_vectors = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
-    return jax.tree.map(grow, cache, is_leaf=is_vectors)
+    grown: KVCache = jax.tree.map(grow, cache, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    return grown
 
 
 def _pad(a: jax.Array, axis: int, more: int) -> jax.Array:
+    """a with `more` zeros at the end of an axis."""
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, more)
     return jnp.pad(a, widths)
 
 
 def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
-    """cache [B, K, S, H] with x [B, T, K, H] at positions [B, T], all of them less than S."""
+    """cache [B, K, S, H] with x [B, T, K, H] written to slots positions [B, T], each less than S."""
 
     def write(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
         b, k, s, *rest = old.shape
-        # One index a vector: XLA writes this in place, and copies the cache for other spellings.
-        at = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
-        flat = old.reshape(b * k * s, *rest).at[at].set(new.astype(old.dtype), unique_indices=True)
+        # One index per vector: XLA writes this in place, but copies the cache for other forms.
+        index = (jnp.arange(b)[:, None, None] * k + jnp.arange(k)) * s + positions[:, :, None]
+        flat = (
+            old.reshape(b * k * s, *rest).at[index].set(new.astype(old.dtype), unique_indices=True)
+        )
         return flat.reshape(old.shape)
 
-    def write_parts(old: jax.Array, new: jax.Array) -> jax.Array:
-        split = shard_map_over(  # for this spelling XLA would put a cache together on every device
+    def write_sharded(old: jax.Array, new: jax.Array) -> jax.Array:
+        # Without shard_map, XLA would gather the cache on every device.
+        write_shard = shard_map_over(
             write, old.shape[:2], (BATCH_AXES, "model"), [(0, 1), (0, None, 1), (0,)], (0, 1)
         )
-        return split(old, new, positions)
+        return write_shard(old, new, positions)
 
     positions = jnp.broadcast_to(positions, jax.tree.leaves(x)[0].shape[:2])
-    return jax.tree.map(write_parts, cache, x)
+    updated: Vectors = jax.tree.map(write_sharded, cache, x)
+    return updated
 
 
 def attend_to_cache(
     q: jax.Array, keys: Vectors, values: Vectors, mask: jax.Array, *, scale: float
 ) -> jax.Array:
-    """`layers.cached_attention` to either kind of cache."""
-    if not isinstance(keys, QuantizedArray):
-        return cached_attention(q, keys, values, mask, scale=scale)
-    dtype = _held(q.dtype)
-    return cached_attention(
-        q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
-        scale=scale, key_scale=keys.scale, value_scale=values.scale,
-    )  # fmt: skip
+    """Attention of q [B, T, N, H] to a cache, float or int8, of keys and values [B, K, S, H]; mask
+    [B, T, S] -> [B, T, N, H]."""
+    if isinstance(keys, QuantizedArray) and isinstance(values, QuantizedArray):
+        dtype = _storage_dtype(q.dtype)
+        return cached_attention(
+            q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
+            scale=scale, key_scale=keys.scale, value_scale=values.scale,
+        )  # fmt: skip
+    assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)
+    return cached_attention(q, keys, values, mask, scale=scale)
 
 
-def _held(dtype: Any) -> Any:
-    # XLA on CPU writes into a bfloat16 array by way of a float32 copy of all of it.
+def _storage_dtype(dtype: Any) -> Any:
+    # XLA on CPU updates a bfloat16 array through a float32 copy of the whole array.
     cpu = backend() == "cpu"
     return jnp.float32 if cpu and dtype == jnp.bfloat16 else dtype

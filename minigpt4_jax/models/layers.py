@@ -1,4 +1,4 @@
-"""What every network here is made of: linear maps, norms, attention, and the drivers of a block stack.
+"""Layers shared by all networks: linear maps, norms, dropout, and running a stack of blocks.
 
 Axes: B batch, I images, P visual tokens per image, T sequence, S cache length, D width, F FFN,
 N query heads, K key/value heads, H head dim, L layers, V vocabulary. Weights are [out, in].
@@ -15,15 +15,16 @@ from flax import nnx
 from minigpt4_jax.models.attention import CHUNKED_FROM
 from minigpt4_jax.parallel.sharding import BATCH_AXES, all_gather_fsdp, constrain
 from minigpt4_jax.quantization.matmul import linear
+from minigpt4_jax.utils.rounding import round_up
 
-TOKEN_CHUNK = 512  # tokens of a long prompt that go through an MLP together
+TOKEN_CHUNK = 512  # tokens of a long prompt that an MLP processes at a time
 
 
 class Linear(nnx.Module):
     """A linear map, initialized as torch.nn.Linear is: uniform within 1 / sqrt(in).
 
-    Quantized (minigpt4_jax/quantization/schemes.py), `weight` holds levels and `weight_scale` is there, and
-    `weight_offset` where its blocks have one.
+    Quantized (quantization/schemes.py), `weight` holds levels, `weight_scale` their scales, and
+    `weight_offset` the offsets of block formats that have them.
     """
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rngs: nnx.Rngs):
@@ -31,12 +32,12 @@ class Linear(nnx.Module):
             return jax.random.uniform(rngs.params(), shape, minval=-(n_in**-0.5), maxval=n_in**-0.5)
 
         self.weight = nnx.Param(uniform(n_out, n_in))
-        self.weight_scale: nnx.Param | None = nnx.data(None)
-        self.weight_offset: nnx.Param | None = nnx.data(None)
+        self.weight_scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.weight_offset: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias = nnx.Param(uniform(n_out)) if bias else None
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None, out: Any = None) -> jax.Array:
-        """x [..., in] -> [..., out]. bias: in place of this map's own; out: as in `linear`."""
+        """x [..., in] -> [..., out]. bias [out]: replaces this map's own; out: dtype of the result."""
         if bias is None and self.bias is not None:
             bias = self.bias[...]
         scale = None if self.weight_scale is None else self.weight_scale[...]
@@ -45,7 +46,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, in float32 whatever comes in. [..., D] -> [..., D] float32."""
+    """LayerNorm over the last axis, computed in float32. [..., D] -> [..., D] float32."""
 
     def __init__(self, width: int, eps: float):
         self.scale = nnx.Param(jnp.ones(width))
@@ -77,31 +78,42 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each element of x [...] with probability rate and scale the others by 1 / (1 - rate); the
+    identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
 def map_token_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """f(x) of x [B, T, D], for an f that treats every token alike: of a long prompt some tokens after
-    others, as the widest activations of all would be the largest arrays there."""
+    """f(x) for x [B, T, D] and an f that acts on each token separately. A long prompt is processed in
+    chunks of tokens: the MLP's activations of all tokens would be the largest arrays of a prefill."""
     b, t, d = x.shape
     if t <= CHUNKED_FROM:
         return f(x)
-    count = -(-t // TOKEN_CHUNK)
-    x = jnp.pad(x, ((0, 0), (0, count * TOKEN_CHUNK - t), (0, 0)))
-    y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, count, TOKEN_CHUNK, d), 1, 0))
-    return jnp.moveaxis(y, 0, 1).reshape(b, count * TOKEN_CHUNK, -1)[:, :t]
+    padded = round_up(t, TOKEN_CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, padded - t), (0, 0)))
+    y = jax.lax.map(f, jnp.moveaxis(x.reshape(b, -1, TOKEN_CHUNK, d), 1, 0))
+    return jnp.moveaxis(y, 0, 1).reshape(b, padded, -1)[:, :t]
 
 
 def lookup_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of table [V, D] at index [...] -> [..., D]."""
-    # Tied together, so that XLA on CPU, which gathers bfloat16 in float32, converts the rows it
-    # takes; of a table that a loop does not change it would keep a float32 copy.
+    # XLA on CPU gathers bfloat16 in float32. Without the barrier it would convert the whole table once
+    # outside a loop and keep the copy; with it, only the selected rows are converted.
     table, index = jax.lax.optimization_barrier((table, index))
     return table[index]
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` layers as one module whose parameters carry a leading axis [L, ...], for `scan_layers`."""
+    """`depth` layers as one module whose parameters have a leading axis [L, ...], for `run_layers`."""
     keys = jax.random.split(rngs.params(), depth)
     states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(params=key)))[1])(keys)
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))), states)
+    layers: nnx.Module = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))), states
+    )
+    return layers
 
 
 def run_layers(
@@ -115,24 +127,24 @@ def run_layers(
 ) -> tuple[Any, Any]:
     """Apply layers in order: `step(layer, x) -> (x, extra)`; x is an array or a tuple of them.
 
-    part and heads: "vit" or "llm", and how many heads its keys have, for `sharding.gathered`.
+    part, heads: "vit" or "llm" and its number of key heads, for the sharding of parameters.
 
-    Stacked layers (from `stack_layers`) run as one `lax.scan`, extras come back stacked [L, ...];
-    an nnx.List runs unrolled, extras come back as a list. For the backward pass a stacked layer keeps
-    the results of its weight products alone and computes norms, attention and activations again:
-    half the memory, and faster than reading them back. remat: keep a layer's input only.
-    On a mesh, the arrays [B, ...] of x are split by rows from layer to layer.
+    Stacked layers (from `stack_layers`) run as one `lax.scan` and extras are stacked [L, ...]; an
+    nnx.List runs unrolled and extras are a list. For the backward pass, a stacked layer saves only the
+    results of its weight products and recomputes norms, attention and activations: half the memory,
+    and faster than reading them back. remat: save only the input of each layer.
+    On a mesh, the arrays [B, ...] of x are split by rows between layers.
     """
 
-    def rows(x: Any) -> Any:
+    def constrain_rows(x: Any) -> Any:
         return jax.tree.map(lambda a: constrain(a, BATCH_AXES) if a.ndim else a, x)
 
-    def split(layer: Any, x: Any) -> tuple[Any, Any]:
-        x, extra = step(layer, rows(x))
-        return rows(x), extra
+    def constrained_step(layer: Any, x: Any) -> tuple[Any, Any]:
+        x, extra = step(layer, constrain_rows(x))
+        return constrain_rows(x), extra
 
     if isinstance(layers, nnx.List):
-        body = jax.checkpoint(split) if remat else split
+        body = jax.checkpoint(constrained_step) if remat else constrained_step
         extras = []
         for layer in layers:
             x, extra = body(layer, x)
@@ -140,15 +152,15 @@ def run_layers(
         return x, extras
     graphdef, state = nnx.split(layers)
 
-    def whole(path: tuple, leaf: Any) -> Any:
+    def gather(path: tuple[Any, ...], leaf: Any) -> Any:
         name = ".".join(map(str, (part, "blocks", 0, *path)))
         return leaf.replace(all_gather_fsdp(leaf.get_value(), name, heads))
 
-    def scanned(x: Any, layer_state: Any) -> tuple[Any, Any]:
-        # Here, so that the backward pass gathers once what it computes again and what its gradients use.
-        flat = [(path, whole(path, leaf)) for path, leaf in nnx.to_flat_state(layer_state)]
-        return split(nnx.merge(graphdef, nnx.from_flat_state(flat)), x)
+    def scan_step(x: Any, layer_state: Any) -> tuple[Any, Any]:
+        # Inside the checkpoint, so recomputation and gradients share one gather in the backward pass.
+        flat = [(path, gather(path, leaf)) for path, leaf in nnx.to_flat_state(layer_state)]
+        return constrained_step(nnx.merge(graphdef, nnx.from_flat_state(flat)), x)
 
-    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # A scan's body cannot be merged with its recomputation, so nothing needs to prevent that.
-    return jax.lax.scan(jax.checkpoint(scanned, policy=keep, prevent_cse=False), x, state)
+    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # XLA cannot merge a scan's body with its recomputation, so prevent_cse is not needed.
+    return jax.lax.scan(jax.checkpoint(scan_step, policy=policy, prevent_cse=False), x, state)

@@ -16,6 +16,7 @@ from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
     KVCache,
     QuantizedArray,
+    Vectors,
     attend_to_cache,
     causal_cache_update,
     dequantize_vectors,
@@ -36,6 +37,9 @@ from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.quantization.schemes import dequantize
 
+Rope = tuple[jax.Array, jax.Array]  # cos and sin [B, T, 1, H / 2] float32
+KeysValues = tuple[Vectors, Vectors]
+
 
 def rope_frequencies(c: LlmConfig) -> np.ndarray:
     """Rotary frequencies [H / 2] float32 (RoFormer paper), with the model's long-context scaling."""
@@ -49,13 +53,15 @@ def rope_frequencies(c: LlmConfig) -> np.ndarray:
 
 
 def _llama3_frequencies(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
-    """Llama 3.1's rule: long wavelengths are stretched, short ones kept, those between blended."""
+    """Llama 3.1's rule: frequencies of long wavelengths are divided by the factor, those of short
+    wavelengths are unchanged, and those in between are interpolated. [H / 2] -> [H / 2]."""
     wavelength = 2 * math.pi / freq
     blend = (s.original_max_length / wavelength - s.low_freq_factor) / (
         s.high_freq_factor - s.low_freq_factor
     )
-    blend = np.clip(blend, 0.0, 1.0)  # 1 keeps the frequency, 0 divides it by the factor
-    return (1 - blend) * freq / s.factor + blend * freq
+    blend = np.clip(blend, 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
+    scaled: np.ndarray = (1 - blend) * freq / s.factor + blend * freq
+    return scaled
 
 
 def rotary(c: LlmConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,12 +71,14 @@ def rotary(c: LlmConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-split rotary embedding of x [B, T, N, H]: dimension i turns with i + H / 2."""
+    """Rotary embedding of x [B, T, N, H] -> [B, T, N, H]; dimension i is rotated with i + H / 2."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
         q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -83,8 +91,10 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
 
-    def heads(self, x: jax.Array, rope: Any, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], rotated."""
+    def project_qkv(
+        self, x: jax.Array, rope: Rope, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; q and k are rotated."""
         c, (b, t, _) = self.config, x.shape
         q = apply_linear(self.q, x, key, 0).reshape(b, t, c.heads, c.head_dim)
         k = apply_linear(self.k, x, key, 1).reshape(b, t, c.kv_heads, c.head_dim)
@@ -96,20 +106,20 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rope: Any,
+        rope: Rope,
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
         int8: bool = False,
-    ) -> tuple[jax.Array, tuple]:
-        """Causal attention within right-padded rows, or within the segments of packed ones. Returns
-        [B, T, D] and the (k, v) for a cache.
+    ) -> tuple[jax.Array, KeysValues]:
+        """Causal attention within right-padded rows, or within the segments of packed rows.
 
-        int8: for a cache that is rounded; the rows see its keys and values then.
+        x [B, T, D], lengths [B], segments [B, T] -> [B, T, D], and keys and values [B, T, K, H] for a
+        cache. int8: quantize keys and values, and attend to the quantized ones.
         """
         c = self.config
-        q, k, v = self.heads(x, rope, key)
-        kv = (quantize_vectors(k), quantize_vectors(v)) if int8 else (k, v)
+        q, k, v = self.project_qkv(x, rope, key)
+        kv: KeysValues = (quantize_vectors(k), quantize_vectors(v)) if int8 else (k, v)
         k, v = (dequantize_vectors(a, q.dtype) for a in kv)
         y = attention(
             q, k, v, scale=c.head_dim**-0.5, causal=True, lengths=lengths, segments=segments,
@@ -118,23 +128,24 @@ class Attention(nnx.Module):
         return apply_linear(self.o, y.reshape(*x.shape[:2], -1), key, 3), kv
 
     def decode(
-        self, x: jax.Array, rope: Any, update: CacheUpdate, kv: tuple
-    ) -> tuple[jax.Array, tuple]:
-        """x [B, T, D] against kv, each [B, K, S, H], where theirs is written."""
+        self, x: jax.Array, rope: Rope, update: CacheUpdate, kv: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [B, T, D] attends to the cached keys and values kv [B, K, S, H], to which its own are
+        added. Returns [B, T, D] and the updated keys and values."""
         c = self.config
-        q, k, v = self.heads(x, rope)
-        new = (
-            (quantize_vectors(k), quantize_vectors(v))
-            if isinstance(kv[0], QuantizedArray)
-            else (k, v)
-        )
-        keys, values = (write_cache(a, b, update.slots) for a, b in zip(kv, new, strict=True))
+        q, k, v = self.project_qkv(x, rope)
+        if isinstance(kv[0], QuantizedArray):
+            keys = write_cache(kv[0], quantize_vectors(k), update.slots)
+            values = write_cache(kv[1], quantize_vectors(v), update.slots)
+        else:
+            keys = write_cache(kv[0], k, update.slots)
+            values = write_cache(kv[1], v, update.slots)
         y = attend_to_cache(q, keys, values, update.attention_mask, scale=c.head_dim**-0.5)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). [B, T, D] -> [B, T, D]."""
 
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         make = partial(make_linear, bias=c.mlp_bias, lora=lora, rngs=rngs)
@@ -143,8 +154,8 @@ class Mlp(nnx.Module):
         self.down = make("down", c.ffn, c.width)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:  # [B, T, D]
-        wide = jax.nn.silu(apply_linear(self.gate, x, key, 4)) * apply_linear(self.up, x, key, 5)
-        return apply_linear(self.down, wide, key, 6)
+        hidden = jax.nn.silu(apply_linear(self.gate, x, key, 4)) * apply_linear(self.up, x, key, 5)
+        return apply_linear(self.down, hidden, key, 6)
 
 
 class Block(nnx.Module):
@@ -156,50 +167,53 @@ class Block(nnx.Module):
         self.norm2 = RMSNorm(c.width, c.eps)
         self.mlp = Mlp(c, lora, rngs)
 
-    def _after(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def _add_residuals(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Input x and attention output y, [B, T, D] each -> the block's output [B, T, D] float32."""
         x = x + y.astype(jnp.float32)
         return x + self.mlp(self.norm2(x), key).astype(jnp.float32)
 
     def __call__(
         self,
         x: jax.Array,
-        rope: Any,
+        rope: Rope,
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple]:
-        """key: of the dropout of this block's adapters; None: off."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [B, T, D] float32 -> the same shape, and keys and values [B, T, K, H]. key: enables dropout of
+        the adapters; other arguments as in `Attention`."""
         y, kv = self.attn(self.norm1(x), rope, lengths, segments, key)
-        return self._after(x, y, key), kv
+        return self._add_residuals(x, y, key), kv
 
     def prefill(
-        self, x: jax.Array, rope: Any, lengths: jax.Array, int8: bool
-    ) -> tuple[jax.Array, tuple]:
-        """As __call__, for a cache. int8: as in Attention."""
+        self, x: jax.Array, rope: Rope, lengths: jax.Array, int8: bool
+    ) -> tuple[jax.Array, KeysValues]:
+        """As __call__, with the MLP in token chunks. int8: as in `Attention`."""
         y, kv = self.attn(self.norm1(x), rope, lengths, int8=int8)
         x = x + y.astype(jnp.float32)
         return x + map_token_chunks(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
 
     def decode(
-        self, x: jax.Array, rope: Any, update: CacheUpdate, kv: tuple
-    ) -> tuple[jax.Array, tuple]:
+        self, x: jax.Array, rope: Rope, update: CacheUpdate, kv: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [B, T, D] float32; other arguments and results as in `Attention.decode`."""
         y, kv = self.attn.decode(self.norm1(x), rope, update, kv)
-        return self._after(x, y), kv
+        return self._add_residuals(x, y), kv
 
 
 class Llm(nnx.Module):
-    """Embeddings in, hidden states out; `logits` turns hidden states into scores over the vocabulary.
+    """Embeddings to hidden states; `logits` maps hidden states to scores over the vocabulary.
 
     blocks: stacked parameters (training, encoding), or an nnx.List after `unstack` (decoding).
-    int8_cache: whether `prefill` makes a cache of int8.
+    int8_cache: whether `prefill` creates an int8 cache.
     """
 
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
         self.config = c
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab, c.width)))
-        # of a quantized embedding (minigpt4_jax/quantization/schemes.py): [V], or [V, groups] of a kept one
-        self.embed_scale: nnx.Param | None = nnx.data(None)
-        self.embed_offset: nnx.Param | None = nnx.data(None)
+        # of a quantized embedding (quantization/schemes.py): [V], or [V, groups] in a BlockFormat
+        self.embed_scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.embed_offset: nnx.Param[jax.Array] | None = nnx.data(None)
         self.blocks = stack_layers(lambda r: Block(c, lora, r), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.eps)
         self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
@@ -207,8 +221,8 @@ class Llm(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
-        # On a mesh the table is split by width over fsdp, so that each device looks up the tokens of
-        # the others there, and then rows are exchanged: XLA finds this way only if it is shown.
+        # On a mesh the table is split by width over fsdp: each device looks up its columns for all
+        # tokens of the fsdp group, then rows are exchanged. XLA needs these constraints to do so.
         tokens = constrain(tokens, "data")
         rows = lookup_rows(self.embed[...], tokens)
         if self.embed_scale is None:
@@ -229,33 +243,34 @@ class Llm(nnx.Module):
         remat: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """embeds [B, T, D], lengths [B] valid tokens of each right-padded row -> hidden [B, T, D].
+        """embeds [B, T, D], lengths [B] (tokens of each right-padded row) -> hidden [B, T, D] float32.
 
-        segments and positions [B, T]: of packed rows. dropout_key: turns the adapters' dropout on;
-        each layer's follows from it and its number.
+        segments, positions [B, T]: of packed rows. remat: save only each layer's input for the backward
+        pass. dropout_key: enables dropout of the adapters; each layer folds in its number.
         """
         rope = self._rope(embeds) if positions is None else rotary(self.config, positions)
 
-        def step(block: Block, at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            x, n = at
+        def step(block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            x, n = carry
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, n)
             return (block(x, rope, lengths, segments, key)[0], n + 1), None
 
-        first = (embeds.astype(jnp.float32), jnp.int32(0))
+        initial = (embeds.astype(jnp.float32), jnp.int32(0))
         (x, _), _ = run_layers(
-            self.blocks, first, step, part="llm", heads=self.config.kv_heads, remat=remat
+            self.blocks, initial, step, part="llm", heads=self.config.kv_heads, remat=remat
         )
         return self.norm(x)
 
     def prefill(
         self, embeds: jax.Array, lengths: jax.Array, cache_length: int
     ) -> tuple[jax.Array, KVCache]:
-        """As __call__, and the cache [.., B, K, S = cache_length, H] of these T <= S positions."""
+        """As __call__, with a cache [.., B, K, S = cache_length, H] of these T <= S positions."""
         rope = self._rope(embeds)
 
-        def step(block: Block, x: jax.Array) -> tuple[jax.Array, tuple]:
+        def step(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
             x, kv = block.prefill(x, rope, lengths, self.int8_cache)
-            return x, tuple(new_cache(a, cache_length) for a in kv)
+            k, v = kv
+            return x, (new_cache(k, cache_length), new_cache(v, cache_length))
 
         x, kv = run_layers(
             self.blocks, embeds.astype(jnp.float32), step, part="llm", heads=self.config.kv_heads
@@ -271,9 +286,9 @@ class Llm(nnx.Module):
         cache: KVCache,
         update: CacheUpdate | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the new cache.
+        """Continue rows: embeds [B, T, D] at positions [B, T] -> hidden [B, T, D] and the updated cache.
 
-        place: where in the cache, by default slot t for position t, and all before it is seen.
+        update: by default position t goes to slot t, and attends to all slots before it.
         """
         rope = rotary(self.config, positions)
         if update is None:
@@ -288,11 +303,12 @@ class Llm(nnx.Module):
             return self.norm(x), KVCache(keys, values)
         graphdef, state = nnx.split(self.blocks)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             block: Any = nnx.merge(graphdef, layer[0])
-            return block.decode(x, rope, update, layer[1:])
+            result: tuple[jax.Array, KeysValues] = block.decode(x, rope, update, layer[1:])
+            return result
 
-        x, (keys, values) = jax.lax.scan(body, x, (state, cache.k, cache.v))
+        x, (keys, values) = jax.lax.scan(step, x, (state, cache.k, cache.v))
         return self.norm(x), KVCache(keys, values)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -308,13 +324,12 @@ class Llm(nnx.Module):
 
 
 def unstack(llm: Llm) -> Llm:
-    """The same model with its layers as an nnx.List (call outside jit): decoding needs them apart."""
+    """The same model with its layers as an nnx.List, for decoding. Call it outside jit."""
     graphdef, state = nnx.split(llm.blocks)
     layers = [
         nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
         for i in range(llm.config.layers)
     ]
-    outer, rest = nnx.split(llm)
-    copy = nnx.merge(outer, rest)
+    copy: Llm = nnx.merge(*nnx.split(llm))
     copy.blocks = nnx.List(layers)
     return copy

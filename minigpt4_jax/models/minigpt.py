@@ -19,28 +19,31 @@ from minigpt4_jax.quantization.schemes import matrix_scheme
 LN_VISION_EPS = 1e-5
 
 
-class Batch(NamedTuple):
-    """Rows padded on the right; arrays of NumPy or JAX."""
+HostOrDeviceArray = jax.Array | np.ndarray
 
-    # [B, I, S, S, 3] uint8, or float32 that is normalized already; I is 0 for text alone
-    pixels: jax.Array | np.ndarray
-    tokens: jax.Array | np.ndarray  # [B, T] int32; IMAGE where a visual token goes
-    lengths: jax.Array | np.ndarray  # [B] int32; tokens of a row that are not padding
+
+class Batch(NamedTuple):
+    """A training batch, rows padded on the right; arrays of NumPy or JAX."""
+
+    # [B, I, S, S, 3] uint8, or normalized float32; S is the image size; I is 0 without images
+    pixels: HostOrDeviceArray
+    tokens: HostOrDeviceArray  # [B, T] int32; IMAGE at the position of a visual token
+    lengths: HostOrDeviceArray  # [B] int32; tokens of each row without padding
     label_positions: (
-        jax.Array | np.ndarray
-    )  # [B, A] int32; indices of the labelled tokens, -1 is padding
-    # Of packed rows (data/packing.py), whose images are in pixels [N, 1, S, S, 3]:
-    segments: jax.Array | np.ndarray | None = None  # [B, T] int32; a token sees those of its own
-    positions: jax.Array | np.ndarray | None = None  # [B, T] int32
-    visual_index: jax.Array | np.ndarray | None = (
-        None  # [B, T] int32; the visual token of a slot, of N P
+        HostOrDeviceArray  # [B, A] int32; positions of the labelled tokens, -1: padding
+    )
+    # Packed rows only (data/packing.py); their images are in pixels [N, 1, S, S, 3]:
+    segments: HostOrDeviceArray | None = None  # [B, T] int32; a token attends to its own segment
+    positions: HostOrDeviceArray | None = None  # [B, T] int32
+    visual_index: HostOrDeviceArray | None = (
+        None  # [B, T] int32; index into the N * P visual tokens
     )
 
 
 class Dropout(NamedTuple):
-    """The keys of what has dropout in this pass; None: off, as in evaluation."""
+    """Dropout keys of a forward pass; None: off, as in evaluation."""
 
-    qformer: jax.Array | None = None  # only when it is trained
+    qformer: jax.Array | None = None  # only if the Q-Former is trained
     lora: jax.Array | None = None
 
 
@@ -48,15 +51,17 @@ NO_DROPOUT = Dropout()
 
 
 def normalize_pixels(pixels: jax.Array) -> jax.Array:
-    """uint8 [..., 3] -> float32 as `images.normalize` computes it, to the last bit or two (XLA
-    multiplies by 1 / 255); float32 is left as it is."""
+    """uint8 [..., 3] -> normalized float32 [..., 3]; float32 is returned unchanged.
+
+    Equal to `processing.images.normalize` up to the last two bits: XLA multiplies by 1 / 255.
+    """
     if pixels.dtype != jnp.uint8:
         return pixels
     return (pixels.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
 
 
 class MiniGpt(nnx.Module):
-    """The whole model. Parameter paths begin with the part: vit, ln_vision, qformer, projection, llm."""
+    """The complete model. Parameter paths start with vit, ln_vision, qformer, projection or llm."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.config = c
@@ -68,23 +73,37 @@ class MiniGpt(nnx.Module):
         if c.quantize is not None:
             linears = [(p, m) for p, m in nnx.iter_modules(self) if isinstance(m, Linear)]
             quantize_linears(linears, c.quantize, nnx.Param, c.kept)
-            kind = matrix_scheme("llm.embed", c.quantize, c.llm.width, c.kept)
-            if kind is not None:
-                quantize_parameter(self.llm, "embed", kind, nnx.Param)
+            embed_scheme = matrix_scheme("llm.embed", c.quantize, c.llm.width, c.kept)
+            if embed_scheme is not None:
+                quantize_parameter(self.llm, "embed", embed_scheme, nnx.Param)
+
+    def __call__(self, pixels: jax.Array, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """The forward pass: pixels [B, I, S, S, 3], tokens [B, T], lengths [B], as in `Batch`
+        -> logits [B, T, V] float32. Logits at t predict token t + 1; those at padding are undefined.
+
+        Training and generation use the parts: `loss` computes logits at label positions only.
+        """
+        visual = self.encode(pixels)  # [B, I * P, D]
+        embeds = self.merge(tokens, visual)  # [B, T, D]
+        hidden = self.llm(embeds, lengths)  # [B, T, D]
+        return self.llm.logits(hidden)
 
     def encode(
         self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """pixels [B, I, S, S, 3], see Batch -> visual tokens [B, I * P, D] float32, in image order."""
+        """pixels [B, I, S, S, 3], as in `Batch` -> visual tokens [B, I * P, D] float32, in image order.
+
+        remat: save only each layer's input. dropout_key: enables dropout of the Q-Former.
+        """
         b, i = pixels.shape[:2]
-        if i == 0:  # text alone
+        if i == 0:  # no images
             return jnp.zeros((b, 0, self.config.llm.width))
         x = self.vit(normalize_pixels(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
         if self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)
         else:
-            c = self.config  # consecutive raster patches make a token
+            c = self.config  # consecutive patches in raster order are concatenated
             x = x[:, 1:].reshape(b * i, c.visual_tokens, c.projection_in)
         return (
             self.projection(x).astype(jnp.float32).reshape(b, i * x.shape[1], self.config.llm.width)
@@ -93,48 +112,52 @@ class MiniGpt(nnx.Module):
     def merge(
         self, tokens: jax.Array, visual: jax.Array, index: jax.Array | None = None
     ) -> jax.Array:
-        """tokens [B, T] with IMAGE slots, visual [B, I * P, D] -> embeddings [B, T, D] float32.
+        """Embed tokens [B, T] and put visual tokens [B, I * P, D] at IMAGE -> [B, T, D] float32.
 
-        index: of packed rows, `Batch.visual_index`, into all of visual [N, P, D].
+        index: `Batch.visual_index` of packed rows, into visual [N, P, D].
         """
-        slot = tokens == IMAGE
-        embeds = self.llm.embed_tokens(jnp.where(slot, 0, tokens))
+        is_visual = tokens == IMAGE
+        embeds = self.llm.embed_tokens(jnp.where(is_visual, 0, tokens))
         if visual.shape[1] == 0:
             return embeds
         if index is None:
-            index = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, visual.shape[1] - 1)
-            placed = jnp.take_along_axis(visual, index[:, :, None], axis=1)
+            index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, visual.shape[1] - 1)
+            visual_embeds = jnp.take_along_axis(visual, index[:, :, None], axis=1)
         else:
-            placed = visual.reshape(-1, visual.shape[-1])[index]
-        return jnp.where(slot[:, :, None], placed, embeds)
+            visual_embeds = visual.reshape(-1, visual.shape[-1])[index]
+        return jnp.where(is_visual[:, :, None], visual_embeds, embeds)
 
     def token_nll(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
-        """Negative log-likelihood of each labelled token: [B, A] float32, 0 where answers is -1."""
-        of: Any = jax.tree.map(jnp.asarray, batch)  # every field a jax.Array, or None
-        visual = self.encode(of.pixels, remat=remat, dropout_key=dropout.qformer)
+        """Negative log-likelihood of each labelled token: [B, A] float32, 0 at padding."""
+        arrays: Any = jax.tree.map(jnp.asarray, batch)  # each field a jax.Array, or None
+        visual = self.encode(arrays.pixels, remat=remat, dropout_key=dropout.qformer)
         hidden = self.llm(
-            self.merge(of.tokens, visual, of.visual_index),
-            of.lengths, of.segments, of.positions, remat=remat, dropout_key=dropout.lora,
+            self.merge(arrays.tokens, visual, arrays.visual_index),
+            arrays.lengths, arrays.segments, arrays.positions, remat=remat, dropout_key=dropout.lora,
         )  # fmt: skip
-        return self.label_nll(hidden, of)
+        return self.label_nll(hidden, arrays)
 
     def label_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
-        """hidden [B, T, D] -> [B, A]. Only the answers meet the output matrix: it is a tenth of the step."""
-        at = jnp.maximum(
-            batch.label_positions, 1
-        )  # position 0 is never labelled: nothing predicts it
-        before = jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1)  # [B, A, D]
-        target = jnp.take_along_axis(batch.tokens, at, axis=1)
-        logits = self.llm.logits(before)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, :, None], axis=2)[:, :, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        """hidden [B, T, D] -> negative log-likelihood [B, A] of the labelled tokens.
+
+        Hidden states are gathered before the LM head, which is a tenth of a training step.
+        """
+        # Position 0 is never labelled: nothing predicts it.
+        positions = jnp.maximum(batch.label_positions, 1)
+        predictors = jnp.take_along_axis(hidden, positions[:, :, None] - 1, axis=1)  # [B, A, D]
+        target = jnp.take_along_axis(batch.tokens, positions, axis=1)
+        logits = self.llm.logits(predictors)
+        target_logits = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, :, None], axis=2)[
+            :, :, 0
+        ]
+        nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
         return jnp.where(batch.label_positions >= 0, nll, 0.0)
 
     def loss(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
     ) -> jax.Array:
-        """Mean negative log-likelihood over the labelled tokens of the batch, as the original's."""
+        """Mean negative log-likelihood over all labelled tokens of the batch, as in the original."""
         nll = self.token_nll(batch, remat=remat, dropout=dropout)
         return nll.sum() / jnp.maximum((batch.label_positions >= 0).sum(), 1)

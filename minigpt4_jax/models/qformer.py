@@ -6,23 +6,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt4_jax.config import QFormerConfig
-from minigpt4_jax.models.layers import LayerNorm, Linear, gelu
+from minigpt4_jax.models.layers import LayerNorm, Linear, dropout, gelu
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share of x and scale the rest; the identity without a key (a frozen Q-Former)."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
 def _fold(key: jax.Array | None, i: int) -> jax.Array | None:
+    """The i-th key derived from a dropout key; None: no dropout."""
     return None if key is None else jax.random.fold_in(key, i)
 
 
 class Attention(nnx.Module):
-    """Post-norm attention of the queries x to a source (themselves, or the vision tokens)."""
+    """Post-norm attention of the queries to a source: themselves, or the vision tokens."""
 
     def __init__(self, c: QFormerConfig, source_width: int, rngs: nnx.Rngs):
         self.q = Linear(c.hidden, c.hidden, rngs=rngs)
@@ -33,10 +27,13 @@ class Attention(nnx.Module):
         self.heads, self.rate = c.heads, c.dropout
 
     def __call__(self, x: jax.Array, source: jax.Array, key: jax.Array | None) -> jax.Array:
-        b, p, d = x.shape  # x [B, P, D], source [B, T, Dv]
-        split = lambda y: y.reshape(b, -1, self.heads, d // self.heads)  # noqa: E731
-        q, k, v = split(self.q(x)), split(self.k(source)), split(self.v(source))
-        # Spelled out, because the probabilities have dropout when the Q-Former is trained.
+        """x [B, P, D] float32, source [B, T, Dv], key: for dropout -> [B, P, D] float32."""
+        b, p, d = x.shape
+        q, k, v = (
+            y.reshape(b, -1, self.heads, d // self.heads)  # [B, P or T, N, H]
+            for y in (self.q(x), self.k(source), self.v(source))
+        )
+        # Not `attention`: the probabilities have dropout when the Q-Former is trained.
         precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
         scores = jnp.einsum(
             "bpnh,btnh->bnpt", q, k, precision=precision, preferred_element_type=jnp.float32
@@ -63,7 +60,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention in every `cross_every`-th layer, feed-forward."""
+    """Self-attention, cross-attention (in every `cross_every`-th layer), feed-forward."""
 
     def __init__(self, c: QFormerConfig, index: int, rngs: nnx.Rngs):
         self.attn = Attention(c, c.hidden, rngs)
@@ -72,6 +69,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(c, rngs)
 
     def __call__(self, x: jax.Array, vision: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x [B, P, D] float32, vision [B, T, Dv], key: for dropout -> [B, P, D] float32."""
         x = self.attn(x, x, _fold(key, 0))
         if self.cross is not None:
             x = self.cross(x, vision, _fold(key, 1))
@@ -79,16 +77,17 @@ class Block(nnx.Module):
 
 
 class QFormer(nnx.Module):
-    """Vision tokens [B, T, Dv] float32 -> query outputs [B, P, D] float32."""
+    """Vision tokens [B, T, Dv] float32 -> query outputs [B, P, D] float32; D is the hidden width."""
 
     def __init__(self, c: QFormerConfig, rngs: nnx.Rngs):
         self.rate = c.dropout
         self.query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.queries, c.hidden)))
         self.norm = LayerNorm(c.hidden, c.eps)
-        # Unrolled: a dozen small layers of two kinds gain nothing from a scan.
+        # A list: scanning a dozen small layers of two kinds gains nothing.
         self.blocks = nnx.List([Block(c, i, rngs) for i in range(c.layers)])
 
     def __call__(self, vision: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """vision [B, T, Dv] -> [B, P, D]. dropout_key: enables dropout."""
         x = self.norm(self.query[...])
         x = jnp.broadcast_to(x, (vision.shape[0], *x.shape))
         x = dropout(x, self.rate, _fold(dropout_key, 0))

@@ -11,7 +11,7 @@ from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 
 class Attention(nnx.Module):
-    """Self-attention with one fused projection; queries and values have a bias, keys none."""
+    """Self-attention with a fused QKV projection; queries and values have a bias, keys do not."""
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.qkv = Linear(c.width, 3 * c.width, bias=False, rngs=rngs)
@@ -25,7 +25,7 @@ class Attention(nnx.Module):
         q_bias = self.q_bias[...]
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), self.v_bias[...]])
         qkv = self.qkv(x, bias).reshape(b, t, 3, self.heads, d // self.heads)
-        # Three maps in one: a device's part of the outputs is not of its heads alone.
+        # A shard of the fused projection's outputs does not match a shard of the heads: reshard.
         q, k, v = (
             constrain(qkv[:, :, i], BATCH_AXES, None, "model") for i in range(3)
         )  # [B, T, N, H]
@@ -33,6 +33,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """Feed-forward layer."""
+
     def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
         self.up = Linear(width, hidden, rngs=rngs)
         self.down = Linear(hidden, width, rngs=rngs)
@@ -56,7 +58,8 @@ class Block(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """Pixels [B, S, S, 3] float32, normalized -> tokens [B, 1 + patches, D] float32; no final norm."""
+    """Normalized pixels [B, S, S, 3] float32 -> tokens [B, 1 + patches, D] float32, before the final
+    norm; S is the image size here."""
 
     def __init__(self, c: VisionConfig, rngs: nnx.Rngs):
         self.config = c
@@ -75,11 +78,13 @@ class Vit(nnx.Module):
         return self.patch(x.reshape(-1, g * g, 3 * p * p))
 
     def __call__(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
+        """pixels [B, S, S, 3] -> [B, 1 + patches, D]. remat: save only each layer's input."""
         x = self.embed(pixels).astype(jnp.float32)
         cls = jnp.broadcast_to(self.cls[...].astype(jnp.float32), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos[...].astype(jnp.float32)
         heads = self.config.heads
-        x, _ = run_layers(
+        tokens: jax.Array
+        tokens, _ = run_layers(
             self.blocks, x, lambda block, x: (block(x), None), part="vit", heads=heads, remat=remat
         )
-        return x
+        return tokens

@@ -1,19 +1,19 @@
-"""What lies on which device: a mesh of devices, and one table that says how parameters are split.
+"""The device mesh, the partition rules of parameters, and shardings of batches and activations.
 
 The axes of the mesh:
     data   splits the rows of a batch.
-    fsdp   splits the rows too, and every large matrix, which is gathered again layer by layer as it
+    fsdp   splits the rows too, and every large matrix, which is all-gathered layer by layer where it
            is used (ZeRO paper, stage 3; PyTorch FSDP).
-    model  splits heads, FFN and vocabulary: a product by its outputs, and the next one by its
-           inputs (Megatron-LM paper, section 3).
-What an axis does not divide is not split over it, so any number of heads or tokens will do.
+    model  splits heads, FFN and vocabulary: one product by its outputs, the next one by its inputs
+           (tensor parallelism; Megatron-LM paper, section 3).
+A dimension that an axis does not divide is not split over it, so any number of heads or tokens works.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import mesh_utils
@@ -27,17 +27,20 @@ from minigpt4_jax.quantization.schemes import int4_group_size
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")  # the axes that split the rows of a batch
-CHUNK_BYTES = 64 << 20  # of an array of layers that the host holds at a time
-Axis = str | tuple[str, ...] | None
+CHUNK_BYTES = 64 << 20  # of an array of stacked layers, copied to devices at a time
+Axis = str | tuple[str, ...] | None  # the mesh axes that split a dimension
+Shape = tuple[int, ...]
+R = TypeVar("R")
+ReadShard = Callable[[tuple[slice, ...]], Any]  # index -> host array of that part
 
 COLUMN_PARALLEL, ROW_PARALLEL = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
 
-# Parameter, its layer's number left out -> how it is split, without the axis of stacked layers.
+# Parameter name without its layer number -> its sharding, without the axis of stacked layers.
 PARTITION_RULES = (
     (r".*\.blocks\.(attn|cross|mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
     (r".*\.blocks\.(attn|cross|mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
     (r"llm\.(embed|head\.weight)", COLUMN_PARALLEL),
-    # what is trained, and what is small, lies whole on every device
+    # trained and small parameters are replicated
     (r"projection\.(weight|bias)", P()),
     (r".*\.lora_[ab]", P()),
     (r"vit\.(cls|pos|patch\.weight)|qformer\.query", P()),
@@ -50,9 +53,9 @@ PARTITION_RULES = (
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """ "data:2,model:4" -> the size of every axis; -1 for one of them is what is left.
+    """ "data:2,model:4" -> the size of every axis; one axis may be -1: the remaining devices.
 
-    UserError: not of this form, an unknown axis, or sizes whose product is not `devices`.
+    UserError: a syntax error, an unknown axis, or sizes whose product is not `devices`.
     """
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
@@ -61,45 +64,47 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         if not colon or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise UserError(f"mesh {text!r}: {part!r} is not AXIS:SIZE, as in data:2,model:4")
         if name not in AXES or name in seen:
-            what = "twice the axis" if name in seen else "unknown axis"
-            raise UserError(f"mesh {text!r}: {what} {name!r}; expected each of {AXES} once at most")
+            problem = "duplicate axis" if name in seen else "unknown axis"
+            raise UserError(
+                f"mesh {text!r}: {problem} {name!r}; expected each of {AXES} at most once"
+            )
         seen.add(name)
         sizes[name] = int(size)
     open_axes = [name for name in AXES if sizes[name] == -1]
     if len(open_axes) > 1:
-        raise UserError(f"mesh {text!r}: -1 stands for what is left, so one axis alone can have it")
+        raise UserError(f"mesh {text!r}: only one axis can be -1, the remaining devices")
     given = math.prod(size for size in sizes.values() if size > 0)
     if open_axes and devices % given == 0:
         sizes[open_axes[0]] = devices // given
     elif open_axes or given != devices:
         raise UserError(
-            f"mesh {text!r} is for {'a multiple of ' if open_axes else ''}{given} devices and there "
-            f"are {devices}: expected sizes whose product is {devices}, for instance data:{devices}"
+            f"mesh {text!r} needs {'a multiple of ' if open_axes else ''}{given} devices, but there "
+            f"are {devices}: expected sizes whose product is {devices}, for example data:{devices}"
         )
     return sizes
 
 
 def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
-    """A mesh over `devices`, by default all of them."""
+    """A mesh of these axis sizes (missing axes: 1) over `devices`, by default all of them."""
     shape = tuple(sizes.get(name, 1) for name in AXES)
     types = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # of a TPU slice 4x8x8 a pair of chips is a part of a side
-        found = mesh_utils.create_device_mesh(
+    except NotImplementedError:  # a TPU slice that needs a physical axis split over two mesh axes
+        device_array = mesh_utils.create_device_mesh(
             shape, devices or jax.devices(), allow_split_physical_axes=True
         )
-        return Mesh(found, AXES, axis_types=types)
+        return Mesh(device_array, AXES, axis_types=types)
 
 
 def inference_mesh(text: str, config: ModelConfig) -> Mesh:
-    """The mesh of a text for `parse_mesh`, or of "auto": the heads of the language model over as
-    many devices as they divide among, rows over the rest. UserError as of `parse_mesh`."""
+    """The mesh of a text for `parse_mesh`, or of "auto": the language model's heads over as many
+    devices as divide them, rows over the rest. UserError as in `parse_mesh`."""
     return make_mesh(inference_mesh_sizes(text, config, jax.device_count()))
 
 
 def inference_mesh_sizes(text: str, config: ModelConfig, devices: int) -> dict[str, int]:
-    """The sizes of `inference_mesh` over so many devices."""
+    """Axis name -> size of `inference_mesh` over this many devices."""
     if text != "auto":
         return parse_mesh(text, devices)
     model = math.gcd(devices, config.llm.kv_heads)
@@ -107,18 +112,18 @@ def inference_mesh_sizes(text: str, config: ModelConfig, devices: int) -> dict[s
 
 
 def single_device_mesh() -> Mesh:
-    """The mesh of the first device of this process alone."""
+    """A mesh of this process's first device."""
     return make_mesh({}, jax.local_devices()[:1])
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """For instance "data:2,model:4"; the axes of size 1 are left out."""
+    """For example "data:2,model:4"; axes of size 1 are omitted."""
     parts = [f"{name}:{size}" for name, size in mesh.shape.items() if size > 1]
     return ",".join(parts) or "one device"
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a tree lie on; None where they were not put on any."""
+    """The mesh of a tree's arrays; None if they have none."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
@@ -130,49 +135,49 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def parameter_spec(
-    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, sizes: Any
+    name: str, shape: Shape, dtype: Any, config: ModelConfig, sizes: Mapping[str, int]
 ) -> P:
-    """How a parameter is split on a mesh of these sizes (axis name -> size).
+    """The PartitionSpec of a parameter on a mesh of these sizes (axis name -> size).
 
-    name: a dotted path; a stacked layer's has no number, its shape a leading axis of layers. KeyError
-    names a parameter that is not in PARTITION_RULES.
+    name: a dotted path. Stacked layers have no layer number in it and a leading axis L in their shape.
+    KeyError: no rule of PARTITION_RULES matches.
     """
     return partition_spec(name, shape, dtype, _heads(name, config), sizes)
 
 
-def partition_spec(name: str, shape: tuple[int, ...], dtype: Any, heads: int, sizes: Any) -> P:
-    """As `parameter_spec`; heads: that an attention's matrix is made of, as far as they stay whole."""
+def partition_spec(name: str, shape: Shape, dtype: Any, heads: int, sizes: Mapping[str, int]) -> P:
+    """As `parameter_spec`. heads: the number of heads in an attention matrix; a head is not split."""
     plain = re.sub(r"\.blocks\.\d+\.", ".blocks.", name)
     stacked = plain == name and name.startswith(("vit.blocks.", "llm.blocks."))
     dims = list(shape[stacked:])
-    weight = re.sub("_(scale|offset)$", "", plain)  # of a quantized matrix, split as it is
+    weight = re.sub("_(scale|offset)$", "", plain)  # scales are split as their matrix
     spec = next((spec for rule, spec in PARTITION_RULES if re.fullmatch(rule, weight)), None)
     if spec is None:
         raise KeyError(
-            f"{name}: no rule of minigpt4_jax.parallel.sharding.PARTITION_RULES says how it is split"
+            f"{name}: no rule of minigpt4_jax.parallel.sharding.PARTITION_RULES matches this parameter"
         )
     grouped = is_grouped(plain, len(dims))
-    if grouped:  # levels [groups, group, out] or scale [groups, out]: a group is not taken apart
+    if grouped:  # levels [groups, group, out] or scale [groups, out]: a group is not split
         dims = [dims[-1], dims[0]]
-    elif dtype == jax.numpy.uint8:  # a packed table: nor is one here
+    elif dtype == jax.numpy.uint8:  # a packed table: a group is not split here either
         dims[-1] = 2 * dims[-1] // (int4_group_size(2 * dims[-1]) or 2 * dims[-1])
     axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
     if "model" in axes and len(dims) == 2:
-        at, model = axes.index("model"), sizes["model"]
-        whole_heads = heads if re.search(r"\.(attn|cross)\.", plain) else 0
-        if dims[at] % model or whole_heads % model:
-            # 32001 tokens divide by nothing, and heads stay whole: then by the other dimension
-            axes[at], axes[1 - at] = None, ("fsdp", "model")
+        dim, model = axes.index("model"), sizes["model"]
+        unsplit_heads = heads if re.search(r"\.(attn|cross)\.", plain) else 0
+        if dims[dim] % model or unsplit_heads % model:
+            # Not divisible (32001 tokens, or too few heads): split the other dimension instead.
+            axes[dim], axes[1 - dim] = None, ("fsdp", "model")
     if grouped and axes == ["model", "fsdp"] and dims[1] % sizes["fsdp"]:
-        axes = [("model", "fsdp"), None]  # 22 groups of a vision encoder's width
-    found = divisible_axes(dims, axes, sizes)
-    if grouped:
-        found = [found[1], *[None] * (weight == plain), found[0]]
-    return P(*[None] * stacked, *found)
+        axes = [("model", "fsdp"), None]  # the vision encoder's width has 22 groups
+    split = divisible_axes(dims, axes, sizes)
+    if grouped:  # back to [groups, group, out] or [groups, out]
+        split = [split[1], *[None] * (weight == plain), split[0]]
+    return P(*[None] * stacked, *split)
 
 
 def _heads(name: str, config: ModelConfig) -> int:
-    """Heads of the attention in the part that a parameter belongs to."""
+    """The number of key heads in the component that a parameter belongs to."""
     part = name.partition(".")[0]
     if part == "qformer" and config.qformer is not None:
         return config.qformer.heads
@@ -180,129 +185,132 @@ def _heads(name: str, config: ModelConfig) -> int:
 
 
 def parameter_sharding(
-    name: str, shape: tuple[int, ...], dtype: Any, config: ModelConfig, mesh: Mesh
+    name: str, shape: Shape, dtype: Any, config: ModelConfig, mesh: Mesh
 ) -> NamedSharding:
-    """As `parameter_spec`, on a mesh."""
+    """The sharding of a parameter on a mesh; arguments and errors as in `parameter_spec`."""
     return NamedSharding(mesh, parameter_spec(name, shape, dtype, config, mesh.shape))
 
 
-def divisible_axes(dims: Any, axes: Any, sizes: Any) -> list[Axis]:
-    """For each of the dimensions those of its axes that divide it."""
-    found: list[Axis] = []
+def divisible_axes(
+    dims: Sequence[int], axes: Sequence[Axis], sizes: Mapping[str, int]
+) -> list[Axis]:
+    """For each dimension, those of its axes (one entry of `axes` each) that divide it."""
+    result: list[Axis] = []
     for dim, axis in zip(dims, axes, strict=True):
-        kept: tuple[str, ...] = ()
-        for name in (axis,) if isinstance(axis, str) else axis or ():
-            if dim % math.prod(sizes[a] for a in (*kept, name)) == 0 and sizes[name] > 1:
-                kept += (name,)
-        found.append(kept[0] if len(kept) == 1 else kept or None)
-    return found
+        used: tuple[str, ...] = ()
+        for name in _axis_names(axis):
+            if dim % math.prod(sizes[a] for a in (*used, name)) == 0 and sizes[name] > 1:
+                used += (name,)
+        result.append(used[0] if len(used) == 1 else used or None)
+    return result
 
 
-def make_sharded_array(
-    shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], Any]
-) -> jax.Array:
-    """An array of which every device of this process gets its part; each part is read once, and the
-    host holds one of them at a time. (jax.make_array_from_callback asks once for each device.)"""
-    holders: dict[str, tuple[tuple[slice, ...], list[Any]]] = {}
-    devices: Any = sharding.addressable_devices_indices_map(shape)
-    for device, index in devices.items():
-        holders.setdefault(str(index), (index, []))[1].append(device)
+def make_sharded_array(shape: Shape, sharding: NamedSharding, read: ReadShard) -> jax.Array:
+    """An array whose shards are read from the host: `read` is called once per distinct shard of this
+    process's devices, and the host holds one shard at a time. (jax.make_array_from_callback calls it
+    once per device.)"""
+    shards: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    indices: Any = sharding.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        shards.setdefault(str(index), (index, []))[1].append(device)
     arrays = []
-    for index, sharers in holders.values():
-        part = read(index)
-        arrays += [jax.device_put(part, device) for device in sharers]
+    for index, devices in shards.values():
+        shard = read(index)
+        arrays += [jax.device_put(shard, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def devices_have_own_memory() -> bool:
-    """Whether the devices have memory of their own, into which `placed_in_parts` brings arrays; a CPU
-    device takes the host's."""
+    """Whether devices have memory of their own; CPU devices share the host's."""
     return jax.default_backend() != "cpu"
 
 
 def make_sharded_array_in_chunks(
-    shape: tuple[int, ...],
+    shape: Shape,
     dtype: Any,
     sharding: NamedSharding,
-    read: Callable[[tuple[slice, ...]], Any],
+    read: ReadShard,
 ) -> jax.Array:
-    """As `placed`, for an array whose first axis is not split, as that of layers: PART_BYTES of a
-    device's share at a time, or one entry, go into it in its place. Neither the host nor a device
-    holds it twice."""
-    entry = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
-    count = max(1, CHUNK_BYTES // entry)
+    """As `make_sharded_array`, for an array [L, ...] whose first axis is not split.
+
+    At most CHUNK_BYTES of a device's shard, or one layer, are copied at a time into a donated array, so
+    neither the host nor a device holds the array twice.
+    """
+    layer_bytes = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
+    count = max(1, CHUNK_BYTES // layer_bytes)
     if count >= shape[0]:
         return make_sharded_array(shape, sharding, read)
-    array, waiting = _zeros(shape, dtype, sharding)(), None
-    for begin in range(0, shape[0], count):
-        rows = slice(begin, min(begin + count, shape[0]))
-        some = (rows.stop - begin, *shape[1:])
-        part = make_sharded_array(some, sharding, partial(_rows_of, read, rows))
-        array = _put_into(sharding)(array, part, begin)
-        jax.block_until_ready(waiting)  # two parts are on the host at most
-        waiting = part
+    array, previous = _zeros(shape, dtype, sharding)(), None
+    for start in range(0, shape[0], count):
+        layers = slice(start, min(start + count, shape[0]))
+        chunk_shape = (layers.stop - start, *shape[1:])
+        chunk = make_sharded_array(chunk_shape, sharding, partial(_read_layers, read, layers))
+        array = _update_layers(sharding)(array, chunk, start)
+        jax.block_until_ready(previous)  # at most two chunks are on the host
+        previous = chunk
     return array
 
 
-def _rows_of(read: Callable[[Any], Any], rows: slice, index: tuple[slice, ...]) -> Any:
-    return read((rows, *index[1:]))
+def _read_layers(read: ReadShard, layers: slice, index: tuple[slice, ...]) -> Any:
+    return read((layers, *index[1:]))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], jax.Array]:
+def _zeros(shape: Shape, dtype: Any, sharding: NamedSharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
 
 
 @cache
-def _put_into(sharding: NamedSharding) -> Callable[..., jax.Array]:
-    """(array, part, first entry) -> the array with the part in it, in the memory of the old one."""
-    put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+def _update_layers(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """(array [L, ...], chunk, its first layer) -> the updated array, in the memory of the old one."""
+    update = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
 # --- batches and activations -----------------------------------------------------------------
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """How arrays [B, ...] of so many rows are split."""
+    """The sharding of arrays [B, ...] with this many rows."""
     return NamedSharding(mesh, P(*divisible_axes((rows,), (BATCH_AXES,), mesh.shape)))
 
 
 def shard_batch(batch: Any, mesh: Mesh | None, share: tuple[int, int] = (1, 1)) -> Any:
-    """Arrays [B, ...] of the host, split by rows over the devices. share: rows of the whole batch, and
-    of this process, where the arrays are of those alone that its devices hold."""
+    """Host arrays [B, ...] -> arrays split by rows over the devices. share: (rows of the global batch,
+    rows of this process), if the arrays hold only the rows of this process's devices."""
     if mesh is None or mesh.size == 1:
-        return batch  # as it is: a compiled program takes it faster than this function
+        return batch  # a compiled program transfers it faster than this function
     if jax.process_count() == 1:
         return jax.tree.map(lambda a: jax.device_put(a, batch_sharding(mesh, len(a))), batch)
-    whole, here = share
+    global_rows, local_rows = share
 
     def put(a: Any) -> jax.Array:
-        whole_shape = (len(a) * whole // here, *a.shape[1:])
-        where = batch_sharding(mesh, whole_shape[0])
-        return jax.make_array_from_process_local_data(where, a, whole_shape)
+        global_shape = (len(a) * global_rows // local_rows, *a.shape[1:])
+        sharding = batch_sharding(mesh, global_shape[0])
+        result: jax.Array = jax.make_array_from_process_local_data(sharding, a, global_shape)
+        return result
 
     return jax.tree.map(put, batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of the host, the same in every process, onto every device."""
+    """Host arrays, the same in every process -> arrays replicated on every device."""
     return jax.tree.map(
         lambda a: make_sharded_array(a.shape, replicated(mesh), a.__getitem__), tree
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds all of."""
+    """Fully replicated sharding."""
     return NamedSharding(mesh, P())
 
 
-def with_mesh(f: Callable, mesh: Mesh | None) -> Callable:
-    """f, to be compiled: `constrain` and `shard_map_over` within it are about this mesh."""
+def with_mesh(f: Callable[..., R], mesh: Mesh | None) -> Callable[..., R]:
+    """f, to be compiled, with `constrain` and `shard_map_over` inside it using this mesh."""
     if mesh is None or mesh.size == 1:
         return f
 
     @wraps(f)
-    def traced(*args: Any) -> Any:
+    def traced(*args: Any) -> R:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return f(*args)
 
@@ -310,50 +318,60 @@ def with_mesh(f: Callable, mesh: Mesh | None) -> Callable:
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
-    """x, split over these axes of the mesh by its first dimensions, as far as they divide them, and
-    over no others. Without a mesh: x."""
+    """Constrain x so that its first dimensions are split over these axes, where they divide, and the
+    others are replicated. Without a mesh: x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, P(*divisible_axes(x.shape[: len(axes)], axes, mesh.shape))
-    )
+    spec = P(*divisible_axes(x.shape[: len(axes)], axes, mesh.shape))
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
 
 
 def all_gather_fsdp(x: jax.Array, name: str, heads: int) -> jax.Array:
-    """The parameter of this name, as `split_of` splits it but for fsdp, over which it is gathered here,
-    once for all that uses the result; of its own XLA may gather a matrix anew for every product.
-    Without a mesh: x."""
+    """The parameter x, all-gathered over fsdp and otherwise split as in `partition_spec`.
+
+    All uses of the result share one gather; left to itself, XLA may gather a matrix again for every
+    product. Without a mesh: x.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return x
     axes = partition_spec(name, x.shape, x.dtype, heads, mesh.shape)
-    if not any("fsdp" in _names(axis) for axis in axes):
+    if not any("fsdp" in _axis_names(axis) for axis in axes):
         return x
-    kept = (tuple(a for a in _names(axis) if a != "fsdp") or None for axis in axes)
-    return jax.lax.with_sharding_constraint(x, P(*kept))
+    others = (tuple(a for a in _axis_names(axis) if a != "fsdp") or None for axis in axes)
+    gathered: jax.Array = jax.lax.with_sharding_constraint(x, P(*others))
+    return gathered
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def _axis_names(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def shard_map_over(
-    f: Callable, shape: Any, axes: Any, ins: Any, out: Any, *, kernel: bool = False
-) -> Callable:
-    """f, run by every device on its own part of the arguments, for what XLA would not split itself.
+    f: Callable[..., R],
+    shape: Sequence[int],
+    axes: Sequence[Axis],
+    in_dims: Sequence[Sequence[int | None]],
+    out_dims: Sequence[int | None],
+    *,
+    pallas: bool = False,
+) -> Callable[..., R]:
+    """f, run by every device on its own shard of the arguments, where XLA would not split f by itself.
 
-    shape and axes: of the dimensions that are split; ins and out: for each argument and for the
-    result the numbers of these dimensions, None for others. kernel: f is one of Pallas, in which JAX
-    cannot follow what varies over an axis. Without a mesh: f.
+    shape, axes: the sizes of the dimensions to split, and the mesh axes for each. in_dims, out_dims:
+    for each argument, and for the result, which of these dimensions (its index) each of its own is;
+    None: not split. pallas: f is a Pallas kernel, in which JAX cannot check replication. Without a
+    mesh: f.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return f
     names = divisible_axes(shape, axes, mesh.shape)
 
-    def spec(dims: Any) -> P:
+    def spec(dims: Sequence[int | None]) -> P:
         return P(*(None if d is None else names[d] for d in dims))
 
-    ins, out = tuple(map(spec, ins)), spec(out)
-    return jax.shard_map(f, in_specs=ins, out_specs=out, check_vma=not kernel)
+    in_specs = tuple(spec(dims) for dims in in_dims)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=spec(out_dims), check_vma=not pallas)

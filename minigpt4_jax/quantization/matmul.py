@@ -1,6 +1,6 @@
-"""Matrix products with weights in float32, bfloat16, 8 bits and 4 bits (schemes.py).
+"""Matrix products with weights in float32, bfloat16, int8 and int4 (schemes.py).
 
-Weights are [out, in], those with groups [groups, size, out]; N: rows that are multiplied.
+Weights are [out, in], or [groups, size, out] with groups (layout.py). N: rows of the input.
 """
 
 import math
@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minigpt4_jax.quantization.schemes import dequantize
+from minigpt4_jax.quantization.schemes import dequantize, unpack_nibbles
 from minigpt4_jax.utils.platform import backend
 
-FEW_ROWS = 64  # a product of so many rows, as of a decoding batch, is bound by reading its weights
-BLOCK = 1 << 20  # rounded weights that become floats at a time on a CPU: they stay in its cache
+FEW_ROWS = 64  # products of at most this many rows (decoding) are bound by reading the weights
+Residuals = tuple[jax.Array, jax.Array]  # x and weight, for the backward pass
+BLOCK = 1 << 20  # quantized weights dequantized at a time on a CPU, to stay in its cache
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    # float32 means float32: GPUs and TPUs would otherwise round the factors (TF32, bfloat16).
+    """HIGHEST for float32: GPUs and TPUs would otherwise round the factors to TF32 or bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -32,9 +33,8 @@ def linear(
 ) -> jax.Array:
     """x [..., in], weight [out, in], bias [out] -> [..., out], computed in the weight's dtype.
 
-    out: dtype of the result, by default the weight's; float32 keeps the sums as accumulated.
-    scale, offset: of a weight as `quant` holds it, [groups, group, out] if it has groups; the product is
-    then in the scale's dtype.
+    out: dtype of the result, by default the weight's; float32 keeps the accumulated sums.
+    scale, offset: of a quantized weight, in memory layout; the product then has the scale's dtype.
     """
     if scale is not None:
         y = _quantized_product(x, weight, scale, offset)  # [..., out] float32
@@ -55,26 +55,26 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     exact = precision(weight.dtype)
     n = math.prod(x.shape[:-1])
     if 1 < n <= FEW_ROWS and backend() == "cpu":
-        # XLA on CPU reads the weights 2 to 4 times as fast when they come first, and the barrier keeps
-        # it from turning the product round again.
+        # XLA on CPU reads the weights 2 to 4 times as fast if they are the first factor. The barrier
+        # stops it from swapping the factors back.
         y = jnp.einsum("oi,ni->on", weight, x.reshape(n, -1), precision=exact)
-        y = jax.lax.optimization_barrier(y)
-        return y.T.reshape(*x.shape[:-1], -1)
+        result: jax.Array = jax.lax.optimization_barrier(y)
+        return result.T.reshape(*x.shape[:-1], -1)
     return jnp.einsum("...i,oi->...o", x, weight, precision=exact)
 
 
 def _quantized_product(
     x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
 ) -> jax.Array:
-    """x [..., in] and a weight as `quant` holds it -> [..., out] float32."""
-    # Tied together: XLA would convert weights that a decoding loop does not change before the loop,
-    # and keep them all as floats.
+    """x [..., in] and a quantized weight in memory layout -> [..., out] float32."""
+    # Without the barrier, XLA would dequantize the constant weights of a decoding loop before the loop
+    # and keep all of them as floats.
     x, levels = jax.lax.optimization_barrier((x, levels))
-    if levels.ndim == 2 and levels.size > BLOCK and _few_on_cpu(x):
+    if levels.ndim == 2 and levels.size > BLOCK and _is_few_rows_on_cpu(x):
         return _product_in_blocks(x, levels, scale, offset)
-    if scale.ndim == 1:  # a channel's scale can wait until its sum is there
+    if scale.ndim == 1:  # one scale per channel: applied to the sums
         return linear(x, levels.astype(scale.dtype), out=jnp.float32) * scale.astype(jnp.float32)
-    if levels.ndim == 2:  # a table [out, in] that is an output matrix as well
+    if levels.ndim == 2:  # a tied embedding [out, in]
         return linear(x, dequantize(levels, scale, scale.dtype, offset=offset), out=jnp.float32)
     return _grouped_product(x, levels, scale, offset)
 
@@ -86,40 +86,40 @@ def _grouped_product(
     offset [groups, out] -> [..., out] float32."""
     groups, size, n_out = levels.shape
     rows = x.reshape(-1, groups, x.shape[-1] // groups)
-    if _few_on_cpu(x):
-        return _group_after_group(rows, levels, scale, offset).reshape(*x.shape[:-1], n_out)
+    if _is_few_rows_on_cpu(x):
+        return _scan_groups(rows, levels, scale, offset).reshape(*x.shape[:-1], n_out)
     parts = [(rows, levels)]
     if levels.dtype == jnp.uint8:
         zero = 8 if offset is None else 0
-        low, high = ((half.astype(jnp.int8) - zero) for half in (levels & 15, levels >> 4))
+        low, high = (half.astype(jnp.int8) - zero for half in unpack_nibbles(levels))
         if len(rows) > FEW_ROWS:
             parts = [(rows, jnp.concatenate([low, high], axis=1))]
-        else:  # each half by its own inputs: unpacked weights are nowhere but in registers
+        else:  # each half with its own inputs: unpacked weights stay in registers
             parts = [(rows[:, :, :size], low), (rows[:, :, size:], high)]
-    y = sum(_sum_of_groups(some, half, scale, offset) for some, half in parts)
+    y = sum(_dequantize_and_multiply(inputs, part, scale, offset) for inputs, part in parts)
     return jnp.asarray(y).reshape(*x.shape[:-1], n_out)
 
 
 # --- few rows on a CPU ----------------------------------------------------------------------------
-# XLA on CPU writes converted weights to memory before it multiplies them: 13 times slower than
-# bfloat16 weights where a matrix is large. A part at a time they stay in the processor's cache.
+# XLA on CPU writes dequantized weights to memory before the product: 13 times slower than bfloat16
+# weights for a large matrix. Block by block they stay in the processor's cache.
 
 
-def _few_on_cpu(x: jax.Array) -> bool:
-    """Whether x [..., in] is of few rows on a CPU. Not on a mesh, where parts would be gathered."""
-    few = math.prod(x.shape[:-1]) <= FEW_ROWS
-    return few and backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+def _is_few_rows_on_cpu(x: jax.Array) -> bool:
+    """Whether x [..., in] has few rows on a CPU. Not on a mesh, where blocks would be gathered."""
+    is_few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    return is_few and backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 def _product_in_blocks(
     x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
 ) -> jax.Array:
-    """x [..., in], levels [out, in] or packed [out, in / 2], scale [out] or [out, groups], offset as
-    that -> [..., out] float32."""
+    """x [..., in], levels [out, in] or packed [out, in / 2], scale [out] or [out, groups],
+    offset like scale -> [..., out] float32."""
     rows = x.reshape(-1, x.shape[-1]).astype(scale.dtype).astype(jnp.float32)
     n_out = len(levels)
     size = next(b for b in range(max(1, min(n_out, BLOCK // x.shape[-1])), 0, -1) if n_out % b == 0)
-    if size * x.shape[-1] < BLOCK // 16:  # a prime number of outputs: all at once
+    if size * x.shape[-1] < BLOCK // 16:  # no suitable divisor: all at once
         size = n_out
 
     def product(block: Any) -> jax.Array:  # [size, N]
@@ -131,22 +131,24 @@ def _product_in_blocks(
     return y.reshape(n_out, -1).T.reshape(*x.shape[:-1], n_out)
 
 
-def _group_after_group(
+def _scan_groups(
     x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
 ) -> jax.Array:
-    """x [N, groups, size] and a weight as of _grouped_product -> [N, out] float32."""
+    """x [N, groups, size] and a weight as in _grouped_product -> [N, out] float32, group by group."""
     x = x.astype(scale.dtype).astype(jnp.float32).swapaxes(0, 1)
 
     def add(y: jax.Array, group: Any) -> tuple[jax.Array, None]:
         x, levels, scale, offset = group  # [N, size], [size or size / 2, out], [out], [out]
         if levels.dtype == jnp.uint8:
             zero = 8 if offset is None else 0
-            halves = [((h.astype(jnp.int8) - zero), p) for h, p in _halves(levels, x)]
+            inputs = jnp.split(x, 2, axis=1)
+            nibbles = unpack_nibbles(levels)
+            halves = [(h.astype(jnp.int8) - zero, p) for h, p in zip(nibbles, inputs, strict=True)]
         else:
             halves = [(levels, x)]
         exact = precision(jnp.float32)
-        some = sum(jnp.matmul(p, h.astype(jnp.float32), precision=exact) for h, p in halves)
-        y += some * scale.astype(jnp.float32)
+        product = sum(jnp.matmul(p, h.astype(jnp.float32), precision=exact) for h, p in halves)
+        y += product * scale.astype(jnp.float32)
         if offset is not None:
             y += x.sum(1, keepdims=True) * offset.astype(jnp.float32)
         return y, None
@@ -155,16 +157,10 @@ def _group_after_group(
     return jax.lax.scan(add, zeros, (x, levels, scale, offset))[0]
 
 
-def _halves(levels: jax.Array, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """The low and the high halves of bytes [size / 2, out], with the inputs [N, size / 2] of each."""
-    low, high = jnp.split(x, 2, axis=1)
-    return [(levels & 15, low), (levels >> 4, high)]
+# --- products with groups ----------------------------------------------------------------------------
 
 
-# --- groups, otherwise ----------------------------------------------------------------------------
-
-
-def _sum_of_groups(
+def _dequantize_and_multiply(
     x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
 ) -> jax.Array:
     """x [N, groups, size], levels [groups, size, out], scale and offset [groups, out] -> [N, out]
@@ -177,12 +173,12 @@ def _sum_of_groups(
 
 @jax.custom_vjp
 def _product_by_groups(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [N, groups, size], weight [groups, size, out] of one dtype -> [N, out] float32. Gradients are
-    products in that dtype, too."""
+    """x [N, groups, size], weight [groups, size, out] of one dtype -> [N, out] float32. Gradients
+    are products in that dtype too."""
     n = len(x)
     if n == 1 and weight.dtype == jnp.bfloat16 and backend() == "cpu":  # as in _product_bf16
         x = jnp.pad(x, ((0, 1), (0, 0), (0, 0)))
-    # Over both axes at once: where they are made one before, XLA on a TPU keeps unpacked weights.
+    # Contract both axes at once: if they are merged first, XLA on TPU materializes the weights.
     return _einsum_groups("ngi,gio->no", x, weight)[:n]
 
 
@@ -191,12 +187,12 @@ def _einsum_groups(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _product_by_groups_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
+def _product_by_groups_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, Residuals]:
     return _product_by_groups(x, weight), (x, weight)
 
 
-def _product_by_groups_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = kept
+def _product_by_groups_backward(residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = residuals
     dy = dy.astype(weight.dtype)
     dx = _einsum_groups("no,gio->ngi", dy, weight)
     return dx.astype(x.dtype), _einsum_groups("no,ngi->gio", dy, x).astype(weight.dtype)
@@ -206,35 +202,37 @@ _product_by_groups.defvjp(_product_by_groups_forward, _product_by_groups_backwar
 
 
 def _einsum_bf16(spec: str, a: jax.Array, b: jax.Array, out: jnp.dtype) -> jax.Array:
-    # XLA on CPU has bfloat16 kernels only for products that are summed and returned in float32;
-    # others become float32 products of converted weights (7 times slower on 11008 x 4096).
-    kept = jnp.float32 if backend() == "cpu" else out
-    return jnp.einsum(spec, a, b, preferred_element_type=kept).astype(out)
+    # XLA on CPU has bfloat16 kernels only for products accumulated and returned in float32; others
+    # become float32 products of converted weights (7 times slower for 11008 x 4096).
+    accumulate = jnp.float32 if backend() == "cpu" else out
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulate).astype(out)
 
 
 def _plain_product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.Array:
     """x [..., in], weight [out, in], both bfloat16 -> [..., out]."""
     rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
     n = rows.shape[0]
-    if n == 1 and backend() == "cpu":  # nor has it a kernel for a single row
+    if n == 1 and backend() == "cpu":  # there is no bfloat16 kernel for a single row either
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     y = _einsum_bf16("ni,oi->no", rows, weight, out)
     return y[:n].reshape(*x.shape[:-1], -1)
 
 
-# With gradients that are bfloat16 products too, which autodiff of one that returns float32 would not make.
+# Gradients are bfloat16 products too; autodiff of a product that returns float32 would not give that.
 _product_bf16 = partial(jax.custom_vjp, nondiff_argnums=(2,))(_plain_product_bf16)
 
 
-def _product_bf16_forward(x: jax.Array, w: jax.Array, out: jnp.dtype) -> tuple[jax.Array, tuple]:
-    # Not by _product_bf16: a rule of what to keep for the backward pass does not look into that.
+def _product_bf16_forward(
+    x: jax.Array, w: jax.Array, out: jnp.dtype
+) -> tuple[jax.Array, Residuals]:
+    # Not _product_bf16: a checkpoint policy does not see the product inside a custom_vjp.
     return _plain_product_bf16(x, w, out), (x, w)
 
 
 def _product_bf16_backward(
-    out: jnp.dtype, kept: tuple, dy: jax.Array
+    out: jnp.dtype, residuals: Residuals, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, weight = kept
+    x, weight = residuals
     dy = dy.astype(weight.dtype)
     dx = _einsum_bf16("...o,oi->...i", dy, weight, x.dtype)
     return dx, _einsum_bf16("...o,...i->oi", dy, x, weight.dtype)

@@ -134,7 +134,7 @@ def test_quantized_weights_take_adapters_but_no_merging():
     [
         ({"targets": ()}, "name some of q, k, v, o, gate, up, down"),
         ({"targets": ("q", "w")}, "w unknown"),
-        ({"targets": ("q", "q")}, "twice"),
+        ({"targets": ("q", "q")}, "duplicate"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": -1.0}, "alpha -1.0"),
         ({"dropout": 1.0}, "dropout 1.0"),

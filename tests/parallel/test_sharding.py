@@ -62,10 +62,10 @@ def test_every_mesh_that_fits_the_devices_is_read(names, sizes, data):
     ("text", "message"),
     [
         ("tensor:8", "unknown axis 'tensor'; expected each of"),
-        ("data:2,data:4", "twice the axis 'data'"),
-        ("data:2,model:2", "is for 4 devices and there are 8.*for instance data:8"),
-        ("fsdp:-1,data:3", "is for a multiple of 3 devices and there are 8"),
-        ("fsdp:-1,data:-1", "one axis alone"),
+        ("data:2,data:4", "duplicate axis 'data'"),
+        ("data:2,model:2", "needs 4 devices, but there are 8.*for example data:8"),
+        ("fsdp:-1,data:3", "needs a multiple of 3 devices, but there are 8"),
+        ("fsdp:-1,data:-1", "only one axis can be -1"),
         ("data", "'data' is not AXIS:SIZE, as in"),
         ("data:0", "is not AXIS:SIZE"),
         ("data:2.0", "is not AXIS:SIZE"),
@@ -160,23 +160,23 @@ def test_an_axis_that_does_not_divide_is_left_out():
 
 
 @pytest.mark.smoke
-def test_layers_are_placed_a_few_at_a_time_into_one_array(monkeypatch):
+def test_stacked_layers_are_copied_in_chunks_into_one_array(monkeypatch):
     monkeypatch.setattr(sharding, "CHUNK_BYTES", 200)
     layers = np.arange(7 * 4 * 6, dtype=np.float32).reshape(7, 4, 6)  # 96 bytes each
-    asked, where = [], sharding.replicated(sharding.single_device_mesh())
+    requested, sharding_ = [], sharding.replicated(sharding.single_device_mesh())
 
     def read(index):
-        asked.append(index[0])
+        requested.append(index[0])
         return layers[index]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # JAX warns where the old array's memory cannot be used
-        array = sharding.make_sharded_array_in_chunks(layers.shape, layers.dtype, where, read)
-    assert asked == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+        warnings.simplefilter("error")  # JAX warns if a donated buffer is not used
+        array = sharding.make_sharded_array_in_chunks(layers.shape, layers.dtype, sharding_, read)
+    assert requested == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
     np.testing.assert_array_equal(array, layers)
-    assert array.sharding == where
-    put = sharding._put_into(where).lower(array, layers[:2], 0).compile()
-    assert put.memory_analysis().alias_size_in_bytes == layers.nbytes
+    assert array.sharding == sharding_
+    update = sharding._update_layers(sharding_).lower(array, layers[:2], 0).compile()
+    assert update.memory_analysis().alias_size_in_bytes == layers.nbytes
 
 
 # --- on eight devices -----------------------------------------------------------------------
