@@ -55,8 +55,10 @@ def batch_shapes(config: ModelConfig, rows: int, text: int, packed: bool) -> Bat
 def lowered_step(config: ModelConfig, args: argparse.Namespace, mesh: Mesh) -> Any:
     """The training step, lowered for a mesh."""
     split = programs.split_shapes(config, TRAINED, mesh)
-    tx = optimizer.adamw(split.decays)
-    step: Any = make_step(split, tx, remat=not args.no_remat, dropout_seed=0, dropout_in=["lora"])
+    tx = optimizer.adamw(split.decay_mask)
+    step: Any = make_step(
+        split, tx, mesh, remat=not args.no_remat, dropout_seed=0, dropout_in=["lora"]
+    )
     inputs = (
         jax.eval_shape(tx.init, split.trainable),
         batch_shapes(config, args.rows, args.text, args.packed),

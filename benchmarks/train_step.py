@@ -77,8 +77,8 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     flat = [(p, leaf.replace(fill(p, leaf.shape))) for p, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     split = split_model(model, trained_parts(freeze_vit=True, freeze_qformer=True), weight_dtype)
-    tx = optimizer.adamw(split.decays)
-    train = make_step(split, tx)
+    tx = optimizer.adamw(split.decay_mask)
+    train = make_step(split, tx, mesh=None)
     trainable, opt_state = split.trainable, tx.init(split.trainable)
     batch_on_device = jax.device_put(batch)
 

@@ -28,8 +28,8 @@ from minigpt4_jax.parallel.sharding import (
 )
 from minigpt4_jax.training import config_cli
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.memory_estimate import Shape, longest
-from minigpt4_jax.training.mesh_selection import choose_sizes
+from minigpt4_jax.training.memory_estimate import BatchShape, largest_batch
+from minigpt4_jax.training.mesh_selection import choose_mesh_sizes
 from minigpt4_jax.training.train_step import trained_parts
 
 MAX_SIZE = 1 << 20  # rows, or tokens of a row: compilers count elements in 32 bits
@@ -74,7 +74,9 @@ class Job:
     def train_target(self) -> Target:
         c = dataclasses.replace(self.train_config, mesh=self.mesh or self.train_config.mesh)
         chip = chip_of(self.topology)
-        axis_sizes, reason = choose_sizes(c, self.model_config, len(self.devices), chip.usable_hbm)
+        axis_sizes, reason = choose_mesh_sizes(
+            c, self.model_config, len(self.devices), chip.usable_hbm
+        )
         return self._target(axis_sizes, reason)
 
     @cached_property
@@ -128,9 +130,9 @@ class Job:
         return dataclasses.replace(self.model_config, quantize=quantize)
 
     @property
-    def batch_shape(self) -> Shape:
+    def batch_shape(self) -> BatchShape:
         """Training rows of the longest allowed answer, with one image each."""
-        return longest(self.train_config, self.model_config, self.tokens)
+        return largest_batch(self.train_config, self.model_config, self.tokens)
 
     def compile(self, program: str) -> Report:
         """Compile one of train, encode, prefill and decode."""

@@ -2,8 +2,8 @@
 
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training import workdir
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.model_config import override_model_config, read_model_config
 
 _LLAMA2 = LlmConfig(eps=1e-5, max_length=4096)
 
@@ -25,10 +25,10 @@ def model_for(c: TrainConfig, preset: str | None) -> tuple[str, ModelConfig]:
     """(name, configuration) of the model of a run: `preset` if given, else the model directory of the
     training configuration, else the preset of its variant and width. UserError: unknown preset."""
     if preset is None and c.model:
-        return c.model, workdir.model_config(c)
+        return c.model, read_model_config(c)
     if preset is None:
         by_variant = {"minigpt4-llama2": "llama2", "minigpt-v2": "v2"}
         preset = "vicuna13b" if c.llm_width == 5120 else by_variant.get(c.variant, "vicuna7b")
     if preset not in PRESETS:
         raise UserError(f"--size={preset}: expected one of {', '.join(PRESETS)}")
-    return preset, workdir.adjusted(PRESETS[preset], c, preset)
+    return preset, override_model_config(PRESETS[preset], c, preset)

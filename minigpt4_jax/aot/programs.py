@@ -29,13 +29,14 @@ from minigpt4_jax.parallel.sharding import (
     replicated,
     with_mesh,
 )
-from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.memory_estimate import Shape
+from minigpt4_jax.training.memory_estimate import BatchShape
+from minigpt4_jax.training.optimizer import make_optimizer
 from minigpt4_jax.training.train_step import (
     Split,
     is_trained,
     make_step,
+    parts_with_dropout,
     split_model,
     trained_parts,
 )
@@ -59,7 +60,7 @@ def replicate_shapes(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
-    """The shape of a batch array, its rows sharded as `sharding.put_rows` does."""
+    """The shape of a batch array, its rows sharded as `sharding.shard_batch` does."""
     spec = P(*divisible_axes(shape[:1], (BATCH_AXES,), mesh.shape))
     return sharded_shape(shape, dtype, NamedSharding(mesh, spec))
 
@@ -117,21 +118,15 @@ def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Sp
     return splits[0]._replace(trainable=replicate_shapes(trainable, mesh), frozen=frozen)
 
 
-def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Shape) -> Any:
+def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape) -> Any:
     """The lowered training step, with one image per row."""
     parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
     split = split_shapes(config, parts, mesh)
-    tx = optimizer.adamw(
-        split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip
-    )
-    has_dropout = {
-        "lora": config.lora is not None and config.lora.dropout > 0,
-        "qformer": "qformer" in parts and config.qformer is not None and config.qformer.dropout > 0,
-    }
+    tx = make_optimizer(c, split.decay_mask)
+    dropout_in = parts_with_dropout(config) & parts
     step: Any = make_step(
-        split, tx, accumulate=c.accumulate, remat=c.remat,
-        dropout_seed=c.seed if any(has_dropout.values()) else None,
-        dropout_in=[part for part, enabled in has_dropout.items() if enabled],
+        split, tx, mesh, accumulate=c.accumulate, remat=c.remat,
+        dropout_seed=c.seed if dropout_in else None, dropout_in=dropout_in,
     )  # fmt: skip
     b, edge = shape.rows, config.vision.image_size
     batch = Batch(

@@ -11,7 +11,7 @@ from minigpt4_jax.aot.compiler import Memory, OutOfMemory, compile_lowered
 from minigpt4_jax.aot.cost import Collective, Cost, cost_of
 from minigpt4_jax.aot.roofline import Prediction, predict
 from minigpt4_jax.aot.topology import Chip, chip_of, slice_shape
-from minigpt4_jax.training.mesh_selection import size_text
+from minigpt4_jax.utils.text import format_bytes
 
 MAX_COLLECTIVES = 8  # listed in the text
 
@@ -119,14 +119,14 @@ def format_report(r: Report, target: Target) -> list[str]:
 def format_collectives(c: Cost) -> list[str]:
     """One line per kind of collective, those that send most first."""
     lines = [
-        f"{x.count:6} x {x.kind} of {size_text(x.bytes)} among {x.group_size} chips, "
+        f"{x.count:6} x {x.kind} of {format_bytes(x.bytes)} among {x.group_size} chips, "
         f"{'overlapped' if x.overlapped else 'exposed'}"
         for x in c.collectives[:MAX_COLLECTIVES]
     ]
     rest = c.collectives[MAX_COLLECTIVES:]
     if rest:
         sent = sum(x.sent_bytes * x.count for x in rest)
-        lines.append(f"{sum(x.count for x in rest):6} x others, {size_text(sent)} sent in total")
+        lines.append(f"{sum(x.count for x in rest):6} x others, {format_bytes(sent)} sent in total")
     return lines
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run, by Orbax: what is trained, the optimizer's state, and where the data stood.
+"""Checkpoints of a run, written by Orbax: trainable parameters, optimizer state, position in the data.
 
-Orbax writes in the background and renames a finished checkpoint into place, so that a kill at any
-moment leaves whole ones only. What a disk does to them later is found by the digests saved with
-them: a damaged checkpoint is set aside, and the one before is used.
+Orbax writes in the background and renames a finished checkpoint into place, so a kill at any moment
+leaves only complete ones. Checksums saved with them detect what happens to them later: a damaged
+checkpoint is renamed, and the one before it is used.
 """
 
 import contextlib
@@ -21,65 +21,69 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.multihost import is_connection_error
+from minigpt4_jax.parallel.multihost import is_connection_error, is_main_process, is_multiprocess
 from minigpt4_jax.storage.paths import absolute_path, is_remote, wrap_storage_errors
 from minigpt4_jax.training.train_step import Trainable
+from minigpt4_jax.utils.text import one_line
 
 
 class Restored(NamedTuple):
+    """A checkpoint that was read."""
+
     step: int  # updates done
     trainable: Trainable
     opt_state: Any
-    extra: dict[str, Any]  # JSON values given to save
-    damaged: tuple[str, ...]  # a line on each later checkpoint that was set aside
+    extra: dict[str, Any]  # the JSON values given to save
+    messages: tuple[str, ...]  # one for each later checkpoint that was found damaged
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the latest `keep` of them."""
+    """The checkpoints in one directory, of which the latest `keep` are kept."""
 
-    def __init__(self, folder: Path, keep: int):
-        import orbax.checkpoint as ocp  # heavy: only a run needs it
+    def __init__(self, directory: Path, keep: int):
+        import orbax.checkpoint as ocp  # slow to import, and only a run needs it
 
-        self._ocp, self._folder, self._keep = ocp, folder, keep
-        self._whole: int | None = None  # the last step that is known to be written
-        logging.getLogger("absl").addFilter(_not_orbax)  # what goes wrong is said by an error here
+        self._ocp, self._directory, self._keep = ocp, directory, keep
+        self._last_complete: int | None = None  # the last step known to be written
+        # Orbax logs failures that are reported as errors here
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
         try:
             self._manager = ocp.CheckpointManager(
-                absolute_path(folder),
+                absolute_path(directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     step_format_fixed_length=8,
                     cleanup_tmp_directories=True,
-                    # where a folder cannot be made, threads wait twenty minutes to hear that it is
+                    # otherwise threads wait twenty minutes for a directory that cannot be created
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                    lightweight_initialize=True,  # reads none of them: a damaged one may be there
+                    lightweight_initialize=True,  # reads no checkpoint: one may be damaged
                 ),
             )
-            self._saved = self._manager.latest_step()
+            self._last_started = self._manager.latest_step()
         except Exception as e:
-            if not isinstance(e, OSError) and not is_remote(folder):
+            if not isinstance(e, OSError) and not is_remote(directory):
                 raise
-            raise self._failed("open", e) from e
+            raise self._error("open", e) from e
 
     @property
-    def latest(self) -> int | None:
-        """The step of the last checkpoint that was begun or found; None if there is none."""
-        return self._saved
+    def latest_step(self) -> int | None:
+        """The step of the last checkpoint that was started or found; None if there is none."""
+        return self._last_started
 
-    @property
-    def kept(self) -> str:
-        """What is left where the run cannot go on, as far as is known without looking."""
-        if self._whole is None:
-            return "no checkpoint was written yet"
-        return f"the last good checkpoint, of step {self._whole}, is kept in {self._folder}"
+    def describe_saved_state(self) -> str:
+        """What remains if the run cannot go on, as far as known without reading the directory."""
+        return describe_checkpoint(self._last_complete, self._directory)
 
     def save(self, step: int, trainable: Trainable, opt_state: Any, extra: dict[str, Any]) -> None:
         """Copy the arrays to the host and write them in the background. Waits for the checkpoint
-        before, if that is still being written. UserError if that one failed."""
+        before, if it is still being written. UserError: that one failed.
+
+        extra: JSON values.
+        """
         self.wait()
-        # Orbax may keep references while it writes; the next step donates these very buffers.
+        # A copy, since Orbax may keep references while it writes and the next step donates these buffers.
         state = jax.tree.map(np.array, {"trainable": trainable, "optimizer": opt_state})
-        extra = _sealed({**extra, "digests": _digests(state)})
+        extra = _add_checksum({**extra, "digests": _array_checksums(state)})
         args = self._ocp.args
         try:
             self._manager.save(
@@ -87,173 +91,190 @@ class Checkpoints:
                 args=args.Composite(state=args.StandardSave(state), extra=args.JsonSave(extra)),
             )
         except Exception as e:
-            raise self._failed("write", e) from e
-        self._saved = step
+            raise self._error("write", e) from e
+        self._last_started = step
 
     def wait(self) -> None:
-        """Return when nothing is being written any more. UserError if the writing failed."""
+        """Wait until nothing is being written. UserError: the writing failed."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as e:
-            raise self._failed("write", e) from e
-        self._whole = self._saved
+            raise self._error("write", e) from e
+        self._last_complete = self._last_started
 
     def restore(self, trainable: Trainable, opt_state: Any) -> Restored | None:
-        """The latest whole checkpoint, with arrays like those given; None if there is none at all.
-        Damaged ones behind it are renamed. UserError: none is whole, or they may not be read."""
-        like = jax.tree.map(
+        """Read the latest undamaged checkpoint; None if there is no checkpoint at all. Later, damaged
+        ones are renamed.
+
+        trainable, opt_state: arrays of the expected shapes and types.
+        UserError: all checkpoints are damaged, or they cannot be read (permissions).
+        """
+        target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
             {"trainable": trainable, "optimizer": opt_state},
         )
-        damaged: dict[int, str] = {}
+        damage: dict[int, str] = {}  # step -> what is wrong with its checkpoint
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, extra = self._read(step, like)
-            except _Damaged as e:
-                damaged[step] = str(e)
+                state, extra = self._read(step, target)
+            except _DamagedError as e:
+                damage[step] = str(e)
                 continue
-            lines = tuple(self._set_aside(*found, step) for found in damaged.items())
-            if damaged and jax.process_count() > 1:  # all must see the same steps from here on
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            messages = tuple(self._rename_damaged(*item, step) for item in damage.items())
+            if damage and is_multiprocess():  # all processes must see the same steps from here on
+                multihost_utils.sync_global_devices("damaged checkpoints are renamed")
             self._manager.reload()
-            for old in sorted(self._manager.all_steps())[: -self._keep]:
-                self._manager.delete(
-                    old
-                )  # which a kill has prevented, and no later save may follow
-            self._saved = self._whole = step
-            return Restored(step, state["trainable"], state["optimizer"], extra, lines)
-        if not damaged:
+            # a kill may have prevented these deletions, and there may be no later save to do them
+            for old_step in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(old_step)
+            self._last_started = self._last_complete = step
+            return Restored(step, state["trainable"], state["optimizer"], extra, messages)
+        if not damage:
             return None
-        each = "; ".join(f"{_name(step)}: {why}" for step, why in damaged.items())
+        details = "; ".join(f"{_directory_name(step)}: {why}" for step, why in damage.items())
         raise UserError(
-            f"every checkpoint in {self._folder} is damaged ({each}): remove that folder to begin "
-            "the run anew, or choose another --workdir"
+            f"every checkpoint in {self._directory} is damaged ({details}): remove that directory to "
+            "start the run again, or choose another --workdir"
         )
 
-    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        """-> (state, extra). _DamagedError: it cannot be read or differs from what was saved."""
         args = self._ocp.args
         try:
-            found = self._manager.restore(
+            restored = self._manager.restore(
                 step,
-                args=args.Composite(state=args.StandardRestore(like), extra=args.JsonRestore()),
+                args=args.Composite(state=args.StandardRestore(target), extra=args.JsonRestore()),
             )
-            extra = _unsealed(found["extra"])
+            extra = _verify_checksum(restored["extra"])
             expected = extra.pop("digests")
         except Exception as e:
             if isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e):
-                path = self._folder / _name(step)
-                raise UserError(f"checkpoint {path} may not be read: {_one_line(e)}") from e
-            raise _Damaged(_one_line(e)) from e
-        digests = _digests(found["state"])
+                path = self._directory / _directory_name(step)
+                raise UserError(f"checkpoint {path} cannot be read: {one_line(e)}") from e
+            raise _DamagedError(one_line(e)) from e
+        actual = _array_checksums(restored["state"])
         changed = sorted(
-            n for n in digests.keys() | expected.keys() if digests.get(n) != expected.get(n)
+            name
+            for name in actual.keys() | expected.keys()
+            if actual.get(name) != expected.get(name)
         )
         if changed:
-            raise _Damaged(f"{len(changed)} arrays are not as saved, {changed[0]} first")
-        return found["state"], extra
+            raise _DamagedError(f"{len(changed)} arrays are not as saved, {changed[0]} first")
+        return restored["state"], extra
 
-    def _set_aside(self, step: int, why: str, used: int) -> str:
-        """Rename a damaged checkpoint; the line that says so."""
-        path = self._folder / _name(step)
-        aside = path.with_name(f"damaged-{path.name}")
-        for n in itertools.count(2):
-            if not aside.exists():
+    def _rename_damaged(self, step: int, why: str, restored_step: int) -> str:
+        """Rename a damaged checkpoint; returns the message about it."""
+        path = self._directory / _directory_name(step)
+        new_path = path.with_name(f"damaged-{path.name}")
+        for number in itertools.count(2):
+            if not new_path.exists():
                 break
-            aside = path.with_name(f"damaged-{path.name}-{n}")
+            new_path = path.with_name(f"damaged-{path.name}-{number}")
         try:
             with wrap_storage_errors(path):
-                if jax.process_index() == 0:
-                    path.rename(aside)
+                if is_main_process():
+                    path.rename(new_path)
         except OSError as e:
-            raise self._failed("rename", e) from e
+            raise self._error("rename", e) from e
         return (
-            f"checkpoint {path} is damaged ({why}): kept as {aside.name}; continuing from the one "
-            f"before, of step {used}"
+            f"checkpoint {path} is damaged ({why}): kept as {new_path.name}; continuing from the one "
+            f"before, of step {restored_step}"
         )
 
     def close(self) -> None:
-        """Wait for the last write and end Orbax's threads; never raises."""
-        with contextlib.suppress(Exception):  # reported by save or wait already
+        """Wait for the last write and end Orbax's threads. Never raises."""
+        with contextlib.suppress(Exception):  # save or wait has reported it
             self._manager.close()
 
-    def _failed(self, what: str, e: Exception) -> Exception:
-        if is_connection_error(e):  # it is not the disk that failed
+    def _error(self, action: str, e: Exception) -> Exception:
+        """The error to raise for one of Orbax's."""
+        if is_connection_error(e):  # not the disk's fault: handled by detect_lost_peer
             return RuntimeError(str(e))
-        if jax.process_index() == 0 and not is_remote(self._folder):
-            for half_written in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half_written, ignore_errors=True)
-        causes = [e, e.__cause__, e.__context__]
-        numbers = {c.errno for c in causes if isinstance(c, OSError)}
-        full = numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(e)
-        cause = "the disk is full" if full else _one_line(e)
-        good = self._good()
-        kept = "" if good is None else f"; the last good checkpoint is step {good}"
-        do = "Make room" if full else "See that the folder can be reached and written"
+        if is_main_process() and not is_remote(self._directory):
+            for incomplete in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(incomplete, ignore_errors=True)
+        disk_full = _is_disk_full(e)
+        cause = "the disk is full" if disk_full else one_line(e)
+        last = self._find_last_complete()
+        saved = "" if last is None else f"; the last good checkpoint is step {last}"
+        advice = "Make room" if disk_full else "Check that the directory can be reached and written"
         return UserError(
-            f"cannot {what} checkpoints in {self._folder}: {cause}{kept}. {do} and start the same "
-            "command again"
+            f"cannot {action} checkpoints in {self._directory}: {cause}{saved}. {advice} and start the "
+            "same command again"
         )
 
-    def _good(self) -> int | None:
-        """The latest step that is there, whole."""
+    def _find_last_complete(self) -> int | None:
         try:
-            with wrap_storage_errors(self._folder):
-                return max(saved_steps(self._folder), default=None)
+            with wrap_storage_errors(self._directory):
+                return max(saved_steps(self._directory), default=None)
         except OSError:
-            return self._whole
+            return self._last_complete
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints; those in a bucket, where nothing can be renamed at once,
-    have a file that says so. OSError where that cannot be seen."""
-    found = [p for p in folder.glob("*") if p.name.isdigit()]
-    if is_remote(folder):
-        return [int(p.name) for p in found if (p / "commit_success.txt").exists()]
-    return [int(p.name) for p in found if p.is_dir()]
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints. OSError: the directory cannot be read.
+
+    In a bucket, where nothing can be renamed atomically, a complete checkpoint has a marker file.
+    """
+    paths = [p for p in directory.glob("*") if p.name.isdigit()]
+    if is_remote(directory):
+        return [int(p.name) for p in paths if (p / "commit_success.txt").exists()]
+    return [int(p.name) for p in paths if p.is_dir()]
 
 
-class _Damaged(Exception):
+def describe_checkpoint(step: int | None, directory: Path) -> str:
+    """What a run has saved, for messages. step: of the last good checkpoint."""
+    if step is None:
+        return "no checkpoint was written yet"
+    return f"the last good checkpoint, of step {step}, is kept in {directory}"
+
+
+class _DamagedError(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def _name(step: int) -> str:
+def _directory_name(step: int) -> str:
     return f"{step:08d}"
 
 
-def _digests(state: Any) -> dict[str, str]:
-    """Name of every array -> digest of its type, shape and bytes."""
+def _is_disk_full(e: Exception) -> bool:
+    causes = (e, e.__cause__, e.__context__)
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or "No space left" in str(e)
+
+
+def _array_checksums(state: Any) -> dict[str, str]:
+    """Dotted path of every array -> checksum of its type, shape and bytes."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock alone
-        return dict(zip(names, pool.map(_digest, [leaf for _, leaf in leaves]), strict=True))
+    arrays = [array for _, array in leaves]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        return dict(zip(names, pool.map(_array_checksum, arrays), strict=True))
 
 
-def _digest(leaf: Any) -> str:
+def _array_checksum(leaf: Any) -> str:
     array = np.ascontiguousarray(leaf)
     digest = hashlib.blake2b(f"{array.dtype} {np.shape(leaf)}".encode(), digest_size=16)
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values with a digest of themselves."""
-    return {"values": values, "digest": _json_digest(values)}
+def _add_checksum(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with their own checksum."""
+    return {"values": values, "digest": _json_checksum(values)}
 
 
-def _unsealed(sealed: dict[str, Any]) -> dict[str, Any]:
-    if _json_digest(sealed["values"]) != sealed["digest"]:
-        raise _Damaged("its JSON part is not as saved")
-    return dict(sealed["values"])
+def _verify_checksum(document: dict[str, Any]) -> dict[str, Any]:
+    """The values of `_add_checksum`. _DamagedError: they have changed."""
+    if _json_checksum(document["values"]) != document["digest"]:
+        raise _DamagedError("its JSON part is not as saved")
+    return dict(document["values"])
 
 
-def _json_digest(values: Any) -> str:
+def _json_checksum(values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def _one_line(e: Exception) -> str:
-    return (" ".join(str(e).split()) or type(e).__name__)[:200]

@@ -1,5 +1,4 @@
-"""The optimizer of the original: AdamW on plain trees, and its two learning-rate schedules
-(MiniGPT-4's runner and LAVIS' optims.py)."""
+"""The original's optimizer: AdamW, and two learning-rate schedules (LAVIS' optims.py)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.training.config import SCHEDULES, TrainConfig
 
-Schedule = Callable[[int], float]  # step (0 is the first) -> learning rate
+Schedule = Callable[[int], float]  # step, from 0 -> learning rate
 
 
 def cosine_schedule(
@@ -23,20 +23,20 @@ def cosine_schedule(
     steps: int,
     steps_per_epoch: int = 0,
 ) -> Schedule:
-    """Linear warmup, then a cosine over all `steps` that the warmup does not shift, so that the
-    rate drops where the warmup ends (LinearWarmupCosineLRScheduler).
+    """Linear warmup, then a cosine decay (LinearWarmupCosineLRScheduler).
 
-    steps_per_epoch: where an epoch is shorter than the warmup, the original starts the ramp anew at
-    each epoch until the warmup is over; 0 is one long epoch.
+    As in the original, the cosine runs over all `steps`, not only those after the warmup, so the rate
+    drops where the warmup ends. If an epoch is shorter than the warmup, the ramp restarts in each
+    epoch until the warmup is over. steps_per_epoch: 0: one long epoch.
     """
 
-    def rate(step: int) -> float:
+    def learning_rate(step: int) -> float:
         if step < warmup_steps:
-            within = step % steps_per_epoch if steps_per_epoch else step
-            return _ramp(within, warmup_lr, init_lr, warmup_steps)
+            step_in_epoch = step % steps_per_epoch if steps_per_epoch else step
+            return _warmup(step_in_epoch, warmup_lr, init_lr, warmup_steps)
         return min_lr + (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    return rate
+    return learning_rate
 
 
 def step_schedule(
@@ -48,68 +48,69 @@ def step_schedule(
     decay_rate: float,
     steps_per_epoch: int,
 ) -> Schedule:
-    """Linear warmup within the first epoch, then init_lr * decay_rate^epoch, not below min_lr
+    """Linear warmup within the first epoch, then init_lr * decay_rate^epoch, at least min_lr
     (LinearWarmupStepLRScheduler)."""
 
-    def rate(step: int) -> float:
+    def learning_rate(step: int) -> float:
         epoch = step // steps_per_epoch
         if epoch == 0:
-            return _ramp(step, warmup_lr, init_lr, warmup_steps)
+            return _warmup(step, warmup_lr, init_lr, warmup_steps)
         return max(min_lr, init_lr * decay_rate**epoch)
 
-    return rate
+    return learning_rate
 
 
-def _ramp(step: int, start: float, end: float, steps: int) -> float:
+def _warmup(step: int, start: float, end: float, steps: int) -> float:
     return min(end, start + (end - start) * step / max(steps, 1))
 
 
-def make_schedule(
-    kind: str,
-    *,
-    init_lr: float,
-    min_lr: float,
-    warmup_lr: float,
-    warmup_steps: int,
-    steps: int,
-    steps_per_epoch: int = 0,
-    decay_rate: float = 1.0,
-) -> Schedule:
-    """The schedule named `kind`. UserError lists the known."""
-    rates = {
-        "init_lr": init_lr, "min_lr": min_lr, "warmup_lr": warmup_lr,
-        "warmup_steps": warmup_steps, "steps_per_epoch": steps_per_epoch,
-    }  # fmt: skip
-    if kind == "cosine":
-        return cosine_schedule(**rates, steps=steps)  # type: ignore[arg-type]
-    if kind == "step":
-        if steps_per_epoch <= 0:
-            raise UserError("schedule 'step' needs steps_per_epoch: the rate falls once an epoch")
-        return step_schedule(**rates, decay_rate=decay_rate)  # type: ignore[arg-type]
-    raise UserError(f"schedule {kind!r}: expected cosine or step")
+def make_schedule(c: TrainConfig) -> Schedule:
+    """The schedule of a training configuration. UserError: an unknown one, or no steps_per_epoch."""
+    if c.schedule == "cosine":
+        return cosine_schedule(
+            init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
+            warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
+        )  # fmt: skip
+    if c.schedule == "step":
+        if c.steps_per_epoch <= 0:
+            raise UserError("schedule 'step' needs steps_per_epoch: the rate falls once per epoch")
+        return step_schedule(
+            init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
+            warmup_steps=c.warmup_steps, decay_rate=c.decay_rate,
+            steps_per_epoch=c.steps_per_epoch,
+        )  # fmt: skip
+    raise UserError(f"schedule {c.schedule!r}: expected {' or '.join(SCHEDULES)}")
+
+
+def make_optimizer(c: TrainConfig, decay_mask: Mapping[str, bool]) -> optax.GradientTransformation:
+    """AdamW with the values of a training configuration; decay_mask: as for `adamw`."""
+    return adamw(
+        decay_mask, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip
+    )
 
 
 def adamw(
-    decays: Mapping[str, bool],
+    decay_mask: Mapping[str, bool],
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.05,
     clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW without its learning rate: its updates are to be scaled by -rate (`apply_updates`).
+    """AdamW without its learning rate: `apply_updates` scales its updates by -learning_rate.
 
-    decays: parameter name -> whether weight decay applies to it. clip: the largest global norm of
-    the gradient, 0 for none (as in the original). Parameters and gradients are flat dictionaries.
+    Parameters and gradients are flat dictionaries.
+    decay_mask: parameter name -> whether weight decay applies to it.
+    clip: the maximum global norm of the gradient; 0: no clipping, as in the original.
     """
-    parts = [optax.clip_by_global_norm(clip)] if clip > 0 else []
-    parts += [
+    transforms = [optax.clip_by_global_norm(clip)] if clip > 0 else []
+    transforms += [
         optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=dict(decays)),
+        optax.add_decayed_weights(weight_decay, mask=dict(decay_mask)),
     ]
-    return optax.chain(*parts)
+    return optax.chain(*transforms)
 
 
-def apply_updates(params: Any, updates: Any, rate: jax.Array | float) -> Any:
-    """params - rate * updates, leaf by leaf in float32."""
-    return jax.tree.map(lambda p, u: p - jnp.asarray(rate, p.dtype) * u, params, updates)
+def apply_updates(params: Any, updates: Any, learning_rate: jax.Array | float) -> Any:
+    """params - learning_rate * updates, in each parameter's dtype."""
+    return jax.tree.map(lambda p, u: p - jnp.asarray(learning_rate, p.dtype) * u, params, updates)

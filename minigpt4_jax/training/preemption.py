@@ -1,4 +1,4 @@
-"""SIGTERM (a machine that is taken away) and Ctrl-C: a run ends where its state is whole."""
+"""SIGTERM (a preempted machine) and Ctrl-C: a run stops between steps, after saving its state."""
 
 import signal
 import threading
@@ -6,60 +6,90 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from minigpt4_jax.parallel.multihost import any_process, is_multiprocess
+
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15, as a shell reports it
 INTERRUPTED = 130  # after Ctrl-C
 
 
 class Stopped(SystemExit):
-    """The run was told to stop and has saved its state; the exit code says by what."""
+    """The run was stopped by a signal and has saved its state. The exit code tells the signal."""
 
 
-class Stop:
-    """Whether the run was told to stop; true once it was.
+class StopSignal:
+    """True once the process has received SIGTERM or SIGINT.
 
-    While it only starts, everything it did is on disk: it is ended at once. From `running` on it
-    looks here between steps; more signals change nothing, except a second Ctrl-C.
+    While deferred is false (during startup, when everything worth keeping is on disk), a signal ends
+    the run at once. Afterwards the run checks this object between steps. Further signals change
+    nothing, except that a second Ctrl-C interrupts immediately.
     """
 
-    running = False
+    deferred = False
 
     def __init__(self) -> None:
-        self._first: int | None = None
+        self._number: int | None = None  # of the first signal
 
     def __bool__(self) -> bool:
-        return self._first is not None
+        return self._number is not None
 
     @property
     def name(self) -> str:
         """SIGTERM or SIGINT."""
-        if self._first is None:
+        if self._number is None:
             return "a signal to another process"
-        return signal.Signals(self._first).name
+        return signal.Signals(self._number).name
 
-    def end(self) -> Stopped:
-        """What to raise when everything is saved."""
-        return Stopped(INTERRUPTED if self._first == signal.SIGINT else TERMINATED)
+    def exception(self) -> Stopped:
+        """What to raise once everything is saved."""
+        return Stopped(INTERRUPTED if self._number == signal.SIGINT else TERMINATED)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: Any) -> None:
+        """The signal handler."""
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-        again, self._first = bool(self), self._first or number
-        if not self.running and not again:
+        is_first = not self
+        self._number = self._number or number
+        if is_first and not self.deferred:
             print(f"stopped by {self.name} before the first step: nothing is lost", flush=True)
-            raise self.end()
+            raise self.exception()
 
 
 @contextmanager
-def listen() -> Iterator[Stop]:
-    """A Stop that hears SIGTERM and SIGINT while the body runs, in the main thread."""
-    stop = Stop()
+def handle_signals() -> Iterator[StopSignal]:
+    """A StopSignal that receives SIGTERM and SIGINT within the body; outside the main thread it
+    never does."""
+    stop_signal = StopSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop_signal
         return
-    old = {s: signal.signal(s, stop._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, stop_signal.handle) for number in numbers}
     try:
-        yield stop
+        yield stop_signal
     finally:
-        for number, handler in old.items():
-            # None: of no Python code, such as JAX's own, which asks for nothing that is done here
+        for number, handler in previous.items():
+            # None: not set from Python, such as JAX's own, which is not needed here
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class StopAgreement:
+    """Whether the run is to stop, as all of its processes know.
+
+    A signal to one of several processes reaches the others with the results of a step (`note`) or by
+    `check`. Only an agreed stop may be acted on, so that all processes do it at the same step.
+    """
+
+    def __init__(self, stop_signal: StopSignal):
+        self.signal = stop_signal
+        self.agreed = False  # always False with one process, which acts on the signal itself
+
+    def check(self) -> bool:
+        """Whether to stop. Collective with several processes."""
+        if not is_multiprocess():
+            return bool(self.signal)
+        self.agreed = self.agreed or any_process(self.signal)
+        return self.agreed
+
+    def note(self, signalled_processes: int) -> None:
+        """Take over how many processes had a signal when a step was dispatched."""
+        self.agreed |= is_multiprocess() and signalled_processes > 0

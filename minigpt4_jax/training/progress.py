@@ -1,4 +1,4 @@
-"""What the log says of each step: metrics, and at its periods a line with speed and time left."""
+"""Reports each step of a run: metrics, and every `log_every` steps a line with speed and time left."""
 
 import time
 from collections.abc import Callable
@@ -6,64 +6,74 @@ from typing import Any, NamedTuple
 
 from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.logs import NoLog, RunLog, duration
+from minigpt4_jax.training.logs import RunLog, format_duration
+
+OnMetrics = Callable[[dict[str, float]], None]
 
 
-class _Speed(NamedTuple):
-    text: str
-    record: dict[str, float]
+class _Mark(NamedTuple):
+    """A point in time that speed is measured from."""
+
+    time: float  # time.perf_counter
+    step: int
+    rows: int
 
 
 class Progress:
-    """Reports the steps of a run as their results come.
+    """Writes results of steps to the log.
 
-    tally: rows left out so far, of all processes; asked when a step tells that there are more.
-    on_metrics: called with every record of metrics.jsonl.
+    count_skipped: the skipped rows of all processes; called when a step reports more of them than
+    before. on_metrics: called with every record of metrics.jsonl.
     """
 
     def __init__(
         self,
         c: TrainConfig,
-        log: RunLog | NoLog,
-        tally: Callable[[], SkipCounter],
-        on_metrics: Callable[[dict[str, float]], None] | None,
+        log: RunLog,
+        count_skipped: Callable[[], SkipCounter],
+        on_metrics: OnMetrics | None,
     ):
-        self._c, self._log, self._tally, self._on_metrics = c, log, tally, on_metrics
-        self._clock: tuple[float, int, int] | None = None  # time, step, rows of the last log line
-        self._skipped = tally().skipped  # rows, of which the log has told
+        self._c, self._log, self._on_metrics = c, log, on_metrics
+        self._count_skipped = count_skipped
+        self._reported_skipped = count_skipped().skipped
+        self._mark: _Mark | None = None
 
-    def step(self, record: dict[str, Any], rows: int) -> None:
-        """Metrics of a step, after which so many rows had been read."""
-        c, step, loss = self._c, record["step"], record["loss"]
-        self._log.advance(step, loss)
-        if step % c.log_every == 0 or step == c.steps:
-            speed, rate = self._speed(step, rows), record["lr"]
-            self._log.line(f"step {step}/{c.steps}  loss {loss:.4f}  lr {rate:.3g}" + speed.text)
-            record |= speed.record
-            if record.get("skipped", 0) > self._skipped:
-                self._skipped = record["skipped"]
-                self._log.line(str(self._tally()))
-        elif self._clock is None:
-            self._speed(step, rows)
-        self.record(record)
+    def report_step(self, record: dict[str, Any], rows: int) -> None:
+        """Log the metrics of a step. rows: that were read up to this step."""
+        step, loss = record["step"], record["loss"]
+        self._log.update_progress(step, loss)
+        if step % self._c.log_every == 0 or step == self._c.steps:
+            speed = self._log_line(record, rows)
+            record |= speed
+            if record.get("skipped", 0) > self._reported_skipped:
+                self._reported_skipped = record["skipped"]
+                self._log.write_line(str(self._count_skipped()))
+        elif self._mark is None:
+            self._mark = _Mark(time.perf_counter(), step, rows)
+        self.write_metrics(record)
 
-    def record(self, record: dict[str, Any]) -> None:
-        """Into metrics.jsonl."""
-        self._log.metrics(record)
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        self._log.write_metrics(record)
         if self._on_metrics is not None:
             self._on_metrics(record)
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count these to the time of steps: the rate is of training alone."""
-        if self._clock is not None:
-            self._clock = (self._clock[0] + seconds, *self._clock[1:])
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not spent on training from the measured speed."""
+        if self._mark is not None:
+            self._mark = self._mark._replace(time=self._mark.time + seconds)
 
-    def _speed(self, step: int, rows: int) -> _Speed:
-        """Since the last log line; nothing after the first step, which compiles the program."""
-        now = time.perf_counter()
-        last, self._clock = self._clock, (now, step, rows)
-        if last is None:
-            return _Speed("", {})
-        each, rate = (now - last[0]) / (step - last[1]), (rows - last[2]) / (now - last[0])
-        left = duration((self._c.steps - step) * each)
-        return _Speed(f"  {rate:.3g} examples/s  {left} left", {"examples_per_second": rate})
+    def _log_line(self, record: dict[str, Any], rows: int) -> dict[str, float]:
+        """Write the line of a step. Returns the speed since the last line; nothing for the first line,
+        whose step compiled the program."""
+        step, steps = record["step"], self._c.steps
+        line = f"step {step}/{steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}"
+        speed: dict[str, float] = {}
+        last, self._mark = self._mark, _Mark(time.perf_counter(), step, rows)
+        if last is not None:
+            seconds = self._mark.time - last.time
+            examples_per_second = (rows - last.rows) / seconds
+            seconds_left = (steps - step) * seconds / (step - last.step)
+            line += f"  {examples_per_second:.3g} examples/s  {format_duration(seconds_left)} left"
+            speed = {"examples_per_second": examples_per_second}
+        self._log.write_line(line)
+        return speed

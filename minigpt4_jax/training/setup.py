@@ -1,52 +1,97 @@
-"""What a run is made of, from its configuration: batches, weights on their devices, optimizer, step."""
+"""Builds what a run needs from its configuration: data loader, weights on devices, compiled step."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from minigpt4_jax.checkpoint.loader import DTYPES, load_model
+from minigpt4_jax.checkpoint import model_directory
+from minigpt4_jax.checkpoint.loader import DTYPES, check_trainable, load_model, open_tensors
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batching import Padding, ProcessShard
+from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.packing import PackedArrays, pack
 from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import replicated
-from minigpt4_jax.processing.tokenizer import Tokenizer
-from minigpt4_jax.training import optimizer
+from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.mesh_selection import blocks_of, share_of
-from minigpt4_jax.training.train_step import Split, Step, Trainable, make_step, split_model
+from minigpt4_jax.training.evaluation import read_validation
+from minigpt4_jax.training.mesh_selection import choose_mesh
+from minigpt4_jax.training.model_config import read_model_config
+from minigpt4_jax.training.optimizer import Schedule, make_optimizer, make_schedule
+from minigpt4_jax.training.row_assignment import num_row_blocks, process_shard
+from minigpt4_jax.training.train_step import (
+    OptState,
+    Split,
+    Trainable,
+    TrainStep,
+    make_step,
+    parts_with_dropout,
+    split_model,
+    trained_parts,
+)
+
+
+class RunInputs(NamedTuple):
+    """What the user gave, checked: data, tokenizer and model (of its weights only the headers)."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    trained_parts: frozenset[str]
+    mesh: Mesh
+    mesh_reason: str  # why this mesh, for the log
+    loader: Loader
+    validation_examples: list[Example]
+
+
+def open_inputs(c: TrainConfig, exit_stack: ExitStack) -> RunInputs:
+    """Check everything that the user gave, before anything is written. UserError: what is wrong.
+
+    exit_stack: closes the loader.
+    """
+    config = read_model_config(c)
+    tokenizer = load_tokenizer(model_directory.tokenizer_dir(c.model), config.tokenizer.kind)
+    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+    mesh, mesh_reason = choose_mesh(c, config)
+    loader = open_loader(c, config, tokenizer, mesh)
+    exit_stack.callback(loader.close)
+    validation_examples = read_validation(c)
+    check_trainable(c.model, config, parts)
+    open_tensors(c.model, config)
+    return RunInputs(config, tokenizer, parts, mesh, mesh_reason, loader, validation_examples)
+
+
+# --- data -----------------------------------------------------------------------------------
 
 
 def open_loader(c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> Loader:
-    """The batches of a run: of each the rows that this process's devices take. UserError: what is
-    wrong with the data."""
-    components = open_components(c.data)
-    packing = _packing(c, config, tokenizer, mesh)
-    shard = _shard(c, mesh) if is_multiprocess() else None
+    """The batches of a run; with several processes, of each batch the rows that this process's
+    devices hold. UserError: what is wrong with the data."""
     return make_loader(
-        components, c.data, config, tokenizer, batch_size=c.batch_size, seed=c.seed,
-        multiple=c.accumulate, shard=shard, pack=packing,
+        open_components(c.data), c.data, config, tokenizer, batch_size=c.batch_size, seed=c.seed,
+        multiple=c.accumulate, pack=_packing(c, config, tokenizer, mesh),
+        shard=_sharding(c, mesh) if is_multiprocess() else None,
     )  # fmt: skip
 
 
-def _shard(c: TrainConfig, mesh: Mesh) -> Callable[[int], ProcessShard]:
-    """Which rows of a batch this process makes."""
+def _sharding(c: TrainConfig, mesh: Mesh) -> Callable[[int], ProcessShard]:
+    """rows of a batch -> those that this process makes."""
     multiple = c.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
 
     def shard(rows: int) -> ProcessShard:
         if c.data.pack_tokens and rows % multiple:
             raise UserError(
-                f"config.data.pack_tokens: batches of {rows} rows do not divide among the devices of "
-                f"several processes: expected multiples of {multiple}, or pack_tokens=0"
+                f"config.data.pack_tokens: batches of {rows} rows cannot be divided among the devices "
+                f"of several processes: expected multiples of {multiple}, or pack_tokens=0"
             )
-        return share_of(mesh, rows)
+        return process_shard(mesh, rows)
 
     return shard
 
@@ -54,11 +99,12 @@ def _shard(c: TrainConfig, mesh: Mesh) -> Callable[[int], ProcessShard]:
 def _packing(
     c: TrainConfig, config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[..., PackedArrays] | None:
+    """What packs several examples into a row; None if the configuration does not pack."""
     d = c.data
     if d.pack_tokens == 0:
         return None
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    blocks = blocks_of(mesh)
+    blocks = num_row_blocks(mesh)
     return partial(
         pack, width=d.pack_tokens, visual_tokens=config.visual_tokens, pad_id=tokenizer.pad_id,
         micro_batches=c.accumulate, padding=Padding(d.pad_tokens, d.pad_answers),
@@ -66,43 +112,30 @@ def _packing(
     )  # fmt: skip
 
 
-class Built(NamedTuple):
-    """What is trained, and how."""
-
-    split: Split  # without its trainable arrays, which the first step is given
-    trainable: Trainable
-    opt_state: Any
-    rate: optimizer.Schedule
-    update: Step
+# --- model ----------------------------------------------------------------------------------
 
 
-def build(c: TrainConfig, config: ModelConfig, parts: Collection[str], mesh: Mesh) -> Built:
-    """Weights onto the devices, the optimizer and the program of a step; `parts` are trained."""
-    parts = frozenset(parts)
+class Program(NamedTuple):
+    """The compiled part of a run, and its frozen weights."""
+
+    split: Split  # without trainable arrays: the steps donate them
+    learning_rate: Schedule
+    step: TrainStep
+
+
+def build_program(c: TrainConfig, inputs: RunInputs) -> tuple[Program, Trainable, OptState]:
+    """Load the weights onto the devices and make the optimizer and the training step."""
+    config, parts, mesh = inputs.model_config, inputs.trained_parts, inputs.mesh
     model, _ = load_model(
         c.model, c.dtype, trainable_parts=parts, lora=config.lora, seed=c.seed, mesh=mesh
     )
     split = split_model(model, parts, jnp.dtype(DTYPES[c.dtype]))
     trainable, split = split.trainable, split._replace(trainable={})
-    tx = optimizer.adamw(
-        split.decays, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip
-    )
-    rate = optimizer.make_schedule(
-        c.schedule, init_lr=c.init_lr, min_lr=c.min_lr, warmup_lr=c.warmup_lr,
-        warmup_steps=c.warmup_steps, steps=c.steps, steps_per_epoch=c.steps_per_epoch,
-        decay_rate=c.decay_rate,
-    )  # fmt: skip
-    dropout_in = _dropout_in(config) & parts
-    update = make_step(
-        split, tx, accumulate=c.accumulate, remat=c.remat,
+    tx = make_optimizer(c, split.decay_mask)
+    dropout_in = parts_with_dropout(config) & parts
+    step = make_step(
+        split, tx, mesh, accumulate=c.accumulate, remat=c.remat,
         dropout_seed=c.seed if dropout_in else None, dropout_in=dropout_in,
     )  # fmt: skip
     opt_state = jax.jit(tx.init, out_shardings=replicated(mesh))(trainable)
-    return Built(split, trainable, opt_state, rate, update)
-
-
-def _dropout_in(config: ModelConfig) -> set[str]:
-    """The parts that have dropout."""
-    q, lora = config.qformer, config.lora
-    rates = {"qformer": q.dropout if q else 0.0, "lora": lora.dropout if lora else 0.0}
-    return {part for part, rate in rates.items() if rate > 0}
+    return Program(split, make_schedule(c), step), trainable, opt_state

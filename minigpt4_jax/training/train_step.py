@@ -1,8 +1,8 @@
-"""One training step: loss, gradient and update of the trainable part, as one compiled program.
+"""One training step: loss, gradient and update of the trainable parameters, as one compiled program.
 
-The model is taken apart once (`split_model`): what is trained is a flat dictionary, name -> float32
-array, and so are its gradient and the optimizer's state; the rest is a tuple that only goes in.
-Flat containers keep the cost of a call at a tenth of a millisecond.
+The model is split once (`split_model`). The trainable parameters are a flat dictionary, name -> float32
+array, and so are their gradient and the optimizer state; the frozen ones are a tuple of arrays. With flat
+containers, dispatching a step takes a tenth of a millisecond.
 """
 
 from collections.abc import Callable, Collection
@@ -10,153 +10,200 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from minigpt4_jax.checkpoint.loader import parameter_dtype
-from minigpt4_jax.checkpoint.parameters import STACKED, part_of
+from minigpt4_jax.checkpoint.parameters import STACKED, ParameterPath, part_of
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, mesh_of, with_mesh
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.training import optimizer
 
-Trainable = dict[str, jax.Array]
+Trainable = dict[str, jax.Array]  # dotted path -> float32 array
 Frozen = tuple[jax.Array, ...]
+OptState = Any  # optax's state, a PyTree
 
 
 class Split(NamedTuple):
-    """A model in two halves, and how they are joined again (inside or outside jit)."""
+    """A model in two halves, and the function that joins them again (inside or outside jit)."""
 
-    trainable: Trainable  # dotted path -> float32 array
+    trainable: Trainable
     frozen: Frozen
     join: Callable[[Trainable, Frozen], MiniGpt]
-    decays: dict[str, bool]  # which of the trainable get weight decay
+    decay_mask: dict[str, bool]  # which of the trainable parameters get weight decay
 
 
 class Metrics(NamedTuple):
-    """What a step reports; device scalars."""
+    """What a step reports, as device scalars."""
 
-    loss: jax.Array  # mean negative log-likelihood of a labelled token, before the update
-    grad_norm: jax.Array
+    loss: jax.Array  # mean negative log-likelihood per labelled token, before the update
+    grad_norm: jax.Array  # global norm
     tokens: jax.Array  # labelled tokens in the batch
 
 
 def trained_parts(*, freeze_vit: bool, freeze_qformer: bool) -> frozenset[str]:
-    """Names of the parts that are trained: the projection and LoRA always, as in the original."""
+    """Names of the trained parts: always the projection and LoRA, as in the original."""
     parts = {"projection", "lora"}
-    parts |= set() if freeze_vit else {"vit"}
-    parts |= set() if freeze_qformer else {"qformer"}
+    if not freeze_vit:
+        parts.add("vit")
+    if not freeze_qformer:
+        parts.add("qformer")
     return frozenset(parts)
 
 
-def is_trained(path: tuple, parts: frozenset[str]) -> bool:
-    """Whether the parameter at an nnx path belongs to one of the trained parts."""
+def is_trained(path: ParameterPath, parts: frozenset[str]) -> bool:
+    """Whether the parameter at an nnx path belongs to one of these parts."""
     return part_of(".".join(map(str, path))) in parts
 
 
-def decays(path: tuple, shape: tuple[int, ...]) -> bool:
-    """Weight decay is for tensors of two or more dimensions. A stacked [L, D] is L vectors; the
-    class token, a vector here, is [1, 1, D] in the original."""
+def is_decayed(path: ParameterPath, shape: tuple[int, ...]) -> bool:
+    """Whether weight decay applies: to tensors of two or more dimensions. A stacked [L, D] counts as
+    L vectors; the class token, a vector here, is [1, 1, D] in the original."""
     dims = len(shape) - (path[:2] in STACKED)
     return dims >= 2 or path == ("vit", "cls")
 
 
-def split_model(model: MiniGpt, parts: frozenset[str], dtype: jnp.dtype) -> Split:
-    """Take a model apart; its trained arrays are then the step's, which donates them.
+def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -> Split:
+    """Split a model into the parameters of `parts`, which are trained, and the frozen rest.
 
-    dtype: what frozen matrices have; a trained one is a float32 master that is rounded to it for
-    each step (the projection and LoRA compute in float32).
+    dtype: of the frozen matrices. Trainable parameters are float32 masters, cast to it in every step;
+    the projection and LoRA compute in float32. The trainable arrays are to be donated to the step.
     """
-    graphdef, *halves = nnx.split(model, lambda path, _: is_trained(path, parts), ...)
-    hot, cold = halves
-    hot_flat, cold_flat = list(nnx.to_flat_state(hot)), list(nnx.to_flat_state(cold))
-    names = {".".join(map(str, path)): (path, leaf) for path, leaf in hot_flat}
-    trainable = {name: leaf.get_value().astype(jnp.float32) for name, (_, leaf) in names.items()}
+    graphdef, *states = nnx.split(model, lambda path, _: is_trained(path, parts), ...)
+    trainable_state, frozen_state = states
+    variables = {
+        ".".join(map(str, path)): (path, variable)
+        for path, variable in nnx.to_flat_state(trainable_state)
+    }
+    frozen_variables = list(nnx.to_flat_state(frozen_state))
+    trainable = {n: v.get_value().astype(jnp.float32) for n, (_, v) in variables.items()}
+    frozen = tuple(variable.get_value() for _, variable in frozen_variables)
+    decay_mask = {name: is_decayed(path, v.shape) for name, (path, v) in variables.items()}
+    # `join` must not keep the arrays alive, which are donated or replaced later.
+    variables = {name: (path, v.replace(None)) for name, (path, v) in variables.items()}
+    frozen_variables = [(path, v.replace(None)) for path, v in frozen_variables]
 
     def join(trainable: Trainable, frozen: Frozen) -> MiniGpt:
         flat = [
-            (path, leaf.replace(trainable[name].astype(parameter_dtype(path, dtype))))
-            for name, (path, leaf) in names.items()
+            (path, variable.replace(trainable[name].astype(parameter_dtype(path, dtype))))
+            for name, (path, variable) in variables.items()
         ]
-        flat += [(p, leaf.replace(a)) for (p, leaf), a in zip(cold_flat, frozen, strict=True)]
+        flat += [
+            (path, variable.replace(array))
+            for (path, variable), array in zip(frozen_variables, frozen, strict=True)
+        ]
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-    mask = {name: decays(path, leaf.shape) for name, (path, leaf) in names.items()}
-    frozen = tuple(leaf.get_value() for _, leaf in cold_flat)
-    # What `join` keeps are shapes only: donated and replaced arrays must not live on in it.
-    names = {n: (p, leaf.replace(None)) for n, (p, leaf) in names.items()}
-    cold_flat = [(p, leaf.replace(None)) for p, leaf in cold_flat]
-    return Split(trainable, frozen, join, mask)
+    return Split(trainable, frozen, join, decay_mask)
 
 
-Step = Callable[..., tuple[Trainable, Any, Metrics]]
+def parts_with_dropout(config: ModelConfig) -> set[str]:
+    """The parts of a model that have dropout."""
+    rates = {
+        "qformer": config.qformer.dropout if config.qformer else 0.0,
+        "lora": config.lora.dropout if config.lora else 0.0,
+    }
+    return {part for part, rate in rates.items() if rate > 0}
+
+
+TrainStep = Callable[..., tuple[Trainable, OptState, Metrics]]
+EvalStep = Callable[[Trainable, Frozen, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_step(
     split: Split,
     tx: optax.GradientTransformation,
+    mesh: Mesh | None,
     *,
     accumulate: int = 1,
     remat: bool = False,
     dropout_seed: int | None = None,
     dropout_in: Collection[str] = Dropout._fields,
-) -> Step:
-    """Compile-on-first-use step(trainable, opt_state, frozen, batch, rate, step).
+) -> TrainStep:
+    """A jitted step(trainable, opt_state, frozen, batch, learning_rate, step_number)
+    -> (trainable, opt_state, Metrics). trainable and opt_state are donated.
 
-    -> (trainable, opt_state, Metrics); trainable and opt_state are donated. accumulate: the batch
-    runs as that many micro-batches, with the gradient of the mean over all its labelled tokens, as
-    of one batch. dropout_seed: turns dropout on, in the parts that dropout_in names (fields of
-    Dropout); masks follow from it, the step, the micro-batch and the layer.
+    mesh: the mesh that the arrays are on; None: a single device.
+    accumulate: the batch is processed in this many micro-batches. The gradient is that of the mean over
+    all labelled tokens of the batch, as without accumulation.
+    remat: recompute activations in the backward pass.
+    dropout_seed: enables dropout in the parts `dropout_in` (fields of Dropout). Masks are a function of
+    the seed, the step, the micro-batch and the layer.
     """
 
-    def share(
-        trainable: Trainable, frozen: Frozen, batch: Batch, count: Any, key: Any
+    def loss_share(
+        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
     ) -> jax.Array:
+        """This micro-batch's share of the batch's mean loss."""
         dropout = NO_DROPOUT
         if key is not None:
             keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
             dropout = Dropout(**{part: keys[part] for part in dropout_in})
         nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
-        return nll.sum() / count  # this micro-batch's share of the mean
+        return nll.sum() / num_tokens
 
-    def loss_and_grad(
-        trainable: Trainable, frozen: Frozen, batch: Batch, count: Any, key: Any
+    def loss_and_grads(
+        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
     ) -> tuple[jax.Array, Trainable]:
-        grad = jax.value_and_grad(share)
+        value_and_grad = jax.value_and_grad(loss_share)
         if accumulate == 1:
-            return grad(trainable, frozen, batch, count, key)
-        # the size is spelled out: -1 cannot stand for it where rows have no images
-        parts = lambda a: a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:])  # noqa: E731
-        micro = jax.tree.map(lambda a: constrain(parts(a), None, BATCH_AXES), batch)
+            result: tuple[jax.Array, Trainable] = value_and_grad(
+                trainable, frozen, batch, num_tokens, key
+            )
+            return result
 
-        def add(total: Any, at: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, part = at
-            own = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(jnp.add, total, grad(trainable, frozen, part, count, own)), None
+        def to_micro_batches(a: jax.Array) -> jax.Array:
+            # no -1 for the size: it is ambiguous for rows without images
+            micro = a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:])
+            return constrain(micro, None, BATCH_AXES)
+
+        def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, micro_batch = numbered
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            term = value_and_grad(trainable, frozen, micro_batch, num_tokens, micro_key)
+            return jax.tree.map(jnp.add, total, term), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(add, zero, (jnp.arange(accumulate), micro))[0]
+        micro_batches = jax.tree.map(to_micro_batches, batch)
+        total: tuple[jax.Array, Trainable]
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micro_batches))
+        return total
 
     def step(
-        trainable: Trainable, opt_state: Any, frozen: Frozen, batch: Batch, rate: Any, index: Any
-    ) -> tuple[Trainable, Any, Metrics]:
-        count = (batch.label_positions >= 0).sum()
+        trainable: Trainable,
+        opt_state: OptState,
+        frozen: Frozen,
+        batch: Batch,
+        learning_rate: Any,
+        step_number: Any,
+    ) -> tuple[Trainable, OptState, Metrics]:
+        num_tokens = (batch.label_positions >= 0).sum()
         key = None
         if dropout_seed is not None:
-            key = jax.random.fold_in(jax.random.key(dropout_seed), index)
-        loss, grads = loss_and_grad(trainable, frozen, batch, jnp.maximum(count, 1), key)
+            key = jax.random.fold_in(jax.random.key(dropout_seed), step_number)
+        loss, grads = loss_and_grads(trainable, frozen, batch, jnp.maximum(num_tokens, 1), key)
         updates, opt_state = tx.update(grads, opt_state, trainable)
-        trainable = optimizer.apply_updates(trainable, updates, rate)
-        metrics = Metrics(loss, optax.global_norm(grads), count)
-        return jax.tree.map(constrain, (trainable, opt_state, metrics))  # whole on every device
+        trainable = optimizer.apply_updates(trainable, updates, learning_rate)
+        metrics = Metrics(loss, optax.global_norm(grads), num_tokens)
+        replicated: tuple[Trainable, OptState, Metrics] = jax.tree.map(
+            constrain, (trainable, opt_state, metrics)
+        )
+        return replicated
 
-    return jax.jit(with_mesh(step, mesh_of(split.frozen)), donate_argnums=(0, 1))
+    compiled: TrainStep = jax.jit(with_mesh(step, mesh), donate_argnums=(0, 1))
+    return compiled
 
 
-def make_evaluation(split: Split) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """evaluate(trainable, frozen, batch) -> (summed negative log-likelihood, labelled tokens)."""
+def make_evaluation(split: Split, mesh: Mesh | None) -> EvalStep:
+    """A jitted evaluate(trainable, frozen, batch) -> (summed negative log-likelihood, labelled
+    tokens). mesh: as for `make_step`."""
 
     def evaluate(trainable: Trainable, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nll = split.join(trainable, frozen).token_nll(batch)
         return constrain(nll.sum()), constrain((batch.label_positions >= 0).sum())
 
-    return jax.jit(with_mesh(evaluate, mesh_of(split.frozen)))
+    compiled: EvalStep = jax.jit(with_mesh(evaluate, mesh))
+    return compiled

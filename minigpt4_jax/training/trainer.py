@@ -1,13 +1,13 @@
-"""The loop: batches in, steps, and at their periods log lines, validation, samples and checkpoints.
+"""The training loop: batches in, steps, and periodically log lines, validation and checkpoints.
 
-The device runs one step ahead of the host: a step is dispatched before the loss of the one before
-is read, so that reading batches and writing logs cost nothing.
+The device runs one step ahead of the host: a step is dispatched before the loss of the previous one is
+read, so reading batches and writing logs cost no time.
 """
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,90 +16,91 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from minigpt4_jax.checkpoint import model_directory
-from minigpt4_jax.checkpoint.loader import check_trainable, open_tensors
-from minigpt4_jax.data.json_records import Example
-from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.parallel.multihost import (
     AllReduceSum,
     all_gather_json,
-    any_process,
     detect_lost_peer,
     is_main_process,
     is_multiprocess,
     raise_together,
 )
-from minigpt4_jax.parallel.sharding import replicate, shard_batch
-from minigpt4_jax.processing.tokenizer import load_tokenizer
+from minigpt4_jax.parallel.sharding import shard_batch
 from minigpt4_jax.storage.paths import StorageError, parse_path, wrap_storage_errors
-from minigpt4_jax.training.checkpoints import Checkpoints
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import from_mapping
-from minigpt4_jax.training.evaluation import Validation, read_validation
-from minigpt4_jax.training.logs import (
-    METRICS,
-    SAMPLES,
-    VAL_LOSS,
-    NoLog,
-    RunLog,
-    import_tensorboard,
-    read_metrics,
-)
-from minigpt4_jax.training.mesh_selection import choose_mesh, describe_run
-from minigpt4_jax.training.preemption import Stop, listen
-from minigpt4_jax.training.progress import Progress
-from minigpt4_jax.training.setup import build, open_loader
-from minigpt4_jax.training.train_step import Metrics, trained_parts
+from minigpt4_jax.training.evaluation import Validation
+from minigpt4_jax.training.logs import METRICS, SAMPLES, VAL_LOSS, import_tensorboard, read_metrics
+from minigpt4_jax.training.preemption import StopAgreement, handle_signals
+from minigpt4_jax.training.progress import OnMetrics, Progress
+from minigpt4_jax.training.run import Run, open_run
+from minigpt4_jax.training.run_summary import summarize_run, summarize_sharding
+from minigpt4_jax.training.setup import open_inputs
+from minigpt4_jax.training.train_step import Metrics
 from minigpt4_jax.training.workdir import (
-    CHECKPOINTS,
     MODEL,
-    check_shared,
+    check_is_shared,
     describe_saved_state,
-    is_done,
-    model_config,
+    is_finished,
     open_workdir,
-    write_trained,
+    write_trained_model,
 )
 from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 from minigpt4_jax.utils.malloc import keep_freed_memory
 
 
 class TrainResult(NamedTuple):
-    """What `train` leaves."""
+    """What `train` returns."""
 
     model: Path  # model directory with the trained parts
-    metrics: dict[str, float]  # of the last step, and the last val_loss where there is one
+    metrics: dict[str, float]  # of the last step, and the last val_loss if there is one
     steps: int
 
 
 def train(
-    config: TrainConfig | Any,
-    workdir: str | Path,
-    *,
-    on_metrics: Callable[[dict[str, float]], None] | None = None,
+    config: TrainConfig | Any, workdir: str | Path, *, on_metrics: OnMetrics | None = None
 ) -> TrainResult:
-    """Train as `config` (TrainConfig, ConfigDict or nested dict) says, keeping everything in
-    `workdir`; continue there if it was begun before.
+    """Train a model; a run that was started in `workdir` before continues.
 
-    on_metrics: called with every record of metrics.jsonl. UserError: anything wrong with what was
-    given, a loss that is not finite, a disk that is full. Stopped, a SystemExit, after SIGTERM
-    (143) or Ctrl-C (130), once the state is saved.
-    Where jax.distributed is initialized, every process calls this alike, with one workdir that all
-    of them see; if one is gone, the others raise PeerLostError, or are aborted by JAX.
+    config: a TrainConfig, an ml_collections.ConfigDict or a nested dict.
+    workdir: holds everything the run writes; a local path or gs://bucket/....
+    on_metrics: called with every record of metrics.jsonl.
+
+    UserError: anything wrong with what was given, a loss that is not finite, a full disk.
+    Stopped (a SystemExit): after SIGTERM (143) or Ctrl-C (130), once the state is saved.
+
+    If jax.distributed is initialized, every process must make the same call, with a workdir that all of
+    them share. If one is lost, the others raise PeerLostError or are aborted by JAX.
     """
     c = from_mapping(config.to_dict() if hasattr(config, "to_dict") else config)
-    folder = parse_path("workdir", workdir)
-    with listen() as stop, _reached(folder), ExitStack() as closing:
-        stop.running = is_multiprocess()  # then all stop together, at a step
-        with detect_lost_peer(partial(describe_saved_state, folder), closing):
-            return _Loop(c, folder, stop, on_metrics, closing).run()
+    directory = parse_path("workdir", workdir)
+    with (
+        handle_signals() as stop_signal,
+        _report_storage_errors(directory),
+        ExitStack() as exit_stack,
+        detect_lost_peer(partial(describe_saved_state, directory), exit_stack),
+    ):
+        stop_signal.deferred = is_multiprocess()  # processes stop together, between steps
+        _prepare_process()
+        with raise_together():
+            inputs = open_inputs(c, exit_stack)
+        with raise_together():
+            if is_main_process():
+                open_workdir(directory, c)
+        with raise_together():
+            check_is_shared(directory)
+        if all_gather_json(is_finished(directory, c))[0]:
+            if is_main_process():
+                print(f"{directory} is done: its model is in {directory / MODEL}", flush=True)
+            return _read_result(directory, c)
+        run = open_run(c, directory, inputs, exit_stack)
+        return Trainer(run, StopAgreement(stop_signal), on_metrics).train()
 
 
 @contextmanager
-def _reached(workdir: Path) -> Iterator[None]:
-    """UserError where a bucket could not be reached, and nothing in the body has said so."""
+def _report_storage_errors(workdir: Path) -> Iterator[None]:
+    """UserError if a bucket cannot be reached and nothing in the body has reported it."""
     try:
         with wrap_storage_errors(workdir):
             yield
@@ -107,297 +108,222 @@ def _reached(workdir: Path) -> Iterator[None]:
         raise UserError(f"cannot reach {workdir}: {e}; {describe_saved_state(workdir)}") from e
 
 
-class _Dispatched(NamedTuple):
-    """A step on its way, and what the processes told with it."""
+def _prepare_process() -> None:
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    enable_compilation_cache()
+    if is_main_process():
+        import_tensorboard()
+
+
+def _read_result(workdir: Path, c: TrainConfig) -> TrainResult:
+    metrics: dict[str, float] = {}
+    for record in read_metrics(workdir):
+        metrics |= record
+    return TrainResult(workdir / MODEL, metrics, c.steps)
+
+
+class _PendingStep(NamedTuple):
+    """A dispatched step whose results have not been read."""
 
     step: int
     metrics: Metrics
-    sums: Any  # int32 [3]: processes that are told to stop; rows read, and left out, so far
+    sums: Any  # int32 [3] over processes: with a stop signal; rows read and skipped so far
 
 
-class _Loop:
-    """One run from start to end. `step` counts updates that were dispatched."""
+class Trainer:
+    """Trains an open run to its end."""
 
-    def __init__(
-        self,
-        c: TrainConfig,
-        workdir: Path,
-        stop: Stop,
-        on_metrics: Callable[[dict[str, float]], None] | None,
-        closing: ExitStack,
-    ):
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
-        enable_compilation_cache()
-        if is_main_process():
-            import_tensorboard()
-        self.c, self.workdir, self.stop = c, workdir, stop
-        self.on_metrics, self.closing = on_metrics, closing
-        with raise_together():
-            held_out = self._look_at_everything()
-        with raise_together():  # what is written once
-            if is_main_process():
-                open_workdir(workdir, c)
-        with raise_together():
-            check_shared(workdir)
-        self.done = all_gather_json(is_done(workdir, c))[0]
-        if self.done:
-            return
-        self.checkpoints = Checkpoints(workdir / CHECKPOINTS, c.keep)
-        closing.callback(self.checkpoints.close)
-        with raise_together():
-            built = build(c, self.model_config, self.parts, self.mesh)
-        self.split, self.trainable, self.opt_state, self.rate, self.update = built
-        del built
-        self._restore()
-        self.validation = None
-        if held_out:
-            self.validation = Validation(c, self.model_config, self.tokenizer, self.split, held_out)
+    def __init__(self, run: Run, stop: StopAgreement, on_metrics: OnMetrics | None):
+        inputs = run.inputs
+        self.run, self.stop, self.loader = run, stop, inputs.loader
+        self.validation: Validation | None = None
+        if inputs.validation_examples:
+            self.validation = Validation(
+                run.c, inputs.model_config, inputs.tokenizer, inputs.mesh, run.program.split,
+                inputs.validation_examples,
+            )  # fmt: skip
+        self.sum_over_processes = AllReduceSum(inputs.mesh)
+        self.progress = Progress(run.c, run.log, run.count_skipped, on_metrics)
+        self.pending_steps: list[_PendingStep] = []
 
-    def _look_at_everything(self) -> list[Example]:
-        """Of what the user gave, before anything is written; of the weights the heads. -> the
-        held-out rows."""
-        c = self.c
-        self.model_config = model_config(c)
-        self.tokenizer = load_tokenizer(
-            model_directory.tokenizer_dir(c.model), self.model_config.tokenizer.kind
-        )
-        self.parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
-        self.mesh, self.why = choose_mesh(c, self.model_config)
-        self.sums = AllReduceSum(self.mesh)
-        self.loader = open_loader(c, self.model_config, self.tokenizer, self.mesh)
-        self.closing.callback(self.loader.close)
-        held_out = read_validation(c)
-        check_trainable(c.model, self.model_config, self.parts)
-        open_tensors(c.model, self.model_config)
-        return held_out
-
-    def _restore(self) -> None:
-        found = self.checkpoints.restore(self.trainable, self.opt_state)
-        self.step = 0
-        if found is not None:
-            self.step = found.step
-            self.trainable, self.opt_state = replicate(
-                (found.trainable, found.opt_state), self.mesh
-            )
-            loader = found.extra["loader"]
-            with raise_together():  # all counts are the first process's, for their sum to be right
-                self.loader.restore(loader if is_main_process() else loader | {"tally": {}})
-        # Of this step's validation and samples, what a stop left undone.
-        self.owed: list[str] = found.extra["owed"] if found else []
-        with raise_together():
-            log = (self.workdir, self.step, self.c.steps, self.owed)
-            self.log = RunLog(*log) if is_main_process() else NoLog()
-        self.closing.callback(self.log.close)
-        for line in found.damaged if found else ():
-            self.log.line(line)
-        self.pending: list[_Dispatched] = []
-        self.told = False  # that the run is to stop, as all processes know
-        self.progress = Progress(self.c, self.log, self._tally, self.on_metrics)
-
-    # --- running --------------------------------------------------------------------------------
-
-    def run(self) -> TrainResult:
-        if self.done:
-            if is_main_process():
-                print(
-                    f"{self.workdir} is done: its model is in {self.workdir / MODEL}",
-                    flush=True,
-                )
-            return self._result()
-        self._introduce()
-        self.stop.running = True
-        self._look()
-        self._is_told()  # while it started, say
-        while self.step < self.c.steps:
-            if self.told:
-                self._stop()
-            self._dispatch()
-            if self._is_time():
-                self._at_period()
+    def train(self) -> TrainResult:
+        run = self.run
+        self._log_start()
+        self.stop.signal.deferred = True
+        self._run_pending_evaluations()
+        self.stop.check()  # for a signal during startup
+        while run.step < run.c.steps:
+            if self.stop.agreed:
+                self._save_and_stop()
+            self._dispatch_step()
+            if self._is_periodic_work_due():
+                self._read_results()
+                self._do_periodic_work()
             else:
-                self._drain(leave=1)
+                self._read_results(keep_pending=1)
         return self._finish()
 
-    def _introduce(self) -> None:
-        c, (trained, total) = self.c, self._counts()
-        begin = f"continuing at step {self.step}" if self.step else "starting"
-        self.log.line(
-            f"{begin}: {c.model}, {trained:,} of {total:,} parameters trained, {c.dtype}; "
-            f"batch {c.batch_size}, {c.steps} steps; {self._devices()}; "
-            f"log in {self.workdir}"
-        )
-        if self.mesh.size > 1:
-            self.log.line(
-                describe_run(self.mesh, self.why, self.split.frozen, self.trainable, self.opt_state)
+    def _log_start(self) -> None:
+        run, inputs = self.run, self.run.inputs
+        frozen = run.program.split.frozen
+        run.log.write_line(summarize_run(run.c, run.step, run.trainable, frozen, run.workdir))
+        if inputs.mesh.size > 1:
+            run.log.write_line(
+                summarize_sharding(
+                    inputs.mesh, inputs.mesh_reason, run.trainable, frozen, run.opt_state
+                )
             )
 
-    def _devices(self) -> str:
-        kind = f"device {jax.devices()[0].device_kind}"
-        return f"{kind}, {jax.process_count()} processes" if is_multiprocess() else kind
+    # --- steps ------------------------------------------------------------------------------
 
-    def _counts(self) -> tuple[int, int]:
-        trained = sum(a.size for a in self.trainable.values())
-        return trained, trained + sum(a.size for a in self.split.frozen)
+    def _dispatch_step(self) -> None:
+        run, loader, program = self.run, self.loader, self.run.program
+        batch = shard_batch(
+            self._next_batch(), run.inputs.mesh, (loader.num_rows, loader.num_local_rows)
+        )
+        learning_rate = np.float32(program.learning_rate(run.step))
+        run.trainable, run.opt_state, metrics = program.step(
+            run.trainable, run.opt_state, program.split.frozen, batch, learning_rate,
+            np.int32(run.step),
+        )  # fmt: skip
+        run.step += 1
+        sums = self.sum_over_processes(
+            bool(self.stop.signal), loader.skip_counter.rows, loader.skip_counter.skipped
+        )
+        self.pending_steps.append(_PendingStep(run.step, metrics, sums))
 
     def _next_batch(self) -> Batch:
-        """Waits for it, unless the run is told to stop meanwhile: of several processes, each must
-        take the step that the others take."""
-        alone = not is_multiprocess()
-        while not self.loader.ready(seconds=1.0) and not (alone and self.stop):
+        """Wait for the next batch, or for a signal if there is one process: one of several must take
+        the step that the others take."""
+        single = not is_multiprocess()
+        while not self.loader.ready(seconds=1.0) and not (single and self.stop.signal):
             pass
-        if alone and self.stop:
-            self._stop()
+        if single and self.stop.signal:
+            self._save_and_stop()
         try:
             return next(self.loader)
         except UserError as e:
-            raise UserError(
-                f"{e}; {self._keep() if alone else describe_saved_state(self.workdir)}"
-            ) from e
+            saved = self._save() if single else describe_saved_state(self.run.workdir)
+            raise UserError(f"{e}; {saved}") from e
 
-    def _dispatch(self) -> None:
-        batch = shard_batch(
-            self._next_batch(), self.mesh, (self.loader.num_rows, self.loader.num_local_rows)
-        )
-        rate = np.float32(self.rate(self.step))
-        self.trainable, self.opt_state, metrics = self.update(
-            self.trainable, self.opt_state, self.split.frozen, batch, rate, np.int32(self.step)
-        )
-        self.step += 1
-        tally = self.loader.skip_counter
-        sums = self.sums(bool(self.stop), tally.rows, tally.skipped)
-        self.pending.append(_Dispatched(self.step, metrics, sums))
-
-    def _is_time(self) -> bool:
-        """Whether something is due after this step that needs its result."""
-        c = self.c
-        periods = (c.save_every, c.eval_every, c.sample_every)
-        return self.step == c.steps or any(map(self._due, periods))
-
-    def _due(self, period: int) -> bool:
-        return period > 0 and self.step % period == 0
-
-    def _at_period(self) -> None:
-        c = self.c
-        self._drain()
-        begun, last = time.perf_counter(), self.step == c.steps
-        looks = ((VAL_LOSS, c.eval_every), (SAMPLES, c.sample_every))
-        self.owed = [name for name, every in looks if every and (last or self._due(every))]
-        self._look()
-        if last or self._due(c.save_every):
-            self._save()
-        self.progress.leave_out(time.perf_counter() - begun)
-
-    def _look(self) -> None:
-        """Validation and samples that are owed at this step, until the run is told to stop."""
-        held_out = self.validation
-        if held_out is None:
-            self.owed = []
-            return
-        if VAL_LOSS in self.owed:
-            loss = held_out.loss(self.trainable, self._is_told)
-            if loss is None:
-                return
-            self.progress.record({"step": self.step, VAL_LOSS: loss})
-            self.log.line(f"step {self.step}/{self.c.steps}  val_loss {loss:.4f}")
-            self.owed.remove(VAL_LOSS)
-        if SAMPLES in self.owed and not self._is_told():
-            for sample in held_out.captions(self.trainable):
-                self.log.sample({"step": self.step, **sample})
-            self.owed.remove(SAMPLES)
-
-    def _drain(self, leave: int = 0) -> None:
-        """Read the results of dispatched steps, all but the last `leave`."""
-        while len(self.pending) > leave:
-            step, metrics, sums = self.pending.pop(0)
-            told, rows, skipped = np.asarray(sums).tolist()
-            self.told |= is_multiprocess() and told > 0
-            loss, norm, tokens = (float(m) for m in metrics)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._not_finite(step, loss, norm)
-            record = {"step": step, "loss": loss, "lr": self.rate(step - 1), "grad_norm": norm}
-            record["tokens"] = int(tokens)
+    def _read_results(self, keep_pending: int = 0) -> None:
+        """Wait for the dispatched steps, except the last `keep_pending`, and report their results."""
+        while len(self.pending_steps) > keep_pending:
+            step, metrics, sums = self.pending_steps.pop(0)
+            signalled, rows, skipped = np.asarray(sums).tolist()
+            self.stop.note(signalled)
+            loss, grad_norm, tokens = (float(m) for m in metrics)
+            self._check_finite(step, loss, grad_norm)
+            learning_rate = self.run.program.learning_rate(step - 1)
+            record = {
+                "step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm,
+                "tokens": int(tokens),
+            }  # fmt: skip
             if skipped:
                 record["skipped"] = skipped
-            self.progress.step(record, rows)
+            self.progress.report_step(record, rows)
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> None:
-        self.checkpoints.wait()
-        self.log.flush()
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        self.run.checkpoints.wait()
+        self.run.log.flush()
+        what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
         raise UserError(
-            f"step {step}: {what} is not finite; {describe_saved_state(self.workdir)}. Lower init_lr, "
-            "set clip, or look at the data, in another --workdir"
+            f"step {step}: {what} is not finite; {describe_saved_state(self.run.workdir)}. Lower "
+            "init_lr, set clip, or check the data, in another --workdir"
         )
 
-    def _save(self) -> None:
-        self.checkpoints.wait()
-        try:
-            self.log.flush()
-        except UserError as e:
-            raise UserError(f"{e}; {self.checkpoints.kept}") from e
-        position = self.loader.state() | {"tally": self._tally().state()}
-        extra = {"loader": position, "owed": self.owed}
-        self.checkpoints.save(self.step, self.trainable, self.opt_state, extra)
+    # --- periodic work ----------------------------------------------------------------------
 
-    def _keep(self) -> str:
-        """Save where the run stands, unless that is saved, and say so."""
-        self._drain()
-        if self.step and self.checkpoints.latest != self.step:
-            self._save()
-        self.checkpoints.wait()
-        return f"step {self.step} is saved" if self.step else "no step was done yet"
+    def _is_periodic_work_due(self) -> bool:
+        """Whether this step's results are needed at once, for validation, samples or a checkpoint."""
+        c = self.run.c
+        return any(map(self._is_due, (c.save_every, c.eval_every, c.sample_every))) or self._is_last
 
-    def _tally(self) -> SkipCounter:
-        """Of the rows of all processes; waits for these."""
-        if not is_multiprocess():
-            return self.loader.skip_counter
-        return SkipCounter.total(all_gather_json(self.loader.skip_counter.report()))
+    def _is_due(self, period: int) -> bool:
+        return period > 0 and self.run.step % period == 0
 
-    def _is_told(self) -> bool:
-        """Whether the run is to stop: of several processes, whether one of them is told; then all
-        must ask at the same place, and know it from there on."""
-        if not is_multiprocess():
-            return bool(self.stop)
-        self.told = self.told or any_process(self.stop)
-        return self.told
+    @property
+    def _is_last(self) -> bool:
+        return self.run.step == self.run.c.steps
 
-    def _stop(self) -> None:
-        """Save where the run stands and leave."""
-        kept = self._keep()
-        self.log.line(
-            f"stopped by {self.stop.name}; {kept}: start the same command again to continue"
+    def _do_periodic_work(self) -> None:
+        """Validation, samples and a checkpoint, as far as they are due. All but a checkpoint are due
+        after the last step."""
+        run, c, start = self.run, self.run.c, time.perf_counter()
+        periods = {VAL_LOSS: c.eval_every, SAMPLES: c.sample_every}
+        run.pending_evaluations = [
+            name
+            for name, period in periods.items()
+            if period and (self._is_last or self._is_due(period))
+        ]
+        self._run_pending_evaluations()
+        if self._is_last or self._is_due(c.save_every):
+            run.save_checkpoint()
+        self.progress.exclude(time.perf_counter() - start)
+
+    def _run_pending_evaluations(self) -> None:
+        """Validation loss and samples; those not done when the run is to stop stay pending."""
+        run, validation = self.run, self.validation
+        if validation is None:
+            run.pending_evaluations = []
+            return
+        if VAL_LOSS in run.pending_evaluations:
+            loss = validation.loss(run.trainable, self.stop.check)
+            if loss is None:
+                return
+            self.progress.write_metrics({"step": run.step, VAL_LOSS: loss})
+            run.log.write_line(f"step {run.step}/{run.c.steps}  val_loss {loss:.4f}")
+            run.pending_evaluations.remove(VAL_LOSS)
+        if SAMPLES in run.pending_evaluations and not self.stop.check():
+            for sample in validation.captions(run.trainable):
+                run.log.write_sample({"step": run.step, **sample})
+            run.pending_evaluations.remove(SAMPLES)
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def _save(self) -> str:
+        """Save the current state, unless it is saved; returns a description of it."""
+        run = self.run
+        self._read_results()
+        if run.step and run.checkpoints.latest_step != run.step:
+            run.save_checkpoint()
+        run.checkpoints.wait()
+        return f"step {run.step} is saved" if run.step else "no step was done yet"
+
+    def _save_and_stop(self) -> None:
+        saved = self._save()
+        self.run.log.write_line(
+            f"stopped by {self.stop.signal.name}; {saved}: start the same command again to continue"
         )
         sys.stdout.flush()
-        raise self.stop.end()
-
-    # --- the end --------------------------------------------------------------------------------
+        raise self.stop.signal.exception()
 
     def _finish(self) -> TrainResult:
-        self.checkpoints.wait()
-        self.log.flush()
-        if self._is_told():
-            self._stop()
-        done = self._result()
-        loss = done.metrics["loss"]
+        run = self.run
+        run.checkpoints.wait()
+        run.log.flush()
+        if self.stop.check():
+            self._save_and_stop()
+        result = _read_result(run.workdir, run.c)
+        loss = result.metrics["loss"]
         with raise_together():
             if is_main_process():
-                self._write(loss)
-        self.log.line(f"done: {self.step} steps, loss {loss:.4f}; the model is in {done.model}")
-        return done
+                self._write_results(loss)
+        run.log.write_line(
+            f"done: {run.step} steps, loss {loss:.4f}; the model is in {result.model}"
+        )
+        return result
 
-    def _write(self, loss: float) -> None:
-        from minigpt4_jax.visualization.plots import loss_plot  # matplotlib
+    def _write_results(self, loss: float) -> None:
+        from minigpt4_jax.visualization.plots import loss_plot  # imports matplotlib
 
-        loss_plot(self.log.here / METRICS, self.log.here / "loss.png")
-        self.log.flush()
-        write_trained(  # the last thing to be written: a run that has it is done
-            self.workdir, self.c, self.model_config, self.trainable,
-            {"steps": self.step, "loss": loss, "seed": self.c.seed},
+        run = self.run
+        loss_plot(run.log.directory / METRICS, run.log.directory / "loss.png")
+        run.log.flush()
+        write_trained_model(  # last: its presence marks the run as finished
+            run.workdir, run.c, run.inputs.model_config, run.trainable,
+            {"steps": run.step, "loss": loss, "seed": run.c.seed},
         )  # fmt: skip
-
-    def _result(self) -> TrainResult:
-        last: dict[str, float] = {}
-        for record in read_metrics(self.workdir):
-            last |= record
-        return TrainResult(self.workdir / MODEL, last, self.c.steps)

@@ -17,7 +17,7 @@ from minigpt4_jax.cli import compile as command
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.sharding import single_device_mesh
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.memory_estimate import Shape
+from minigpt4_jax.training.memory_estimate import BatchShape
 from minigpt4_jax.training.train_step import trained_parts
 
 TRAINED = trained_parts(freeze_vit=True, freeze_qformer=True)
@@ -31,7 +31,7 @@ def weight_bytes(config, is_counted):
 
 
 def test_train_step_from_shapes():
-    config, shape = tiny.config(), Shape(2, 64, 48)
+    config, shape = tiny.config(), BatchShape(2, 64, 48)
     c = TrainConfig(dtype="bfloat16", batch_size=2)
     model_flops = count_model_flops(config, *shape, TRAINED)
     result = report.compile_and_report(

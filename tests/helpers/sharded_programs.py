@@ -123,7 +123,7 @@ def trained(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
     trainable = jax.device_put(split.trainable, sharding.replicated(mesh))
     rows = sharding.shard_batch(batch(config), mesh)
     args = (trainable, tx.init(before), split.frozen, rows, 1.0, 0)
-    step = make_step(split, tx, **options).lower(*args).compile()
+    step = make_step(split, tx, mesh, **options).lower(*args).compile()
     check_traffic(step.as_text(), mesh, before)
     after, _, metrics = step(*args)
     gradient = jax.tree.map(lambda old, new: old - np.asarray(new), before, after)

@@ -153,7 +153,7 @@ def test_all_stop_when_one_is_told_and_one_writes(home):
     assert two.count(told) == four.count("continuing at step 6: ") == 2
     assert two.count("continuing at step 2: ") == len(MODELS)
     assert "device cpu, 2 processes; log in" in two
-    assert "mesh fsdp:4 of 4 devices, as asked for" in two
+    assert "mesh fsdp:4 of 4 devices, as configured" in two
     assert [log(home, n, c) for c in (2, 4) for n in range(1, c)] == [[]] * 4
 
 

@@ -242,7 +242,7 @@ def test_runs_and_answers(tmp_path):
             assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (one, several)
     packed = json.loads((tmp_path / "packed" / "metrics.jsonl").read_text())
     assert packed["loss"] == pytest.approx(records[0][0]["loss"], rel=1e-5)
-    assert "mesh data:2,fsdp:2,model:2 of 8 devices, as asked for. Frozen weights:" in log
+    assert "mesh data:2,fsdp:2,model:2 of 8 devices, as configured. Frozen weights:" in log
     assert "mesh fsdp:4,model:2 of 8 devices" in log
 
     answers = json.loads((tmp_path / "answers.json").read_text())

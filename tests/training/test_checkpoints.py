@@ -59,7 +59,7 @@ def is_whole(found) -> bool:
 
 def test_the_last_is_restored_and_older_ones_are_gone(saved):
     found = restored(saved)
-    assert found.step == 9 and found.damaged == () and is_whole(found)
+    assert found.step == 9 and found.messages == () and is_whole(found)
     assert sorted(p.name for p in saved.glob("0*")) == ["00000006", "00000009"]
 
 
@@ -105,16 +105,16 @@ def test_random_damage_is_found_and_the_one_before_used(saved, tmp_path_factory,
     found = restored(folder)
     assert is_whole(found)
     if found.step == 9:  # what was harmed says nothing of the values
-        assert found.damaged == ()
+        assert found.messages == ()
         return
     assert found.step == 6
-    (line,) = found.damaged
+    (line,) = found.messages
     assert line.startswith(f"checkpoint {folder / '00000009'} is damaged (")
     assert line.endswith("kept as damaged-00000009; continuing from the one before, of step 6")
     assert "\n" not in line
     assert not (folder / "00000009").exists() and (folder / "damaged-00000009").is_dir()
     again = restored(folder)
-    assert again.step == 6 and again.damaged == ()
+    assert again.step == 6 and again.messages == ()
 
 
 def harm_arrays(folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_same_step_damaged_again(saved, tmp_path):
     for _ in range(2):
         harm_arrays(folder / "00000009")
         checkpoints = Checkpoints(folder, keep=2)
-        assert checkpoints.restore(*state(0)).step == checkpoints.latest == 6
+        assert checkpoints.restore(*state(0)).step == checkpoints.latest_step == 6
         checkpoints.save(9, *state(9), extra(9))
         checkpoints.close()
     names = sorted(p.name for p in folder.iterdir())

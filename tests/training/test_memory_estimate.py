@@ -1,4 +1,4 @@
-"""What a step is estimated to take, and the mesh that is chosen by it."""
+"""The memory estimate of a training step, and the mesh that is chosen with it."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from minigpt4_jax.aot.topology import CHIPS
 from minigpt4_jax.parallel.sharding import AXES
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_cli import parse
-from minigpt4_jax.training.memory_estimate import Shape, estimate, longest
-from minigpt4_jax.training.mesh_selection import choose_sizes
+from minigpt4_jax.training.memory_estimate import BatchShape, estimate_memory, largest_batch
+from minigpt4_jax.training.mesh_selection import choose_mesh_sizes
 
 GB = 1e9
 
@@ -20,8 +20,8 @@ def run_of(config: str, **values) -> TrainConfig:
     return dataclasses.replace(c, **values)
 
 
-# (configuration, rows of a device, mesh, whether layers are computed again) -> GB of arguments and
-# temporaries, as planned by the compiler for TPUs (libtpu 0.0.42.1; benchmarks/RESULTS.md)
+# (configuration, rows per device, mesh, remat) -> GB of arguments and of temporaries per device, as
+# planned by XLA's TPU compiler (libtpu 0.0.42.1; benchmarks/RESULTS.md)
 COMPILED = [
     ("stage2", 16, {"data": 8}, True, 15.71, 2.90),  # v5p
     ("stage2", 16, {"data": 8}, False, 15.71, 13.04),  # v6e
@@ -33,59 +33,62 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("config", "rows", "mesh", "remat", "lying", "temporaries"), COMPILED)
-def test_the_estimate_is_near_what_the_compiler_plans(
-    config, rows, mesh, remat, lying, temporaries
-):
+@pytest.mark.parametrize(("config", "rows", "mesh", "remat", "arguments", "temporaries"), COMPILED)
+def test_estimate_is_close_to_the_compilers_plan(config, rows, mesh, remat, arguments, temporaries):
     sizes = dict.fromkeys(AXES, 1) | mesh
     chips = sizes["data"] * sizes["fsdp"]
     c = run_of(config, batch_size=rows * chips, accumulate=1, remat=remat)
-    need = estimate(c, model_for(c, None)[1], sizes)
-    assert need.weights + need.trained + need.batch == pytest.approx(lying * GB, rel=0.01)
-    assert need.kept + need.working == pytest.approx(temporaries * GB, rel=0.1)
+    estimate = estimate_memory(c, model_for(c, None)[1], sizes)
+    planned = pytest.approx(arguments * GB, rel=0.01)
+    assert estimate.weights + estimate.trained + estimate.batch == planned
+    assert estimate.activations + estimate.working == pytest.approx(temporaries * GB, rel=0.1)
 
 
-def chosen(config: str, chip: str, devices: int = 8, **values) -> tuple[dict[str, int], str]:
+def choose(config: str, chip: str, devices: int = 8, **values) -> tuple[dict[str, int], str]:
+    """-> (axes larger than 1, reason)"""
     c = run_of(config, **values)
-    sizes, why = choose_sizes(c, model_for(c, None)[1], devices, CHIPS[chip].usable_hbm)
-    return {name: n for name, n in sizes.items() if n > 1}, why
+    sizes, reason = choose_mesh_sizes(c, model_for(c, None)[1], devices, CHIPS[chip].usable_hbm)
+    return {name: n for name, n in sizes.items() if n > 1}, reason
 
 
-def test_weights_are_split_over_as_few_devices_as_memory_allows():
-    many = {"batch_size": 128, "remat": True, "accumulate": 1}
-    mesh, why = chosen("stage2", "v6e", **many)
+def test_weights_are_sharded_over_as_few_devices_as_memory_allows():
+    large = {"batch_size": 128, "remat": True, "accumulate": 1}
+    mesh, reason = choose("stage2", "v6e", **large)
     assert mesh == {"data": 8}
-    assert "weights whole on each take an estimated 18." in why and "of 34.1 GB" in why
-    mesh, why = chosen("stage2", "v5e", **many)
+    assert "replicated weights take an estimated 18." in reason and "of 34.1 GB" in reason
+    mesh, reason = choose("stage2", "v5e", **large)
     assert mesh == {"data": 4, "fsdp": 2}
-    assert "weights split over 2 devices take" in why and "; whole it would be 18." in why
-    assert "may fit" not in why
-    # between what an estimate may fill and all there is: told, and left to the user
-    mesh, why = chosen("stage2:vicuna13b", "v6e", **many)
+    assert "weights sharded over 2 devices take" in reason
+    assert "; replicated weights would take 18." in reason
+    assert "may fit" not in reason
+    # an estimate above 0.9 of the memory but not above all of it: the user may try it
+    mesh, reason = choose("stage2:vicuna13b", "v6e", **large)
     assert mesh == {"data": 4, "fsdp": 2}
-    assert "; whole it would be 32.6 GB, which may fit and is faster (--config.mesh=data:8)" in why
-    # what activations take counts
-    more = {"batch_size": 192, "accumulate": 1}
-    assert chosen("stage2", "v6e", **more, remat=True)[0] == {"data": 8}
-    assert chosen("stage2", "v6e", **more, remat=False)[0] == {"data": 4, "fsdp": 2}
-    # 256 chips need not gather from all the others
-    assert chosen("stage2", "v5e", 256, **many | {"batch_size": 4096})[0] == {
-        "data": 128,
-        "fsdp": 2,
-    }
-    # rows that do not divide: matrices are split, too
-    mesh, why = chosen("stage2", "v6e", batch_size=12)
-    assert mesh == {"data": 4, "model": 2} and "12 rows divide among 4 of 8 devices" in why
+    assert (
+        "; replicated weights would take 32.6 GB, which may fit and is faster (--config.mesh=data:8)"
+        in reason
+    )
+    # activations count
+    larger = {"batch_size": 192, "accumulate": 1}
+    assert choose("stage2", "v6e", **larger, remat=True)[0] == {"data": 8}
+    assert choose("stage2", "v6e", **larger, remat=False)[0] == {"data": 4, "fsdp": 2}
+    # with 256 chips, weights are still gathered from two
+    mesh, _ = choose("stage2", "v5e", 256, **large | {"batch_size": 4096})
+    assert mesh == {"data": 128, "fsdp": 2}
+    # rows that cannot be divided among all devices
+    mesh, reason = choose("stage2", "v6e", batch_size=12)
+    assert mesh == {"data": 4, "model": 2}
+    assert "12 rows can be divided among 4 of 8 devices" in reason
 
 
-def test_what_does_not_fit_any_mesh_is_told():
-    mesh, why = chosen("stage2:vicuna13b", "v5e", batch_size=1024, accumulate=1)
-    assert mesh == {"fsdp": 8} and "may not fit: take fewer rows at once" in why
+def test_reason_says_if_no_mesh_fits():
+    mesh, reason = choose("stage2:vicuna13b", "v5e", batch_size=1024, accumulate=1)
+    assert mesh == {"fsdp": 8} and "may not fit: use fewer rows at a time" in reason
 
 
-def test_rows_are_as_long_as_the_longest_answer():
+def test_largest_batch_has_the_longest_allowed_answers():
     c = run_of("stage2", batch_size=4)
     config = model_for(c, None)[1]
-    assert longest(c, config) == Shape(4, 256, 160)
+    assert largest_batch(c, config) == BatchShape(4, 256, 160)
     packed = dataclasses.replace(c, data=dataclasses.replace(c.data, pack_tokens=512))
-    assert longest(packed, config).tokens == 512
+    assert largest_batch(packed, config).tokens == 512

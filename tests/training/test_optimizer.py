@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training import optimizer
+from minigpt4_jax.training.config import TrainConfig
 
 STAGE1 = {
     "init_lr": 1e-4, "min_lr": 8e-5, "warmup_lr": 1e-6, "warmup_steps": 5000, "steps": 20_000
@@ -61,18 +62,19 @@ def test_step_schedule_equals_the_original():
 
 
 def test_step_schedule_stops_at_the_minimum():
-    rate = optimizer.make_schedule(
-        "step", init_lr=1.0, min_lr=0.3, warmup_lr=0.1, warmup_steps=2, steps=99, steps_per_epoch=5,
-        decay_rate=0.5,
+    c = TrainConfig(
+        schedule="step", init_lr=1.0, min_lr=0.3, warmup_lr=0.1, warmup_steps=2, steps=99,
+        steps_per_epoch=5, decay_rate=0.5,
     )  # fmt: skip
+    rate = optimizer.make_schedule(c)
     assert [rate(0), rate(1), rate(2), rate(5), rate(10)] == [0.1, 0.55, 1.0, 0.5, 0.3]
 
 
 def test_unknown_schedule_lists_the_known():
     with pytest.raises(UserError, match="expected cosine or step"):
-        optimizer.make_schedule("linear", **STAGE1)
+        optimizer.make_schedule(TrainConfig(schedule="linear"))
     with pytest.raises(UserError, match="steps_per_epoch"):
-        optimizer.make_schedule("step", **STAGE1)
+        optimizer.make_schedule(TrainConfig(schedule="step"))
 
 
 @settings(deadline=None)

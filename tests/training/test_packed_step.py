@@ -79,11 +79,11 @@ def test_loss_and_gradient_are_those_of_the_padded_batch(split, expected):
 
 
 def test_micro_batches_of_packed_rows_add_up(split, expected):
-    tx = optimizer.adamw(split.decays)
+    tx = optimizer.adamw(split.decay_mask)
     params = jax.tree.map(jnp.copy, split.trainable)
     batch = packed(arrays(), micro_batches=2)
     args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))
-    metrics = make_step(split, tx, accumulate=2)(*args)[2]
+    metrics = make_step(split, tx, mesh=None, accumulate=2)(*args)[2]
     assert float(metrics.loss) == pytest.approx(float(expected[0]), rel=1e-5)
     norm = optax.global_norm(expected[1])
     assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-4)
@@ -92,8 +92,8 @@ def test_micro_batches_of_packed_rows_add_up(split, expected):
 def test_micro_batches_of_text_alone(split):
     """Rows without images have arrays of no size, packed or not."""
     one = arrays(images=0)
-    tx = optimizer.adamw(split.decays)
-    step, found = make_step(split, tx, accumulate=2), []
+    tx = optimizer.adamw(split.decay_mask)
+    step, found = make_step(split, tx, mesh=None, accumulate=2), []
     for batch in (Batch(*one), packed(one, micro_batches=2)):
         params = jax.tree.map(jnp.copy, split.trainable)
         args = (params, tx.init(params), split.frozen, batch, np.float32(0.01), np.int32(0))

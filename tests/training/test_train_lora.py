@@ -20,9 +20,9 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.config import LoraChoice, TrainConfig
+from minigpt4_jax.training.model_config import read_model_config
 from minigpt4_jax.training.train_step import make_evaluation, make_step, split_model, trained_parts
 from minigpt4_jax.training.trainer import train
-from minigpt4_jax.training.workdir import model_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -117,7 +117,7 @@ def test_a_quantized_encoder_is_refused_before_anything_is_written(home):
 
 def test_a_choice_that_does_not_fit_is_refused(home, finished):
     def of(model, **choice):
-        return model_config(config(home, model, lora=LoraChoice(**choice))).lora
+        return read_model_config(config(home, model, lora=LoraChoice(**choice))).lora
 
     with pytest.raises(UserError, match=r"lora.alpha is given.*has no LoRA.*lora.rank"):
         of("plain", alpha=8.0)
@@ -154,8 +154,8 @@ def split_of(home, lora):
 
 def losses(split, start, batch, indices, **options) -> list[float]:
     """Of steps with these numbers, each from the start."""
-    tx = optimizer.adamw(split.decays)
-    step, found = make_step(split, tx, **options), []
+    tx = optimizer.adamw(split.decay_mask)
+    step, found = make_step(split, tx, mesh=None, **options), []
     for i in indices:
         params = jax.tree.map(jnp.asarray, start)
         args = (split.frozen, batch, np.float32(0), np.int32(i))
@@ -166,7 +166,7 @@ def losses(split, start, batch, indices, **options) -> list[float]:
 def test_dropout_is_by_step_and_micro_batch_and_off_in_evaluation(home):
     split, start = split_of(home, LoraConfig(rank=2, dropout=0.5))
     one = row(np.random.default_rng(0))
-    total, count = make_evaluation(split)(start, split.frozen, one)
+    total, count = make_evaluation(split, mesh=None)(start, split.frozen, one)
     on = losses(split, start, one, [0, 1, 0], dropout_seed=7, dropout_in=["lora"])
     assert on[0] == on[2] and abs(on[0] - on[1]) > 1e-4 and abs(on[0] - total / count) > 1e-4
     two = jax.tree.map(
@@ -179,6 +179,6 @@ def test_dropout_is_by_step_and_micro_batch_and_off_in_evaluation(home):
 def test_the_frozen_qformer_has_no_dropout_beside_that_of_lora(home):
     split, start = split_of(home, LoraConfig(rank=2, dropout=0.0))
     one = row(np.random.default_rng(0))
-    total, count = make_evaluation(split)(start, split.frozen, one)
+    total, count = make_evaluation(split, mesh=None)(start, split.frozen, one)
     on = losses(split, start, one, [0], dropout_seed=7, dropout_in=["lora"])
     assert on[0] == pytest.approx(float(total / count), rel=1e-6)

@@ -117,7 +117,7 @@ def test_four_steps_equal_the_originals(models, case, accumulate):
     rate = optimizer.cosine_schedule(**RATES)
     np.testing.assert_allclose([rate(t) for t in range(4)], expected["lrs"], rtol=1e-12)
     batch = dumped_batch(case, models[case], config)
-    tx = optimizer.adamw(split.decays)
+    tx = optimizer.adamw(split.decay_mask)
     params, state = split.trainable, tx.init(split.trainable)
 
     loss, grads = loss_and_grad(split, batch)
@@ -126,7 +126,7 @@ def test_four_steps_equal_the_originals(models, case, accumulate):
     updates, state = tx.update(grads, state, params)
     params, losses = optimizer.apply_updates(params, updates, rate(0)), [float(loss)]
 
-    step = make_step(split, tx, accumulate=accumulate, remat=accumulate > 1)
+    step = make_step(split, tx, mesh=None, accumulate=accumulate, remat=accumulate > 1)
     for t in range(1, 4):
         params, state, metrics = step(params, state, split.frozen, batch, np.float32(rate(t)), t)
         losses.append(float(metrics.loss))

@@ -179,7 +179,7 @@ def test_changed_weights_are_not_continued(home, tmp_path):
     tiny_tokenizer.mkdir()
     for path in tiny.TOKENIZER.iterdir():
         (tiny_tokenizer / path.name).write_bytes(path.read_bytes())
-    assert "begun with other weights" in refused(c, tmp_path / "w")
+    assert "started with other weights" in refused(c, tmp_path / "w")
 
 
 def test_workdir_that_cannot_be_written(home, tmp_path):

@@ -15,7 +15,7 @@ from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.train_step import (
     Split,
-    decays,
+    is_decayed,
     make_evaluation,
     make_step,
     split_model,
@@ -50,8 +50,8 @@ def batch() -> Batch:
 @functools.cache
 def compiled(options: tuple, frozen: tuple):
     parts = split(**dict(frozen))
-    tx = optimizer.adamw(parts.decays)
-    return parts, tx, make_step(parts, tx, **dict(options))
+    tx = optimizer.adamw(parts.decay_mask)
+    return parts, tx, make_step(parts, tx, mesh=None, **dict(options))
 
 
 def one_step(*, rate=0.01, index=0, frozen=(), **options):
@@ -110,13 +110,13 @@ def test_everything_unfrozen_learns_with_dropout_from_seed_and_step():
 
 def test_weight_decay_is_for_matrices_alone_also_where_layers_are_stacked():
     parts = split(freeze_vit=False, freeze_qformer=False)
-    decayed = {n for n, d in parts.decays.items() if d}
+    decayed = {n for n, d in parts.decay_mask.items() if d}
     assert {"vit.blocks.attn.qkv.weight", "vit.pos", "vit.cls", "projection.weight"} <= decayed
     assert {"qformer.query", "qformer.blocks.0.attn.q.weight", "vit.patch.weight"} <= decayed
     vectors = {"bias", "scale", "q_bias", "v_bias"}
     assert not {n for n in decayed if n.rsplit(".", 1)[1] in vectors}
-    assert {n for n in parts.decays if n.rsplit(".", 1)[1] not in vectors} == decayed
-    assert not decays(("llm", "blocks", "norm1", "scale"), (2, 24))
+    assert {n for n in parts.decay_mask if n.rsplit(".", 1)[1] not in vectors} == decayed
+    assert not is_decayed(("llm", "blocks", "norm1", "scale"), (2, 24))
 
 
 def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
@@ -124,7 +124,7 @@ def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
 
     config = tiny.config()
     flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
-    ours = {".".join(map(str, p)): decays(p, leaf.shape) for p, leaf in flat}
+    ours = {".".join(map(str, p)): is_decayed(p, leaf.shape) for p, leaf in flat}
     for name, shape in parameter_shapes(config).items():
         part, _, rest = name.partition(".blocks.")
         stacked = f"{part}.blocks.{rest.partition('.')[2]}"
@@ -134,7 +134,7 @@ def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
 
 def test_weight_decay_reaches_the_weights():
     parts = split()
-    tx = optimizer.adamw(parts.decays, weight_decay=0.5)
+    tx = optimizer.adamw(parts.decay_mask, weight_decay=0.5)
     zero = jax.tree.map(jnp.zeros_like, parts.trainable)
     updates, _ = tx.update(zero, tx.init(parts.trainable), parts.trainable)
     after = optimizer.apply_updates(parts.trainable, updates, np.float32(0.1))
@@ -157,7 +157,7 @@ def test_parts_of_a_batch_and_remat_give_the_same_step(options):
 @pytest.mark.smoke
 def test_loss_is_the_mean_over_labelled_tokens():
     metrics = one_step()[3]
-    total, count = make_evaluation(split())(split().trainable, split().frozen, batch())
+    total, count = make_evaluation(split(), mesh=None)(split().trainable, split().frozen, batch())
     assert int(count) == 10
     np.testing.assert_allclose(metrics.loss, total / count, rtol=1e-6)
 

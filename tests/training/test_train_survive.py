@@ -195,7 +195,7 @@ def test_during_validation(home, tmp_path, monkeypatch, method):
 
 def test_while_the_model_is_written(home, uninterrupted, tmp_path, monkeypatch):
     """It is written to the end: the run is done."""
-    monkeypatch.setattr(trainer, "write_trained", terminating(trainer.write_trained))
+    monkeypatch.setattr(trainer, "write_trained_model", terminating(trainer.write_trained_model))
     train(config(home), tmp_path / "w")
     assert outcome(tmp_path / "w") == uninterrupted
 
