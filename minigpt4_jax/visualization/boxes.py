@@ -1,29 +1,29 @@
-"""Boxes of an answer drawn into its image, as the original's demo shows them (demo_v2.py)."""
+"""Draws the boxes of an answer into its image, like the original's demo (demo_v2.py)."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.boxes import Box, parse_boxes, spans
 from minigpt4_jax.processing.images import ImageSource, open_image
-from minigpt4_jax.storage.atomic import atomic_file, write_error
+from minigpt4_jax.utils.text import shorten
+from minigpt4_jax.visualization.drawing import Font, load_font, save_picture, truncate_text
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 PALETTE: tuple[Color, ...] = (
     (230, 25, 25), (0, 130, 240), (20, 160, 50), (245, 130, 0), (150, 40, 200), (0, 175, 180),
     (225, 0, 150), (130, 150, 0), (90, 70, 255), (160, 90, 30), (0, 215, 110), (120, 120, 130),
     (250, 190, 0), (100, 0, 60), (0, 70, 110), (255, 120, 150),
 )  # fmt: skip
-SMALLEST = 500  # pixels of width: smaller images are enlarged, so that a label can be read
-LINE = 2  # pixels of a box's line; with the letters it grows with images wider than SMALLEST
-LETTERS = 15
+MIN_WIDTH = 500  # pixels: smaller images are enlarged, so that labels can be read
+LINE = 2  # width of a box's line in pixels; it and the font grow with images wider than MIN_WIDTH
+FONT_SIZE = 15
 
 
 class _Label(NamedTuple):
@@ -33,30 +33,32 @@ class _Label(NamedTuple):
 
 
 def draw_boxes(image: ImageSource, answer: str) -> Image.Image:
-    """The image, RGB, with every box of the answer in its phrase's colour and the phrase beside it.
+    """The image (RGB) with all boxes of the answer, each in its phrase's color and labelled with it.
 
-    All boxes of one phrase have one colour. Labels stand on a half-transparent ground, above their
-    box where there is room, elsewhere so that they do not cover each other. An image less than 500
-    pixels wide is enlarged to that. UserError: the answer has no boxes, or as `open_image`.
+    All boxes of a phrase have the same color. Labels have a half-transparent background. They are
+    above their box if there is room, else where they do not cover each other. Images less than 500
+    pixels wide are enlarged to that. UserError: the answer has no boxes, or as `open_image`.
     """
     picture = open_image(image)
-    scale = max(1.0, SMALLEST / picture.width)
+    scale = max(1.0, MIN_WIDTH / picture.width)
     size = (round(picture.width * scale), max(1, round(picture.height * scale)))
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     found = parse_boxes(answer, *size)
     if not found:
-        raise UserError(f"the answer has no boxes to draw: {_short(answer)!r}")
+        raise UserError(f"the answer has no boxes to draw: {shorten(answer)!r}")
     colors = phrase_colors(answer)
-    unit = picture.width / SMALLEST
+    unit = picture.width / MIN_WIDTH
     line = max(1, round(LINE * unit))
     labels = []
     draw = ImageDraw.Draw(picture)
     for phrase, box in found:
-        corners = _whole(box, size)
+        corners = _pixel_box(box, size)
         draw.rectangle(corners, outline=colors[phrase], width=line)
         labels.append(_Label(phrase, colors[phrase], corners))
-    _draw_labels(picture, [label for label in labels if label.phrase], round(LETTERS * unit), line)
+    _draw_labels(
+        picture, [label for label in labels if label.phrase], round(FONT_SIZE * unit), line
+    )
     return picture
 
 
@@ -81,7 +83,7 @@ def colored_text(answer: str) -> list[tuple[str, Color | None]]:
     return [(re.sub(r" +(?=[ ,.;:!?])", "", t) if c is None else t, c) for t, c in pieces]
 
 
-def _whole(box: Box, size: tuple[int, int]) -> Rectangle:
+def _pixel_box(box: Box, size: tuple[int, int]) -> Rectangle:
     """A box as pixels of an image of this size, which it may reach the edge of."""
     x1, y1, x2, y2 = (int(v) for v in box)
     width, height = size
@@ -89,10 +91,10 @@ def _whole(box: Box, size: tuple[int, int]) -> Rectangle:
 
 
 def _draw_labels(picture: Image.Image, labels: list[_Label], letters: int, line: int) -> None:
-    font = ImageFont.load_default(max(6, letters))
+    font = load_font(max(6, letters))
     placed: list[tuple[str, Rectangle]] = []
     for label in labels:
-        text = _fit(label.phrase, picture.width - 2 * letters, font)
+        text = truncate_text(label.phrase, picture.width - 2 * letters, font)
         size = (int(font.getlength(text)) + letters + 4, letters + 6)
         where = _place(label, size, picture.size, [box for _, box in placed], line)
         if where is None:
@@ -149,22 +151,14 @@ def _overlap(a: Rectangle, b: Rectangle) -> int:
 def _draw_label(
     picture: Image.Image, where: Rectangle, text: str, color: Color, font: Font
 ) -> None:
-    """A stripe of the colour, then the phrase in black, both on a half-transparent ground."""
+    """A stripe in the color, then the phrase in black, on a half-transparent background."""
     x1, y1, x2, y2 = where
     letters = y2 - y1 - 6
-    ground = Image.new("RGB", (x2 - x1, y2 - y1), (255, 255, 255))
-    ground.paste(color, (0, 0, letters * 2 // 3, y2 - y1))
-    picture.paste(Image.blend(picture.crop(where), ground, 0.5), (x1, y1))
+    background = Image.new("RGB", (x2 - x1, y2 - y1), (255, 255, 255))
+    background.paste(color, (0, 0, letters * 2 // 3, y2 - y1))
+    picture.paste(Image.blend(picture.crop(where), background, 0.5), (x1, y1))
     at = (x1 + letters * 2 // 3 + 3, (y1 + y2) // 2)
     ImageDraw.Draw(picture).text(at, text, (0, 0, 0), font, anchor="lm")
-
-
-def _fit(text: str, width: int, font: Font) -> str:
-    """The text, its end left out where it is wider than `width` pixels."""
-    text = re.sub(r"\s+", " ", text)[:200]
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text
 
 
 def check_file(path: Path) -> None:
@@ -178,12 +172,4 @@ def check_file(path: Path) -> None:
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture atomically. UserError: as `check_file`, or the file cannot be written."""
     check_file(path)
-    try:
-        with atomic_file(path) as temporary:
-            picture.save(temporary)
-    except (OSError, ValueError) as e:  # ValueError: Pillow can only read this format
-        raise write_error(path, e) from None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    save_picture(path, picture.save)

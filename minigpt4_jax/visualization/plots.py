@@ -1,18 +1,18 @@
-"""Pictures for people: a contact sheet of images beside what a model said, and loss curves."""
+"""Draws contact sheets (images beside a model's answers) and loss curves."""
 
 import json
 import math
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage.atomic import atomic_file, write_error
+from minigpt4_jax.storage.atomic import write_error
+from minigpt4_jax.visualization.drawing import load_font, save_picture, wrap_text
 
 _RIGHT, _WRONG, _NEUTRAL = (22, 140, 70), (205, 42, 42), (150, 150, 150)
 _INK, _FAINT, _PAPER, _CARD = (28, 28, 32), (105, 105, 112), (240, 241, 244), (255, 255, 255)
@@ -61,7 +61,7 @@ def contact_sheet(
     top = 58 if heading else gap
     sheet = Image.new("RGB", (width, top + sum(h + gap for h in heights)), _PAPER)
     if heading:
-        ImageDraw.Draw(sheet).text((gap + 4, 18), heading, _INK, _font(22))
+        ImageDraw.Draw(sheet).text((gap + 4, 18), heading, _INK, load_font(22))
     for row, height in zip(rows, heights, strict=True):
         for i, card in enumerate(row):
             at = (gap + i * (card.width + gap), top)
@@ -77,9 +77,9 @@ def _card(
     """One image with a coloured frame, its caption to the right."""
     color = _NEUTRAL if right is None else _RIGHT if right else _WRONG
     verdict = "" if right is None else "right" if right else "wrong"
-    lines = [(line, _INK) for line in _wrap(caption or "(nothing)", words, _font(17))[:9]]
+    lines = [(line, _INK) for line in wrap_text(caption or "(nothing)", words, load_font(17))[:9]]
     if truth:
-        lines += [(line, _FAINT) for line in _wrap(f"true: {truth}", words, _font(15))[:4]]
+        lines += [(line, _FAINT) for line in wrap_text(f"true: {truth}", words, load_font(15))[:4]]
     gap = 8 if truth else 0
     frame, pad, pitch = 4, 10, 22
     text_top = pad + 4 + (26 if verdict else 0)
@@ -91,10 +91,10 @@ def _card(
     x, y = side + 2 * frame + pad + 2, pad
     if verdict:
         _mark(draw, x, y + 3, bool(right), color)
-        draw.text((x + 22, y), verdict, color, _font(16))
+        draw.text((x + 22, y), verdict, color, load_font(16))
     for i, (line, ink) in enumerate(lines):
         y = text_top + i * pitch + (gap if ink == _FAINT else 0)
-        draw.text((x, y), line, ink, _font(17 if ink == _INK else 15))
+        draw.text((x, y), line, ink, load_font(17 if ink == _INK else 15))
     return card
 
 
@@ -131,32 +131,14 @@ def _fit(picture: Picture, side: int) -> Image.Image:
     return framed
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, or inside one that is too long."""
-    lines = [""]
-    for word in " ".join(text.split()).split(" "):
-        for piece in textwrap.wrap(word, 30) or [""]:
-            longer = f"{lines[-1]} {piece}".strip()
-            if font.getlength(longer) <= width or not lines[-1]:
-                lines[-1] = longer
-            else:
-                lines.append(piece)
-    return lines
-
-
 def _save(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
     """Write a file atomically, creating its directory. UserError: it cannot be written."""
     out = Path(path)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out) as temporary:
-            write(temporary)
     except OSError as e:
         raise write_error(out, e) from e
+    save_picture(out, write)
     return out
 
 
@@ -226,7 +208,7 @@ def _curves(records: Records) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_step(points: list[tuple[float, float]]) -> np.ndarray:
-    """[N, 2] sorted; of a step logged twice (a run interrupted and resumed) the later one."""
+    """[N, 2] sorted; if a step was logged twice (an interrupted and resumed run), the later value counts."""
     return np.array(sorted(dict(points).items()), float).reshape(-1, 2)
 
 
@@ -254,8 +236,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a twentieth of the curve; narrower at the start, where loss falls
-    fast, and over what there is at the end."""
+    """Running mean over about a twentieth of the curve; narrower at the start, where the loss falls
+    fast, and at the end, where fewer values follow."""
     reach = min(len(values) // 40, 50)
     total = np.concatenate([[0.0], np.cumsum(values)])
     center = np.arange(len(values))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.visualization import boxes
+from minigpt4_jax.visualization import boxes, drawing
 from minigpt4_jax.visualization.boxes import PALETTE, colored_text, draw_boxes, phrase_colors
 
 ANSWER = "I see <p>a cat</p> {<10><20><30><60>} and <p>dogs</p> {<50><50><70><80>}<delim>{<75><50><95><80>} ."
@@ -73,7 +73,7 @@ some = st.lists(
 @settings(max_examples=30, deadline=None)
 @given(some)
 def test_labels_stay_in_the_image_and_do_not_cover_each_other(found):
-    font = boxes.ImageFont.load_default(15)
+    font = drawing.load_font(15)
     placed = []
     for phrase, x1, y1, x2, y2 in found:
         box = (6 * min(x1, x2), 4 * min(y1, y2), 6 * max(x1, x2), 4 * max(y1, y2))
