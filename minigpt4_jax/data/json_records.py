@@ -155,8 +155,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
             f'{where}: has {keys(row)}; expected "caption", "question" and "answer", '
             'or "conversations"'
         )
-    first = _place_images(questions[0], len(images), where)
-    return Example(images, (first, *questions[1:]), answers)
+    return Example(images, _place_images(questions, len(images), where), answers)
 
 
 def _images(row: dict[str, Any], where: str, folder: Path) -> tuple[str, ...]:
@@ -194,20 +193,31 @@ def _conversation(turns: Any, where: str) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(texts[::2]), tuple(texts[1::2])
 
 
-def _place_images(question: str, images: int, where: str) -> str:
-    """Replace LLaVA's `<image>` by `<Img><ImageHere></Img>`: several keep their positions, a single
-    one is moved to the front, as in the original's LLaVA datasets."""
-    tags = question.count("<image>")
-    if IMAGE_TAG not in question and tags > 1:
-        question = re.sub(r"<image>\n?", IMAGE_SLOT, question)
-    elif tags:
-        question = re.sub(r"\n?<image>\n?", "", question).strip()
-    question = with_images(question, images)
-    if question.count(IMAGE_TAG) != images:
+def _place_images(questions: Sequence[str], images: int, where: str) -> tuple[str, ...]:
+    """Replace LLaVA's `<image>` by `<Img><ImageHere></Img>` in every question.
+
+    Several in one question keep their positions; a single one is moved to the question's front, as in the
+    original's LLaVA datasets. Images without any mark go before the first question.
+    UserError: another number of marks than of images.
+    """
+    placed = [_replace_marks(question) for question in questions]
+    if not any(IMAGE_TAG in question for question in placed):
+        placed[0] = with_images(placed[0], images)
+    marks = [question.count(IMAGE_TAG) for question in placed]
+    if sum(marks) != images:
+        turns = ", ".join(f"{count} in question {n + 1}" for n, count in enumerate(marks) if count)
         raise UserError(
-            f"{where}: the question has {question.count(IMAGE_TAG)} image tags; the row has {images} images"
+            f"{where}: {sum(marks)} image marks ({turns or 'none'}) and {images} images; "
+            "write <image> once for each image"
         )
-    return question
+    return tuple(placed)
+
+
+def _replace_marks(question: str) -> str:
+    if IMAGE_TAG not in question and question.count("<image>") > 1:
+        return re.sub(r"<image>\n?", IMAGE_SLOT, question)
+    text = re.sub(r"\n?<image>\n?", "", question).strip()
+    return with_images(text, 1) if text != question and "<image>" in question else question
 
 
 def _check_images_exist(path: Path, examples: list[Example]) -> None:

@@ -113,8 +113,8 @@ GOOD = {"image": "a.png", "caption": "x"}
         ({"caption": "x"}, 'line 2: a caption needs an "image"'),
         ({"image": "a.png", "question": "x"}, 'line 2: .*"answer" is missing'),
         ({"question": "", "answer": "x"}, 'line 2: "question" is empty'),
-        ({"question": f"{IMAGE_SLOT} x", "answer": "x"}, "has 1 image tags; the row has 0 images"),
-        ({"image": "a.png", "question": IMAGE_SLOT * 2, "answer": "x"}, "has 2 image tags"),
+        ({"question": f"{IMAGE_SLOT} x", "answer": "x"}, "1 image marks .* and 0 images"),
+        ({"image": "a.png", "question": IMAGE_SLOT * 2, "answer": "x"}, "2 image marks .* and 1 im"),
         ({"image": "a.png", "conversations": []}, 'line 2: "conversations" needs'),
         ({"conversations": [{"from": "human", "value": "x"}]}, "a list of 1"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]},
@@ -226,3 +226,56 @@ def test_random_files_raise_user_errors_only(tmp_path_factory, data, ending):
     path.write_bytes(data)
     with pytest.raises(UserError, match="random"):
         read_sources(path)
+
+
+def talk(*texts):
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "questions"),
+    [
+        (["1", "2"], ["<image>\nWhat?", "Red.", "<image>\nAnd this?", "Blue."],
+         ["{} What?", "{} And this?"]),
+        (["1"], ["Hello!", "Hi.", "What is it?\n<image>", "Red."], ["Hello!", "{} What is it?"]),
+        (["1", "2", "3"], ["<image><image> Same?", "No.", "<image>And?", "Yes."],
+         ["{}{} Same?", "{} And?"]),
+        (["1"], ["What?", "Red.", "Sure?", "Yes."], ["{} What?", "Sure?"]),
+        ([], ["What?", "Red."], ["What?"]),
+    ],
+)  # fmt: skip
+def test_images_stand_where_their_marks_are(tmp_path, images, texts, questions):
+    row = {"image": images, "conversations": talk(*texts)}
+    path = write_rows_and_images(tmp_path, [row])
+    (example,) = read_sources(path)
+    assert list(example.questions) == [q.replace("{}", IMAGE_SLOT) for q in questions]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        (
+            ["1"],
+            ["<image>What?", "Red.", "<image>Sure?", "Yes."],
+            "1 in question 1, 1 in question 2",
+        ),
+        (
+            ["1", "2"],
+            ["Hi", "Hi.", "<image>What?", "Red."],
+            r"1 image marks .1 in question 2. and 2",
+        ),
+        ([], ["<image>What?", "Red."], "and 0 images"),
+    ],
+)
+def test_marks_and_images_that_do_not_agree_name_the_row(tmp_path, images, texts, message):
+    path = write_rows_and_images(tmp_path, [{"image": images, "conversations": talk(*texts)}])
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        read_sources(path)
+
+
+def write_rows_and_images(folder, rows):
+    """rows.jsonl, and every image that the rows name."""
+    for name in {name for row in rows for name in row["image"]}:
+        Image.new("RGB", (4, 4)).save(folder / name, "PNG")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
