@@ -1,6 +1,6 @@
-"""The whole model once more, in plain float64 NumPy: written from the papers, not from the package.
+"""An independent float64 NumPy implementation of the model, written from the papers.
 
-Tensors are a mapping from the names of a model directory; no batch axis, no cache, no padding.
+Tensors map the names of a model directory to arrays; no batch axis, no cache, no padding.
 """
 
 import math
@@ -37,16 +37,16 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def attention(q, k, v, heads, seen=None):
-    """q [T, N H], k and v [S, K H] -> [T, N H]; seen [T, S]."""
+def attention(q, k, v, heads, mask=None):
+    """q [T, N H], k and v [S, K H] -> [T, N H]; mask [T, S]."""
     t, s, h = q.shape[0], k.shape[0], q.shape[1] // heads
     group = heads // (k.shape[1] // h)
     q = q.reshape(t, heads, h).transpose(1, 0, 2)
     k = k.reshape(s, -1, h).transpose(1, 2, 0).repeat(group, 0)
     v = v.reshape(s, -1, h).transpose(1, 0, 2).repeat(group, 0)
     scores = q @ k / math.sqrt(h)
-    if seen is not None:
-        scores = np.where(seen, scores, -np.inf)
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return (p / p.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(t, -1)
 
@@ -117,8 +117,8 @@ def rotate(x, heads, theta, frequencies=None):
     angle = np.arange(t)[:, None, None] * frequencies
     x = x.reshape(t, heads, h)
     a, b = x[..., : h // 2], x[..., h // 2 :]
-    turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
-    return np.concatenate(turned, -1).reshape(t, -1)
+    rotated = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+    return np.concatenate(rotated, -1).reshape(t, -1)
 
 
 def llm_linear(t, name, x, lora):
@@ -133,15 +133,15 @@ def llm_block(t, b, x, c, lora=None):
     y = rms_norm(t, b + "norm1", x, c.eps)
     q, k, v = (llm_linear(t, b + "attn." + n, y, lora) for n in "qkv")
     q, k = rotate(q, c.heads, c.rope_theta), rotate(k, c.kv_heads, c.rope_theta)
-    seen = np.tri(len(x), dtype=bool)
-    x = x + linear(t, b + "attn.o", attention(q, k, v, c.heads, seen))
+    mask = np.tri(len(x), dtype=bool)
+    x = x + linear(t, b + "attn.o", attention(q, k, v, c.heads, mask))
     y = rms_norm(t, b + "norm2", x, c.eps)
     gate, up = linear(t, b + "mlp.gate", y), linear(t, b + "mlp.up", y)
     return x + linear(t, b + "mlp.down", silu(gate) * up)
 
 
 def logits(t, config, tokens, visual=None):
-    """tokens [T] with IMAGE in visual slots, visual [I P, D] -> scores [T, V]."""
+    """tokens [T] with IMAGE at visual tokens, visual [I P, D] -> scores [T, V]."""
     c = config.llm
     tokens = np.asarray(tokens)
     x = f64(t["llm.embed"])[np.maximum(tokens, 0)]
@@ -162,7 +162,7 @@ def nll(t, config, tokens, answers, visual=None):
 
 
 def greedy(t, config, tokens, count, visual=None):
-    """The `count` likeliest next ids, each from a whole forward pass."""
+    """`count` greedily decoded ids, each from a full forward pass."""
     tokens = list(tokens)
     for _ in range(count):
         tokens.append(int(logits(t, config, tokens, visual)[-1].argmax()))

@@ -1,4 +1,4 @@
-"""A model of a few thousand parameters and a few coloured images, on disk as users have them."""
+"""A model directory with a few thousand parameters, and a dataset of a few coloured images."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def config(*, qformer: bool = True, **changes) -> ModelConfig:
 
 
 def write_model(out: Path, seed: int = 0, **changes) -> Path:
-    """A model directory with random weights, as small as layers begin with, and the small tokenizer."""
+    """A model directory with random weights on the scale of an initialization, and the small tokenizer."""
     rng = np.random.default_rng(seed)
     return _write(
         out, config(**changes), lambda shape: rng.uniform(-1, 1, shape) * shape[-1] ** -0.5
@@ -32,13 +32,13 @@ def write_model(out: Path, seed: int = 0, **changes) -> Path:
 
 
 def write_random_model(out: Path, scale: float = 0.3, **changes) -> Path:
-    """As write_model, with larger weights, so that inputs matter."""
+    """As write_model, with larger weights, so that outputs depend on the inputs."""
     rng = np.random.default_rng(0)
     return _write(out, config(**changes), lambda shape: rng.normal(0, scale, shape))
 
 
 def _write(out: Path, c: ModelConfig, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Path:
-    """Nothing is compiled to make it, which would take seconds."""
+    """Write the tensors from NumPy: compiling an initialization would take seconds."""
     tensors = {
         name: (draw(shape) + name.endswith("scale")).astype(np.float32)
         for name, shape in parameter_shapes(c).items()

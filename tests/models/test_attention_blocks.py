@@ -1,4 +1,4 @@
-"""Long prompts: attention by blocks of queries and MLPs by blocks of tokens are the whole at once."""
+"""Long prompts: attention in query chunks and MLPs in token chunks equal the unchunked results."""
 
 import jax
 import numpy as np
@@ -9,8 +9,8 @@ from minigpt4_jax.models import attention, layers
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("queries", [16, 19])  # whole blocks, and a rest
-def test_blocks_of_queries(monkeypatch, window, queries):
+@pytest.mark.parametrize("queries", [16, 19])  # full chunks, and a remainder
+def test_query_chunks(monkeypatch, window, queries):
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, queries, 4, 8)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, queries, 2, 8)).astype(np.float32)
@@ -32,7 +32,7 @@ def test_blocks_of_queries(monkeypatch, window, queries):
 
 
 @pytest.mark.parametrize("tokens", [16, 19])
-def test_blocks_of_tokens(monkeypatch, tokens):
+def test_token_chunks(monkeypatch, tokens):
     x = np.random.default_rng(0).normal(size=(2, tokens, 6)).astype(np.float32)
     w = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
 

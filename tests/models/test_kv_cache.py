@@ -1,4 +1,4 @@
-"""The key-value cache in floats and in int8: rounding, writing, growing, attention, bytes."""
+"""The key-value cache in floats and in int8: quantization, writing, growing, attention, size."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def assert_equal(a, b):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.floats(1e-30, 1e30), st.integers(0, 1 << 30))
-def test_rounding_errs_by_half_a_step_at_most(h, size, seed):
+def test_quantization_error_is_at_most_half_a_step(h, size, seed):
     x = np.random.default_rng(seed).standard_t(3, (5, h)).astype(np.float32) * np.float32(size)
     x[0] = 0
     rounded = quantize_vectors(jnp.asarray(x))
@@ -46,8 +46,8 @@ def test_rounding_errs_by_half_a_step_at_most(h, size, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_in_parts_and_grown_is_the_same_as_at_once(kind):
-    """Also where rows are of different lengths, and padding is overwritten."""
+def test_incremental_writes_and_growth_equal_one_write(kind):
+    """Also with rows of different lengths, where padding is overwritten."""
     rng, to = np.random.default_rng(0), KINDS[kind]
     x = vectors(rng, 2, 9, 3, 4)  # [B, T, K, H]
     whole = new_cache(to(x), 16)
@@ -64,7 +64,7 @@ def test_written_in_parts_and_grown_is_the_same_as_at_once(kind):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_to_int8_is_that_to_its_floats(window):
+def test_int8_attention_equals_attention_to_dequantized_vectors(window):
     rng = np.random.default_rng(1)
     q = vectors(rng, 2, 3, 6, 8)
     k, v = (quantize_vectors(vectors(rng, 2, 12, 2, 8)) for _ in range(2))

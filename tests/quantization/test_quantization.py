@@ -1,4 +1,4 @@
-"""Quantized weights: rounding errors, the same model from every way to it, memory at full size."""
+"""Quantized weights: rounding errors, equal models from every source, memory at full size."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
 
 
 def config():
-    """Tiny, of widths that divide into groups: 64 inputs, and 32 for the second matrix of an MLP."""
+    """Tiny, with widths that divide into groups: of 64 inputs, and of 32 for the MLP's second matrix."""
     llm = LlmConfig(vocab=785, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, ffn=96)
     c = tiny.config()
     vision = dataclasses.replace(c.vision, width=64, mlp=96)
@@ -70,7 +70,7 @@ def stored(request, folder, tmp_path_factory):
 
 @pytest.mark.smoke
 def test_errors_stay_within_half_a_step():
-    """int4's level 8, that there is not, may be off by one more half."""
+    """Values that would need int4's missing level 8 may be off by another half step."""
 
     @settings(max_examples=40, deadline=None)
     @given(
@@ -92,7 +92,7 @@ def test_errors_stay_within_half_a_step():
     check()
 
 
-def test_int4_uses_all_levels_and_groups_of_their_own():
+def test_int4_uses_all_levels_and_a_scale_per_group():
     w = np.concatenate([np.arange(-8, 8), np.zeros(48), 1000 * np.arange(-8, 8), np.zeros(48)])
     levels, scale = schemes.quantize(w[None].astype(np.float32), "int4")
     assert levels.dtype == np.uint8 and levels.shape == (1, 64)
@@ -103,7 +103,7 @@ def test_int4_uses_all_levels_and_groups_of_their_own():
 @pytest.mark.parametrize("kind", SCHEMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("block", [matmul.BLOCK, 16 * 128], ids=["whole", "three blocks"])
-def test_the_product_is_that_of_the_rounded_weights(kind, dtype, block, monkeypatch):
+def test_product_equals_that_of_dequantized_weights(kind, dtype, block, monkeypatch):
     monkeypatch.setattr(matmul, "BLOCK", block)
     rng = np.random.default_rng(0)
     w, x = rng.normal(size=(48, 128)), rng.normal(size=(2, 3, 128)).astype(np.float32)
@@ -125,7 +125,7 @@ def test_the_product_is_that_of_the_rounded_weights(kind, dtype, block, monkeypa
     np.testing.assert_allclose(dx[0, 0], exact[0], rtol=tolerance, atol=tolerance / 10)
 
 
-def test_large_arrays_are_rounded_in_pieces(monkeypatch):
+def test_large_arrays_are_quantized_in_chunks(monkeypatch):
     w = np.random.default_rng(0).normal(size=(37, 64)).astype(np.float32)
     monkeypatch.setattr(quantized_tensors, "CHUNK", 64 * 10)
     for kind in SCHEMES:
@@ -148,8 +148,8 @@ def test_which_matrices():
 
 
 @pytest.mark.parametrize(("groups", "half", "n_out"), [(2, 32, 5), (2, 16, 2), (1, 32, 1)])
-def test_a_grouped_matrix_is_turned_in_memory_and_stored_by_channels(groups, half, n_out):
-    """Also where its shape does not tell which way it lies."""
+def test_grouped_layout_round_trip(groups, half, n_out):
+    """Also where the shape alone does not tell the layout."""
     rng = np.random.default_rng(0)
     w = rng.normal(size=(n_out, 2 * half * groups)).astype(np.float32)
     levels, scale = rng.integers(0, 256, (n_out, groups * half), np.uint8), w[:, :groups]
@@ -275,8 +275,8 @@ def test_a_tied_embedding_is_its_own_output_matrix(tmp_path):
     np.testing.assert_allclose(model.llm.logits(hidden), hidden @ exact.T, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_come_through_a_quantized_model(stored):
-    """Of the projection, by a small difference; the vision encoder itself cannot be trained."""
+def test_gradients_through_a_quantized_model(stored):
+    """Compares the projection's gradient with a finite difference; a quantized part cannot be trained."""
     scheme, out = stored
     with pytest.raises(UserError, match=f"{scheme}.*vit cannot be trained"):
         load_model(out, trainable_parts={"projection", "vit"})
@@ -315,7 +315,7 @@ def test_refusals(folder, stored):
     ("scheme", "gigabytes"), [(None, 15.672), ("int8", 7.952), ("int4", 4.391)]
 )
 def test_parameters_of_vicuna_7b(scheme, gigabytes):
-    """Bytes in bfloat16, the visual encoder included; counted by hand from the paper's sizes."""
+    """Bytes in bfloat16, the visual encoder included; counted by hand from the papers."""
     c = ModelConfig(quantize=scheme)
     total = 0
     for path, leaf in nnx.to_flat_state(nnx.state(abstract_model(c))):
