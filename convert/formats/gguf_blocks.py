@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minigpt4_jax.quantization.schemes import BlockFormat, name_without_layer
+from minigpt4_jax.quantization.schemes import BlockFormat, name_without_layer, pack_nibbles
 
 BLOCK_FORMATS = {  # GGUF type -> the format that stores it
     "Q4_0": BlockFormat(4, 32, False), "Q4_1": BlockFormat(4, 32, True), "Q4_K": BlockFormat(4, 32, True),
@@ -117,8 +117,8 @@ def _pack_levels(levels: np.ndarray, target: BlockFormat, *, signed: bool) -> np
     if target.bits == 8:
         return levels.astype(np.int8)
     groups = (levels + 8 if signed else levels).astype(np.uint8)
-    first, second = np.split(groups.reshape(len(levels), -1, target.group), 2, -1)
-    return (first | (second << 4)).reshape(len(levels), -1)
+    groups = groups.reshape(len(levels), -1, target.group)
+    return np.asarray(pack_nibbles(groups)).reshape(len(levels), -1)
 
 
 def _smallest_float(values: np.ndarray) -> np.ndarray:
