@@ -1,9 +1,9 @@
-"""Build the datasets of data.tfds_builders.
+"""Build the TFDS datasets of data.tfds_builders.
 
     python -m minigpt4_jax.data.tfds_build shapes [--data_dir=DIR]
     python -m minigpt4_jax.data.tfds_build cc_sbu_align --manual_dir=SET     # SET/filter_cap.json, SET/image/
 
-The command `tfds build` does the same, but asks for TensorFlow, Apache Beam and mlcroissant (4.9.10).
+The command `tfds build` does the same, but needs TensorFlow, Apache Beam and mlcroissant (4.9.10).
 """
 
 import os
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--data_dir", help="where TFDS keeps datasets (its default)")
     p.add_argument("--manual_dir", type=Path, metavar="SET",
                    help="the files of cc_sbu_align: filter_cap.json and image/")  # fmt: skip
-    p.add_argument("--max_examples_per_split", type=int, metavar="N", help="so many alone, to try")
+    p.add_argument(
+        "--max_examples_per_split", type=int, metavar="N", help="only this many, for a trial"
+    )
     args = p.parse_args(argv)
     if "cc_sbu_align" in args.datasets and not args.manual_dir:
         raise UserError("cc_sbu_align: name the folder with filter_cap.json as --manual_dir=SET")

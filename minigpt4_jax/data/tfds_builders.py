@@ -1,9 +1,9 @@
 """TFDS builders of `shapes` and of MiniGPT-4's stage-2 set; writing them needs no TensorFlow.
 
     python -m minigpt4_jax.data.tfds_build shapes
-    tfds build shapes --imports=minigpt4_jax.data.tfds_builders --file_format=array_record   # or so
+    tfds build shapes --imports=minigpt4_jax.data.tfds_builders --file_format=array_record
 
-Features are text and bytes (an image is its file's bytes), which is what keeps TensorFlow out.
+Features are only text and bytes (an image is its file's bytes), so that TensorFlow is not needed.
 """
 
 import io
@@ -30,8 +30,8 @@ def _features(*texts: str) -> tfds.features.FeaturesDict:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Generated scenes of coloured shapes, with short and detailed captions and a question: those of
-    `python -m minigpt4_jax.shapes.dataset` with its default sizes and seed."""
+    """Generated scenes of coloured shapes, with short and detailed captions and a question: the same as
+    `python -m minigpt4_jax.shapes` with its default sizes and seed."""
 
     VERSION = tfds.core.Version("1.0.0")
 

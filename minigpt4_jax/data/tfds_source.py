@@ -13,7 +13,7 @@ from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.processing.chat_templates import with_images
 from minigpt4_jax.processing.images import ImageSource
 
-# Features that are looked for, the first that a dataset has.
+# Feature names; the first that a dataset has is used.
 IMAGES = ("image", "images", "jpg", "png")
 CAPTIONS = ("caption", "captions", "text", "description")
 QUESTIONS = ("question", "questions")
@@ -21,15 +21,15 @@ ANSWERS = ("answer", "answers", "label_text")
 
 
 class TfdsSource:
-    """A split of a TFDS dataset. Of several captions or answers of a row one is drawn."""
+    """A Source over a split of a TFDS dataset. One of several captions or answers of a row is drawn."""
 
     def __init__(self, name: str, dataset: str, split: str, data_dir: str | None, clean: bool):
         """UserError: TFDS is not installed, there is no such dataset or split in array_record, or
-        its features are not those of pictures with texts."""
+        its features are not images with texts."""
         self.name, self._clean = name, clean
         self.dropped: dict[str, int] = {}
         self.left_out: dict[str, int] = {}
-        self._asked = (dataset, split, data_dir)
+        self._dataset = (dataset, split, data_dir)
         self._rows: Any = None  # opened in each process
         features = self._open()
         self._image = _first(IMAGES, features)
@@ -63,7 +63,7 @@ class TfdsSource:
 
     def _open(self) -> list[str]:
         """Open the files; returns the names of the features."""
-        dataset, split, data_dir = self._asked
+        dataset, split, data_dir = self._dataset
         try:
             import tensorflow_datasets as tfds
         except ImportError:
@@ -98,19 +98,19 @@ def _images(value: Any, where: str) -> tuple[ImageSource, ...]:
         return (value,)
     array = np.asarray(value)
     if array.dtype == object:
-        return tuple(bytes(one) for one in array.reshape(-1))
+        return tuple(bytes(encoded) for encoded in array.reshape(-1))
     if array.ndim == 4:
-        return tuple(image for one in array for image in _images(one, where))
+        return tuple(image for item in array for image in _images(item, where))
     if array.ndim == 3 and array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
     return (array,)
 
 
 def _text(value: Any, rng: np.random.Generator, where: str) -> str:
-    """A text, or one of several."""
+    """A text, or a random one of several."""
     if not isinstance(value, (bytes, str)):
-        several = list(np.asarray(value, object).reshape(-1))
-        value = several[int(rng.integers(len(several)))] if several else ""
+        texts = list(np.asarray(value, object).reshape(-1))
+        value = texts[int(rng.integers(len(texts)))] if texts else ""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: a text is empty", "row with an empty text")

@@ -2,10 +2,10 @@
 
 A scene is one to three coloured shapes, each in a different cell of a 3x3 grid, on one of four
 backgrounds. Objects never overlap. Everything follows from a seed: `scene_at(seed, index, split)`
-is the same scene on every machine and in every order of asking, so training may stream scenes
-without end.
+is the same scene on every machine and in every order of calls, so training may stream scenes
+endlessly.
 
-Splits are a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash of the
+Splits are defined by a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash of the
 scene's content; `train` is the rest; `heldout_pairs` are the scenes with a colour-shape pair of
 `HELDOUT_PAIRS`, which the other two never show.
 """
@@ -131,8 +131,8 @@ def scene_from_dict(plain: dict[str, Any]) -> Scene:
 
 
 def signature(scene: Scene) -> str:
-    """What identifies a scene's content, whatever the jitter: its background and the attributes of
-    its objects."""
+    """Identifies a scene's content, independent of jitter: its background and the attributes of its
+    objects."""
     return f"{scene.background}|" + ";".join(sorted(",".join(o.attributes) for o in scene.objects))
 
 
@@ -174,8 +174,8 @@ def scene_at(
     image_size: int = IMAGE_SIZE,
     counts: tuple[int, ...] = (1, 2, 3),
 ) -> Scene:
-    """Scene number `index` of the endless stream that `seed` names: the same in whatever order
-    scenes are asked for."""
+    """Scene number `index` of the endless stream that `seed` names: independent of the order of
+    calls."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -193,11 +193,13 @@ def _propose(
         color, shape = COLOR_NAMES[rng.integers(8)], SHAPES[rng.integers(6)]
         if i == forced:
             color, shape = HELDOUT_PAIRS[rng.integers(len(HELDOUT_PAIRS))]
-        objects.append(_place(rng, shape, color, SIZES[rng.integers(2)], int(cell), image_size))
+        objects.append(
+            _place_object(rng, shape, color, SIZES[rng.integers(2)], int(cell), image_size)
+        )
     return Scene(tuple(objects), BACKGROUNDS[rng.integers(4)], image_size, int(rng.integers(2**31)))
 
 
-def _place(
+def _place_object(
     rng: np.random.Generator, shape: str, color: str, size: str, cell: int, image_size: int
 ) -> Object:
     """An object somewhere in its cell, at least a pixel (of 112) away from the cell's border."""
@@ -344,8 +346,7 @@ def scene_labels(
                 each patch (0 where none covers at least `min_share` of it)
     count       [] number of objects;  background [] index into BACKGROUNDS (from 0)
 
-    `owners` is what `render_with_owners` returned for this scene, if at hand; it saves drawing
-    again.
+    owners: the result of `render_with_owners` for this scene, if available; avoids drawing it again.
     """
     if owners is None:
         owners = render_with_owners(scene)[1]
@@ -381,4 +382,5 @@ def _patch_owners(owners: np.ndarray, grid: int, min_share: float) -> np.ndarray
     )
     counts = counts.reshape(grid, grid, MAX_OBJECTS + 1)
     best = counts[..., 1:].argmax(-1) + 1
-    return np.where(counts[..., 1:].max(-1) >= min_share * counts.sum(-1), best, 0)
+    owner: np.ndarray = np.where(counts[..., 1:].max(-1) >= min_share * counts.sum(-1), best, 0)
+    return owner

@@ -39,7 +39,7 @@ class Phase(NamedTuple):
 
 
 def asked(scene: Scene, rng: np.random.Generator) -> Iterator[Asked]:
-    """Everything that is asked about a scene, each task at least once."""
+    """All questions about a scene, at least one for each task."""
     side = scene.image_size
     yield Asked("caption", tasks.caption(), short(scene))
     for question, answer in questions(scene, rng):
@@ -61,7 +61,7 @@ def _name(thing: Object) -> str:
 
 
 def _grounded(scene: Scene) -> str:
-    """The short caption with boxes in the place of the places."""
+    """The short caption with boxes instead of places."""
     side = scene.image_size
     parts = [f"<p>{_name(o)}</p> {format_box(o.box, side, side)}" for o in scene.objects]
     ground = "stripes" if scene.background == "striped" else scene.background
@@ -95,14 +95,14 @@ def training_rows(
                 at[count] += 1
                 everything = list(asked(scenes[i], rng))
                 if task is None:
-                    row = _short_ones(everything, short, turns, rng)
+                    row = _short_questions(everything, short, turns, rng)
                 else:
-                    row = [_one_of([a for a in everything if a.task == task], rng)]
+                    row = [_choose([a for a in everything if a.task == task], rng)]
                 found.append((i, row))
     return found
 
 
-def _short_ones(
+def _short_questions(
     everything: list[Asked], weights: Mapping[str, int], turns: int, rng: np.random.Generator
 ) -> list[Asked]:
     """Up to `turns` questions, tasks drawn by weight, no object looked for or named twice: what was
@@ -112,13 +112,13 @@ def _short_ones(
     for _ in range(turns):
         task = rng.choice(names, p=shares)
         boxes = [a.box for a in row if a.box is not None]
-        open_ones = [
+        candidates = [
             a for a in everything if a.task == task and a not in row and a.box not in boxes
         ]
-        if open_ones:
-            row.append(_one_of(open_ones, rng))
-    return row or [_one_of([a for a in everything if a.task in weights], rng)]
+        if candidates:
+            row.append(_choose(candidates, rng))
+    return row or [_choose([a for a in everything if a.task in weights], rng)]
 
 
-def _one_of(choices: list[Asked], rng: np.random.Generator) -> Asked:
+def _choose(choices: list[Asked], rng: np.random.Generator) -> Asked:
     return choices[rng.integers(len(choices))]
