@@ -5,8 +5,8 @@ backgrounds. Objects never overlap. Everything follows from a seed: `scene_at(se
 is the same scene on every machine and in every order of calls, so training may stream scenes
 endlessly.
 
-Splits are defined by a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash of the
-scene's content; `train` is the rest; `heldout_pairs` are the scenes with a colour-shape pair of
+Splits are defined by a rule, not a list. `heldout` is a fixed share of all signatures, chosen by a hash
+of the scene's content; `train` is the rest; `heldout_pairs` are the scenes with a colour-shape pair of
 `HELDOUT_PAIRS`, which the other two never show.
 """
 

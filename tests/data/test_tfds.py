@@ -87,7 +87,7 @@ def test_the_stage_2_set_and_that_a_run_over_it_resumes(tfds, tmp_path, photos):
     made, states = uninterrupted(opened(), 6)
     for stop, state in enumerate(states):
         check_resumed(state, made[stop:], opened())
-    check_resumed(states[1], made[1:], *[opened(share=partial(half, n)) for n in (0, 1)])
+    check_resumed(states[1], made[1:], *[opened(shard=partial(half, n)) for n in (0, 1)])
     check_resumed(states[4], made[4:], opened(workers=2, threads=1))
 
 
