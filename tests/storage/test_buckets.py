@@ -243,7 +243,9 @@ def test_a_bucket_that_is_gone_while_a_checkpoint_is_written(home, bucket, monke
     assert time.monotonic() - begun < 30
     made.close()
     assert "cannot write checkpoints in gs://bucket/runs/c/checkpoints: " in str(e.value)
-    assert "the last good checkpoint is step 1. See that the folder can be reached" in str(e.value)
+    assert "the last good checkpoint is step 1. Check that the directory can be reached" in str(
+        e.value
+    )
 
 
 def test_a_model_in_a_bucket_is_read_by_ranges(home, bucket):

@@ -121,7 +121,7 @@ def test_no_whole_checkpoint_is_left(home, tmp_path):
     harm(tmp_path / "w" / "checkpoints" / "00000002")
     message = refused(config(home), tmp_path / "w")
     assert f"every checkpoint in {tmp_path / 'w' / 'checkpoints'} is damaged (00000002: " in message
-    assert "remove that folder to begin the run anew" in message
+    assert "remove that directory to start the run again" in message
     assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == log
 
 
@@ -237,7 +237,7 @@ def test_a_store_that_goes_away(home, uninterrupted, tmp_path):
     with pytest.raises(errors.UserError) as e:
         train(config(home), tmp_path / "w", on_metrics=take)
     assert f"cannot write checkpoints in {store}: " in str(e.value) and "\n" not in str(e.value)
-    assert "See that the folder can be reached and written and start the same" in str(e.value)
+    assert "Check that the directory can be reached and written and start the same" in str(e.value)
     store.unlink()
     elsewhere.rename(store)
     seen = []
