@@ -24,6 +24,7 @@ from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.models.lora import merge_lora
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
@@ -84,14 +85,14 @@ def _with_deltas(
     dtype: np.dtype,
 ) -> Arrays:
     """The named tensors, one at a time; W [out, in] + sign * alpha / rank * B A for adapted ones."""
-    factor = np.float32(sign * lora.alpha / lora.rank)
+    factor = sign * lora.alpha / lora.rank
     for name in names:
         stem = name.removesuffix(".weight")
         if f"{stem}.lora_a" not in adapters:
             yield name, tensors[name]
             continue
-        a, b = (adapters[f"{stem}.lora_{ab}"].astype(np.float32) for ab in "ab")
-        yield name, (tensors[name].astype(np.float32) + factor * (b @ a)).astype(dtype)
+        a, b = (adapters[f"{stem}.lora_{ab}"] for ab in "ab")
+        yield name, np.asarray(merge_lora(tensors[name], a, b, factor), dtype)
 
 
 def _write(out: Path, config: ModelConfig, arrays: Arrays, origin: Path, operation: str) -> None:
