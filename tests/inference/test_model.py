@@ -299,8 +299,8 @@ def test_documents_that_do_not_fit_the_files(copy):
     assert "format 9" in line(format=9)
     assert "'new'" in line(config=document["config"] | {"new": 1})
     assert "minigpt5" in line(config=document["config"] | {"variant": "minigpt5"})
-    assert "not there" in line(base="../gone")
-    assert "in a circle" in line(base=".")
+    assert "does not exist" in line(base="../gone")
+    assert "is a cycle" in line(base=".")
     wider = document["config"]["llm"] | {"ffn": 48}
     message = line(config=document["config"] | {"llm": wider})
     assert str(copy) in message and "llm.blocks.0.mlp.up.weight" in message
