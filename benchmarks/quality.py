@@ -62,13 +62,15 @@ def perplexity(model: minigpt4_jax.Model) -> float:
     lengths = np.array([len(ids) for ids in rows], np.int32)
 
     @jax.jit
-    def negative_log_likelihood(state: object, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        llm = model._merge(state).llm
+    def negative_log_likelihood(
+        leaves: list[jax.Array], tokens: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        llm = model.engine._model(leaves).llm
         log_probs = jax.nn.log_softmax(llm.logits(llm(llm.embed_tokens(tokens), lengths)))
         targets = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=2)[:, :, 0]
         return -jnp.where(jnp.arange(1, tokens.shape[1]) < lengths[:, None], targets, 0).sum()
 
-    total = float(negative_log_likelihood(model._state, tokens, lengths))
+    total = float(negative_log_likelihood(model.engine._leaves, tokens, lengths))
     return math.exp(total / float((lengths - 1).sum()))
 
 
