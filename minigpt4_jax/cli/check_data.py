@@ -1,13 +1,16 @@
 """Check the datasets of a configuration and show samples of them.
 
 `python -m minigpt4_jax.data check CONFIG` or `minigpt4 check-data CONFIG` counts the rows of each dataset
-and the invalid ones, opens some of the images, and saves samples with question, answer and boxes as
-one image. Exit code 1 if a dataset cannot be opened or an example cannot be read.
+and the invalid ones, opens every example with its images, and saves samples with question, answer and
+boxes as one image. Exit code 1 if a dataset cannot be opened or an example cannot be read.
 """
 
+import itertools
+import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from minigpt4_jax import errors
 from minigpt4_jax.data import readers
@@ -29,6 +33,7 @@ from minigpt4_jax.training.config_cli import parse as parse_config
 if TYPE_CHECKING:
     import argparse
 
+_CHUNK = 1024  # examples that the threads get at once
 _MAX_TEXT = 300  # characters of a question or answer on the contact sheet
 
 
@@ -69,9 +74,11 @@ def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[
     p.add_argument("--sheet", type=Path, default=Path("data_check.png"), metavar="FILE.png",
                    help="file for the samples (data_check.png)")  # fmt: skip
     p.add_argument("--samples", type=int, default=4, help="samples of each dataset (4)")
-    p.add_argument("--look", type=int, default=64, help="examples of each dataset to open (64)")
+    p.add_argument(
+        "--look", type=int, metavar="N", help="random examples of each dataset to open (all)"
+    )
     args, overrides = p.parse_known_args(argv)
-    if args.samples < 0 or args.look < 0:
+    if args.samples < 0 or (args.look or 0) < 0:
         raise UserError("--samples and --look must be 0 or more")
     return args, overrides
 
@@ -108,13 +115,13 @@ def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source]]]:
 
 
 def _open_files(path: str, clean_captions: bool) -> Source:
-    return ExampleList(path, read_sources(path, clean_captions=clean_captions))
+    return ExampleList(path, read_sources(path, clean_captions=clean_captions, max_broken=1.0))
 
 
 def check(
-    name: str, open_source: Callable[[], Source], look: int, samples: int, seed: int
+    name: str, open_source: Callable[[], Source], look: int | None, samples: int, seed: int
 ) -> Report:
-    """Open a dataset and `look` random examples of it; keep some as samples."""
+    """Open a dataset and `look` random examples of it (None: all); keep some as samples."""
     report = Report(name)
     try:
         source = open_source()
@@ -123,19 +130,40 @@ def check(
         return report
     report.rows = len(source)
     report.dropped, report.left_out = dict(source.dropped), dict(source.left_out)
-    rng = np.random.default_rng(seed)
-    for index in rng.permutation(len(source))[: max(look, samples)]:
-        try:
-            example = source.example(int(index), rng)
-            images = [open_image(image) for image in example.images]
-        except UserError as e:
-            report.broken[skipped_row(name, e).cause] += 1
-            report.error = str(e)
-        else:
-            if len(report.samples) < samples:
-                report.samples.append(_sample(name, example, images))
-        report.opened += 1
+    order = np.random.default_rng(seed).permutation(len(source))
+    order = order[: len(source) if look is None else max(look, samples)]
+    progress = tqdm(
+        total=len(order), desc=f"{name}: opening", unit="row", leave=False, disable=None
+    )
+    with progress:
+        for opened in _open_examples(source, order, seed):
+            if isinstance(opened, UserError):
+                report.broken[skipped_row(name, opened).cause] += 1
+                report.error = str(opened)
+            elif len(report.samples) < samples:
+                images = [open_image(image) for image in opened.images]
+                report.samples.append(_sample(name, opened, images))
+            report.opened += 1
+            progress.update()
     return report
+
+
+def _open_examples(source: Source, order: np.ndarray, seed: int) -> Iterator[Example | UserError]:
+    """The examples in this order, or why they cannot be read. Their images are decoded in threads."""
+
+    def open_one(index: int) -> Example | UserError:
+        try:
+            example = source.example(index, np.random.default_rng([seed, index]))
+            for image in example.images:
+                open_image(image)
+        except UserError as e:
+            return e
+        return example
+
+    indices = iter(order)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        while chunk := [int(index) for index in itertools.islice(indices, _CHUNK)]:
+            yield from threads.map(open_one, chunk)
 
 
 def _sample(name: str, example: Example, images: Sequence[Image.Image]) -> _Sample:
@@ -162,14 +190,19 @@ def _shorten(text: str) -> str:
 def _table(reports: Sequence[Report]) -> str:
     """One line per dataset, followed by what is wrong with it."""
     width = max(len(report.name) for report in reports)
-    lines = [
-        f"{'dataset':{width}}  {'rows':>11}  {'left out':>9}  {'turns':>6}  {'opened':>6}  broken"
-    ]
+    head = (
+        f"{'dataset':{width}}  {'rows':>11}  {'left out':>9}  {'turns':>6}  {'opened':>11}  broken"
+    )
+    lines = [head]
     for r in reports:
         dropped, broken = sum(r.dropped.values()), r.broken.total()
         lines.append(
-            f"{r.name:{width}}  {r.rows:11,}  {dropped:9,}  {r.turns:>6}  {r.opened:6}  {broken:6}"
+            f"{r.name:{width}}  {r.rows:11,}  {dropped:9,}  {r.turns:>6}  {r.opened:11,}  {broken:6,}"
         )
+        if r.opened < r.rows:
+            lines.append(
+                f"  opened {r.opened:,} of {r.rows:,} rows; without --look, all are opened"
+            )
         lines += [f"  {n:,} {cause}" for cause, n in [*r.dropped.items(), *r.broken.items()]]
         lines += [f"  {n:,} {cause}, by definition" for cause, n in r.left_out.items()]
         lines += [f"  {r.error}"] if r.error else []

@@ -47,8 +47,8 @@ class DataConfig:
     mix: alternative to path: datasets by name, mixed by their ratios.
     mix_by: "step" draws a dataset for each batch, "example" for each row of a batch.
     root: folder that relative paths in mix refer to.
-    max_broken: share of the rows (and of a dataset's shards) that may be unreadable and skipped;
-        0: the first one is an error.
+    max_broken: share of the rows (and of a dataset's shards) that may be missing or unreadable, and are
+        then skipped; 0: the first one is an error.
     val_path: held-out data for the validation loss and the sample captions; as path.
     prompts: for rows without a question, one is drawn for each batch; (): the caption follows the image.
     clean_captions: clean captions as the original does in stage 1 (BLIP's caption processor: lower case,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read_text, text_of
+from minigpt4_jax.data.skipped import check_missing_images
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, IMAGE_TAG, with_images
 from minigpt4_jax.processing.images import ImageSource
@@ -37,22 +38,28 @@ class Example(NamedTuple):
 
 
 def read_sources(
-    paths: DataPath | Sequence[DataPath], *, clean_captions: bool = False
+    paths: DataPath | Sequence[DataPath], *, clean_captions: bool = False, max_broken: float = 0.0
 ) -> list[Example]:
     """Read and concatenate one or several datasets.
 
     clean_captions: apply `blip_caption` to captions, as stage 1 of the original does.
-    UserError: an invalid row (with file, line and key), an empty dataset, missing images.
+    max_broken: the share of rows whose images may be missing. Such rows are kept: training replaces and
+    counts them like rows with damaged images.
+    UserError: an invalid row (with file, line and key), an empty dataset, more missing images.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     if not paths:
         raise UserError("data: no dataset is named; name a directory, a .json or a .jsonl file")
-    return [
+    examples = [
         example
         for path in paths
         for example in _read(parse_local_path("data", path), clean_captions)
     ]
+    check_missing_images(
+        f"data {', '.join(map(str, paths))}", [example.images for example in examples], max_broken
+    )
+    return examples
 
 
 def blip_caption(caption: str) -> str:
@@ -76,7 +83,6 @@ def _read(path: Path, clean: bool) -> list[Example]:
     examples = [_example(row, where, path.parent, clean) for where, row in _rows(path)]
     if not examples:
         raise UserError(f"data {path}: the dataset is empty")
-    _check_images_exist(path, examples)
     return examples
 
 
@@ -218,10 +224,3 @@ def _replace_marks(question: str) -> str:
         return re.sub(r"<image>\n?", IMAGE_SLOT, question)
     text = re.sub(r"\n?<image>\n?", "", question).strip()
     return with_images(text, 1) if text != question and "<image>" in question else question
-
-
-def _check_images_exist(path: Path, examples: list[Example]) -> None:
-    images = dict.fromkeys(str(image) for example in examples for image in example.images)
-    if missing := [image for image in images if not os.path.isfile(image)]:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"data {path}: {len(missing)} of {len(images)} images are missing: {first}")

@@ -29,7 +29,9 @@ def open_components(data: DataConfig) -> "list[MixtureComponent]":
     from minigpt4_jax.data.mixture import MixtureComponent
 
     if not data.mix:
-        examples = read_sources(data.path, clean_captions=data.clean_captions)
+        examples = read_sources(
+            data.path, clean_captions=data.clean_captions, max_broken=data.max_broken
+        )
         return [MixtureComponent("", ExampleList("", examples), prompts=data.prompts)]
     return [
         MixtureComponent(
@@ -41,19 +43,21 @@ def open_components(data: DataConfig) -> "list[MixtureComponent]":
 
 
 def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float = 0.0) -> Source:
-    """Open one dataset. root: folder of relative paths. max_broken: the share of a dataset's shards that
-    may be missing or damaged. UserError: what is wrong with it."""
+    """Open one dataset. root: folder of relative paths. max_broken: the share of its rows whose image may be
+    missing, or of its shards that may be missing or damaged. UserError: what is wrong with it."""
     paths = tuple(_join(root, path) for path in d.path)
     reader = d.reader or name
     if reader == "files":
-        return ExampleList(name, read_sources(paths, clean_captions=d.clean_captions))
+        examples = read_sources(paths, clean_captions=d.clean_captions, max_broken=max_broken)
+        return ExampleList(name, examples)
     if reader in SHARD_READERS:
         clean = d.clean_captions or reader != "webdataset"
         return open_shards(name, paths, clean_captions=clean, max_broken=max_broken)
     if reader == "tfds":
         data_dir = paths[0] if paths else None
         return TfdsSource(name, d.dataset, d.split, data_dir, d.clean_captions)
-    return open_dataset(reader, paths, _join(root, d.images) if d.images else None)
+    images = _join(root, d.images) if d.images else None
+    return open_dataset(reader, paths, images, max_broken=max_broken)
 
 
 def _join(root: str, path: str) -> str:

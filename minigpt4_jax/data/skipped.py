@@ -1,12 +1,17 @@
 """Rows that cannot be read: how they are reported, and how many a run tolerates."""
 
+import logging
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minigpt4_jax.errors import DataError, UserError
 
+_MAX_NAMED = 3  # missing images that a message names
 _MIN_ROWS = 1000  # the tolerated share is applied to at least this many rows
+
+_log = logging.getLogger(__name__)
 
 
 class SkippedRow(NamedTuple):
@@ -85,3 +90,46 @@ class SkipCounter:
         self.rows = int(state.get("rows", 0))
         self.causes = Counter(state.get("skipped", {}))
         self._last_message = ""
+
+
+def check_missing_images(
+    where: str, images_of_rows: Sequence[Sequence[object]], max_share: float
+) -> None:
+    """Look for the image files of all rows; log a warning if some are missing.
+
+    images_of_rows: of each row, its images; only paths are looked for.
+    UserError: more than this share of the rows lacks an image (0: any row).
+    """
+    exists: dict[str, bool] = {}
+    rows = 0
+    for images in images_of_rows:
+        paths = [os.fspath(image) for image in images if isinstance(image, (str, os.PathLike))]
+        for path in paths:
+            if path not in exists:
+                exists[path] = os.path.isfile(path)
+        rows += not all(exists[path] for path in paths)
+    if rows:
+        missing = [path for path in exists if not exists[path]]
+        text = (
+            f"{where}: {len(missing)} of {len(exists)} images are missing: {_name_first(missing)}"
+        )
+        check_missing_share(text, rows, len(images_of_rows), max_share)
+        _log.warning("%s; %d of %d rows cannot be used", text, rows, len(images_of_rows))
+
+
+def check_missing_share(text: str, rows: int, total: int, max_share: float) -> None:
+    """text: what is missing. rows: rows without their image, of `total`, which includes them.
+    UserError: these are more than max_share of the rows."""
+    if rows <= max_share * total:
+        return
+    if max_share:
+        text += (
+            f"; {rows} of {total} rows cannot be used, which is more than config.data.max_broken = "
+            f"{max_share:g} of all: add the images, or raise that share"
+        )
+    raise UserError(text)
+
+
+def _name_first(paths: Sequence[str]) -> str:
+    named = [f"{p} (a folder)" if os.path.isdir(p) else p for p in paths[:_MAX_NAMED]]
+    return ", ".join(named) + (", ..." if len(paths) > _MAX_NAMED else "")

@@ -108,3 +108,39 @@ def test_unused_rows_are_counted_by_cause(tmp_path, capsys):
 def test_invalid_arguments(args, message):
     with pytest.raises(UserError, match=message):
         main(args)
+
+
+def check(folder, path, capsys, *args):
+    sheet = f"--sheet={folder / 'sheet.png'}"
+    code = main(["check", "finetune", f"--config.data.path={path}", sheet, *args])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [0, 131, 199])
+def test_every_row_is_opened(tmp_path, photos, capsys, broken):
+    truncated = tmp_path / "truncated.jpg"
+    Image.effect_noise((64, 64), 50).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:-900])
+    images = [photos[n % len(photos)] for n in range(200)]
+    images[broken] = str(truncated)
+    path = write_rows(tmp_path, images)
+    code, out = check(tmp_path, path, capsys)
+    assert code == 1
+    assert out.splitlines()[1].split()[1:] == ["200", "0", "200", "1"]
+    assert "  1 image that cannot be decoded\n" in out
+
+
+def test_look_limits_the_rows_and_says_so(tmp_path, photos, capsys):
+    path = write_rows(tmp_path, photos * 9)
+    code, out = check(tmp_path, path, capsys, "--look=7", "--samples=2")
+    assert code == 0
+    assert out.splitlines()[1].split()[1:] == ["90", "0", "7", "0"]
+    assert "opened 7 of 90 rows" in out
+
+
+def test_missing_images_and_folders_are_counted(tmp_path, photos, capsys):
+    path = write_rows(tmp_path, [*photos, "none.png", "gone.png", str(tmp_path)])
+    code, out = check(tmp_path, path, capsys)
+    assert code == 1
+    assert "  2 image that is missing\n" in out
+    assert "  1 image that is a directory\n" in out

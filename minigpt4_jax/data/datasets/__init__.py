@@ -79,6 +79,7 @@ def open_dataset(
     images: AnyPath | None = None,
     *,
     check_images: bool = True,
+    max_broken: float = 1.0,
 ) -> Dataset:
     """Open a published dataset.
 
@@ -86,9 +87,9 @@ def open_dataset(
     files themselves, in the order of DATASETS[name].files. images: its image folder (COCO's train2014
     for the datasets about COCO); None: where the images are published together with the annotations.
     check_images: drop rows whose image is missing now, by listing the folders; False: a missing image is
-    an error when it is read.
-    UserError: an unknown name, a missing file or folder, an invalid row (with file, row and key), no
-    usable row.
+    an error when it is read. max_broken: the share of the rows that may lack their image.
+    UserError: an unknown name, a missing file or folder, an invalid row (with file, row and key), more
+    missing images, no usable row.
     """
     layout = _layout(name)
     paths = [annotations] if isinstance(annotations, (str, os.PathLike)) else list(annotations)
@@ -102,7 +103,8 @@ def open_dataset(
     for file in files:
         if not file.is_file():
             raise UserError(f"data {name}: there is no file {file}; expected {_expected(layout)}")
-    return Dataset(name, layout, files, _image_folder(name, layout, folder, images), check_images)
+    image_folder = _image_folder(name, layout, folder, images)
+    return Dataset(name, layout, files, image_folder, check_images, max_broken)
 
 
 def _layout(name: str) -> Layout:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minigpt4_jax.data.json_records import Example
+from minigpt4_jax.data.skipped import check_missing_share
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import with_images
 
@@ -80,6 +81,7 @@ class Dataset:
         annotations: Sequence[Path],
         images: Path | None,
         check_images: bool,
+        max_broken: float,
     ):
         self.name = name
         self.dropped: dict[str, int] = {}
@@ -89,6 +91,9 @@ class Dataset:
         self._first_missing = ""  # path of the first missing image
         self._rows = PackedRows(self._usable(layout.read(annotations), check_images))
         self._report(annotations)
+        if missing := self.dropped.get(NO_IMAGE, 0):
+            text = f"data {name}: {missing} rows without their image (the first: {self._first_missing})"
+            check_missing_share(text, missing, len(self) + missing, max_broken)
 
     def __len__(self) -> int:
         return len(self._rows)
