@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
@@ -284,6 +284,6 @@ def _not_an_image(data: bytes, error: Exception) -> str:
         return f"is {kind}, not an image; was the download refused?"
     if kind == LFS_POINTER:
         return f"is {kind}, not an image; run `git lfs pull`"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "is not an image that Pillow knows"
     return f"is not a readable image ({one_line(error)})"

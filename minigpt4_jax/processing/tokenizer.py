@@ -167,7 +167,7 @@ class SentencePieceTokenizer:
                 out += " "
             out += self._model.decode(run) + piece
             run, after_special = [], True
-        return out + self._model.decode(run)
+        return out + str(self._model.decode(run))
 
 
 class HfTokenizer:
@@ -220,9 +220,10 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self._model.decode(
+        text: str = self._model.decode(
             known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
+        return text
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -241,9 +242,10 @@ class HfTokenizer:
         messages: with "role" and "content". UserError: what the template says against them.
         """
         try:
-            return self._model.apply_chat_template(
+            text: str = self._model.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+            return text
         except Exception as e:  # Jinja's errors, and those that templates raise
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
