@@ -3,10 +3,12 @@
 An input row is an object with "image" (a path relative to the file, a list of paths, or none) and
 "prompt" (or "question"; without both, --prompt is used). Its output row is the same object with
 "response", "finish_reason" and "tokens", or with "error" if it cannot be answered. Output row n belongs
-to input row n. The same command continues an interrupted one.
+to input row n. The same command continues an interrupted one; with --retry-errors it also answers the
+rows again that have an error. Exit code 1: rows of the output have an error.
 """
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 ROW_GROUP = 8  # rows whose images are read ahead and encoded together
 READER_THREADS = 8
+NOT_RECORDED = ("input", "output", "batch_size", "retry_errors")  # answers do not depend on these
 
 Encoded: TypeAlias = dict[str, np.ndarray | UserError]  # visual tokens [P, D] of each image path
 
@@ -48,6 +51,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--raw", action="store_true", help="prompts are complete, with <ImageHere> where "
                    "an image goes; by default they are put into the chat template")  # fmt: skip
     p.add_argument("--batch_size", type=int, default=32, help="rows decoded together (32)")
+    p.add_argument("--retry-errors", action="store_true",
+                   help="answer the rows of an existing output again that have an error")  # fmt: skip
     common.add_generation_options(p, "greedy by default; row n is sampled with seed + n")
     return p.parse_args(argv)
 
@@ -56,15 +61,58 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_rows(path: Path, default_prompt: str | None) -> list[BatchRow]:
-    """The rows of a file; broken ones have an error. UserError: unreadable file, or no rows."""
+    """The rows of a file; broken ones have an error. UserError: unreadable file, no rows, no JSONL."""
     try:
-        lines = path.read_bytes().splitlines()
+        data = path.read_bytes()
     except OSError as e:
         raise UserError(f"--input={path}: cannot be read ({e.strerror})") from None
-    lines = [line for line in lines if line.strip()]
+    _check_encoding(path, data)
+    lines = [line for line in data.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--input={path} has no rows; expected a JSON object per line")
+    _check_one_object_per_line(path, data, lines)
     return [_parse_row(n, line, path.parent, default_prompt) for n, line in enumerate(lines)]
+
+
+def _check_encoding(path: Path, data: bytes) -> None:
+    """UserError: UTF-16 or UTF-32, with or without a byte order mark."""
+    encoding = json.detect_encoding(data[:4])
+    if encoding.startswith("utf-8") or not (
+        data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+        or data.count(0) >= len(data) // 4  # every second or fourth byte of ASCII characters
+    ):
+        return
+    name = encoding.upper().removesuffix("-LE").removesuffix("-BE")
+    raise UserError(
+        f"--input={path} is {name}; expected UTF-8: save it as UTF-8, for instance with "
+        f"`iconv -f {name} -t UTF-8 {path} > rows.jsonl`"
+    )
+
+
+def _check_one_object_per_line(path: Path, data: bytes, lines: Sequence[bytes]) -> None:
+    """UserError: the file is one JSON document, an array or an object over several lines."""
+    if not lines[0].lstrip(codecs.BOM_UTF8).strip().startswith((b"[", b"{")):
+        return
+    if len(lines) > 1 and isinstance(_json_or_none(lines[0]), dict):
+        return
+    document = _json_or_none(data)
+    if isinstance(document, list):
+        raise UserError(
+            f"--input={path} is one JSON array of {len(document)} rows; expected a JSON object per "
+            f"line: convert it, for instance with `jq -c '.[]' {path} > rows.jsonl`"
+        )
+    if isinstance(document, dict) and len(lines) > 1:
+        raise UserError(
+            f"--input={path} is one JSON object over {len(lines)} lines; expected a JSON object per "
+            f"line: convert it, for instance with `jq -c . {path} > rows.jsonl`"
+        )
+
+
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse_row(number: int, line: bytes, folder: Path, default_prompt: str | None) -> BatchRow:
@@ -180,19 +228,22 @@ def _add_visual(row: BatchRow, encoded: Encoded) -> BatchRow:
 # --- the command --------------------------------------------------------------------------------
 
 
-def answer_all(model: "Model", rows: Sequence[BatchRow], output: Output, batch_size: int) -> int:
-    """Answer the rows that are not written yet; returns how many of them have an error."""
-    remaining, num_failed = rows[output.num_written :], 0
+def answer_all(model: "Model", num_rows: int, output: Output, batch_size: int) -> None:
+    """Answer the remaining rows of an output. num_rows: of the whole file."""
+    remaining = output.remaining
     taken: list[BatchRow] = []  # in the order of the requests
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=len(rows), initial=output.num_written, unit="row", mininterval=interval)
+    initial = num_rows - len(remaining)
+    bar = tqdm(total=num_rows, initial=initial, unit="row", mininterval=interval)
+
+    def put(row: BatchRow, result: dict[str, Any]) -> None:
+        output.put(row, result)
+        bar.update()
 
     def requests() -> Iterator["Request"]:
-        nonlocal num_failed
         for row in with_visual(remaining, model):
             if row.request is None:
-                num_failed += 1
-                bar.update(output.put(row, {"error": row.error}))
+                put(row, {"error": row.error})
             else:
                 taken.append(row)
                 yield row.request
@@ -201,8 +252,7 @@ def answer_all(model: "Model", rows: Sequence[BatchRow], output: Output, batch_s
     with bar:
         for i, answer in model.run_requests(requests(), batch_size, sized_for=sized_for):
             result = {"response": answer.text, "finish_reason": answer.finish_reason}
-            bar.update(output.put(taken[i], result | {"tokens": len(answer.ids)}))
-    return num_failed
+            put(taken[i], result | {"tokens": len(answer.ids)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,22 +265,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = GenerationConfig(**common.given_options(args), extra_bos=args.extra_bos)
     rows = read_rows(args.input, args.prompt)
-    recorded = {k: v for k, v in vars(args).items() if k not in ("input", "output", "batch_size")}
-    output = Output(args.output, rows, recorded)
-    if output.num_written == len(rows):
-        print(f"all {len(rows)} rows are answered already: {args.output}")
-        return 0
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_RECORDED}
+    output = Output(args.output, rows, settings, retry_errors=args.retry_errors)
+    if not output.remaining:
+        return _finish(f"all {len(rows)} rows are answered already", output, args)
     model = common.load_model(args)
-    remaining = rows[output.num_written :]
     template = chat_templates.chat_format(model.config, model.tokenizer, args.template)
     # The model's own template ends an answer with its end symbol.
     stop = template.stop if args.template else ()
-    for row in remaining:
+    for row in output.remaining:
         prepare(row, model, args, template, replace(config, stop=stop))
     with output:
-        num_failed = answer_all(model, rows, output, args.batch_size)
-    print(f"{len(remaining)} rows, {num_failed} of them with an error: {args.output}")
-    return 0
+        answer_all(model, len(rows), output, args.batch_size)
+    return _finish(f"{len(output.remaining)} rows", output, args)
+
+
+def _finish(summary: str, output: Output, args: argparse.Namespace) -> int:
+    """Print what was done; exit code 1 if rows of the output have an error."""
+    hint = "; mend the cause and pass --retry-errors to answer these again"
+    num_errors = output.num_errors
+    print(
+        f"{summary}, {num_errors} of them with an error: {args.output}{hint if num_errors else ''}"
+    )
+    return 1 if num_errors else 0
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:

@@ -119,7 +119,7 @@ def test_broken_rows_get_an_error(home, command, tmp_path):
     (home / "broken.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
     code, said, _ = command(*arguments(home, out, rows="broken.jsonl"))
-    assert code == 0 and "26 rows, 13 of them with an error" in said
+    assert code == 1 and "26 rows, 13 of them with an error" in said and "--retry-errors" in said
     results = read(out)
     assert len({row["response"] for row in results[1::2]}) == 1
     messages = [
@@ -129,7 +129,102 @@ def test_broken_rows_get_an_error(home, command, tmp_path):
     ]  # fmt: skip
     for row, message in zip(results[::2], messages, strict=True):
         assert message in row["error"] and (set(row) & {"tokens"}) == set(), row
-    assert command(*arguments(home, out, rows="broken.jsonl"))[1].startswith("all 26 rows")
+    code, said, _ = command(*arguments(home, out, rows="broken.jsonl"))
+    assert code == 1 and said.startswith(
+        "all 26 rows are answered already, 13 of them with an error"
+    )
+
+
+def test_rows_with_an_error_are_answered_again_on_request(home, command, tmp_path):
+    """Images that appear later and rows that are mended; answers are kept as they were written."""
+    good, late = {"image": "1.png", "prompt": "what is it"}, {"image": "late.png", "prompt": "and"}
+    rows = [json.dumps(late), json.dumps(good), "{not json", json.dumps({"image": "2.png"})]
+    (home / "mended.jsonl").write_text("\n".join(rows))
+    out, complete = tmp_path / "out", tmp_path / "complete"
+    code, said, _ = command(*arguments(home, out, rows="mended.jsonl"))
+    assert code == 1 and "4 rows, 3 of them with an error" in said
+    kept = out.read_text().splitlines()[1].replace('"response": "', '"response": "kept ')
+    lines = out.read_text().splitlines()
+    out.write_text("\n".join([lines[0], kept, *lines[2:]]) + "\n")
+
+    again = arguments(home, out, "--retry-errors", rows="mended.jsonl")
+    code, said, _ = command(*again)  # nothing is mended
+    assert code == 1 and "3 rows, 3 of them" in said
+    (home / "late.png").write_bytes((home / "3.png").read_bytes())
+    rows[2] = json.dumps(good | {"prompt": "mended"})
+    (home / "mended.jsonl").write_text("\n".join(rows))
+    code, said, _ = command(*again)
+    assert code == 1 and "3 rows, 1 of them" in said
+    code, said, _ = command(*again, "--prompt=by default")
+    assert code == 0 and "1 rows, 0 of them" in said and "--retry-errors" not in said
+    assert command(*arguments(home, complete, "--prompt=by default", rows="mended.jsonl"))[0] == 0
+    results = out.read_text().splitlines()
+    assert results[1] == kept and results[::2] == complete.read_text().splitlines()[::2]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "out"))) == [
+        "out", "out.settings.json",
+    ]  # fmt: skip
+    assert command(*again, "--prompt=by default")[1].startswith("all 4 rows are answered already")
+
+
+def test_an_interrupted_retry_leaves_the_file(home, command, model, tmp_path, monkeypatch):
+    rows = [json.dumps({"prompt": "one"}), json.dumps({"image": "gone.png", "prompt": "two"})]
+    (home / "gone.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    assert command(*arguments(home, out, rows="gone.jsonl"))[0] == 1
+    data = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "answer_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(*arguments(home, out, "--retry-errors", rows="gone.jsonl"))[0] == 130
+    assert out.read_bytes() == data
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_retry_where_every_row_failed(home, command, tmp_path):
+    rows = [json.dumps({"image": f"new{n}.png", "prompt": "what"}) for n in range(3)]
+    (home / "all.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    assert command(*arguments(home, out, rows="all.jsonl"))[0] == 1
+    for n in range(3):
+        (home / f"new{n}.png").write_bytes((home / f"{n}.png").read_bytes())
+    assert command(*arguments(home, out, "--retry-errors", rows="all.jsonl"))[0] == 0
+    assert [row["image"] for row in read(out)] == ["new0.png", "new1.png", "new2.png"]
+    assert all("response" in row for row in read(out))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", "is UTF-16; expected UTF-8"),
+        ("utf-16-be", "is UTF-16; expected UTF-8"),
+        ("utf-32", "is UTF-32; expected UTF-8"),
+    ],
+)
+def test_another_encoding_is_refused_once(home, command, tmp_path, encoding, message):
+    text = "\n".join(json.dumps({"prompt": f"row {n}"}) for n in range(13))
+    (home / "wide.jsonl").write_bytes(text.encode(encoding))
+    code, out, err = command(*arguments(home, tmp_path / "out", rows="wide.jsonl"))
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_utf_8_with_a_byte_order_mark_is_read(home):
+    (home / "marked.jsonl").write_bytes(json.dumps({"prompt": "é"}).encode("utf-8-sig"))
+    (row,) = batch.read_rows(home / "marked.jsonl", None)
+    assert row.error is None and row.fields == {"prompt": "é"}
+
+
+@pytest.mark.parametrize(
+    ("document", "indent", "message"),
+    [
+        ([{"prompt": "a"}, {"prompt": "b"}], None, "is one JSON array of 2 rows"),
+        ([{"prompt": "a"}] * 3, 1, "is one JSON array of 3 rows"),
+        ({"prompt": "a"}, 2, "is one JSON object over 3 lines"),
+    ],
+)
+def test_one_json_document_is_named(home, command, tmp_path, document, indent, message):
+    (home / "array.jsonl").write_text(json.dumps(document, indent=indent))
+    code, out, err = command(*arguments(home, tmp_path / "out", rows="array.jsonl"))
+    assert (code, out) == (2, "") and message in err and "a JSON object per line" in err
 
 
 def test_default_and_raw_prompts(home, model, command, tmp_path):
@@ -244,5 +339,5 @@ def test_a_full_disk_loses_no_row(home, model, tmp_path, monkeypatch):
         os.close(os.dup(output._file.fileno()))
         output._file = Full()
         with pytest.raises(UserError, match=r"No space left on device; \d+ rows are written"):
-            for row in rows:
+            for row in output.remaining:
                 output.put(row, {"response": "x"})
