@@ -1,4 +1,4 @@
-"""`python -m convert build | export | merge | unmerge | inspect` (cli.py)."""
+"""`python -m convert build | export | merge | unmerge | pack | inspect` (cli.py)."""
 
 from convert.cli import run
 

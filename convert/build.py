@@ -4,8 +4,6 @@ All names and shapes are checked first (build_plan.py); then tensors are read on
 """
 
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,18 +17,17 @@ from convert.downloads import download_inputs
 from convert.formats.files import HashedFile
 from convert.formats.gguf_blocks import repack
 from convert.formats.tensors import DTYPES
+from convert.output import check_output, check_space
 from convert.validate import FLOATS
 from minigpt4_jax.checkpoint.adapters import initial_lora
 from minigpt4_jax.checkpoint.finite_tensors import check_finite
-from minigpt4_jax.checkpoint.model_directory import bucket_errors_as_user_errors
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization.schemes import BlockFormat, matrix_scheme, quantized_shapes
 from minigpt4_jax.storage.hub import source_record
-from minigpt4_jax.storage.paths import is_remote, parse_path
+from minigpt4_jax.storage.paths import parse_path
 
 Shape = tuple[int, ...]
 
@@ -39,15 +36,11 @@ def build(request: BuildRequest) -> BuildPlan:
     """Write the model directory request.out atomically. UserError when that is impossible."""
     started = time.monotonic()
     request = replace(request, out=parse_path("--out", request.out))
-    parent = _check_output(request.out)
+    parent = check_output(request.out)
     plan = make_plan(download_inputs(request))
     dtypes = {name: _stored_dtype(plan, name, request.llm_dtype) for name in plan.shapes}
     size = sum(_stored_size(n, s, dtypes[n], plan.stored_config) for n, s in plan.shapes.items())
-    if parent is not None and size > (free := shutil.disk_usage(parent).free):
-        raise UserError(
-            f"--out: the disk is full: {parent} has {free / 1e9:.1f} GB free, "
-            f"the model needs {size / 1e9:.1f} GB"
-        )
+    check_space(parent, size)
     tensors = _tensors(plan, dtypes, request)
     config = plan.stored_config
     if config.quantize is not None:
@@ -67,27 +60,6 @@ def build(request: BuildRequest) -> BuildPlan:
         f"in {time.monotonic() - started:.0f} s"
     )
     return plan
-
-
-def _check_output(out: Path) -> Path | None:
-    """The nearest existing directory above `out`; None in a bucket.
-
-    UserError: `out` exists, or cannot be written.
-    """
-    with bucket_errors_as_user_errors(out):
-        exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if exists:
-        raise UserError(f"--out: {out} exists and is not empty: choose another or remove it first")
-    if is_remote(out):
-        return None
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            return parent
-    except OSError as e:
-        raise UserError(f"--out: cannot write into {parent}: {e.strerror}") from e
 
 
 def _stored_dtype(plan: BuildPlan, name: str, llm_dtype: str | None) -> np.dtype:

@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_merge(commands)
     _add_unmerge(commands)
+    _add_pack(commands)
     _add_inspect(commands)
     return parser
 
@@ -150,6 +151,29 @@ def _add_output(command: argparse.ArgumentParser) -> None:
                          "rounding to a 16-bit dtype may lose a small adapter)")  # fmt: skip
 
 
+def _add_pack(commands: Commands) -> None:
+    p = commands.add_parser(
+        "pack",
+        help="make one directory of a trained model and its base",
+        description="Copies a trained model and the model it is based on into one directory, which can "
+        "be moved and published.",
+    )
+    p.add_argument("--model", type=input_path, required=True, metavar="DIR",
+                   help="model directory that training wrote")  # fmt: skip
+    p.add_argument("--out", type=Path, required=True, metavar="DIR",
+                   help="the model directory to write; must not exist")  # fmt: skip
+    p.add_argument("--base", type=input_path, metavar="DIR",
+                   help="the model that --model is based on, if it is no longer where model.json "
+                   "says; its fingerprint is compared")  # fmt: skip
+    p.add_argument("--merge-lora", action="store_true",
+                   help="add LoRA to the weights it adapts (default: LoRA is kept)")  # fmt: skip
+    p.add_argument("--dtype", choices=_FLOATS,
+                   help="store the matrices of the frozen parts in this dtype (default: as they are; "
+                   "merged matrices float32)")  # fmt: skip
+    p.add_argument("--allow-nonfinite", action="store_true",
+                   help="copy NaN and infinite values instead of refusing them")  # fmt: skip
+
+
 def _add_inspect(commands: Commands) -> None:
     i = commands.add_parser(
         "inspect",
@@ -192,6 +216,17 @@ def main(argv: list[str] | None = None) -> None:
         from convert.merge import unmerge
 
         unmerge(args.model, args.lora, args.out, args.dtype)
+    elif args.command == "pack":
+        from convert.pack import pack
+
+        pack(
+            args.model,
+            args.out,
+            base=args.base,
+            merge=args.merge_lora,
+            dtype=args.dtype,
+            allow_nonfinite=args.allow_nonfinite,
+        )
     else:
         from convert.inspect import inspect
 

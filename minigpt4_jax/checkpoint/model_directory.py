@@ -1,10 +1,12 @@
 """Reading a model directory: model.json, its base directories, and its tensors.
 
 A directory written by training holds only the trained parts; the field `base` of its model.json names
-the directory with the other parts.
+the directory with the other parts, and `base_fingerprint` tells whether a directory is that one.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,16 +23,19 @@ from minigpt4_jax.storage.gcs_safetensors import GcsSafetensors
 from minigpt4_jax.storage.hub import fetch_model_directory, is_uri, source_uri
 from minigpt4_jax.storage.paths import (
     StorageError,
+    file_size,
     is_remote,
     join_path,
     local_copy,
     parse_path,
+    read_range,
     relative_path,
     wrap_storage_errors,
 )
 
 FORMAT = 1
 MAX_CHAIN = 16  # directories from a model to its last base
+FINGERPRINT_BYTES = 1 << 20  # read of each file, which takes milliseconds
 Shape = tuple[int, ...]
 
 
@@ -95,28 +100,118 @@ def read_config(model_dir: Path | str) -> ModelConfig:
     return ModelConfig.from_dict(read_model_json(model_dir)["config"]).check()
 
 
-def model_chain(model_dir: Path | str) -> list[Path]:
+def model_chain(model_dir: Path | str, base: Path | str | None = None) -> list[Path]:
     """The directory, its base, the base of that, and so on. A parameter is read from the first
-    directory that has it. UserError: a base is missing, or the chain is a cycle."""
+    directory that has it.
+
+    base: the base of `model_dir`, instead of the recorded one; it must have the recorded fingerprint.
+    UserError: a base is missing or another model, or the chain is a cycle.
+    """
     chain = [locate(model_dir)]
-    while base := read_model_json(chain[-1]).get("base"):
-        chain.append(locate(base) if is_uri(base) else join_path(chain[-1], base))
-        with bucket_errors_as_user_errors(chain[-1]):
-            exists = chain[-1].is_dir()
-        if not exists:
-            raise UserError(
-                f"{chain[-2]} holds the trained part of {chain[-1]}, which does not exist: move it "
-                f"back, or correct 'base' in {chain[-2] / 'model.json'}"
-            )
+    if base is not None:
+        chain.append(_given_base(chain[0], base))
+    while recorded := read_model_json(chain[-1]).get("base"):
+        chain.append(_recorded_base(chain[-1], recorded))
         if len(chain) > MAX_CHAIN:
             raise UserError(f"{model_dir}: 'base' in model.json is a cycle")
     return chain
 
 
-def tokenizer_dir(model_dir: Path | str) -> Path:
-    """The tokenizer/ folder of a model (its own or its base's), on the local disk. UserError: there is
-    none."""
-    for folder in model_chain(model_dir):
+def _recorded_base(folder: Path, recorded: str) -> Path:
+    """The base of a directory by what its model.json records. UserError: it does not exist."""
+    if is_uri(recorded):
+        try:
+            return locate(recorded)
+        except UserError as e:
+            raise UserError(
+                f"{folder} holds only what was trained on {recorded}, which is not available: {e}"
+                f"{_ways_out(folder)}"
+            ) from e
+    path = join_path(folder, recorded)
+    with bucket_errors_as_user_errors(path):
+        exists = path.is_dir()
+    if not exists:
+        raise UserError(
+            f"{folder} holds only what was trained on {path} (recorded as {recorded!r}), which does not "
+            f"exist{_ways_out(folder)}"
+        )
+    return path
+
+
+def _ways_out(folder: Path) -> str:
+    """The end of a message about a directory whose base is missing."""
+    copy = _find_base(folder, read_model_json(folder).get("base_fingerprint"))
+    found = "" if copy is None else f" ({copy} has the recorded fingerprint)"
+    return (
+        ": move it back, or write one complete directory with `python -m convert pack "
+        f"--model={folder} --base={copy or 'DIR'} --out=NEW`{found}"
+    )
+
+
+def _find_base(folder: Path, recorded: str | None) -> Path | None:
+    """A directory near `folder` with the recorded fingerprint: beside it or beside one of the three
+    directories above it."""
+    if recorded is None or is_remote(folder):
+        return None
+    here = folder.absolute()
+    candidates = (
+        path.parent
+        for parent in list(here.parents)[:4]
+        for path in sorted(parent.glob("*/model.json"))
+    )
+    for candidate in candidates:
+        with contextlib.suppress(UserError, OSError):
+            complete = candidate != here and not read_model_json(candidate).get("base")
+            if complete and fingerprint(candidate) == recorded:
+                return candidate
+    return None
+
+
+def _given_base(folder: Path, base: Path | str) -> Path:
+    """The base that the user gave for a directory, checked."""
+    document = read_model_json(folder)
+    if not document.get("base"):
+        raise UserError(f"--base: {folder} is complete and has no base; omit the option")
+    recorded, actual = document.get("base_fingerprint"), fingerprint(base)
+    if recorded not in (None, actual):
+        raise UserError(
+            f"--base: {base} is another model (fingerprint {actual}) than the one that {folder} was "
+            f"trained on (fingerprint {recorded}, recorded as {document['base']!r})"
+        )
+    return locate(base)
+
+
+def _check_fingerprints(chain: list[Path]) -> None:
+    """UserError if a base is not the model that was recorded. Directories of earlier versions record
+    no fingerprint."""
+    for folder, base in itertools.pairwise(chain):
+        recorded = read_model_json(folder).get("base_fingerprint")
+        if recorded is not None and fingerprint(base) != recorded:
+            raise UserError(
+                f"{folder} was trained on another model than {base} is now (its model.json has another "
+                "base_fingerprint): put the original back or give it with `python -m convert pack "
+                f"--model={folder} --base=DIR --out=NEW`; to use it all the same, remove "
+                f"base_fingerprint from {folder / 'model.json'}"
+            )
+
+
+def fingerprint(model_dir: Path | str) -> str:
+    """A hash of a model directory: its configuration, and size and beginning of every file."""
+    digest = hashlib.sha256()
+    for directory in model_chain(model_dir):
+        document = read_model_json(directory)
+        digest.update(json.dumps(document["config"], sort_keys=True).encode())
+        with bucket_errors_as_user_errors(directory):
+            for path in sorted(directory.glob("*.safetensors")):
+                digest.update(f"{path.name} {file_size(path)}".encode())
+                digest.update(read_range(path, 0, FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_dir(model_dir: Path | str, base: Path | str | None = None) -> Path:
+    """The tokenizer/ folder of a model (its own or its base's), on the local disk. base: as for
+    `model_chain`. UserError: there is none."""
+    for folder in model_chain(model_dir, base):
         with bucket_errors_as_user_errors(folder):
             if (folder / "tokenizer").is_dir():
                 return local_copy(folder / "tokenizer")
@@ -134,10 +229,13 @@ class _Stored(NamedTuple):
 class Tensors(ReadableTensors):
     """Lazy mapping of the tensors of a model directory and its bases; each is read when it is accessed."""
 
-    def __init__(self, model_dir: Path | str):
+    def __init__(self, model_dir: Path | str, base: Path | str | None = None):
+        """base: as for `model_chain`."""
         self._stored: dict[str, _Stored] = {}
         self._in_bucket: dict[Path, GcsSafetensors] = {}  # file -> its tensors
-        for folder in model_chain(model_dir):
+        chain = model_chain(model_dir, base)
+        _check_fingerprints(chain)
+        for folder in chain:
             with bucket_errors_as_user_errors(folder):
                 paths = sorted(folder.glob("*.safetensors"))
             for path in paths:

@@ -11,7 +11,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from minigpt4_jax.checkpoint.model_directory import FORMAT, Shape, base_reference
+from minigpt4_jax.checkpoint.model_directory import (
+    FORMAT,
+    Shape,
+    base_reference,
+    fingerprint,
+)
 from minigpt4_jax.checkpoint.parameters import check_shapes, parameter_shapes, part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
@@ -41,7 +46,7 @@ def write_model(
     out = parse_path("model directory", out)
     document = {"format": FORMAT, "config": config.to_dict(), "sources": {}}
     if base is not None:
-        document["base"] = base_reference(base, out)
+        document |= {"base": base_reference(base, out), "base_fingerprint": fingerprint(base)}
     try:
         with atomic_directory(out, "model.json") as directory, wrap_storage_errors(out):
             if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax.checkpoint import model_directory
-from minigpt4_jax.checkpoint.model_directory import bucket_errors_as_user_errors
 from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import all_gather_json, is_multiprocess
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
-from minigpt4_jax.storage.paths import file_size, make_directory, read_range, wrap_storage_errors
+from minigpt4_jax.storage.paths import make_directory, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import describe_checkpoint, saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import differences, to_dict
@@ -25,7 +24,6 @@ from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
 _VISIBILITY_TIMEOUT = 10.0  # seconds until other hosts see a new file on a network file system
-_FINGERPRINT_BYTES = 1 << 20  # read of each file, which takes milliseconds
 
 
 def open_workdir(workdir: Path, c: TrainConfig) -> None:
@@ -33,7 +31,7 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
 
     UserError: it cannot be written, or its run has another configuration or another model.
     """
-    document = {"config": to_dict(c), "model": fingerprint(c.model)}
+    document = {"config": to_dict(c), "model": model_directory.fingerprint(c.model)}
     path = workdir / CONFIG
     try:
         with wrap_storage_errors(workdir):
@@ -96,19 +94,6 @@ def is_finished(workdir: Path, c: TrainConfig) -> bool:
         return False
     sources = model_directory.read_model_json(workdir / MODEL)["sources"]
     return bool(sources.get("training", {}).get("steps") == c.steps)
-
-
-def fingerprint(model_dir: str) -> str:
-    """A hash of a model directory: its configuration, and size and beginning of every file."""
-    digest = hashlib.sha256()
-    for directory in model_directory.model_chain(model_dir):
-        document = model_directory.read_model_json(directory)
-        digest.update(json.dumps(document["config"], sort_keys=True).encode())
-        with bucket_errors_as_user_errors(directory):
-            for path in sorted(directory.glob("*.safetensors")):
-                digest.update(f"{path.name} {file_size(path)}".encode())
-                digest.update(read_range(path, 0, _FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def write_trained_model(

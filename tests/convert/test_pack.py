@@ -1,0 +1,194 @@
+"""convert pack: a trained model and its base as one directory, and bases that have moved."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.paths import TOKENIZER
+
+from minigpt4_jax.checkpoint.loader import open_tensors
+from minigpt4_jax.checkpoint.model_directory import (
+    Tensors,
+    fingerprint,
+    model_chain,
+    read_config,
+    read_model_json,
+)
+from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
+from minigpt4_jax.checkpoint.writer import write_model
+from minigpt4_jax.config import LoraConfig
+from minigpt4_jax.errors import UserError
+
+TOKENIZER_FILES = {path.name: path for path in TOKENIZER.iterdir()}
+LORA = LoraConfig(rank=2, alpha=8.0, targets=("q", "down"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    return tiny.write_model(tmp_path / "models" / "base")
+
+
+def train(base, out, *, seed=1, lora=LORA, **options):
+    """Write what a run on `base` writes: another projection, and LoRA if given."""
+    rng = np.random.default_rng(seed)
+    config = dataclasses.replace(read_config(base), lora=lora)
+    trained = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in parameter_shapes(config).items()
+        if part_of(name) in ("projection", "lora")
+    }
+    sources = {"training": {"base": str(base), "steps": seed}}
+    return write_model(out, config, trained.items(), base=base, sources=sources, **options)
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    return train(base, tmp_path / "runs" / "model")
+
+
+@pytest.mark.smoke
+def test_everything_is_copied_and_the_result_can_be_moved(base, trained, command, tmp_path):
+    second = train(trained, tmp_path / "runs" / "second", seed=2)  # based on a trained model
+    expected = {n: t.copy() for n, t in Tensors(second).items()}
+    out = tmp_path / "packed"
+    code, text, err = command("pack", f"--model={second}", f"--out={out}")
+    assert code == 0 and "LoRA on q, down kept" in text, err
+    moved = out.rename(tmp_path / "elsewhere")
+    base.parent.rename(tmp_path / "gone")
+    second.parent.rename(tmp_path / "gone too")
+    packed = Tensors(moved)
+    assert model_chain(moved) == [moved] and read_config(moved).lora == LORA
+    assert set(packed) == set(expected)
+    assert all(packed[n].tobytes() == expected[n].tobytes() for n in expected)
+    sources = read_model_json(moved)["sources"]
+    assert sources["training"]["steps"] == 2 and sources["packed"] == {"file": str(second)}
+    assert (moved / "tokenizer" / "tokenizer.model").is_file()
+
+
+def test_merged_lora_is_in_the_weights(base, trained, command, tmp_path):
+    out = tmp_path / "packed"
+    code, text, err = command("pack", f"--model={trained}", f"--out={out}", "--merge-lora")
+    assert code == 0 and "merged" in text, err
+    packed, parts = Tensors(out), Tensors(trained)
+    assert read_config(out).lora is None and not any(".lora_" in name for name in packed)
+    open_tensors(out, read_config(out))
+    for name in packed:
+        stem = name.removesuffix(".weight")
+        expected = parts[name].astype(np.float64)
+        if f"{stem}.lora_a" in parts:
+            expected += 4 * parts[f"{stem}.lora_b"].astype(float) @ parts[f"{stem}.lora_a"]
+        np.testing.assert_allclose(packed[name], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_dtype_is_of_the_matrices_of_frozen_parts(trained, command, tmp_path, merge):
+    out = tmp_path / "packed"
+    options = ["--merge-lora"] if merge else []
+    code, _, err = command(
+        "pack", f"--model={trained}", f"--out={out}", "--dtype=bfloat16", *options
+    )
+    assert code == 0, err
+    dtypes = {name: Tensors(out).dtype(name) for name in Tensors(out)}
+    rounded = {"llm.embed", "llm.blocks.0.attn.q.weight", "vit.blocks.1.mlp.fc1.weight"}
+    assert {name for name in rounded if name in dtypes} >= {"llm.embed"}
+    assert all(dtypes[name] == "BF16" for name in rounded & dtypes.keys())
+    assert dtypes["projection.weight"] == dtypes["llm.norm.scale"] == "F32"
+    assert all(d == "F32" for n, d in dtypes.items() if ".lora_" in n)
+
+
+def test_a_base_that_has_moved(base, trained, command, refused, tmp_path):
+    recorded = read_model_json(trained)
+    assert recorded["base"] == "../../models/base"
+    assert recorded["base_fingerprint"] == fingerprint(base)
+    before = {n: t.copy() for n, t in Tensors(trained).items()}
+    (tmp_path / "far" / "away" / "from").mkdir(parents=True)
+    moved = base.rename(tmp_path / "far" / "away" / "from" / "here")
+    line = refused("inspect", trained)
+    assert str(base) in line and "'../../models/base'" in line and "does not exist" in line
+    assert f"convert pack --model={trained} --base=DIR --out=NEW" in line
+
+    out = tmp_path / "packed"
+    code, _, err = command("pack", f"--model={trained}", f"--base={moved}", f"--out={out}")
+    assert code == 0, err
+    assert all(Tensors(out)[n].tobytes() == before[n].tobytes() for n in before)
+
+
+def test_a_base_nearby_is_found_by_its_fingerprint(base, trained, refused):
+    other = tiny.write_model(base.parent.parent / "other", seed=5)
+    moved = base.rename(base.parent.parent / "renamed")
+    line = refused("inspect", trained)
+    assert f"--base={moved} " in line and "recorded fingerprint" in line and str(other) not in line
+
+
+def test_another_model_as_base_is_refused(base, trained, refused, tmp_path):
+    other = tiny.write_model(tmp_path / "other", seed=5)
+    out = tmp_path / "packed"
+    line = refused("pack", f"--model={trained}", f"--base={other}", f"--out={out}")
+    assert "another model" in line and fingerprint(base) in line and fingerprint(other) in line
+    line = refused("pack", f"--model={base}", f"--base={other}", f"--out={out}")
+    assert "has no base" in line
+    base.rename(tmp_path / "kept")
+    other.rename(base)  # where the recorded path leads
+    line = refused("pack", f"--model={trained}", f"--out={out}")
+    assert "another model" in line and "base_fingerprint" in line
+    with pytest.raises(UserError, match="another model"):
+        open_tensors(trained, read_config(trained))
+    assert not out.exists()
+
+
+def test_directories_of_earlier_versions_have_no_fingerprint(base, trained, command, tmp_path):
+    document = read_model_json(trained)
+    del document["base_fingerprint"]
+    (trained / "model.json").write_text(json.dumps(document))
+    moved = base.rename(tmp_path / "moved")
+    out = tmp_path / "packed"
+    code, _, err = command("pack", f"--model={trained}", f"--base={moved}", f"--out={out}")
+    assert code == 0, err
+    tiny.write_model(base, seed=5)
+    assert set(Tensors(trained)) == set(Tensors(out))
+
+
+def test_refusals_leave_nothing(base, trained, refused, tmp_path, monkeypatch):
+    before = {p.name for p in tmp_path.iterdir()}
+    out = tmp_path / "packed"
+    line = refused("pack", f"--model={base}", f"--out={out}", "--merge-lora")
+    assert "has no LoRA" in line
+    assert "exists" in refused("pack", f"--model={trained}", f"--out={base}")
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.output.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert "disk is full" in refused("pack", f"--model={trained}", f"--out={out}")
+    tensors = dict(Tensors(trained).items())
+    tensors["projection.bias"] = np.full_like(tensors["projection.bias"], np.nan)
+    write_model(tmp_path / "nan", read_config(trained), tensors.items(), tokenizer=TOKENIZER_FILES)
+    line = refused("pack", f"--model={tmp_path / 'nan'}", f"--out={out}")
+    assert "projection.bias" in line and "NaN" in line
+    assert {p.name for p in tmp_path.iterdir()} == before | {"nan"}
+    # a value that is too large for float16
+    tensors = dict(Tensors(base).items())
+    tensors["llm.embed"] = np.full_like(tensors["llm.embed"], 1e6)
+    write_model(tmp_path / "large", read_config(base), tensors.items(), tokenizer=TOKENIZER_FILES)
+    line = refused("pack", f"--model={tmp_path / 'large'}", f"--out={out}", "--dtype=float16")
+    assert "llm.embed in float16" in line and not out.exists()
+
+
+def test_quantized_models_are_copied_as_they_are(base, tmp_path, command, refused):
+    from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
+
+    config = dataclasses.replace(read_config(base), quantize="int8")
+    rounded = write_model(
+        tmp_path / "int8",
+        config,
+        quantize_tensors(Tensors(base).items(), "int8"),
+        tokenizer=TOKENIZER_FILES,
+    )
+    model, out = train(rounded, tmp_path / "run"), tmp_path / "packed"
+    for option in ("--dtype=bfloat16", "--merge-lora"):
+        assert "quantized to int8" in refused("pack", f"--model={model}", f"--out={out}", option)
+    code, _, err = command("pack", f"--model={model}", f"--out={out}")
+    assert code == 0, err
+    packed, parts = Tensors(out), Tensors(model)
+    assert set(packed) == set(parts)
+    assert all(packed[n].tobytes() == parts[n].tobytes() for n in parts)
