@@ -61,4 +61,6 @@ def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float =
 
 
 def _join(root: str, path: str) -> str:
+    if path.startswith("@"):  # a list of shards
+        return "@" + _join(root, path[1:])
     return os.path.join(root, os.path.expanduser(path))

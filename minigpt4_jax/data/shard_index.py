@@ -1,23 +1,22 @@
 """The index of a webdataset shard: where its rows lie in the tar.
 
 A shard is scanned once. The index is stored next to it as FILE.index, or in the user's cache directory if
-that folder is not writable. A gzipped shard is decompressed once, as FILE.plain; that is about as large,
+that folder is not writable. A compressed shard is decompressed once, as FILE.plain; that is about as large,
 because images hardly compress.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from minigpt4_jax.data.decompression import decompress, find_decompressor
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file
 from minigpt4_jax.utils.rounding import round_up
@@ -25,10 +24,19 @@ from minigpt4_jax.utils.rounding import round_up
 ROW_DTYPE = np.dtype([
     ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"), ("kind", "u1"),
 ])  # fmt: skip
-TEXT_SUFFIXES = ("json", "txt")  # ROW_DTYPE's "kind" is an index into these
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_VERSION = 1
-_CHUNK = 1 << 20  # bytes
+# The first type of a sample's members is used. ROW_DTYPE's "kind" is an index into TEXT_SUFFIXES.
+TEXT_SUFFIXES = ("json", "txt", "caption", "cls")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_MAC_FOLDER = "__MACOSX"  # with the resource forks of macOS
+_VERSION = 2  # of the index: raise it when other rows are read from the same tar
+
+
+class _Part(NamedTuple):
+    """A member of a sample."""
+
+    rank: int  # of its type among the image or text types
+    offset: int  # bytes in the tar
+    size: int
 
 
 class Shard(NamedTuple):
@@ -76,16 +84,15 @@ def build_index(path: Path) -> Shard:
     size_and_time = _size_and_time(path)
     tar, damage = path, ""
     try:
-        with path.open("rb") as file:
-            is_gzip = file.read(2) == b"\x1f\x8b"
-        if is_gzip:
+        opener = find_decompressor(path)
+        if opener is not None:
             tar = _side_file(path, ".plain")
             tar.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(tar) as temporary, temporary.open("wb") as out:
-                damage = _decompress(path, out)
+                damage = decompress(path, opener, out)
         rows, dropped, tar_damage = _scan(tar)
         header = {
-            "version": _VERSION, "shard": size_and_time, "tar": str(tar) if is_gzip else "",
+            "version": _VERSION, "shard": size_and_time, "tar": str(tar) if opener else "",
             "tar_size": tar.stat().st_size, "rows": len(rows), "damage": damage or tar_damage,
             "dropped": dropped,
         }  # fmt: skip
@@ -117,33 +124,37 @@ def _size_and_time(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _decompress(path: Path, out: IO[bytes]) -> str:
-    """Decompress as much as possible; -> what ended it early, or ""."""
-    try:
-        with gzip.open(path) as file:
-            while chunk := file.read1(_CHUNK):
-                out.write(chunk)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        return f"its compressed data is damaged ({e})"
-    return ""
+class _Sample:
+    """The image and the text of a sample, of the preferred file types so far."""
+
+    __slots__ = ("image", "text")
+
+    def __init__(self) -> None:
+        self.image: _Part | None = None
+        self.text: _Part | None = None
+
+    def add(self, part: _Part, *, is_image: bool) -> bool:
+        """False: the sample has a member of this type already."""
+        known = self.image if is_image else self.text
+        if known is not None and known.rank == part.rank:
+            return False
+        if known is None or part.rank < known.rank:
+            if is_image:
+                self.image = part
+            else:
+                self.text = part
+        return True
 
 
 def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
-    """-> (rows [N] of ROW_DTYPE, counts of incomplete rows by cause, damage after the last row)."""
-    rows: list[tuple[int, int, int, int, int]] = []
-    dropped = Counter[str]()
-    members: dict[str, tuple[int, int]] = {}  # suffix -> (offset, size), of the current row
-    current, damage = "", ""
+    """-> (rows [N] of ROW_DTYPE, counts of incomplete rows by cause, damage after the last row).
 
-    def finish_row() -> None:
-        image = next((members[s] for s in _IMAGE_SUFFIXES if s in members), None)
-        kind = next((n for n, s in enumerate(TEXT_SUFFIXES) if s in members), None)
-        if image is not None and kind is not None:
-            rows.append((*image, *members[TEXT_SUFFIXES[kind]], kind))
-        elif members:
-            dropped["without a picture" if image is None else "without a caption"] += 1
-        members.clear()
-
+    As in webdataset, the key of a sample is the member's path up to the first dot of its name. Members of
+    a sample need not be adjacent. A second member of one type begins another sample with the same key.
+    """
+    samples: list[_Sample] = []
+    by_key: dict[str, _Sample] = {}
+    error: Exception | None = None
     iterator = _members(tar)
     while True:
         try:
@@ -151,15 +162,33 @@ def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
         except StopIteration:
             break
         except (tarfile.TarError, EOFError) as e:
-            damage = f"it is damaged behind {len(rows)} rows ({e})"
+            error = e
             break
         folder, name = os.path.split(member.name)
         stem, _, suffix = name.partition(".")
-        if (key := f"{folder}/{stem}") != current:
-            finish_row()
-            current = key
-        members[suffix.lower()] = (member.offset_data, member.size)
-    finish_row()
+        if not stem or not suffix or _MAC_FOLDER in folder.split("/"):
+            continue  # hidden files, such as ._0.jpg and .DS_Store, are no samples
+        key, suffix = f"{folder}/{stem}", suffix.lower()
+        if key not in by_key:
+            samples.append(by_key.setdefault(key, _Sample()))
+        for types, is_image in ((_IMAGE_SUFFIXES, True), (TEXT_SUFFIXES, False)):
+            if suffix in types:
+                part = _Part(types.index(suffix), member.offset_data, member.size)
+                if not by_key[key].add(part, is_image=is_image):
+                    by_key[key] = _Sample()
+                    by_key[key].add(part, is_image=is_image)
+                    samples.append(by_key[key])
+    rows = [
+        (s.image.offset, s.image.size, s.text.offset, s.text.size, s.text.rank)
+        for s in samples
+        if s.image and s.text
+    ]
+    dropped = Counter(
+        "without a caption" if s.image else "without a picture"
+        for s in samples
+        if not (s.image and s.text)
+    )
+    damage = f"it is damaged behind {len(rows)} rows ({error})" if error else ""
     return np.array(rows, ROW_DTYPE), dict(dropped), damage
 
 

@@ -1,8 +1,8 @@
 """Webdataset shards: tars of images with captions, with random access.
 
-A row is a run of members with one name: `000012.jpg` (or .jpeg, .png, .webp) with `000012.json` that has
-a "caption", or with `000012.txt` (the layout of webdataset and img2dataset; MiniGPT-4's
-dataset/README_1_STAGE.md).
+A row is the members with one name: `000012.jpg` (or .jpeg, .png, .webp, .gif, .bmp, .tif) with
+`000012.json` that has a "caption", or with `000012.txt`, .caption or .cls (the layout of webdataset and
+img2dataset; MiniGPT-4's dataset/README_1_STAGE.md). Hidden files and `__MACOSX` are not read.
 """
 
 import glob
@@ -18,13 +18,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minigpt4_jax.data.annotations import read_text
 from minigpt4_jax.data.json_records import DataPath, Example, blip_caption
 from minigpt4_jax.data.shard_index import TEXT_SUFFIXES, Shard, build_index, read_index
 from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.processing.images import FilePart
 
 BROKEN, MISSING = "shards that are damaged", "shards that are missing"
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
+)  # fmt: skip
+_LIST_SUFFIX = ".txt"  # of a file that names shards
+_REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
 _MAX_NAMED = 3  # faulty shards that a message names
 
 _log = logging.getLogger(__name__)
@@ -90,7 +95,8 @@ def open_shards(
 ) -> Shards:
     """Open shards; new or changed ones are indexed first.
 
-    paths: files, folders, patterns with * or {00000..01255}. max_broken: the share of shards that may be
+    paths: files, folders, patterns with * or {00000..01255}, or a .txt file (also as @FILE) with one of
+    these on each line, relative to it. max_broken: the share of shards that may be
     missing or damaged; the rows before a damage are used.
     UserError: more than that, no shard, no row, no space for an index.
     """
@@ -129,13 +135,12 @@ def find_shards(name: str, paths: DataPath | Sequence[DataPath]) -> tuple[list[P
     patterns = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files, missing = dict[Path, None](), list[str]()
     for pattern in patterns:
-        for path in expand_braces(os.path.expanduser(os.fspath(pattern))):
-            if re.match(r"pipe:|[a-z0-9]+://", path):
+        for path in _expand(name, os.path.expanduser(os.fspath(pattern))):
+            if _REMOTE.match(path):
                 raise UserError(f"data {name}: {path} is not local; download the shards first")
             matches = [path]
             if os.path.isdir(path):
-                names = os.listdir(path)
-                matches = sorted(os.path.join(path, n) for n in names if n.endswith(_TAR_SUFFIXES))
+                matches = sorted(os.path.join(path, n) for n in os.listdir(path) if _is_shard(n))
             elif glob.has_magic(path) and not os.path.exists(path):
                 matches = sorted(glob.glob(path)) or [path]
             for match in matches:
@@ -146,9 +151,39 @@ def find_shards(name: str, paths: DataPath | Sequence[DataPath]) -> tuple[list[P
     if not files:
         raise UserError(
             f"data {name}: there is no shard at {', '.join(map(str, patterns))}; "
-            "expected .tar or .tar.gz files"
+            "expected .tar files, also compressed (.tar.gz, .tar.zst), or a .txt file that names them"
         )
     return list(files), missing
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a file of a folder is a shard; macOS writes hidden files such as ._000.tar."""
+    return name.lower().endswith(_TAR_SUFFIXES) and not name.startswith(".")
+
+
+def _expand(name: str, pattern: str) -> list[str]:
+    """Expand braces; replace a list of shards by what it names."""
+    paths: list[str] = []
+    for path in expand_braces(pattern):
+        is_list = path.startswith("@") or path.lower().endswith(_LIST_SUFFIX)
+        paths += _read_list(name, path.removeprefix("@")) if is_list else [path]
+    return paths
+
+
+def _read_list(name: str, path: str) -> list[str]:
+    """The shards that a text file names, one pattern on a line; empty lines and # comments are skipped.
+    UserError: it cannot be read, or names none."""
+    path = os.path.expanduser(path)
+    lines = [line.strip() for line in read_text(Path(path)).splitlines()]
+    folder = os.path.dirname(path)
+    patterns = [
+        line if _REMOTE.match(line) else os.path.join(folder, os.path.expanduser(line))
+        for line in lines
+        if line and not line.startswith("#")
+    ]
+    if not patterns:
+        raise UserError(f"data {name}: {path} names no shard; expected one path on each line")
+    return [path for pattern in patterns for path in expand_braces(pattern)]
 
 
 def expand_braces(pattern: str) -> list[str]:
