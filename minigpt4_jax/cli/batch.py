@@ -252,7 +252,10 @@ def answer_all(model: "Model", num_rows: int, output: Output, batch_size: int) -
     with bar:
         for i, answer in model.run_requests(requests(), batch_size, sized_for=sized_for):
             result = {"response": answer.text, "finish_reason": answer.finish_reason}
-            put(taken[i], result | {"tokens": len(answer.ids)})
+            written = (
+                {"error": answer.error} if answer.error else result | {"tokens": len(answer.ids)}
+            )
+            put(taken[i], written)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,6 +44,9 @@ def make_parser(command: str, description: str) -> Parser:
     p.add_argument(
         "--mesh", metavar="SIZES", help="devices to use, as data:2,model:4, or auto for all of them"
     )
+    p.add_argument(
+        "--allow-nonfinite", action="store_true", help="load weights that are NaN or infinite"
+    )
     p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
     p.add_argument("--template", metavar="NAME", help="chat template, by default the model's")
     p.add_argument(
@@ -90,9 +93,8 @@ def parse_option(text: str) -> tuple[str, Any]:
 def load_model(args: argparse.Namespace) -> "Model":
     """Load the model that the command line names."""
     from minigpt4_jax.inference import model
-    from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 
-    enable_compilation_cache()
     return model.load(
-        args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh
-    )
+        args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
+        allow_nonfinite=args.allow_nonfinite,
+    )  # fmt: skip

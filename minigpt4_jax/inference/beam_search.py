@@ -98,7 +98,8 @@ class SearchState(NamedTuple):
     sums: jax.Array  # [B, Q] float32: sums of (processed) log-probabilities
     num_generated: jax.Array  # [B] int32: tokens of every beam
     complete: jax.Array  # [B] bool: no open beam can replace a finished hypothesis
-    done: jax.Array  # [B] bool: complete, or max_new_tokens reached
+    nonfinite: jax.Array  # [B] bool: the logits of a beam's next token were NaN or infinite
+    done: jax.Array  # [B] bool: complete, nonfinite, or max_new_tokens reached
     finished: Hypotheses
 
 
@@ -110,8 +111,9 @@ def search(
     num_beams: int,
     max_new_tokens: int,
     stages: SamplingStages,
-) -> Hypotheses:
-    """The best `num_beams` continuations; `max_new_tokens` is N, the most of all rows."""
+) -> tuple[Hypotheses, jax.Array]:
+    """The best `num_beams` continuations, and the rows [B] whose search ended early because logits
+    were NaN or infinite. `max_new_tokens` is N, the most of all rows."""
     prompt_length = tokens.shape[1]
     embeds = model.merge(tokens, visual)
     cache_length = prompt_length + max_new_tokens * num_beams
@@ -131,7 +133,7 @@ def search(
         return _advance(s._replace(cache=cache), model.llm.logits(hidden), inputs, stages)
 
     state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), step, state)
-    return _final_hypotheses(state, inputs)
+    return _final_hypotheses(state, inputs), state.nonfinite
 
 
 def _first_state(
@@ -148,8 +150,9 @@ def _first_state(
     sums = jnp.broadcast_to(sums, (b, num_beams))
     num_generated, done = jnp.zeros(b, jnp.int32), inputs.max_new_tokens <= 0
     return SearchState(
-        cache, ids, logprobs, jnp.zeros_like(ids), sums, num_generated, done, done, finished
-    )
+        cache, ids, logprobs, jnp.zeros_like(ids), sums, num_generated, done, jnp.zeros_like(done),
+        done, finished,
+    )  # fmt: skip
 
 
 def _cache_update(
@@ -178,6 +181,8 @@ def _advance(
     logits = constrain(logits, BATCH_AXES)
     b, q, v = logits.shape
     logprobs = jax.nn.log_softmax(logits, axis=-1)
+    finite = jnp.all(jnp.isfinite(jnp.max(logprobs, axis=-1)), axis=1)  # max is NaN if a logit is
+    s = s._replace(nonfinite=s.nonfinite | (~s.done & ~finite), done=s.done | ~finite)
     stop_tokens = _completing_tokens_of_beams(s, inputs.stop_sequences)  # [B, Q, R]
     total = _process(logprobs, s, stop_tokens, inputs.sampling, stages) + s.sums[..., None]
     # Enough candidates that q of them continue: each beam has at most R that end it.

@@ -154,6 +154,8 @@ class Conversation:
     ) -> str:
         turn, request = self._prepare(text, images, config)
         (outputs,) = self.model.answer_requests([request], prefix_cache=self._prefix_cache)
+        if outputs[0].error is not None:
+            raise UserError(outputs[0].error)
         self._append(turn, outputs[0].text, config)
         return outputs[0].text
 

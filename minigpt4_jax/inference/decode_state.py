@@ -42,6 +42,7 @@ class DecodeState(NamedTuple):
     num_generated: Array  # [B] int32
     done: Array  # [B] bool
     hit_stop: Array  # [B] bool: done because of a stop sequence
+    nonfinite: Array  # [B] bool: done because the logits of the next token were NaN or infinite
     max_new_tokens: Array  # [B] int32
     stop_sequences: Array  # [B, R, W] int32
     keys: Array  # [B]
@@ -51,7 +52,7 @@ class DecodeState(NamedTuple):
 class Snapshot(NamedTuple):
     """What the host reads of a state."""
 
-    numbers: Array  # [B, 3 + N] int32: num_generated, done, hit_stop, ids
+    numbers: Array  # [B, 4 + N] int32: num_generated, done, hit_stop, nonfinite, ids
     logprobs: Array  # [B, N] float32
 
 
@@ -64,26 +65,31 @@ def constrain_state(s: DecodeState) -> DecodeState:
 
 
 def advance(s: DecodeState, logits: jax.Array, stages: SamplingStages) -> DecodeState:
-    """Append the next token to every row that is not done, from logits [B, V] float32."""
+    """Append the next token to every row that is not done, from logits [B, V] float32.
+
+    A row whose logits are NaN or infinite gets no token and is done.
+    """
     logits = constrain(logits, BATCH_AXES)
     stop_tokens = completing_tokens(s.ids, s.num_generated, s.stop_sequences)
     token = sample(logits, s.ids, s.num_generated, stop_tokens, s.keys, s.sampling, stages)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = logprob - jax.nn.logsumexp(logits, axis=1)
+    normalizer = jax.nn.logsumexp(logits, axis=1)  # not finite if a logit is NaN or +inf
+    logprob = logprob - normalizer
     hit_stop = jnp.any(stop_tokens == token[:, None], axis=1)
-    token = jnp.where(s.done, s.token, token)
-    live = ~s.done
+    nonfinite = s.nonfinite | (~s.done & ~jnp.isfinite(normalizer))
+    live = ~s.done & ~nonfinite
     index = jnp.where(live, s.num_generated, s.ids.shape[1])  # out of range for done rows: dropped
     rows = jnp.arange(s.ids.shape[0])
     num_generated = s.num_generated + live
     return s._replace(
-        token=token,
+        token=jnp.where(live, token, s.token),
         position=s.position + live,
         ids=s.ids.at[rows, index].set(token, mode="drop"),
         logprobs=s.logprobs.at[rows, index].set(logprob, mode="drop"),
         num_generated=num_generated,
-        done=s.done | (num_generated >= s.max_new_tokens) | hit_stop,
+        done=s.done | (num_generated >= s.max_new_tokens) | hit_stop | nonfinite,
         hit_stop=s.hit_stop | (live & hit_stop),
+        nonfinite=nonfinite,
     )
 
 
@@ -109,8 +115,8 @@ def finish_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 def take_snapshot(s: DecodeState) -> Snapshot:
     """New arrays, as the state's own are donated to the next chunk before the host reads them."""
-    head = [a.astype(jnp.int32)[:, None] for a in (s.num_generated, s.done, s.hit_stop)]
-    numbers = jnp.concatenate([*head, s.ids], axis=1)
+    head = (s.num_generated, s.done, s.hit_stop, s.nonfinite)
+    numbers = jnp.concatenate([*(a.astype(jnp.int32)[:, None] for a in head), s.ids], axis=1)
     return Snapshot(constrain(numbers), constrain(jnp.copy(s.logprobs)))
 
 
@@ -124,10 +130,10 @@ def read_snapshot(
     numbers, all_logprobs = (np.asarray(a) for a in snapshot)
     for slot, index in enumerate(owners):
         if index is not None:
-            num_generated, done, hit_stop = numbers[slot, :3].tolist()
+            num_generated, done, hit_stop, nonfinite = numbers[slot, :4].tolist()
             logprobs = all_logprobs[slot, :num_generated].tolist()
-            ids = numbers[slot, 3 : 3 + num_generated].tolist()
-            completion = Completion(ids, logprobs, bool(hit_stop), sum(logprobs))
+            ids = numbers[slot, 4 : 4 + num_generated].tolist()
+            completion = Completion(ids, logprobs, bool(hit_stop), sum(logprobs), bool(nonfinite))
             yield slot, index, completion, bool(done)
 
 

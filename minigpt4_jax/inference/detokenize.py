@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.generation_config import GenerationOutput
 from minigpt4_jax.inference.requests import Completion, Progress
 from minigpt4_jax.inference.stop_sequences import stable_prefix
@@ -16,16 +17,30 @@ def completion_output(
 ) -> GenerationOutput:
     """A completion as the public API returns it, its text cut at the stop texts."""
     text = clean_answer(config, _decode(tokenizer, config, completion.ids, stop_texts))
-    finish_reason = "stop" if completion.hit_stop else "length"
+    error = nonfinite_error(completion)
+    finish_reason = "error" if error else "stop" if completion.hit_stop else "length"
     return GenerationOutput(
-        text, completion.ids, completion.logprobs, finish_reason, completion.score
+        text, completion.ids, completion.logprobs, finish_reason, completion.score, error
+    )
+
+
+def nonfinite_error(completion: Completion) -> str | None:
+    """What is wrong with a completion that ended because the model computed NaN or infinity."""
+    if not completion.nonfinite:
+        return None
+    return (
+        f"the model's logits after {len(completion.ids)} tokens are NaN or infinite; the weights are "
+        "damaged, or too large for the dtype (float32 holds more)"
     )
 
 
 def stream_text(
     tokenizer: Tokenizer, config: ModelConfig, steps: Iterable[Progress]
 ) -> Iterator[str]:
-    """Yield each new piece of an answer. steps: of one request, as `Engine.run` yields them."""
+    """Yield each new piece of an answer. steps: of one request, as `Engine.run` yields them.
+
+    UserError, after the last piece: the answer ended because logits were NaN or infinite.
+    """
     streamed, removed = "", removed_text(config)
     for step in steps:
         stop_texts = step.request.stop_texts
@@ -39,6 +54,8 @@ def stream_text(
         if text.startswith(streamed) and len(text) > len(streamed):
             yield text[len(streamed) :]
             streamed = text
+        if error := nonfinite_error(step.completion):
+            raise UserError(error)
 
 
 def make_stop_check(

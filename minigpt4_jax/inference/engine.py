@@ -161,14 +161,17 @@ class Engine:
             same = [i for i in order if requests[i].beam_search.num_beams == num_beams]
             batch = same[: max(1, batch_size // num_beams)]
             order = order[len(batch) :]
-            best = self._search_batch([requests[i] for i in batch])
+            best, nonfinite = self._search_batch([requests[i] for i in batch])
             for row, i in enumerate(batch):
                 num_answers = requests[i].beam_search.num_return_sequences
-                completions[i] = _completions(best, row)[:num_answers]
+                completions[i] = _completions(best, row, bool(nonfinite[row]))[:num_answers]
         return completions
 
-    def _search_batch(self, requests: Sequence[Request]) -> Hypotheses:
-        inputs = self.batch_inputs(requests)
+    def _search_batch(self, requests: Sequence[Request]) -> tuple[Hypotheses, np.ndarray]:
+        # The search takes num_stops more candidates of every beam, so this size is not rounded up much.
+        num_stops = max([1, *(len(request.stop_sequences) for request in requests)])
+        sizes = bucket_sizes(requests)._replace(num_stops=next_power_of_two(num_stops))
+        inputs = self.batch_inputs(requests, sizes)
         configs = [request.beam_search for request in requests]
         configs += [configs[0]] * (len(inputs.lengths) - len(configs))  # padding rows
         search_inputs = SearchInputs(
@@ -178,11 +181,11 @@ class Engine:
         )  # fmt: skip
         stages = required_stages([request.sampling for request in requests], self.vocab)
         max_new_tokens = bucket(int(inputs.max_new_tokens.max()), 16)
-        best = self._search(
+        best, nonfinite = self._search(
             self._leaves, inputs.tokens, inputs.visual, search_inputs, configs[0].num_beams,
             max_new_tokens, stages,
         )  # fmt: skip
-        return Hypotheses(*map(np.asarray, best))
+        return Hypotheses(*map(np.asarray, best)), np.asarray(nonfinite)
 
     # --- the operations of a running batch ------------------------------------------------------
 
@@ -273,10 +276,16 @@ class Engine:
         )  # fmt: skip
 
 
-def _completions(best: Hypotheses, row: int) -> list[Completion]:
+def _completions(best: Hypotheses, row: int, nonfinite: bool) -> list[Completion]:
     """The hypotheses of one row, on the host."""
     hypotheses = zip(*(a[row] for a in best), strict=True)
     return [
-        Completion(ids[:length].tolist(), logprobs[:length].tolist(), bool(hit_stop), float(score))
+        Completion(
+            ids[:length].tolist(),
+            logprobs[:length].tolist(),
+            bool(hit_stop),
+            float(score),
+            nonfinite,
+        )
         for ids, logprobs, length, score, hit_stop in hypotheses
     ]

@@ -19,8 +19,10 @@ class GenerationOutput:
         text: the answer, without what ended it.
         ids: generated tokens, including those that ended it.
         logprobs: log-probability of each id by the model itself, before penalties and filters.
-        finish_reason: "stop" at an end symbol or stop text, "length" at max_new_tokens.
+        finish_reason: "stop" at an end symbol or stop text, "length" at max_new_tokens, "error" where
+            the answer could not be generated, or not to its end.
         score: the sum of logprobs; in beam search the score that answers were ranked by.
+        error: what went wrong, for the finish_reason "error".
     """
 
     text: str
@@ -28,6 +30,7 @@ class GenerationOutput:
     logprobs: list[float]
     finish_reason: str
     score: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)

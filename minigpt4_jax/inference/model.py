@@ -32,6 +32,7 @@ from minigpt4_jax.processing.chat_templates import ChatTemplate
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.sequences import TokenSequence
 from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 
 STREAM_CHUNK = 4  # decoding steps between two pieces of a streamed answer
 
@@ -44,6 +45,7 @@ def load(
     merge_lora: bool = False,
     kv_cache: str | None = None,
     mesh: str | Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> "Model":
     """Load a model directory (written by `python -m convert build` or by training).
 
@@ -62,18 +64,31 @@ def load(
             rows of a batch, every matrix split over the four of a group; see
             minigpt4_jax/parallel/sharding.py), "auto" for all devices, or a Mesh. By default the first
             device.
+        allow_nonfinite: load weights that are NaN or infinite too. By default they are an error.
+
+    Compiled programs are kept on disk, in the folder that the environment variable MINIGPT4_JAX_CACHE
+    names, by default ~/.cache/minigpt4_jax; "off" keeps none. A jax_compilation_cache_dir of your own
+    is used instead.
 
     UserError: not a model directory, damaged, an unknown or another quantization, LoRA to be merged
     into quantized weights, or a mesh that does not fit the devices.
     """
     if kv_cache not in (None, "int8"):
         raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's dtype")
+    enable_compilation_cache()
     config = read_config(model_dir)
     if isinstance(mesh, str):
         mesh = inference_mesh(mesh, config)
     if dtype is None:
         dtype = _default_dtype(config)
-    module, config = load_model(model_dir, dtype, stacked=False, quantize=quantize, mesh=mesh)
+    module, config = load_model(
+        model_dir,
+        dtype,
+        stacked=False,
+        quantize=quantize,
+        mesh=mesh,
+        allow_nonfinite=allow_nonfinite,
+    )
     if merge_lora:
         for layer in lora_layers(module):
             layer.merge()
@@ -149,9 +164,12 @@ class Model:
                 `model.generate(images, prompts, max_new_tokens=20, temperature=0.7)`.
 
         UserError: an option out of range, beam search with sampling, `<ImageHere>` and images that do
-        not agree, an empty or too long prompt, an unreadable image.
+        not agree, an empty or too long prompt, an unreadable image, logits that are NaN or infinite.
         """
         details = self.generate_details(images, prompts, config, batch_size=batch_size, **overrides)
+        for i, outputs in enumerate(details):
+            if outputs[0].error is not None:
+                raise UserError(f"prompt {i}: {outputs[0].error}; generate_details has the others")
         return [output.text for outputs in details for output in outputs]
 
     def generate_details(
@@ -164,7 +182,8 @@ class Model:
         **overrides: Any,
     ) -> list[list[GenerationOutput]]:
         """As `generate`: for each prompt its num_return_sequences answers, with their ids,
-        log-probabilities, and why they ended."""
+        log-probabilities, and why they ended. An answer that ended because logits were NaN or
+        infinite has finish_reason "error"; the others are complete."""
         config = GenerationConfig.merge(config, overrides)
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: expected at least 1")

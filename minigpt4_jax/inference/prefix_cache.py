@@ -41,8 +41,10 @@ class PrefixCache:
             return None
         state = entry.state
         # An interruption may have come between donating the state and getting the new one back.
-        arrays = jax.tree.leaves((state.cache, state.ids, state.num_generated))
+        arrays = jax.tree.leaves((state.cache, state.ids, state.num_generated, state.nonfinite))
         if any(a.is_deleted() for a in arrays):
+            return None
+        if bool(state.nonfinite[0]):  # so may be what is cached
             return None
         num_generated = int(state.num_generated[0])
         generated = np.asarray(state.ids)[0, : num_generated - 1].tolist()  # the last is not cached

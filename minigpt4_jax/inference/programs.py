@@ -65,6 +65,7 @@ def _first_tokens(
         num_generated=jnp.zeros(b, jnp.int32),
         done=inputs.max_new_tokens <= 0,
         hit_stop=jnp.zeros(b, bool),
+        nonfinite=jnp.zeros(b, bool),
         max_new_tokens=inputs.max_new_tokens,
         stop_sequences=inputs.stop_sequences,
         keys=inputs.keys,
@@ -99,10 +100,8 @@ def search(
     num_beams: int,
     max_new_tokens: int,
     stages: SamplingStages,
-) -> Hypotheses:
+) -> tuple[Hypotheses, jax.Array]:
     """Beam search, its result replicated."""
-    hypotheses = beam_search.search(
-        model, tokens, visual, inputs, num_beams, max_new_tokens, stages
-    )
-    replicated: Hypotheses = jax.tree.map(constrain, hypotheses)
+    result = beam_search.search(model, tokens, visual, inputs, num_beams, max_new_tokens, stages)
+    replicated: tuple[Hypotheses, jax.Array] = jax.tree.map(constrain, result)
     return replicated

@@ -41,6 +41,7 @@ class Completion:
     hit_stop: bool  # ended by a stop sequence or `stop_check`, else by max_new_tokens
     # the sum of logprobs; in beam search divided as BeamSearchConfig.length_penalty says
     score: float
+    nonfinite: bool = False  # ended because the logits of the next token were NaN or infinite
 
 
 class Progress(NamedTuple):
@@ -62,13 +63,16 @@ class BucketSizes(NamedTuple):
 
 
 def bucket_sizes(requests: Sequence[Request]) -> BucketSizes:
-    """The smallest buckets that all the requests fit into."""
+    """The smallest buckets that all the requests fit into.
+
+    Coarse where size costs little: another max_new_tokens or list of stops rarely compiles again.
+    """
     stops = [request.stop_sequences for request in requests]
     return BucketSizes(
         bucket(max(len(request.tokens) + request.max_new_tokens for request in requests)),
-        bucket(max(request.max_new_tokens for request in requests), 16),
-        next_power_of_two(max([1, *(len(row) for row in stops)])),
-        next_power_of_two(max([2, *(len(ids) for row in stops for ids in row)])),
+        next_power_of_two(max([64, *(request.max_new_tokens for request in requests)])),
+        next_power_of_two(max([8, *(len(row) for row in stops)])),
+        next_power_of_two(max([8, *(len(ids) for row in stops for ids in row)])),
     )
 
 

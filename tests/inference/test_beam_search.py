@@ -138,6 +138,28 @@ def test_equals_the_reference(without_penalties):
     assert num_stopped >= 3
 
 
+def test_logits_that_are_not_finite_end_only_their_search():
+    """One prompt has a token whose embedding is NaN, another reaches one later; the third is whole."""
+    beams = BeamSearchConfig(3, num_return_sequences=2)
+    requests = [Request(p, beam_search=beams, max_new_tokens=8) for p in prompts()]
+    expected = engine().search(requests)
+    token = prompts()[0][0]
+    module = nnx.merge(*nnx.split(model()))
+    embedding = module.llm.embed
+    embedding.set_value(embedding.get_value().at[token].set(np.nan))
+    poisoned = Engine(module)
+    result = poisoned.search(requests)
+    assert [[c.nonfinite for c in best] for best in result[:1]] == [[True, True]]
+    assert result[0][0].ids == []
+    others = [i for i, p in enumerate(prompts()) if token not in p and not result[i][0].nonfinite]
+    for i in others:
+        assert [c.ids for c in result[i]] == [c.ids for c in expected[i]]
+    alone = [poisoned.search([r])[0] for r in requests[1:]]
+    assert [[c.ids for c in best] for best in alone] == [
+        [c.ids for c in best] for best in result[1:]
+    ]
+
+
 def test_requests_with_and_without_beams_in_one_call():
     mixed = [
         Request(p, max_new_tokens=8, beam_search=BeamSearchConfig(n))

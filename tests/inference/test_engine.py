@@ -1,5 +1,6 @@
 """The engine: stopping, limits, batches, buckets; cached decoding compared with full forward passes."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -217,6 +218,73 @@ def test_a_stop_check_ends_only_its_row():
     completions = [completion for (completion,) in engine().answer(requests)]
     assert [c.ids for c in completions] == [unstopped[0], unstopped[1][:2], *unstopped[2:]]
     assert [c.hit_stop for c in completions] == [False, True, False, False]
+
+
+def poisoned(token, value=np.nan):
+    """An engine of the model in which a row gets bad logits from the step after it reads `token`."""
+    module = nnx.merge(*nnx.split(model()))
+    embedding = module.llm.embed
+    embedding.set_value(embedding.get_value().at[token].set(value))
+    return Engine(module)
+
+
+def read_by(request, ids):
+    """All tokens that are read before the answer is complete."""
+    return {*request.tokens, *ids[:-1]}
+
+
+def only_in_one(requests, answers):
+    """(row, step): a token that this row alone reads, generated at this step."""
+    for row, ids in enumerate(answers):
+        others = [
+            read_by(r, a)
+            for i, (r, a) in enumerate(zip(requests, answers, strict=True))
+            if i != row
+        ]
+        for step, token in enumerate(ids[:-1]):
+            seen_before = {*requests[row].tokens, *ids[:step]}
+            if step and token not in seen_before.union(*others):
+                return row, step
+    raise AssertionError("no such token; change the requests")
+
+
+@pytest.mark.parametrize(("value", "batch_size"), [(np.nan, 4), (np.inf, 4), (np.nan, 2)])
+def test_logits_that_are_not_finite_end_only_their_row(value, batch_size):
+    requests = greedy_requests()
+    expected = engine().generate(requests)
+    row, step = only_in_one(requests, expected)
+    completions = [c for (c,) in poisoned(expected[row][step], value).answer(requests, batch_size)]
+    assert [c.nonfinite for c in completions] == [i == row for i in range(4)]
+    assert completions[row].ids == expected[row][: step + 1] and not completions[row].hit_stop
+    assert all(np.isfinite(c.logprobs).all() for c in completions)
+    assert [c.ids for i, c in enumerate(completions) if i != row] == [
+        ids for i, ids in enumerate(expected) if i != row
+    ]
+
+
+def test_logits_that_are_not_finite_at_the_first_token():
+    requests = greedy_requests()
+    token = requests[0].tokens[0]
+    (first,), *rest = poisoned(token).answer(requests)
+    assert (first.ids, first.score, first.nonfinite) == ([], 0, True)
+    for request, (completion,) in zip(requests[1:], rest, strict=True):
+        assert completion.nonfinite == (token in read_by(request, [*completion.ids, -2]))
+
+
+def test_limits_and_stops_share_a_program(compiled):
+    """Only their numbers differ, up to bucket sizes."""
+    request = greedy_requests(1)[0]
+    engine().answer([request])
+    compiled.clear()
+    for changes in (
+        {"max_new_tokens": 3},
+        {"max_new_tokens": 20},
+        {"stop_sequences": [[5]]},
+        {"stop_sequences": [[1, 2, 3, 4], [7], [8, 9], [3], [4]]},
+        {"seed": 3},
+    ):
+        engine().answer([replace(request, **changes)])
+    assert compiled == []
 
 
 def test_log_probabilities_are_those_of_a_full_forward_pass():
