@@ -5,12 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.checkpoint.model_directory import (
-    Tensors,
-    model_chain,
-    read_config,
-    read_model_json,
-)
+from convert.output import combined_sources
+from convert.usage import describe_usage, usage_lines
+from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.storage.paths import parse_path
@@ -35,13 +32,12 @@ def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
 
 
 def describe(model_dir: Path) -> dict[str, Any]:
-    """Variant, configuration, origins, and the parameters, dtypes and bytes of each part."""
+    """Variant, configuration, origins, the parameters, dtypes and bytes of each part, and what is
+    needed to use the model (usage.py)."""
     model_dir = parse_path("model directory", model_dir)
     config = read_config(model_dir)
     chain = model_chain(model_dir)
-    sources: dict[str, Any] = {}
-    for folder in reversed(chain):
-        sources |= read_model_json(folder).get("sources") or {}
+    sources = combined_sources(chain)
     parts = _parts(Tensors(model_dir))
     for name, part in parts.items():
         origin = next((sources[o] for o in _ORIGINS[name] if o in sources), None)
@@ -57,6 +53,7 @@ def describe(model_dir: Path) -> dict[str, Any]:
         "bytes": sum(p["bytes"] for p in parts.values()),
         "parts": parts,
         "config": config.to_dict(),
+        "usage": describe_usage(model_dir, config),
         "sources": sources,
     }
 
@@ -93,7 +90,8 @@ def _table(description: dict[str, Any]) -> str:
     for name, p, origin in [*rows, ("total", total, "")]:
         size, types = f"{p['bytes'] / 1e6:,.1f} MB", ", ".join(p["dtypes"])
         lines.append(f"{name:12}{p['parameters']:>16,}{size:>12}  {types:20}{origin}".rstrip())
-    lines += ["", *_configuration(config), "", "sources"]
+    lines += ["", *_configuration(config), "", *usage_lines(description["usage"])]
+    lines += ["", "sources"]
     for option, source in description["sources"].items():
         lines += _source_lines(option, source)
     return "\n".join(lines)

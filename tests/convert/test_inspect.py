@@ -2,12 +2,25 @@
 
 import hashlib
 import json
+import shlex
+import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
+from helpers import chat_families, tiny
+from helpers.released_files import CHECKPOINTS
 
-from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from convert.chat_format import tokenizer_format
+from convert.inspect import describe
+from convert.usage import QUESTION
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, tokenizer_dir
 from minigpt4_jax.checkpoint.writer import write_model
+from minigpt4_jax.cli import batch, chat
+from minigpt4_jax.processing.chat_templates import with_images
+from minigpt4_jax.processing.sequences import build_row
+from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 
 @pytest.mark.smoke
@@ -46,6 +59,93 @@ def test_a_training_result_names_its_base(files, command):
     assert found["parts"]["projection"]["source"]["note"] == "trained here"
     assert found["parts"]["vit"]["source"]["file"] == str(files.folder / "eva.pth")
     assert found["parameters"] == sum(t[n].size for n in t)
+
+
+@pytest.mark.parametrize("variant, letter", CHECKPOINTS.items())
+def test_usage_of_the_originals_formats(files, command, variant, letter):
+    assert command(*files.arguments(variant))[0] == 0
+    model = files.folder / f"model_{letter}"
+    config = read_config(model)
+    usage = json.loads(command("inspect", model, "--json")[1])["usage"]
+    tokenizer = load_tokenizer(tokenizer_dir(model))
+    template, places = usage["template"], config.visual_tokens
+    assert template["ids"].count(-1) == places
+    image = template["ids"].index(-1)
+    before, after = template["prompt"].split("<ImageHere>")
+    assert template["ids"][:image] == tokenizer.encode(before, bos=True)
+    assert template["ids"][image + places :] == tokenizer.encode(after)
+    row = build_row(
+        tokenizer, config, template.get("training_prompt", template["prompt"]), "red", images=1
+    )
+    prompt_ids = template.get("training_ids", template["ids"])
+    assert row.tokens[: len(prompt_ids)] == prompt_ids
+    assert template["end"] == config.end_symbol and template["end_ids"]
+    table = command("inspect", model)[1]
+    assert f"[IMAGE x {places}]" in table and repr(template["prompt"]) in table
+    assert "training_prompt" not in template or repr(template["training_prompt"]) in table
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral v3", "zephyr"])
+def test_usage_of_a_tokenizers_own_template(tmp_path, command, family):
+    model = tiny.write_model(tmp_path / "model")
+    folder = model / "tokenizer"
+    shutil.rmtree(folder)
+    chat_families.write_tokenizer(folder, chat_families.FAMILIES[family])
+    hf = load_tokenizer(folder, "hf")
+    fields = {"kind": "hf", "bos_id": hf.bos_id, "eos_id": hf.eos_id, "pad_id": hf.pad_id}
+    document = json.loads((model / "model.json").read_text())
+    document["config"]["tokenizer"] |= fields | {"chat_template": True}
+    document["config"] |= tokenizer_format(hf)
+    (model / "model.json").write_text(json.dumps(document))
+    template = json.loads(command("inspect", model, "--json")[1])["usage"]["template"]
+    assert template["name"] == "tokenizer" and "training_prompt" not in template
+    rendered = hf.apply_chat_template(
+        [{"role": "user", "content": with_images(QUESTION, 1)}], add_generation_prompt=True
+    )
+    assert template["prompt"] == rendered
+    assert [i for i in template["ids"] if i >= 0] == [
+        i for text in rendered.split("<ImageHere>") for i in hf.encode(text)
+    ]
+
+
+@pytest.mark.parametrize("dtype, quantize", [("float32", None), ("bfloat16", None),
+                                             ("bfloat16", "int8"), ("bfloat16", "int4")])  # fmt: skip
+def test_memory_is_what_loading_takes(tmp_path, dtype, quantize):
+    model = tiny.write_model(tmp_path / "model")
+    module, config = load_model(model, dtype, stacked=False, quantize=quantize)
+    loaded = sum(leaf.get_value().nbytes for _, leaf in nnx.to_flat_state(nnx.state(module)))
+    memory = describe(model)["usage"]["memory"][quantize or dtype]
+    assert memory["weights"] == loaded
+    size = 4 if dtype == "float32" else 2
+    llm = config.llm
+    assert memory["cache_per_1000_tokens"] == 2000 * llm.layers * llm.kv_heads * llm.head_dim * size
+
+
+def test_a_quantized_model_has_one_precision(files, command):
+    assert command(*files.arguments("minigpt4-llama2"), "--quantize=int8")[0] == 0
+    usage = json.loads(command("inspect", files.folder / "model_b", "--json")[1])["usage"]
+    assert list(usage["memory"]) == ["int8"]
+
+
+def test_commands_can_be_copied(tmp_path, command):
+    folder = tmp_path / "it's a model"
+    tiny.write_model(folder)
+    table = command("inspect", folder)[1]
+    commands = json.loads(command("inspect", folder, "--json")[1])["usage"]["commands"]
+    for name, line in commands.items():
+        assert line in table
+        module, *arguments = shlex.split(line)[2:]
+        option = "--config.model" if name == "train" else "--model"
+        assert f"{option}={folder}" in arguments and module == f"minigpt4_jax.{name}"
+    assert str(chat.parse(shlex.split(commands["chat"])[3:]).model) == str(folder)
+    assert batch.parse(shlex.split(commands["batch"])[3:]).prompt == QUESTION
+
+
+def test_a_missing_tokenizer_is_said(tmp_path, command):
+    model = tiny.write_model(tmp_path / "model")
+    shutil.rmtree(model / "tokenizer")
+    code, table, err = command("inspect", model)
+    assert code == 0 and "cannot be rendered" in table and "no tokenizer/" in table, err
 
 
 def test_refusals(refused, tmp_path):
