@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 ROW_GROUP = 8  # rows whose images are read ahead and encoded together
 READER_THREADS = 8
-NOT_RECORDED = ("input", "output", "batch_size", "retry_errors")  # answers do not depend on these
+# options that answers do not depend on
+NOT_RECORDED = ("input", "output", "batch_size", "retry_errors", "allow_nonfinite")
 
 Encoded: TypeAlias = dict[str, np.ndarray | UserError]  # visual tokens [P, D] of each image path
 
@@ -183,7 +184,7 @@ def with_visual(rows: Sequence[BatchRow], model: "Model") -> Iterator[BatchRow]:
     because questions about one image are usually next to each other.
     """
     groups = [rows[start : start + ROW_GROUP] for start in range(0, len(rows), ROW_GROUP)]
-    read = partial(load_pixels, size=model.config.vision.image_size)
+    read = partial(load_pixels, size=model.config.vision.image_size, exif=model.exif)
     encoded: Encoded = {}
     with ThreadPoolExecutor(READER_THREADS) as pool:
         reading: dict[str, Future[np.ndarray]] = {}

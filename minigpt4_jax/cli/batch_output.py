@@ -85,8 +85,10 @@ class Output:
         # The lines themselves show which prompt their rows had.
         unchecked = {"prompt"} if self._retry_errors else set()
         for name, value in self._settings.items():
-            if previous.get(name) != value and name not in unchecked:
-                raise self._conflict(f"was started with {name} {previous.get(name)}, now {value}")
+            # an option that did not exist yet was off
+            before = previous.get(name, False if isinstance(value, bool) else None)
+            if before != value and name not in unchecked:
+                raise self._conflict(f"was started with {name} {before}, now {value}")
         data = self._path.read_bytes()
         return data[: data.rfind(b"\n") + 1].splitlines()
 

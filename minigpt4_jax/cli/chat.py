@@ -191,13 +191,15 @@ class Session:
 
     def save_image(self, path: Path) -> None:
         """Draw the boxes of the last answer into the most recent image."""
+        from minigpt4_jax.processing.images import open_image
         from minigpt4_jax.visualization.boxes import draw_boxes, save
 
         turns = self.conversation.turns
         images = [image for turn in turns for image in turn.images]
         if not images:
             raise UserError("no question about an image has been answered yet; ask one first")
-        save(draw_boxes(images[-1], turns[-1].answer), path)
+        picture = open_image(images[-1], exif=self.conversation.model.exif)
+        save(draw_boxes(picture, turns[-1].answer), path)
         note(f"wrote {path}")
 
 
@@ -325,7 +327,7 @@ def _question(args: argparse.Namespace) -> str:
         return prompt
     if not args.image:
         raise UserError(f"--task={args.task} asks about an image: --image=FILE is missing")
-    return question(args.task, args.prompt, open_image(args.image[-1]).size)
+    return question(args.task, args.prompt, open_image(args.image[-1], exif=args.exif).size)
 
 
 def _check_arguments(args: argparse.Namespace) -> str | None:

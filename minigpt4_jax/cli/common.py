@@ -47,6 +47,9 @@ def make_parser(command: str, description: str) -> Parser:
     p.add_argument(
         "--allow-nonfinite", action="store_true", help="load weights that are NaN or infinite"
     )
+    p.add_argument("--no-exif", dest="exif", action="store_false",
+                   help="use images as they are stored, as the original; by default they are "
+                   "rotated as their EXIF orientation says")  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
     p.add_argument("--template", metavar="NAME", help="chat template, by default the model's")
     p.add_argument(
@@ -96,5 +99,5 @@ def load_model(args: argparse.Namespace) -> "Model":
 
     return model.load(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
-        allow_nonfinite=args.allow_nonfinite,
+        allow_nonfinite=args.allow_nonfinite, exif=args.exif,
     )  # fmt: skip

@@ -29,15 +29,18 @@ class ImageEncoder:
 
         self._encode = jax.jit(with_mesh(encode, mesh))
 
-    def encode(self, state: Any, images: Sequence[ImageSource], names: Sequence[str]) -> np.ndarray:
-        """Visual tokens [B, P, D] float32. names: what errors call the images."""
+    def encode(
+        self, state: Any, images: Sequence[ImageSource], names: Sequence[str], *, exif: bool
+    ) -> np.ndarray:
+        """Visual tokens [B, P, D] float32. names: what errors call the images. exif: see `open_image`."""
+        size = self._config.vision.image_size
         encoded = self._empty(len(images))
         for start in range(0, len(images), ENCODE_BATCH):
             batch = range(start, min(start + ENCODE_BATCH, len(images)))
             pixels = []
             for i in batch:
                 with error_context(names[i]):
-                    pixels.append(load_pixels(images[i], self._config.vision.image_size))
+                    pixels.append(load_pixels(images[i], size, exif=exif))
             encoded[batch.start : batch.stop] = self._encode_batch(state, pixels)
         return encoded
 
@@ -49,7 +52,9 @@ class ImageEncoder:
             encoded[start : start + len(batch)] = self._encode_batch(state, batch)
         return encoded
 
-    def encode_groups(self, state: Any, groups: ImageGroups) -> list[np.ndarray | None]:
+    def encode_groups(
+        self, state: Any, groups: ImageGroups, *, exif: bool
+    ) -> list[np.ndarray | None]:
         """Visual tokens [I * P, D] of each group, None without images. Repeated images are encoded
         once."""
         index: dict[str | int, int] = {}  # image key -> its place in `images`
@@ -61,7 +66,7 @@ class ImageEncoder:
                     index[image_key(image)] = len(images)
                     images.append(image)
                     names.append(f"image {i}" if len(group) == 1 else f"image {j} of prompt {i}")
-        encoded = self.encode(state, images, names)
+        encoded = self.encode(state, images, names, exif=exif)
         rows = [[encoded[index[image_key(image)]] for image in group] for group in groups]
         return [np.concatenate(row) if row else None for row in rows]
 

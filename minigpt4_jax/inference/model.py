@@ -24,7 +24,7 @@ from minigpt4_jax.inference.image_encoder import ImageEncoder
 from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.preprocess import Images, make_requests, match_images
 from minigpt4_jax.inference.requests import Completion, Request
-from minigpt4_jax.inference.scoring import Scorer, answer_rows
+from minigpt4_jax.inference.scoring import Scorer, answer_rows, candidates_by_prompt, padded_mean
 from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import inference_mesh
@@ -46,6 +46,7 @@ def load(
     kv_cache: str | None = None,
     mesh: str | Mesh | None = None,
     allow_nonfinite: bool = False,
+    exif: bool = False,
 ) -> "Model":
     """Load a model directory (written by `python -m convert build` or by training).
 
@@ -65,6 +66,8 @@ def load(
             minigpt4_jax/parallel/sharding.py), "auto" for all devices, or a Mesh. By default the first
             device.
         allow_nonfinite: load weights that are NaN or infinite too. By default they are an error.
+        exif: rotate images as their EXIF orientation says, as a viewer shows a phone's photo. The
+            original ignores it, and so do the published datasets with boxes.
 
     Compiled programs are kept on disk, in the folder that the environment variable MINIGPT4_JAX_CACHE
     names, by default ~/.cache/minigpt4_jax; "off" keeps none. A jax_compilation_cache_dir of your own
@@ -94,7 +97,7 @@ def load(
             layer.merge()
     module.llm.int8_cache = kv_cache == "int8"
     tokenizer = load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind)
-    return Model(module, config, tokenizer, mesh)
+    return Model(module, config, tokenizer, mesh, exif=exif)
 
 
 class Model:
@@ -108,6 +111,7 @@ class Model:
         config: the model's configuration.
         tokenizer: the language model's tokenizer.
         engine: the generation engine, for token ids instead of text.
+        exif: whether images are rotated as their EXIF orientation says.
     """
 
     def __init__(
@@ -116,13 +120,16 @@ class Model:
         config: ModelConfig,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
+        *,
+        exif: bool = False,
     ):
-        """mesh: the mesh that the module's parameters lie on; None for one device."""
+        """mesh: the mesh that the module's parameters lie on; None for one device. exif: see `load`."""
         self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(module, mesh)
         self._state = nnx.state(module)
         graphdef = nnx.graphdef(module)
         self._encoder = ImageEncoder(graphdef, config, mesh)
+        self.exif = exif
         self._scorer = Scorer(graphdef, config, mesh)
 
     def set_module(self, module: MiniGpt) -> None:
@@ -135,7 +142,8 @@ class Model:
     def encode_images(self, images: Iterable[ImageSource] | ImageSource) -> np.ndarray:
         """Projected visual tokens of B images: [B, P, D] float32. UserError: an unreadable image."""
         flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
-        return self._encoder.encode(self._state, flat, [f"image {i}" for i in range(len(flat))])
+        names = [f"image {i}" for i in range(len(flat))]
+        return self._encoder.encode(self._state, flat, names, exif=self.exif)
 
     def encode_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """As `encode_images`, for images [S, S, 3] that `load_pixels` returned."""
@@ -275,7 +283,7 @@ class Model:
         return completion_output(self.tokenizer, self.config, completion, request.stop_texts)
 
     def _encode_groups(self, groups: list[list[ImageSource]]) -> list[np.ndarray | None]:
-        return self._encoder.encode_groups(self._state, groups)
+        return self._encoder.encode_groups(self._state, groups, exif=self.exif)
 
     # --- scores of given answers --------------------------------------------------------------
 
@@ -303,12 +311,7 @@ class Model:
     ) -> np.ndarray:
         """The original's loss with reduction="none": [B] summed nll / (padded length - 1)."""
         rows, nll = self._score_rows(images, prompts, answers, template=False)
-        # The original pads all prompts and all answers of a batch to their longest.
-        prompt_lengths = [len(row.tokens) - len(row.label_positions) for row in rows]
-        answer_lengths = [len(row.label_positions) for row in rows]
-        padded = max(prompt_lengths, default=2) + max(answer_lengths, default=0)
-        loss: np.ndarray = nll / (padded - 1)
-        return loss
+        return padded_mean(rows, nll)
 
     def multi_select(
         self,
@@ -316,19 +319,39 @@ class Model:
         prompts: Sequence[str | None],
         candidates: Sequence[Sequence[str]],
         counts: Sequence[int] | None = None,
+        *,
+        template: bool = False,
+        layout: str | None = None,
     ) -> list[list[int]]:
         """Rank candidate answers as the original does: for each prompt the indices of its candidates,
         most likely first.
 
-        candidates[k] has the k-th candidate of every prompt; counts: how many of them a prompt has.
+        candidates: a list for each prompt, of any length. The original's layout, the k-th candidates of
+        all prompts in candidates[k], is recognized where only it fits, and meant where counts are given:
+        how many of the candidates a prompt has; the others come last. layout: "prompt" or "candidate"
+        says which it is where both fit. template: prompts are plain questions. UserError: both layouts
+        fit or none, otherwise as `score`.
         """
-        losses = np.stack(
-            [self.candidate_loss(images, prompts, answers) for answers in candidates], 1
+        complete, groups = match_images(
+            self.tokenizer, self.config, images, prompts, template=template, allow_none=True
         )
+        by_prompt = candidates_by_prompt(candidates, len(complete), counts, layout)
+        visual = self._encode_groups(groups)
+        losses = np.full((len(complete), max(map(len, by_prompt), default=0)), 9999, np.float32)
+        for k in range(losses.shape[1]):
+            subset = [i for i, answers in enumerate(by_prompt) if len(answers) > k]
+            rows = answer_rows(
+                self.tokenizer, self.config, [complete[i] for i in subset],
+                [len(groups[i]) for i in subset], [by_prompt[i][k] for i in subset],
+            )  # fmt: skip
+            nll = self._scorer.nll(self._state, rows, [visual[i] for i in subset])
+            losses[subset, k] = padded_mean(rows, nll)
         if counts is not None:
             losses[np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]] = 9999
-        ranking: list[list[int]] = np.argsort(losses, axis=1, kind="stable").tolist()
-        return ranking
+        return [
+            np.argsort(of_prompt[: len(answers)], kind="stable").tolist()
+            for of_prompt, answers in zip(losses, by_prompt, strict=True)
+        ]
 
     def _score_rows(
         self,

@@ -55,6 +55,57 @@ def answer_rows(
     return rows
 
 
+def candidates_by_prompt(
+    candidates: Sequence[Sequence[str]],
+    num_prompts: int,
+    counts: Sequence[int] | None,
+    layout: str | None,
+) -> list[list[str]]:
+    """The candidates of each prompt, from either layout; see `Model.multi_select`."""
+    rows = [list(row) if not isinstance(row, str) else [row] for row in candidates]
+    if layout not in (None, "prompt", "candidate"):
+        raise UserError(f"layout {layout!r}: expected 'prompt', 'candidate' or None")
+    if counts is not None and (layout == "prompt" or len(counts) != num_prompts):
+        raise UserError(
+            f"{len(counts)} counts for {num_prompts} prompts"
+            + (" with layout 'prompt'" if layout == "prompt" else "")
+            + "; expected one for each prompt, and candidates[k] with the k-th candidate of each"
+        )
+    by_prompt_fits = len(rows) == num_prompts and counts is None and layout != "candidate"
+    transposed_fits = bool(rows) and layout != "prompt" and {*map(len, rows)} == {num_prompts}
+    transposed = [list(column) for column in zip(*rows, strict=False)]
+    if by_prompt_fits and (not transposed_fits or transposed == rows):
+        return rows
+    if transposed_fits and not by_prompt_fits:
+        return transposed
+    layouts = (
+        "a list of candidates for each prompt (layout='prompt'), or in candidates[k] the k-th candidate "
+        "of every prompt (layout='candidate')"
+    )
+    if by_prompt_fits:
+        raise UserError(
+            f"{len(rows)} x {num_prompts} candidates for {num_prompts} prompts can be read both ways: "
+            f"{layouts}; pass layout="
+        )
+    lengths = ", ".join(str(len(row)) for row in rows[:8])
+    raise UserError(
+        f"{len(rows)} lists of candidates (of {lengths or 'no'} texts) for {num_prompts} prompts; expected "
+        f"{layouts}"
+    )
+
+
+def padded_mean(rows: Sequence[TokenSequence], nll: np.ndarray) -> np.ndarray:
+    """The original's loss of each row [B]: nll / (padded length - 1).
+
+    It pads all prompts and all answers of a batch to their longest.
+    """
+    prompt_lengths = [len(row.tokens) - len(row.label_positions) for row in rows]
+    answer_lengths = [len(row.label_positions) for row in rows]
+    padded = max(prompt_lengths, default=2) + max(answer_lengths, default=0)
+    loss: np.ndarray = nll / (padded - 1)
+    return loss
+
+
 class Scorer:
     """Compiled log-likelihood of answers. `state` is the model's parameters (nnx.state)."""
 

@@ -104,6 +104,23 @@ def test_sampling_depends_only_on_the_row(home, model, command, tmp_path):
     assert row["response"] == expected(model, home, row, temperature=2.0, top_k=50, seed=18)
 
 
+def test_rotated_photos_follow_the_models_setting(home, model, command, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.open(home / "1.png")
+    image.save(home / "photo.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_90).save(home / "shown.png")
+    names = ["photo.png", "shown.png"]
+    rows = [json.dumps({"image": name, "prompt": "what is it"}) for name in names]
+    (home / "photos.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(model, "exif", True)
+    assert command(*arguments(home, tmp_path / "a", rows="photos.jsonl"))[0] == 0
+    first, second = read(tmp_path / "a")
+    assert first["response"] == second["response"]
+    code, _, err = command(*arguments(home, tmp_path / "a", "--no-exif", rows="photos.jsonl"))
+    assert code == 2 and "was started with exif True, now False" in err
+
+
 def test_broken_rows_get_an_error(home, command, tmp_path):
     (home / "half.png").write_bytes((home / "1.png").read_bytes()[:200])
     good = {"image": "1.png", "prompt": "what is it"}

@@ -301,7 +301,7 @@ def answers_with(monkeypatch):
             yield text
 
         def answer(self, requests, **options):
-            return [[SimpleNamespace(text=text)]]
+            return [[SimpleNamespace(text=text, error=None)]]
 
         prepare = Conversation._prepare
         monkeypatch.setattr(
@@ -337,6 +337,27 @@ def test_a_task_by_name_needs_no_prompt_where_it_takes_none(home, command, answe
     assert command(*arguments(home, "--task=identify", "--prompt=4,6,20,30"))[0] == 0
     # the image is 40 x 30 pixels
     assert questions == [caption(), "[identify] what is this {<10><20><50><100>}"]
+
+
+def test_a_rotated_photo_is_asked_about_and_drawn_as_it_is_shown(
+    home, command, answers_with, tmp_path
+):
+    questions = answers_with(BOXES)
+    image = Image.open(home / "a.png")  # 40 x 30
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo, shown = tmp_path / "photo.png", image.transpose(Image.Transpose.ROTATE_270)
+    image.save(photo, exif=exif)
+    task = ["--task=identify", "--prompt=3,8,15,40", f"--image={photo}"]
+    for options, expected in (([], shown), (["--no-exif"], None)):
+        out = tmp_path / f"{len(options)}.png"
+        code, _, err = command(*arguments(home, *task, f"--save-image={out}", *options))
+        if expected is None:  # 40 is beyond the height
+            assert code == 2 and "not within the image of 40 x 30" in err
+            continue
+        assert code == 0, err
+        assert np.array_equal(np.asarray(Image.open(out)), np.asarray(draw_boxes(expected, BOXES)))
+    assert questions == ["[identify] what is this {<10><20><50><100>}"]
 
 
 def test_an_answer_without_boxes_is_printed_and_nothing_is_saved(

@@ -179,6 +179,81 @@ def test_options_by_name_replace_those_of_a_config(model):
     assert again == "".join(model.conversation().stream("what", picture(0), seed_2))
 
 
+# --- ranking and rotated photos -------------------------------------------------------------------
+
+CANDIDATES = [["a dog", "a cat", "a red car"], ["yes"], ["blue", "a much longer answer"], []]
+
+
+def test_candidates_are_ranked_by_prompt_or_as_the_original(model):
+    prompts, images = [*PROMPTS[:3], ASK], [*IMAGES[:3], [picture(4)]]
+    ranking = model.multi_select(images, prompts, CANDIDATES)
+    assert [sorted(row) for row in ranking] == [[0, 1, 2], [0], [0, 1], []]
+    rows = [["a dog", "a cat", "a red car"], ["no", "yes", "perhaps"]]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    losses = [model.candidate_loss(images[:2], prompts[:2], answers) for answers in columns]
+    expected = np.argsort(np.stack(losses, 1), axis=1, kind="stable").tolist()
+    pair = (images[:2], prompts[:2])
+    assert model.multi_select(*pair, rows) == expected
+    assert model.multi_select(*pair, columns) == expected
+    assert model.multi_select(*pair, columns, [3, 2])[0] == expected[0]
+    assert model.multi_select(*pair, columns, [3, 2])[1][-1] == 2
+    assert model.multi_select([], [], []) == []
+
+
+def test_square_candidates_need_their_layout(model):
+    rows, prompts = [["yes", "a dog"], ["no", "what a cat that is"]], ["so", "is it"]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    message = refused(model.multi_select, None, prompts, rows)
+    assert (
+        "both ways" in message and "layout='prompt'" in message and "layout='candidate'" in message
+    )
+    expected = model.multi_select(None, prompts, rows, layout="prompt")
+    assert model.multi_select(None, prompts, columns, layout="candidate") == expected
+    assert model.multi_select(None, prompts, columns, [2, 2]) == expected
+    assert model.multi_select(None, ["so"], [["yes"]]) == [[0]]
+    same = [["yes", "no"], ["no", "yes"]]
+    assert len(model.multi_select(None, prompts, same)) == 2  # equal in both layouts
+
+
+@pytest.mark.parametrize(
+    ("candidates", "options", "message"),
+    [
+        ([], {}, "0 lists of candidates (of no texts) for 2 prompts"),
+        ([["a"], ["b", "c"], ["d"]], {}, "3 lists of candidates (of 1, 2, 1 texts) for 2 prompts"),
+        ([["a", "b"]], {"counts": [1]}, "1 counts for 2 prompts"),
+        ([["a"], ["b"]], {"counts": [1, 1]}, "2 lists of candidates"),
+        ([["a"], ["b"]], {"layout": "rows"}, "layout 'rows'"),
+        ([["a"], ["b", 3]], {}, "got int; expected text"),
+    ],
+)
+def test_candidates_that_do_not_fit_are_named(model, candidates, options, message):
+    assert message in refused(model.multi_select, None, ["x", "y"], candidates, **options)
+
+
+def test_candidates_with_the_training_template(model):
+    images, question, rows = [picture(0)], "what is it", [["a dog", "a red car", "b"]]
+    spelled = model.config.prompt_template.replace("{}", texts.with_images(question, 1))
+    ranking = model.multi_select(images, [question], rows, template=True)
+    assert ranking == model.multi_select(images, [spelled], rows)
+
+
+def test_exif_orientation_is_applied_on_request(model, monkeypatch, tmp_path):
+    stored, turned = tmp_path / "stored.png", tmp_path / "turned.png"
+    image = Image.fromarray(picture(5))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
+    image.save(stored, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(turned)
+    before, shown = model.encode_images([stored, turned])
+    assert not np.allclose(before, shown, atol=1e-2)
+    monkeypatch.setattr(model, "exif", True)
+    np.testing.assert_allclose(model.encode_images(stored)[0], shown, **CLOSE)
+    answers = model.generate([stored, turned], [ASK, ASK], max_new_tokens=6)
+    assert answers[0] == answers[1]
+    talks = [model.conversation().ask("what", path, max_new_tokens=6) for path in (stored, turned)]
+    assert talks[0] == talks[1]
+
+
 # --- errors -----------------------------------------------------------------------------
 
 
