@@ -1,21 +1,27 @@
-"""Read JSON files of captions, questions and conversations as a checked list of examples.
+"""Read files of captions, questions and conversations as a checked list of examples.
 
-Three layouts are recognized:
+These layouts are recognized:
 
     DIR/            filter_cap.json and image/{image_id}.jpg or .png (MiniGPT-4's stage 2)
     FILE.json       a list of rows, or an object {"annotations": [{"image_id", "caption"}, ...]}
     FILE.jsonl      one row per line
+    FILE.csv, .tsv  columns "image" and "caption", or "question" and "answer"
+    DIR/            metadata.jsonl or metadata.csv with "file_name" and "text" or others of these keys
+                    (imagefolder of Hugging Face's datasets)
 
 A row has an image (a path relative to the file, a list of paths, or none) and one of "caption",
-"question" with "answer", or "conversations" [{"from": "human" | "gpt", "value": text}] as in LLaVA.
+"question" with "answer", "conversations" [{"from": "human" | "gpt", "value": text}] as in LLaVA, or
+"messages" [{"role": "user" | "assistant", "content": text or parts}] as in OpenAI's API.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minigpt4_jax.data import conversations, tables
 from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read_text, text_of
 from minigpt4_jax.data.skipped import check_missing_images
 from minigpt4_jax.errors import UserError
@@ -24,6 +30,8 @@ from minigpt4_jax.processing.images import ImageSource
 from minigpt4_jax.storage.paths import parse_local_path
 
 STAGE2_FILE = "filter_cap.json"
+_FOLDER_FILES = (STAGE2_FILE, "metadata.jsonl", "metadata.csv")
+_IMAGE_KEYS = ("image", "images", "file_name", "file_names")
 MAX_CAPTION_WORDS = 50
 
 DataPath = str | os.PathLike[str]
@@ -72,12 +80,7 @@ def blip_caption(caption: str) -> str:
 
 def _read(path: Path, clean: bool) -> list[Example]:
     if path.is_dir():
-        if not (path / STAGE2_FILE).is_file():
-            raise UserError(
-                f"data {path}: has no {STAGE2_FILE}; expected that file with image/ beside it, "
-                "or name a .json or .jsonl file"
-            )
-        path = path / STAGE2_FILE
+        path = _file_in_folder(path)
     if not path.is_file():
         raise UserError(f"data {path}: there is no such file or directory")
     examples = [_example(row, where, path.parent, clean) for where, row in _rows(path)]
@@ -86,18 +89,49 @@ def _read(path: Path, clean: bool) -> list[Example]:
     return examples
 
 
+def _file_in_folder(folder: Path) -> Path:
+    """The file with a folder's rows."""
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    below = sorted({str(p.parent) for n in _FOLDER_FILES for p in folder.glob(f"*/{n}")})
+    hint = f"name one of the folders in it: {', '.join(below[:3])}" if below else (
+        "or name a .json, .jsonl or .csv file"
+    )  # fmt: skip
+    raise UserError(
+        f"data {folder}: has no {STAGE2_FILE}; expected that file with image/ beside it, metadata.jsonl "
+        f"or metadata.csv with file_name, {hint}"
+    )
+
+
 # --- rows of a file --------------------------------------------------------------------------
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(location for messages, row) of every row of the file."""
     text = read_text(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in tables.SUFFIXES:
+        rows: Iterator[tuple[str, Any]] = tables.read_table(path, text)
+    elif _has_lines(path, text):
         rows = _json_lines(path, text)
     else:
         rows = _json_file(path, text)
     for where, row in rows:
         yield where, expect_object(row, where)
+
+
+def _has_lines(path: Path, text: str) -> bool:
+    """Whether each line is a row. The content decides where it differs from what the name says."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return re.match(r"\s*\[\s*\{", text) is None  # the start of a list of rows
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("{") or not rest:
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -141,38 +175,68 @@ def _stage2_row(row: dict[str, Any], where: str, folder: Path) -> dict[str, Any]
 
 
 def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Example:
-    images = _images(row, where, folder)
+    names = _images(row, where)
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    if "conversations" in row:
-        questions, answers = _conversation(row["conversations"], where)
+    turns = [key for key in conversations.KEYS if row.get(key) is not None]
+    caption_key = "text" if "file_name" in row and "caption" not in row else "caption"
+    if len(turns) > 1:
+        raise UserError(f"{where}: has {' and '.join(map(repr, turns))}; expected one of them")
+    if turns:
+        questions, answers, parts = conversations.read_turns(row[turns[0]], turns[0], where)
+        names = _merge_images(names, parts, where)
     elif "question" in row or "answer" in row:
         questions = (_text(row, "question", where),)
         answers = (_text(row, "answer", where),)
-    elif "caption" in row:
-        caption = _text(row, "caption", where)
-        if not images:
+    elif caption_key in row:
+        caption = _text(row, caption_key, where)
+        if not names:
             raise UserError(f'{where}: a caption needs an "image"; text alone needs a "question"')
         if clean and not (caption := blip_caption(caption)):
-            raise UserError(f'{where}: "caption" is empty once its punctuation is removed')
-        return Example(images, (), (caption,))
+            raise UserError(f'{where}: "{caption_key}" is empty once its punctuation is removed')
+        return Example(tuple(_image_path(folder, name) for name in names), (), (caption,))
     else:
         raise UserError(
             f'{where}: has {keys(row)}; expected "caption", "question" and "answer", '
-            'or "conversations"'
+            '"conversations" or "messages"'
         )
+    images = tuple(_image_path(folder, name) for name in names)
     return Example(images, _place_images(questions, len(images), where), answers)
 
 
-def _images(row: dict[str, Any], where: str, folder: Path) -> tuple[str, ...]:
-    value = row.get("image", row.get("images"))
-    if value is None:
-        return ()
-    names = value if isinstance(value, list) else [value]
+def _images(row: dict[str, Any], where: str) -> list[str]:
+    """The paths in a row, as they are written."""
+    given = {key: row[key] for key in _IMAGE_KEYS if row.get(key) is not None}
+    lists = [value if isinstance(value, list) else [value] for value in given.values()]
+    if any(names != lists[0] for names in lists):
+        raise UserError(f"{where}: has {' and '.join(map(repr, given))}; expected one of them")
+    names = lists[0] if lists else []
     for name in names:
         if not isinstance(name, str) or not name or "\0" in name:
-            raise UserError(f'{where}: "image" holds {name!r}; expected a path or a list of paths')
-    return tuple(os.path.join(folder, name) for name in names)
+            key = next(iter(given))
+            raise UserError(f'{where}: "{key}" holds {name!r}; expected a path or a list of paths')
+    return names
+
+
+def _image_path(folder: Path, name: str) -> str:
+    """Where an image lies. Backslashes separate folders, as on Windows, unless there is such a file."""
+    path = os.path.join(folder, name)
+    if "\\" in name and os.sep == "/" and not os.path.exists(path):
+        return os.path.join(folder, name.replace("\\", "/"))
+    return path
+
+
+def _merge_images(listed: list[str], parts: Sequence[str | None], where: str) -> list[str]:
+    """The images of a row: those in its parts, of which None is the next of the listed ones."""
+    if all(part is None for part in parts):
+        return listed
+    if parts.count(None) != len(listed):
+        raise UserError(
+            f"{where}: {parts.count(None)} image parts without a path and {len(listed)} images in the "
+            "row; expected the same number"
+        )
+    rest = iter(listed)
+    return [next(rest) if part is None else part for part in parts]
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -180,23 +244,6 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')
     return value
-
-
-def _conversation(turns: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise UserError(
-            f'{where}: "conversations" needs a list of question, answer, question, answer, ...; '
-            f"it is {kind(turns)}" + (f" of {len(turns)}" if isinstance(turns, list) else "")
-        )
-    texts = []
-    for n, turn in enumerate(turns):
-        speaker, turn_where = ("human", "gpt")[n % 2], f'{where}, turn {n + 1} of "conversations"'
-        if not isinstance(turn, dict) or turn.get("from") != speaker:
-            raise UserError(
-                f'{turn_where}: expected an object with "from": "{speaker}" and "value"'
-            )
-        texts.append(_text(turn, "value", turn_where))
-    return tuple(texts[::2]), tuple(texts[1::2])
 
 
 def _place_images(questions: Sequence[str], images: int, where: str) -> tuple[str, ...]:

@@ -14,6 +14,25 @@ from minigpt4_jax.training.config_check import check
 
 T = TypeVar("T")
 
+# What other programs call a key.
+SYNONYMS = {
+    "init_lr": ("learning_rate", "lr", "base_lr", "max_lr", "peak_lr"),
+    "steps": ("epochs", "epoch", "num_epochs", "max_epochs", "max_epoch", "num_train_epochs", "max_steps",
+              "num_steps", "total_steps", "train_steps", "max_train_steps", "iterations"),
+    "warmup_steps": ("warmup", "num_warmup_steps", "warmup_iters"),
+    "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule"),
+    "batch_size": ("train_batch_size", "per_device_train_batch_size", "global_batch_size"),
+    "accumulate": ("gradient_accumulation_steps", "gradient_accumulation", "accum_grad_iters"),
+    "clip": ("max_grad_norm", "grad_clip", "gradient_clip_val", "clip_norm"),
+    "remat": ("gradient_checkpointing", "use_grad_checkpoint"),
+    "dtype": ("precision", "mixed_precision", "fp16", "bf16", "amp"),
+    "log_every": ("logging_steps",), "save_every": ("save_steps",), "eval_every": ("eval_steps",),
+    "keep": ("save_total_limit",), "max_text_length": ("max_length", "max_seq_length", "max_txt_len"),
+    "data.path": ("data_path", "train_file", "dataset"), "data.val_path": ("eval_file", "validation_file"),
+    "data.workers": ("num_workers", "dataloader_num_workers"), "lora.rank": ("lora_r", "lora_rank"),
+    "lora.alpha": ("lora_alpha",), "lora.dropout": ("lora_dropout",),
+}  # fmt: skip
+
 # May differ when a run is resumed: none of these changes what is computed.
 _RESUMABLE = {
     "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
@@ -104,7 +123,11 @@ def unknown_key(key: str, mix: Mapping[str, Any] = types.MappingProxyType({})) -
     names = known_keys()
     if key.startswith("data.mix."):
         names = known_mix_keys(mix or {key.split(".")[2]: None})
+    by_synonym = {synonym: name for name, synonyms in SYNONYMS.items() for synonym in synonyms}
+    synonym = by_synonym.get(key.rsplit(".", 1)[-1].lower())
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    if synonym in names:
+        near = [synonym]
     if not near:  # perhaps the right field in the wrong section
         field = key.rsplit(".", 1)[-1]
         by_field = {n.rsplit(".", 1)[-1]: n for n in names}

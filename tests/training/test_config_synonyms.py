@@ -1,0 +1,25 @@
+"""Names that other programs give to configuration keys."""
+
+import pytest
+
+from minigpt4_jax.training.config_values import SYNONYMS, known_keys, unknown_key
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "init_lr"), ("lr", "init_lr"), ("epochs", "steps"),
+        ("num_train_epochs", "steps"), ("max_steps", "steps"), ("data.num_workers", "data.workers"),
+        ("data.learning_rate", "init_lr"), ("LR", "init_lr"), ("max_grad_norm", "clip"),
+        ("batchsize", "batch_size"), ("data.pth", "data.path"),
+    ],
+)  # fmt: skip
+def test_suggestions(key, meant):
+    assert str(unknown_key(key)).endswith(f"did you mean config.{meant}?")
+
+
+def test_synonyms_are_no_keys():
+    keys, synonyms = known_keys(), [s for names in SYNONYMS.values() for s in names]
+    assert set(SYNONYMS) <= set(keys)
+    assert not {key.rsplit(".", 1)[-1] for key in keys} & {*synonyms} - {"scheduler"}
+    assert len(synonyms) == len(set(synonyms))
