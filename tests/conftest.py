@@ -1,4 +1,4 @@
-"""Programs that several tests compile alike are compiled once, and found again by the next run."""
+"""How tests compile programs, the order of the files, and fixtures for all of them."""
 
 import os
 from collections.abc import Iterator
@@ -7,26 +7,43 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.virtual_devices import quick_codegen_flags
 from PIL import Image
 
-# The files that take longest begin first, so that no worker is left alone with one at the end. (Of its
-# own, xdist begins with the files of most tests; one test may be that of fifty kills.)
+# The slowest files start first, so that no worker is left with one of them at the end. (By default
+# xdist starts with the files of most tests, but a single test may run a training fifty times.)
 LONGEST = (
-    "test_sharding.py", "test_train_kills.py", "test_prefix_cache.py", "test_multihost.py",
-    "test_int8_cache.py", "test_buckets.py", "test_train_survive.py", "test_engine.py",
-    "test_train_resume.py", "test_beam_search.py", "test_smollm2.py",
+    "test_train_kills.py", "test_sharding.py", "test_multihost.py", "test_prefix_cache.py",
+    "test_buckets.py", "test_train_survive.py", "test_train_resume.py", "test_engine.py",
+    "test_int8_cache.py", "test_beam_search.py", "test_smollm2.py",
 )  # fmt: skip
 
 
-def pytest_configure() -> None:
-    # Processes that tests start import `helpers` too.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick-codegen",
+        action="store_true",
+        help="leave out the tests marked default_compiler and compile programs with the code generator "
+        "that needs half the time; `make test` runs the marked tests separately, as users' programs are",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Processes that tests start import `helpers` too, and compile with the same flags.
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if config.getoption("quick_codegen") and "PYTEST_XDIST_WORKER" not in os.environ:
+        flags = [os.environ.get("XLA_FLAGS"), quick_codegen_flags()]
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: n for n, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick_codegen"):
+        left_out = [item for item in items if item.get_closest_marker("default_compiler")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    order = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,10 +57,13 @@ def compilation_cache(request, tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For modules whose subject is not the arithmetic of their programs: LLVM optimizes these little,
-    which takes a third off their compilation. Also in the processes that the tests start."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile with few optimizations, which takes a quarter of the time, here and in the processes that
+    tests start; except in modules marked default_compiler."""
+    if request.node.get_closest_marker("default_compiler"):
+        yield
+        return
     name = "jax_disable_most_optimizations"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), "1")

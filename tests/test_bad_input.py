@@ -21,8 +21,6 @@ from minigpt4_jax.cli import train as command
 from minigpt4_jax.processing import images
 from minigpt4_jax.visualization import plots
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -24,7 +24,6 @@ SAVED = 3  # the step of the checkpoint in half/; its log goes on to step 5
 SPEED = "examples_per_second"
 
 # What is compared does not depend on how programs are optimized; half the time goes into that.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

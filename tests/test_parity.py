@@ -29,6 +29,8 @@ from minigpt4_jax.processing.sequences import (
     stop_sequences,
 )
 
+pytestmark = pytest.mark.default_compiler
+
 NEEDS_DUMPS = pytest.mark.skipif(
     not (REFERENCE / "dumps").is_dir(), reason="../shared/reference is not here"
 )

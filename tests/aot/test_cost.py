@@ -11,6 +11,8 @@ from minigpt4_jax.aot.roofline import predict
 from minigpt4_jax.aot.topology import CHIPS, chip_of
 from minigpt4_jax.errors import UserError
 
+pytestmark = pytest.mark.default_compiler
+
 # Shortened HLO of a program compiled by libtpu 0.0.42: a scan over 32 layers gathers one matrix in
 # pieces, overlapped with the products of two fusions, and another one exposed; attention is a
 # dilated convolution.

@@ -21,8 +21,6 @@ from minigpt4_jax.cli import batch, batch_output, common
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import chat_format, with_images
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COUNT = 40
 
 

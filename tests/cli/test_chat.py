@@ -23,8 +23,6 @@ from minigpt4_jax.inference.model import Model
 from minigpt4_jax.processing.tasks import caption
 from minigpt4_jax.visualization.boxes import draw_boxes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -222,7 +222,7 @@ RUN = [
 
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.stem)
 def test_blocks_run(
-    page: Path, sandbox: Path, done: set[str], load_once: None, monkeypatch, quick_compilation
+    page: Path, sandbox: Path, done: set[str], load_once: None, monkeypatch
 ) -> None:
     monkeypatch.chdir(sandbox)
     names: dict[str, object] = {"__name__": "__main__"}

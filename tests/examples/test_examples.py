@@ -13,8 +13,6 @@ from minigpt4_jax.data.datasets import DATASETS
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

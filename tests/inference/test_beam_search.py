@@ -16,8 +16,6 @@ from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VOCAB, LENGTH = 40, 32
 
 

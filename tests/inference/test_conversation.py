@@ -12,8 +12,6 @@ from minigpt4_jax.processing.chat_templates import (
     with_images,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FEW = {"max_new_tokens": 6}
 
 

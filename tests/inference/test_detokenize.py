@@ -13,8 +13,6 @@ from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Completion, Progress, Request
 from minigpt4_jax.inference.stop_sequences import stable_prefix
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = ["what is it", "which colour", "a"]
 
 

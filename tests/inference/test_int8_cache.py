@@ -18,7 +18,6 @@ from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.models.kv_cache import QuantizedArray
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 engine = partial(small_engine.engine, int8=True)
 
 

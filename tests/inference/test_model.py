@@ -19,7 +19,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates as texts
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.default_compiler
 
 ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -17,6 +17,8 @@ from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import load_pixels, normalize
 from minigpt4_jax.processing.sequences import build_row, prompt_tokens
 
+pytestmark = pytest.mark.default_compiler
+
 
 def relative(ours, theirs):
     assert ours.shape == theirs.shape

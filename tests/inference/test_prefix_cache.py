@@ -15,8 +15,6 @@ from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Few combinations of stages, lengths and images, as each is compiled.
 SAMPLING = [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, repetition_penalty=1.3)]
 

@@ -12,6 +12,8 @@ from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.models import llm, qformer, vit
 
+pytestmark = pytest.mark.default_compiler
+
 
 def random_layer(make):
     """(a layer with random weights, its tensors by name): every parameter non-trivial."""

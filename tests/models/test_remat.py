@@ -8,6 +8,8 @@ from minigpt4_jax.aot.cost import cost_of
 from minigpt4_jax.aot.hlo import parse
 from minigpt4_jax.models.layers import Linear, run_layers, stack_layers
 
+pytestmark = pytest.mark.default_compiler
+
 LAYERS, ROWS, WIDTH = 3, 32, 16
 
 

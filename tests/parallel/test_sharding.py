@@ -24,8 +24,6 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel import sharding
 from minigpt4_jax.parallel.sharding import AXES, divisible_axes, parameter_spec, parse_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def in_eight_devices(script: str, *args: object) -> str:
     command = [sys.executable, str(ROOT / "tests" / "helpers" / script), *map(str, args)]

@@ -24,8 +24,6 @@ from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import to_dict
 from minigpt4_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks of Google, not of the server here
 pytest.importorskip("gcsfs")
 server = pytest.importorskip("gcp_storage_emulator.server")

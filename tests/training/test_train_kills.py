@@ -3,8 +3,6 @@
 import pytest
 from helpers import kill_driver
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KILLS = 50
 
 

@@ -24,8 +24,6 @@ from minigpt4_jax.training.model_config import read_model_config
 from minigpt4_jax.training.train_step import make_evaluation, make_step, split_model, trained_parts
 from minigpt4_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
 CHOICE = LoraChoice(rank=2, targets=("q", "down"), dropout=0.3)
 

@@ -8,8 +8,6 @@ from helpers import tiny
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

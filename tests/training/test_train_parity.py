@@ -19,7 +19,10 @@ from minigpt4_jax.training.train_step import make_step, split_model, trained_par
 
 CHECKPOINTS, DUMPS = REFERENCE / "checkpoints", REFERENCE / "dumps"
 
-pytestmark = pytest.mark.skipif(not DUMPS.is_dir(), reason="the reference is not here")
+pytestmark = [
+    pytest.mark.default_compiler,
+    pytest.mark.skipif(not DUMPS.is_dir(), reason="the reference is not here"),
+]
 
 CASES = {
     "a": ("minigpt4-vicuna", "a_minigpt4_vicuna.pth", "###"),

@@ -14,8 +14,6 @@ from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.training.preemption import Stopped
 from minigpt4_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 7
 # The Q-Former is trained too: its dropout is the random state that a resumed run must continue.
 FIELDS = {

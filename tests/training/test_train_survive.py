@@ -23,8 +23,6 @@ from minigpt4_jax.training.evaluation import Validation
 from minigpt4_jax.training.preemption import Stopped
 from minigpt4_jax.training.trainer import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
