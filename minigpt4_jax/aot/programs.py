@@ -79,15 +79,15 @@ def _dtype(path: tuple[Any, ...], leaf: Any, dtype: jnp.dtype) -> jnp.dtype:
 
 
 def model_shapes(
-    config: ModelConfig, mesh: Mesh, *, stacked: bool, masters: frozenset[str] = frozenset()
+    config: ModelConfig, mesh: Mesh, *, stacked: bool, trainable_parts: frozenset[str] = frozenset()
 ) -> Any:
-    """The model with shapes as parameters, sharded as `load_model` in bfloat16 does. masters:
-    parts in float32."""
+    """The model with shapes as parameters, sharded as `load_model` in bfloat16 does.
+    trainable_parts are in float32 and replicated."""
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     leaves = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        if part_of(name) in masters:
+        if part_of(name) in trainable_parts:
             dtype, sharding = _dtype(path, leaf, jnp.dtype(jnp.float32)), replicated(mesh)
         else:
             dtype = _dtype(path, leaf, BF16)
@@ -101,7 +101,7 @@ def model_shapes(
 
 def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Split:
     """`split_model` of the loaded model, with shapes."""
-    graphdef, state = nnx.split(model_shapes(config, mesh, stacked=True, masters=trained))
+    graphdef, state = nnx.split(model_shapes(config, mesh, stacked=True, trainable_parts=trained))
     splits: list[Split] = []
 
     def split(state: Any) -> Any:

@@ -27,7 +27,7 @@ class PackedArrays(NamedTuple):
     label_positions: np.ndarray  # [R, A] int32
     segments: np.ndarray  # [R, T] int32; number of the example in its row; padding has its own
     positions: np.ndarray  # [R, T] int32; from the start of the example
-    visual: np.ndarray  # [R, T] int32; index of an image slot among the B * I * P visual tokens
+    visual_index: np.ndarray  # [R, T] int32; of an image slot among the B * I * P visual tokens
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -78,7 +78,7 @@ def pack(
     batch_index = {example: i for i, example in enumerate(layout.rows)}
     shape = (len(rows), width)
     tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
-    positions, visual = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    positions, visual_index = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     label_positions = np.full((len(rows), round_up(max_labels, step)), -1, np.int32)
     lengths = np.zeros(len(rows), np.int32)
     for r, examples in enumerate(rows):
@@ -92,14 +92,14 @@ def pack(
             tokens[r, span] = batch.tokens[i, :n]
             slots = np.flatnonzero(tokens[r, span] == IMAGE)
             first_visual = example % examples_per_micro_batch * images * visual_tokens
-            visual[r, start + slots] = first_visual + np.arange(len(slots))
+            visual_index[r, start + slots] = first_visual + np.arange(len(slots))
             label_positions[r, num_labels : num_labels + len(labels)] = start + labels
             start, num_labels = start + n, num_labels + len(labels)
         segments[r, start:], positions[r, start:] = len(examples), np.arange(width - start)
         lengths[r] = start
     pixels_shape = (len(layout.rows) * images, 1) if images else (num_chunks, 0)
     pixels = batch.pixels.reshape(*pixels_shape, *batch.pixels.shape[2:])
-    return PackedArrays(pixels, tokens, lengths, label_positions, segments, positions, visual)
+    return PackedArrays(pixels, tokens, lengths, label_positions, segments, positions, visual_index)
 
 
 def _assign_rows(

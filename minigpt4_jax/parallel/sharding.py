@@ -122,15 +122,6 @@ def describe_mesh(mesh: Mesh) -> str:
     return ",".join(parts) or "one device"
 
 
-def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh of a tree's arrays; None if they have none."""
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            return sharding.mesh
-    return None
-
-
 # --- parameters -----------------------------------------------------------------------------
 
 

@@ -302,7 +302,8 @@ def _background(name: str, texture: int, size: int) -> np.ndarray:
         )
         depth = rng.uniform(55, 75)
         brightness = brightness - depth * np.clip(0.5 + 1.5 * wave, 0, 1)  # soft-edged bands
-    return (brightness[..., None] + tint).astype(np.float32)
+    pixels: np.ndarray = (brightness[..., None] + tint).astype(np.float32)
+    return pixels
 
 
 def render_with_owners(

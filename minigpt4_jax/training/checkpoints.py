@@ -59,7 +59,7 @@ class Checkpoints:
                     lightweight_initialize=True,  # reads no checkpoint: one may be damaged
                 ),
             )
-            self._last_started = self._manager.latest_step()
+            self._last_started: int | None = self._manager.latest_step()
         except Exception as e:
             if not isinstance(e, OSError) and not is_remote(directory):
                 raise

@@ -143,7 +143,8 @@ def make_step(
             keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
             dropout = Dropout(**{part: keys[part] for part in dropout_in})
         nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
-        return nll.sum() / num_tokens
+        mean: jax.Array = nll.sum() / num_tokens
+        return mean
 
     def loss_and_grads(
         trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any

@@ -1,31 +1,31 @@
-"""Compiled programs are kept on disk, so that a command that ran before starts at once."""
+"""JAX's persistent compilation cache: a command that ran before starts without compiling."""
 
 import hashlib
 import os
 import platform
 from pathlib import Path
 
-VARIABLE = "MINIGPT4_JAX_CACHE"  # another folder; empty, 0 or off: no cache
+VARIABLE = "MINIGPT4_JAX_CACHE"  # the folder of the cache; empty, 0 or off: no cache
 
 
 def enable_compilation_cache() -> Path | None:
-    """Switch on JAX's persistent compilation cache, unless the user set one up or wants none.
+    """Enable JAX's persistent compilation cache, unless the user configured one or disabled it.
 
-    Returns its folder: under the user's cache directory, one for each kind of processor, because
-    a program compiled for one may not run on another. None when there is no cache.
+    Returns its folder in the user's cache directory; None without a cache. Each CPU type has its own
+    folder, because a program compiled for one may not run on another.
     """
     import jax
 
-    wanted = os.environ.get(VARIABLE, "default")
-    set_up = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if wanted.lower() in ("", "0", "off") or set_up:
+    setting = os.environ.get(VARIABLE, "default")
+    configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if setting.lower() in ("", "0", "off") or configured:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    root = Path(home) / "minigpt4_jax" if wanted == "default" else Path(wanted)
+    root = Path(home) / "minigpt4_jax" if setting == "default" else Path(setting)
     folder = root / f"xla-{_processor()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a cache that cannot be had is no reason to stop
+    except OSError:  # the cache is optional
         return None
     if not os.access(folder, os.W_OK):
         return None
@@ -35,7 +35,7 @@ def enable_compilation_cache() -> Path | None:
 
 
 def _processor() -> str:
-    """A short name for this machine's instruction set."""
+    """A hash that identifies this machine's instruction set."""
     text = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

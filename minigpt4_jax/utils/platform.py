@@ -1,4 +1,4 @@
-"""The platform that programs are traced for: the default backend, or a compilation target."""
+"""The platform that programs are traced for: the default backend or a compilation target."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
 
 
 def backend() -> str:
-    """The platform that programs traced now are for: "cpu", "gpu" or "tpu"."""
+    """The platform of programs traced in this context: "cpu", "gpu" or "tpu"."""
     return _TARGET.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Within it, programs are traced for a platform that is not this machine's."""
+    """Trace programs for another platform than this machine's."""
     token = _TARGET.set(platform)
     try:
         yield

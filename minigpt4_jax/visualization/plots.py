@@ -243,4 +243,5 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     center = np.arange(len(values))
     first = np.maximum(center - reach, 0)
     after = np.minimum(center + np.minimum(center, reach), len(values) - 1) + 1
-    return (total[after] - total[first]) / (after - first)
+    means: np.ndarray = (total[after] - total[first]) / (after - first)
+    return means

@@ -53,7 +53,7 @@ def segment_of(packed, row, segment, first):
     assert packed.positions[row, span].tolist() == list(range(len(span)))
     tokens = packed.tokens[row, span]
     labels = [a - span[0] for a in packed.label_positions[row] if a in span and a >= 0]
-    visual = packed.visual[row, span][tokens == IMAGE]
+    visual = packed.visual_index[row, span][tokens == IMAGE]
     return tuple(tokens.tolist()), tuple(labels), tuple(first * P + visual)
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import (
@@ -144,9 +145,9 @@ def check_traffic(program: str, mesh, trainable: dict[str, np.ndarray]) -> None:
 
 def generated(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str, np.ndarray]:
     model = model_on(config, mesh)
-    placed = nnx.state(model)
     model.llm = unstack(model.llm)
-    assert sharding.mesh_of(placed) is sharding.mesh_of(nnx.state(model))
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))]
+    assert {s.mesh for s in shardings if isinstance(s, NamedSharding)} == {mesh}
     engine = Engine(model, mesh)
     answers = engine.answer(requests(config), batch_size=slots)
     found = {"ids": [a[0].ids for a in answers], "logprobs": [a[0].logprobs for a in answers]}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.models.attention import SPLASH_BLOCK, attention, splash_attention
+from minigpt4_jax.utils import platform
 
 
 def test_the_kernel_is_causal_attention():
@@ -38,7 +39,7 @@ def test_the_kernel_is_causal_attention():
 
 
 @pytest.mark.parametrize(
-    ("platform", "tokens", "width", "dtype", "window", "takes_it"),
+    ("target", "tokens", "width", "dtype", "window", "uses_kernel"),
     [
         ("tpu", 1344, 128, jnp.bfloat16, None, True),
         ("tpu", 1024, 128, jnp.bfloat16, None, False),  # no gain for short rows
@@ -48,7 +49,7 @@ def test_the_kernel_is_causal_attention():
         ("cpu", 1344, 128, jnp.bfloat16, None, False),
     ],
 )
-def test_long_rows_on_a_tpu_go_to_the_kernel(platform, tokens, width, dtype, window, takes_it):
+def test_long_rows_on_a_tpu_go_to_the_kernel(target, tokens, width, dtype, window, uses_kernel):
     """As far as a program for a TPU can be made without one: it calls the kernel, compiled by Pallas."""
 
     def f(q, k, v):
@@ -56,6 +57,6 @@ def test_long_rows_on_a_tpu_go_to_the_kernel(platform, tokens, width, dtype, win
 
     q, k = (jax.ShapeDtypeStruct((1, tokens, n, width), dtype) for n in (4, 2))
     lengths = jnp.array([tokens - 5])
-    with platform.compiling_for(platform):
-        program = jax.jit(f).trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
-    assert ("tpu_custom_call" in program) == takes_it
+    with platform.compiling_for(target):
+        program = jax.jit(f).trace(q, k, k).lower(lowering_platforms=(target,)).as_text()
+    assert ("tpu_custom_call" in program) == uses_kernel
