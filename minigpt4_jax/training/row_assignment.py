@@ -22,10 +22,11 @@ def num_row_blocks(mesh: Mesh) -> int:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     processes = _processes_by_row(mesh, devices)
     sizes = (n for n in range(1, devices + 1) if devices % n == 0)
-    block: int = max(
+    block = max(
         n for n in sizes if all(processes[i] == processes[i - i % n] for i in range(devices))
     )
-    return devices // block
+    num_blocks: int = devices // block
+    return num_blocks
 
 
 def _processes_by_row(mesh: Mesh, rows: int) -> list[set[int]]:
