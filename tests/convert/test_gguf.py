@@ -213,8 +213,13 @@ def test_smollm2(files, command, tmp_path):
     llm = config.llm
     assert (llm.layers, llm.width, llm.heads, llm.kv_heads, llm.ffn) == (30, 576, 9, 3, 1536)
     assert (llm.vocab, llm.rope_theta, llm.eps, llm.tie) == (49152, 100000.0, 1e-5, True)
-    assert config.chat_template == "chatml" and config.end_symbol == "<|im_end|>"
-    assert config.prompt_template == "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    # ChatML with a system message of its own, so not the plain format of this name
+    assert config.tokenizer.chat_template and config.chat_template == "tokenizer"
+    assert config.end_symbol == "<|im_end|>"
+    assert config.prompt_template == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert (config.tokenizer.bos_id, config.tokenizer.eos_id, config.tokenizer.pad_id) == (1, 2, 2)
     theirs = {x.name: x for x in gguf.GGUFReader(path).tensors}
     for ours, name, heads in (
