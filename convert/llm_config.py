@@ -46,6 +46,13 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
         resolved = AutoConfig.for_model(model_type, **fields).to_dict()
     except Exception as e:  # its checks raise several types
         raise UserError(f"{label}: transformers refuses it: {one_line(e)}") from None
+    other = set(values.get("layer_types") or ()) - {"full_attention"}
+    window = resolved.get("use_sliding_window") and resolved.get("sliding_window")
+    if other and not window:
+        raise UserError(
+            f"{label}: layer_types has {', '.join(map(str, sorted(other)))}, which a {model_type} model "
+            "without a sliding window cannot have; expected full_attention"
+        )
     known = AutoConfig.for_model(model_type).to_dict()
     if unused := sorted(key for key in values if key not in known and key not in _HARMLESS):
         notes.append(

@@ -11,7 +11,7 @@ from helpers.released_files import llm_config as hf_values
 from helpers.released_files import llm_state, save_hf
 
 from convert.build import build
-from convert.build_plan import BuildRequest
+from convert.build_plan import BuildRequest, make_plan
 from convert.formats.gguf import Gguf
 from convert.llm_config import llm_config
 from minigpt4_jax.checkpoint.loader import load_model
@@ -113,8 +113,10 @@ def our_logits(tmp_path_factory):
     def logits(values, model_type):
         folder = tmp_path_factory.mktemp("llm")
         llm = save_hf(folder / "hf", values, state_of(model_type))
-        plan = build(BuildRequest("minigpt4-vicuna", llm, folder / "m"))
+        request = BuildRequest("minigpt4-vicuna", llm, folder / "m")
+        plan = make_plan(request)
         if plan.config.llm not in known:
+            build(request)
             module, _ = load_model(folder / "m")
             length = jnp.array([IDS.shape[1]])
             hidden = module.llm(module.llm.embed_tokens(jnp.asarray(IDS)), length)
