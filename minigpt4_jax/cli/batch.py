@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -30,7 +31,7 @@ from minigpt4_jax.processing import chat_templates
 from minigpt4_jax.processing.images import load_pixels
 
 if TYPE_CHECKING:
-    from minigpt4_jax.inference.generation_config import GenerationConfig
+    from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.inference.requests import Request
 
@@ -251,12 +252,27 @@ def answer_all(model: "Model", num_rows: int, output: Output, batch_size: int) -
 
     sized_for = [row.request for row in remaining if row.request]
     with bar:
+        if any(request.beam_search.num_beams > 1 for request in sized_for):
+            waiting = requests()
+            while group := list(islice(waiting, batch_size)):
+                first = len(taken) - len(group)
+                for i, outputs in enumerate(model.answer_requests(group, batch_size), first):
+                    put(taken[i], _result(outputs))
+            return
         for i, answer in model.run_requests(requests(), batch_size, sized_for=sized_for):
-            result = {"response": answer.text, "finish_reason": answer.finish_reason}
-            written = (
-                {"error": answer.error} if answer.error else result | {"tokens": len(answer.ids)}
-            )
-            put(taken[i], written)
+            put(taken[i], _result([answer]))
+
+
+def _result(outputs: Sequence["GenerationOutput"]) -> dict[str, Any]:
+    """What is written of the answers to a row: lists where several were asked for."""
+    if outputs[0].error is not None:
+        return {"error": outputs[0].error}
+    columns: dict[str, list[Any]] = {
+        "response": [output.text for output in outputs],
+        "finish_reason": [output.finish_reason for output in outputs],
+        "tokens": [len(output.ids) for output in outputs],
+    }
+    return {name: v[0] if len(outputs) == 1 else v for name, v in columns.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The model's own template ends an answer with its end symbol.
     stop = template.stop if args.template else ()
     for row in output.remaining:
-        prepare(row, model, args, template, replace(config, stop=stop))
+        prepare(row, model, args, template, replace(config, stop=(*stop, *config.stop)))
     with output:
         answer_all(model, len(rows), output, args.batch_size)
     return _finish(f"{len(output.remaining)} rows", output, args)

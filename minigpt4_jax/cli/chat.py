@@ -62,17 +62,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                    "phrase, the question, or for identify the box x1,y1,x2,y2 in pixels")  # fmt: skip
     p.add_argument("--save-image", type=Path, metavar="FILE",
                    help="with --prompt: draw the boxes of the answer into the image")  # fmt: skip
-    common.add_generation_options(p, "defaults: the original's chat")
+    common.add_generation_options(
+        p, "defaults: the original's chat", excluded=["num_return_sequences"]
+    )
     args = p.parse_args(argv)
     if args.task in BARE_TASKS and args.prompt is None:
         args.prompt = ""
     return args
 
 
-def generation_options(model: "Model", args: argparse.Namespace) -> dict[str, Any]:
-    """The original chat's options for this model, with those of the command line."""
-    defaults = DEFAULTS_V2 if model.config.variant == "minigpt-v2" else DEFAULTS
-    return common.default_options() | defaults | common.given_options(args)
+def generation_options(variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The original chat's options for this variant, with those of the command line. UserError: wrong."""
+    from minigpt4_jax.inference.generation_config import GenerationConfig
+
+    defaults = DEFAULTS_V2 if variant == "minigpt-v2" else DEFAULTS
+    if (args.num_beams or 1) > 1:  # beam search does not sample
+        defaults = {k: v for k, v in defaults.items() if k not in common.SAMPLING_OPTIONS}
+    options = common.default_options() | defaults | common.given_options(args)
+    GenerationConfig(**options)
+    if options["context"] is None:  # the conversation's own default
+        del options["context"]
+    return options
 
 
 class Session:
@@ -83,7 +93,7 @@ class Session:
 
     def __init__(self, model: "Model", args: argparse.Namespace):
         self.conversation = model.conversation(args.system, args.template)
-        self.options = generation_options(model, args)
+        self.options = generation_options(model.config.variant, args)
         self.extra_bos = args.extra_bos
         self.images: list[str] = list(args.image)  # of the next question
         self._written: set[Path] = set()  # files that may be overwritten
@@ -110,6 +120,10 @@ class Session:
             )
 
     def _ask(self, question: str) -> None:
+        if self.options["num_beams"] > 1:  # a search decides on the first token at the end
+            print(self.answer(question), flush=True)
+            self.images = []
+            return
         with _warnings_as_notes():
             pieces = self.conversation.stream(
                 question, self.images, extra_bos=self.extra_bos, **self.options
@@ -140,6 +154,9 @@ class Session:
         # without the seed, so that the next one is used
         options = {name: value for name, value in self.options.items() if name != "seed"}
         with _warnings_as_notes():
+            if options["num_beams"] > 1:
+                print(self.conversation.retry(**options), flush=True)
+                return
             pieces = self.conversation.stream_retry(**options)
         _print_pieces(pieces)
 
@@ -156,7 +173,7 @@ class Session:
     def set(self, text: str) -> None:
         from minigpt4_jax.inference.generation_config import GenerationConfig
 
-        options = self.options | dict(map(common.parse_option, _split_words(text)))
+        options = self.options | common.parse_options(_split_words(text))
         GenerationConfig(**options)
         self.options = options
         note("  ".join(f"{name}={value}" for name, value in options.items()))
@@ -293,6 +310,7 @@ def _line_editing() -> Iterator[None]:
     readline.set_completer_delims(" \t")
     readline.set_completer(_complete)
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
     readline.set_history_length(1000)
     try:
         yield
@@ -337,6 +355,7 @@ def _check_arguments(args: argparse.Namespace) -> str | None:
     """
     from minigpt4_jax.processing.images import open_image
 
+    generation_options("", args)
     for path in args.image:
         open_image(path)
     question = None if args.prompt is None else _question(args)

@@ -1,6 +1,7 @@
 """Options shared by the commands that generate answers: how to load the model, how to generate."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
 class Option(NamedTuple):
     """A field of GenerationConfig that can be set on the command line."""
 
-    type: type[int] | type[float]
+    type: type[int] | type[float] | type[str] | type[bool]
     help: str
+    repeated: bool = False  # a list of them
 
 
+# Every field but `template` (--raw, --template) and `extra_bos` (--no-extra-bos); a test compares them.
 GENERATION_OPTIONS = {
     "temperature": Option(float, "0 is greedy"),
     "top_p": Option(float, "1 is off"),
@@ -26,7 +29,18 @@ GENERATION_OPTIONS = {
     "min_new_tokens": Option(int, "0 is off"),
     "max_new_tokens": Option(int, "tokens of an answer at most"),
     "seed": Option(int, "of random sampling"),
+    "num_beams": Option(int, "more than 1 is beam search, which does not sample"),
+    "length_penalty": Option(float, "of beam search: above 0 prefers long answers"),
+    "early_stopping": Option(bool, "end a search at the first num_beams finished answers"),
+    "num_return_sequences": Option(int, "answers of a beam search, best first"),
+    "stop": Option(str, "text that ends an answer; may be repeated", repeated=True),
+    "stop_ids": Option(int, "token id that ends an answer; may be repeated", repeated=True),
+    "context": Option(
+        int, "cut prompts on the left so that prompt and answer fit into this many tokens"
+    ),
+    "compat": Option(bool, "count the BOS before an answer in penalties, as the original"),
 }
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # excluded by beam search
 
 
 def make_parser(command: str, description: str) -> Parser:
@@ -59,11 +73,17 @@ def make_parser(command: str, description: str) -> Parser:
     return p
 
 
-def add_generation_options(p: Parser, defaults: str) -> None:
+def add_generation_options(p: Parser, defaults: str, *, excluded: Sequence[str] = ()) -> None:
     """Add GENERATION_OPTIONS; `defaults` says in the help what their defaults are."""
     group = p.add_argument_group(f"generation ({defaults})")
     for name, option in GENERATION_OPTIONS.items():
-        group.add_argument(f"--{name}", type=option.type, help=option.help)
+        if name in excluded:
+            p.set_defaults(**{name: None})
+        elif option.type is bool:
+            group.add_argument(f"--{name}", action="store_true", default=None, help=option.help)
+        else:
+            action = "append" if option.repeated else "store"
+            group.add_argument(f"--{name}", type=option.type, action=action, help=option.help)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,17 +99,41 @@ def default_options() -> dict[str, Any]:
     return {f.name: f.default for f in fields(GenerationConfig) if f.name in GENERATION_OPTIONS}
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """ "temperature=0.2" -> ("temperature", 0.2). UserError: not NAME=VALUE, unknown, not a number."""
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """["temperature=0.2", "top_k", "5"] -> {"temperature": 0.2, "top_k": 5}.
+
+    UserError: no NAME=VALUE or NAME VALUE, an unknown name, not a number.
+    """
+    pairs: list[str] = []
+    for word in words:
+        # NAME VALUE, NAME =VALUE, NAME = VALUE, NAME= VALUE
+        if pairs and (word.startswith("=") or "=" not in pairs[-1] or pairs[-1].endswith("=")):
+            separator = "" if word.startswith("=") or pairs[-1].endswith("=") else "="
+            pairs[-1] += separator + word
+        else:
+            pairs.append(word)
+    return dict(map(_parse_option, pairs))
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = (part.strip() for part in text.partition("="))
+    name = name.removeprefix("--")
     if not equals or name not in GENERATION_OPTIONS:
         known = ", ".join(GENERATION_OPTIONS)
         raise UserError(f"{text!r}: expected NAME=VALUE with one of the names {known}")
-    number = GENERATION_OPTIONS[name].type
+    option = GENERATION_OPTIONS[name]
+    if option.repeated:
+        values = [value] if option.type is str else value.split(",")
+        return name, tuple(_parse_value(name, one, option.type) for one in values if one)
+    return name, _parse_value(name, value, option.type)
+
+
+def _parse_value(name: str, value: str, kind: Any) -> Any:
+    words = {"true": True, "false": False}
     try:
-        return name, number(value)
-    except ValueError:
-        expected = "a whole number" if number is int else "a number"
+        return words[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise UserError(f"{name}={value}: expected {expected}") from None
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -117,6 +118,35 @@ def test_rotated_photos_follow_the_models_setting(home, model, command, tmp_path
     assert first["response"] == second["response"]
     code, _, err = command(*arguments(home, tmp_path / "a", "--no-exif", rows="photos.jsonl"))
     assert code == 2 and "was started with exif True, now False" in err
+
+
+def test_beam_search_and_stops_from_the_command_line(home, model, command, tmp_path):
+    rows = [{"image": "1.png", "prompt": "what is it"}, {"image": "none.png", "prompt": "x"}]
+    (home / "beams.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    search = ["--num_beams=3", "--num_return_sequences=2", "--length_penalty=0.5", "--stop=it"]
+    code, _, err = command(*arguments(home, tmp_path / "a", *search, rows="beams.jsonl"))
+    assert code == 1, err
+    first, second = read(tmp_path / "a")
+    question = chat_format(model.config, model.tokenizer).render(
+        [(with_images("what is it", 1), None)]
+    )
+    (outputs,) = model.generate_details(
+        [home / "1.png"], [question], max_new_tokens=6, num_beams=3, num_return_sequences=2,
+        length_penalty=0.5, stop=["it"],
+    )  # fmt: skip
+    assert first["response"] == [output.text for output in outputs]
+    assert first["tokens"] == [len(output.ids) for output in outputs]
+    assert "none.png" in second["error"]
+
+
+def test_every_option_of_generate_is_on_the_command_line():
+    names = {field.name: field for field in fields(minigpt4_jax.GenerationConfig)}
+    assert {*names} - {*common.GENERATION_OPTIONS} == {"template", "extra_bos"}
+    assert {*common.GENERATION_OPTIONS} <= {*names}
+    for name, option in common.GENERATION_OPTIONS.items():
+        default = names[name].default
+        kind = {"context": int, "stop": str, "stop_ids": int}.get(name, type(default))
+        assert option.type is kind and option.repeated == isinstance(default, tuple), name
 
 
 def test_broken_rows_get_an_error(home, command, tmp_path):

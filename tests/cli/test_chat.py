@@ -125,6 +125,54 @@ def test_set_changes_the_next_answers(home, command, monkeypatch):
     assert "temperature=2.0" in err and "top_k=0" in err
 
 
+def test_set_takes_several_spellings(home, command, monkeypatch):
+    lines = (
+        "/set temperature 0.5\n/set top_k = 7 min_p= 0.1 stop=it\n/set stop_ids=3,4 compat=true\n"
+    )
+    lines += "/set temperature=0 top_p=1 top_k=0 min_p=0 num_beams 2\none\n/retry\n"
+    code, out, err = piped(home, command, monkeypatch, lines)
+    assert code == 0, err
+    for text in ("temperature=0.5", "top_k=7", "min_p=0.1", "('it',)", "(3, 4)", "compat=True"):
+        assert text in err
+    first, again = out.splitlines()
+    assert first == again  # a search draws nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature=-1"], "temperature -1"),
+        (["--top_p=2"], "top_p 2"),
+        (["--num_beams=3", "--temperature=1"], "num_beams 3 with temperature 1"),
+        (["--num_beams=0"], "num_beams 0"),
+        (["--stop="], "stop 0 is ''"),
+        (["--max_new_tokens=0"], "max_new_tokens 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(
+    home, command, monkeypatch, options, message
+):
+    monkeypatch.setattr(common, "load_model", None)
+    code, out, err = command(*arguments(home, "--prompt=x", *options))
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_pasted_lines_are_one_question_and_tab_completes(home, tmp_path):
+    """The terminal marks a paste; GNU readline takes it as one line."""
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
+    command = ["-m", "minigpt4_jax.chat", *arguments(home, "--temperature=0")]
+    saved = tmp_path / "talk.json"
+    with pexpect.spawn(sys.executable, command, env=environment, timeout=120) as child:
+        typed = ["\x1b[200~one\ntwo\nthree\x1b[201~\r", f"/sa\t{saved}\r", "\x04"]
+        for text in typed:
+            child.expect_exact("> ")
+            child.send(text)
+        child.expect(pexpect.EOF)
+    (turn,) = json.loads(saved.read_text())["turns"]
+    assert turn["question"] == "one\ntwo\nthree"
+
+
 def test_errors_in_a_pipe_are_reported_and_skipped(home, command, monkeypatch, tmp_path):
     (tmp_path / "taken.json").write_text("mine")
     lines = [
