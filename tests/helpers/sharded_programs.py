@@ -1,7 +1,7 @@
 """Run by test_sharding.py in a process with eight virtual devices: `sharded_programs.py OUT`.
 
-For every model and mesh of CASES it writes to OUT what a training step and the engine made of the
-same inputs. The one-device results are among them, so that one process compiles everything.
+For every model and mesh of CASES it writes to OUT the results of a training step and of the engine on
+the same inputs, and those on one device.
 """
 
 import functools
@@ -44,7 +44,7 @@ MODELS = {
         variant="minigpt-v2", vision=VISION, qformer=None, lora=LoraConfig(rank=4, dropout=0.0),
         llm=LlmConfig(vocab=800, width=64, layers=2, heads=8, kv_heads=4, head_dim=8, ffn=96),
     ),
-    # nothing here divides by 2, 4 or 8: heads, key heads, FFN, vocabulary, widths
+    # heads, key heads, FFN, vocabulary and widths are all odd
     "odd": ModelConfig(
         vision=VisionConfig(image_size=28, patch_size=14, width=33, depth=2, heads=3, mlp=45),
         qformer=QFormerConfig(
@@ -56,16 +56,16 @@ MODELS = {
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(s) == 8]  # all of them
 CASES = [(m, s) for m in ("qformer", "patches", "v2") for s in SHAPES]
 CASES += [("odd", (2, 2, 2)), ("odd", (1, 2, 4))]
-# with fewer slots than requests; on the others a row has a slot of its own, which compiles less
+# With fewer slots than requests; on other meshes each request has its own slot: fewer programs.
 REFILLED = {(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)}
 SEARCHED = {("qformer", (2, 2, 2)), ("qformer", (1, 1, 8))}
-COMPILED: list[str] = []  # an entry whenever XLA has compiled a program
+COMPILED: list[str] = []  # an entry for each program that XLA compiled
 VARIANTS = {"plain": {}, "accumulate": {"accumulate": 2, "remat": True}}
 
 
 @functools.cache
 def parameters(config: ModelConfig) -> dict:
-    """path -> random array, large enough that inputs matter."""
+    """Path -> random array, with values large enough that outputs depend on inputs."""
     rng = np.random.default_rng(0)
     flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
     return {
@@ -102,7 +102,7 @@ def batch(config: ModelConfig) -> Batch:
 
 
 def requests(config: ModelConfig, beams: int = 1) -> list[Request]:
-    """Nine of them, so that of eight slots one is refilled; greedy and random rows."""
+    """Nine requests, greedy and sampled: with eight slots, one is refilled."""
     rng = np.random.default_rng(2)
     made = []
     for i in range(9):
@@ -115,7 +115,7 @@ def requests(config: ModelConfig, beams: int = 1) -> list[Request]:
     return made
 
 
-def trained(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
+def train_step_results(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
     """Loss and gradient of one step."""
     parts = trained_parts(freeze_vit=True, freeze_qformer=True)
     split = split_model(model_on(config, mesh), parts, np.dtype("float32"))
@@ -132,18 +132,19 @@ def trained(config: ModelConfig, mesh, **options) -> dict[str, np.ndarray]:
 
 
 def check_traffic(program: str, mesh, trainable: dict[str, np.ndarray]) -> None:
-    """Rows alone: devices exchange the gradient and a few numbers. Split weights: a layer at a time."""
+    """Check collectives: with data parallelism only the gradient and a few numbers are exchanged; with
+    fsdp, one layer at a time."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    moved = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
-    shapes = [dims.split(",") for line in moved for dims in re.findall(r"\w\[([\d,]+)\]", line)]
+    transfers = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
+    shapes = [dims.split(",") for line in transfers for dims in re.findall(r"\w\[([\d,]+)\]", line)]
     sizes = [math.prod(map(int, dims)) for dims in shapes]
     if mesh.shape["data"] == mesh.size > 1:
-        assert sum(sizes) <= sum(a.size for a in trainable.values()) + 100, moved
-    if mesh.shape["fsdp"] == mesh.size > 1:  # two layers; what has a 4 is LoRA, of that rank
-        assert not [d for d in shapes if len(d) == 3 and d[0] == "2" and "4" not in d], moved
+        assert sum(sizes) <= sum(a.size for a in trainable.values()) + 100, transfers
+    if mesh.shape["fsdp"] == mesh.size > 1:  # both layers stacked; a 4 is LoRA's rank
+        assert not [d for d in shapes if len(d) == 3 and d[0] == "2" and "4" not in d], transfers
 
 
-def generated(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str, np.ndarray]:
+def engine_results(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str, np.ndarray]:
     model = model_on(config, mesh)
     model.llm = unstack(model.llm)
     shardings = [leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))]
@@ -162,10 +163,10 @@ def generated(config: ModelConfig, mesh, searched: bool, slots: int) -> dict[str
 
 
 def results(config: ModelConfig, mesh, searched: bool, slots: int = 8) -> dict[str, np.ndarray]:
-    found = generated(config, mesh, searched, slots)
+    found = engine_results(config, mesh, searched, slots)
     for name, options in VARIANTS.items():
         if name == "plain" or searched:
-            made = trained(config, mesh, **options)
+            made = train_step_results(config, mesh, **options)
             found |= {f"{name} {key}": value for key, value in made.items()}
     return found
 
@@ -178,8 +179,8 @@ def main(out: str) -> None:
     for name, config in MODELS.items():
         one = functools.partial(results, config.check(), sharding.single_device_mesh())
         cases = [(name, shape) for shape in {s for m, s in CASES if m == name}]
-        whole = one(any(case in SEARCHED for case in cases))
-        arrays |= {f"{name}|one|{key}": value for key, value in whole.items()}
+        single = one(any(case in SEARCHED for case in cases))
+        arrays |= {f"{name}|one|{key}": value for key, value in single.items()}
         for case in cases:
             mesh = sharding.make_mesh(dict(zip(sharding.AXES, case[1], strict=True)))
             slots = 8 if name == "odd" or case[1] in REFILLED else 16

@@ -1,6 +1,6 @@
 """Run by test_sharding.py in a process with eight virtual devices: `sharded_quantized.py FOLDER`.
 
-Rounded weights and a cache in int8, with LoRA, on one device and on a mesh: the same tokens.
+Quantized weights with LoRA and an int8 cache: a mesh generates the same tokens as one device.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from minigpt4_jax.parallel import sharding
 
 
 def main(folder: Path) -> None:
-    note_reading()
+    record_reads()
     rng = np.random.default_rng(0)
     llm = LlmConfig(  # two groups of inputs or more in every matrix
         vocab=800, width=128, layers=2, heads=8, kv_heads=4, head_dim=16, ffn=256
@@ -39,49 +39,49 @@ def main(folder: Path) -> None:
     model_dir = write_model(folder / "model", config, tensors.items())
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
     for scheme in ("int8", "int4"):
-        found = []
+        generated = []
         for devices in (None, mesh):
             module, _ = load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
             module.llm.int8_cache = True
             engine = Engine(module, devices)
             assert isinstance(engine.prefill(requests(config)[:8]).cache.k[0], QuantizedArray)
-            found.append(engine.generate(requests(config), batch_size=8))
+            generated.append(engine.generate(requests(config), batch_size=8))
         split = module.llm.blocks[0].mlp.up.weight[...].sharding
         assert not split.is_fully_replicated and split.mesh.size == 8
-        assert found[0] == found[1], (scheme, found)
-        assert len({tuple(ids) for ids in found[0]}) > 4  # there is something to compare
+        assert generated[0] == generated[1], (scheme, generated)
+        assert len({tuple(ids) for ids in generated[0]}) > 4  # there is something to compare
         stored = dataclasses.replace(config, quantize=scheme)
         stored_dir = write_model(folder / scheme, stored, quantize_tensors(tensors.items(), scheme))
-        loads_in_parts(stored_dir, mesh)
-        loads_in_parts(model_dir, mesh, quantize=scheme)
+        check_sharded_load(stored_dir, mesh)
+        check_sharded_load(model_dir, mesh, quantize=scheme)
 
 
-def loads_in_parts(model_dir: Path, mesh: Mesh, **options: Any) -> None:
-    """The parts on the devices of a mesh are of the same arrays, and no more than they was read."""
+def check_sharded_load(model_dir: Path, mesh: Mesh, **options: Any) -> None:
+    """Sharded parameters equal those on one device, and no element is read twice."""
     for stacked in (True, False):
-        whole, _ = load_model(model_dir, stacked=stacked, **options)
+        single, _ = load_model(model_dir, stacked=stacked, **options)
         READ.clear()
-        split, _ = load_model(model_dir, stacked=stacked, mesh=mesh, **options)
-        a, b = (jax.tree.leaves(nnx.state(model)) for model in (whole, split))
+        sharded, _ = load_model(model_dir, stacked=stacked, mesh=mesh, **options)
+        a, b = (jax.tree.leaves(nnx.state(model)) for model in (single, sharded))
         assert any(not one.sharding.is_fully_replicated for one in b)
         for one, other in zip(a, b, strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-        if not options:  # while rounding, whole rows are read, and their scales are of them
+        if not options:  # quantizing while loading reads whole rows, for their scales
             assert max(READ.values()) <= 1.0 + 1e-9, READ
 
 
 READ: dict[str, float] = {}  # parameter -> how often its elements were read
 
 
-def note_reading() -> None:
+def record_reads() -> None:
     part = Tensors.part
 
-    def noted(self: Tensors, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        found = part(self, name, index)
-        READ[name] = READ.get(name, 0.0) + found.size / max(1, int(np.prod(self.shape(name))))
-        return found
+    def recorded(self: Tensors, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        array = part(self, name, index)
+        READ[name] = READ.get(name, 0.0) + array.size / max(1, int(np.prod(self.shape(name))))
+        return array
 
-    Tensors.part = noted  # type: ignore[method-assign]
+    Tensors.part = recorded  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Run by test_sharding.py in a process with eight virtual devices: `sharded_runs.py FOLDER`, where
-the test has put model/, data/ and the values of a run. Writes FOLDER/answers.json."""
+"""Run by test_sharding.py in a process with eight virtual devices: `sharded_runs.py FOLDER`.
+
+FOLDER holds model/, data/ and values.json, the configuration of a run. Writes FOLDER/answers.json.
+"""
 
 import json
 import os
@@ -37,14 +39,14 @@ def run(folder: Path) -> None:
     train(values | packed | {"mesh": "data:8", "sample_every": 0}, folder / "packed")
     try:
         train(values | {"mesh": "data:8", "batch_size": 12}, folder / "other")
-        raise AssertionError("12 rows were laid on 8 devices")
+        raise AssertionError("12 rows were accepted on 8 devices")
     except UserError as e:
         assert "12 rows do not divide among the 8 devices" in str(e), e
     assert not (folder / "other").exists()
 
 
 def answers(folder: Path, mesh: str | None) -> dict:
-    """Every call of Model."""
+    """The results of every method of Model."""
     model = load(folder / "model", "float32", mesh=mesh)
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
     options = {"max_new_tokens": 5, "temperature": 0.9, "top_k": 20}
@@ -64,7 +66,7 @@ def answers(folder: Path, mesh: str | None) -> dict:
 
 
 if __name__ == "__main__":
-    # weights are brought in as to devices with memory of their own
+    # Load weights in chunks, as onto devices with their own memory.
     sharding.CHUNK_BYTES, loader.devices_have_own_memory = 100, lambda: True
     home = Path(sys.argv[1])
     run(home)

@@ -1,4 +1,4 @@
-"""Several devices: how a mesh is named, what the table says, and that nothing else changes by it."""
+"""Sharding over several devices: meshes, the partition rules, and results equal to one device's."""
 
 import functools
 import json
@@ -25,31 +25,31 @@ from minigpt4_jax.parallel import sharding
 from minigpt4_jax.parallel.sharding import AXES, divisible_axes, parameter_spec, parse_mesh
 
 
-def in_eight_devices(script: str, *args: object) -> str:
+def run_on_eight_devices(script: str, *args: object) -> str:
     command = [sys.executable, str(ROOT / "tests" / "helpers" / script), *map(str, args)]
     done = subprocess.run(
         command, env=virtual_devices.environment(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    # XLA says so where it moves whole arrays because it found no better way
+    # XLA's warning when it replicates an array to reshard it
     assert "Involuntary full rematerialization" not in done.stderr
     return done.stdout
 
 
-# --- the mesh and the table -----------------------------------------------------------------
+# --- meshes and partition rules -------------------------------------------------------------
 
 
 @pytest.mark.smoke
 @given(st.permutations(AXES), st.lists(st.integers(1, 6), min_size=3, max_size=3), st.data())
-def test_every_mesh_that_fits_the_devices_is_read(names, sizes, data):
+def test_parse_every_mesh_that_fits_the_devices(names, sizes, data):
     total = math.prod(sizes)
     count = data.draw(st.integers(1, 3))  # axes that are named; the others are 1
     named = dict(zip(names[:count], sizes, strict=False))
     devices = math.prod(named.values())
     text = " , ".join(f"{name}:{size}" for name, size in named.items())
     assert parse_mesh(text, devices) == {name: named.get(name, 1) for name in AXES}
-    left = data.draw(st.sampled_from(names[:count]))
-    open_text = ",".join(f"{n}:{-1 if n == left else s}" for n, s in named.items())
+    inferred = data.draw(st.sampled_from(names[:count]))
+    open_text = ",".join(f"{n}:{-1 if n == inferred else s}" for n, s in named.items())
     assert parse_mesh(open_text, devices) == parse_mesh(text, devices)
     if devices != total:
         with pytest.raises(UserError, match=f"there are {total}"):
@@ -71,14 +71,14 @@ def test_every_mesh_that_fits_the_devices_is_read(names, sizes, data):
         ("", "'' is not AXIS:SIZE"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(text, message):
+def test_invalid_meshes_are_errors(text, message):
     with pytest.raises(UserError, match=message):
         parse_mesh(text, 8)
 
 
-@functools.cache  # a second or more for each
+@functools.cache  # takes a second or more
 def parameters(config: ModelConfig, stacked: bool) -> dict[str, tuple]:
-    """Name -> shape, type."""
+    """Parameter name -> (shape, dtype)."""
     state = nnx.to_flat_state(nnx.state(abstract_model(config, stacked=stacked)))
     return {".".join(map(str, path)): (leaf.shape, leaf.dtype) for path, leaf in state}
 
@@ -101,11 +101,11 @@ FULL = {
 
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("stacked", [True, False])
-def test_the_table_divides_every_parameter_of_the_full_size_models(name, stacked):
+def test_the_rules_shard_every_parameter_of_the_full_size_models(name, stacked):
     config = FULL[name]
     shapes = parameters(config, stacked)
     for sizes in ({"fsdp": 8}, {"model": 8}, {"data": 2, "fsdp": 16, "model": 16}):
-        total, here = 0, 0
+        total_bytes, device_bytes = 0, 0
         for key, spec in specs(config, stacked, **sizes).items():
             (shape, dtype), split = shapes[key], 1
             for dim, axes in zip(shape, (*spec, *[None] * len(shape)), strict=False):
@@ -114,12 +114,12 @@ def test_the_table_divides_every_parameter_of_the_full_size_models(name, stacked
                 )
                 assert dim % parts == 0, (key, shape, spec)
                 split *= parts
-            total += math.prod(shape) * dtype.itemsize
-            here += math.prod(shape) * dtype.itemsize / split
-        assert here < total * 0.15, sizes
+            total_bytes += math.prod(shape) * dtype.itemsize
+            device_bytes += math.prod(shape) * dtype.itemsize / split
+        assert device_bytes < total_bytes * 0.15, sizes
 
 
-def test_examples_of_the_table():
+def test_examples_of_parameter_specs():
     sizes = {"fsdp": 2, "model": 8}
     found = specs(FULL["7B"], **sizes)
     assert found["llm.blocks.attn.q.weight"] == P(None, "model", "fsdp")
@@ -143,13 +143,13 @@ def test_examples_of_the_table():
 
 
 @pytest.mark.smoke
-def test_a_parameter_without_a_rule_is_named():
+def test_a_parameter_without_a_rule_is_an_error():
     sizes = dict.fromkeys(AXES, 2)
     with pytest.raises(KeyError, match=r"llm\.blocks\.attn\.router: no rule"):
         parameter_spec("llm.blocks.attn.router", (2, 8, 8), jnp.float32, FULL["7B"], sizes)
 
 
-def test_an_axis_that_does_not_divide_is_left_out():
+def test_axes_that_do_not_divide_a_dimension_are_left_out():
     sizes = {"data": 2, "fsdp": 3, "model": 1}
     assert divisible_axes((12, 6, 4, 3, 5), [("data", "fsdp")] * 5, sizes) == [
         ("data", "fsdp"), ("data", "fsdp"), "data", "fsdp", None
@@ -184,13 +184,13 @@ def test_stacked_layers_are_copied_in_chunks_into_one_array(monkeypatch):
 def programs(tmp_path_factory):
     """ "MODEL|MESH|VALUE" -> array"""
     out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    in_eight_devices("sharded_programs.py", out)
+    run_on_eight_devices("sharded_programs.py", out)
     return dict(np.load(out))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sharded_programs.CASES, ids=str)
-def test_loss_gradients_and_tokens_are_those_of_one_device(programs, case):
+def test_loss_gradients_and_tokens_equal_those_of_one_device(programs, case):
     name, shape = case
     found = {k: v for k, v in programs.items() if k.startswith(f"{name}|{shape}|")}
     kinds = {key.split("|")[2].split(".")[0] for key in found}
@@ -207,11 +207,11 @@ def test_loss_gradients_and_tokens_are_those_of_one_device(programs, case):
 
 
 def test_tokens_of_a_quantized_model_with_an_int8_cache(tmp_path):
-    in_eight_devices("sharded_quantized.py", tmp_path)
+    run_on_eight_devices("sharded_quantized.py", tmp_path)
 
 
 @pytest.mark.slow
-def test_runs_and_answers(tmp_path):
+def test_training_runs_and_generation(tmp_path):
     from minigpt4_jax.training.trainer import train
 
     tiny.write_random_model(tmp_path / "model")
@@ -228,7 +228,7 @@ def test_runs_and_answers(tmp_path):
     }  # fmt: skip
     train(values, tmp_path / "one")
     (tmp_path / "values.json").write_text(json.dumps(values))
-    log = in_eight_devices("sharded_runs.py", tmp_path)
+    log = run_on_eight_devices("sharded_runs.py", tmp_path)
 
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
