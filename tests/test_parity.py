@@ -339,7 +339,7 @@ def test_chat_turns(case):
 
 @NEEDS_DUMPS
 def test_conversation(case):
-    """The dialogue that users hold gives the dumps' answers."""
+    """The public Conversation gives the dumps' answers."""
     talk, dump = case.model.conversation(), case.arrays("chat")
     images = [case.images[1 if case.name == "b" else 0]]
     for n, turn in enumerate(case.document("chat")):

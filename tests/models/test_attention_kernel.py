@@ -1,4 +1,4 @@
-"""Attention by a kernel: the numbers of ordinary attention, forward and backward."""
+"""The splash attention kernel equals ordinary attention, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from minigpt4_jax.models.attention import SPLASH_BLOCK, attention, splash_attent
 from minigpt4_jax.utils import platform
 
 
-def test_the_kernel_is_causal_attention():
+def test_the_kernel_equals_causal_attention():
     rows, tokens, heads, keys, width = 2, SPLASH_BLOCK + 70, 2, 1, 128
     rng = np.random.default_rng(0)
     q, k, v, g = (
@@ -49,8 +49,8 @@ def test_the_kernel_is_causal_attention():
         ("cpu", 1344, 128, jnp.bfloat16, None, False),
     ],
 )
-def test_long_rows_on_a_tpu_go_to_the_kernel(target, tokens, width, dtype, window, uses_kernel):
-    """As far as a program for a TPU can be made without one: it calls the kernel, compiled by Pallas."""
+def test_long_rows_on_a_tpu_use_the_kernel(target, tokens, width, dtype, window, uses_kernel):
+    """A program lowered for a TPU calls the kernel, compiled by Pallas."""
 
     def f(q, k, v):
         return attention(q, k, v, scale=0.1, causal=True, lengths=lengths, window=window)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.default_compiler
 
 
 def random_layer(make):
-    """(a layer with random weights, its tensors by name): every parameter non-trivial."""
+    """(a layer with all parameters random, its tensors by name)."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     rng, tensors, filled = np.random.default_rng(0), {}, []
     for path, leaf in nnx.to_flat_state(state):
@@ -33,9 +33,9 @@ def tokens(count, width, seed=1):
     return np.random.default_rng(seed).standard_normal((1, count, width), np.float32)
 
 
-def check(ours, wanted):
-    scale = np.abs(wanted).max()
-    np.testing.assert_allclose(np.asarray(ours) / scale, wanted / scale, atol=1e-5)
+def check(ours, expected):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(ours) / scale, expected / scale, atol=1e-5)
 
 
 def test_vit_block():
@@ -48,8 +48,8 @@ def test_qformer_layer():
     c, x, vision = QFormerConfig(), tokens(32, 768), tokens(257, 1408, 2)
     block, tensors = random_layer(lambda r: qformer.Block(c, 0, r))
     x64, vision64 = oracle.f64(x[0]), oracle.f64(vision[0])
-    wanted = oracle.qformer_layer(tensors, "", x64, vision64, c, cross=True)
-    check(block(jnp.asarray(x), jnp.asarray(vision), None)[0], wanted)
+    expected = oracle.qformer_layer(tensors, "", x64, vision64, c, cross=True)
+    check(block(jnp.asarray(x), jnp.asarray(vision), None)[0], expected)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ FAMILIES = {
 
 
 def build(family):
-    """(their model, ours with its weights) of one family; every parameter random, norms too."""
+    """(model of transformers, ours with its weights) of one family; all parameters random, norms too."""
     name, changes = FAMILIES[family]
     config = getattr(transformers, name + "Config")(**(SIZES | changes))
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_right_padding_changes_nothing():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi3", None])
-def test_an_unsupported_architecture_lists_the_supported(kind):
+def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(kind):
     with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3"):
         LlmConfig.from_hf(SIZES | {"model_type": kind})
 
@@ -125,6 +125,6 @@ def test_an_unsupported_architecture_lists_the_supported(kind):
          "max_window_layers": 1},
     ],
 )  # fmt: skip
-def test_what_would_be_computed_wrongly_is_refused(changes):
+def test_unsupported_options_are_errors(changes):
     with pytest.raises(UserError):
         LlmConfig.from_hf(SIZES | {"model_type": "llama"} | changes)

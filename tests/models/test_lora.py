@@ -1,4 +1,4 @@
-"""LoRA on every projection and family: what it computes, its dropout, merging."""
+"""LoRA on every projection and family: output, dropout, merging, gradients."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.4, targets=LORA_TARGETS)
 
 
 def model(family="llama", lora=LORA):
-    """A language model whose every parameter is random, B of its adapters too."""
+    """A language model with all parameters random, including B of its adapters."""
     c = LlmConfig(**(SIZES | FAMILIES[family]))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llm(c, lora, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def hidden(llm, **options):
 
 
 def without(llm):
-    """The plain model with W + alpha / rank * B A in the place of each adapted W, by NumPy."""
+    """The model without adapters, with W + alpha / rank * B A for each adapted W, computed in NumPy."""
     plain = Llm(llm.config, None, nnx.Rngs(0))
     have = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(llm))}
     for path, leaf in nnx.to_flat_state(nnx.state(plain)):
@@ -55,7 +55,7 @@ def without(llm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_computes_what_the_summed_weights_do(family):
+def test_output_equals_that_of_the_summed_weights(family):
     llm = model(family)
     assert len(lora_layers(llm)) == 7
     wanted, found = hidden(without(llm)), hidden(llm)
@@ -73,7 +73,7 @@ def test_it_computes_what_the_summed_weights_do(family):
 
 
 @pytest.mark.smoke
-def test_layers_in_a_list_merge_as_stacked_ones_do():
+def test_merging_unstacked_layers_equals_merging_stacked_layers():
     stacked, apart = model(), unstack(model())
     for layer in lora_layers(stacked) + lora_layers(apart):
         layer.merge()
@@ -84,7 +84,7 @@ def test_layers_in_a_list_merge_as_stacked_ones_do():
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_dropout_follows_from_its_key_and_the_layer_and_is_off_without():
+def test_dropout_depends_on_key_and_layer_and_is_off_without_a_key():
     llm = model()
     off, one, again, other = (
         hidden(llm, dropout_key=None if k is None else jax.random.key(k)) for k in (None, 1, 1, 2)
@@ -107,7 +107,7 @@ def test_dropout_follows_from_its_key_and_the_layer_and_is_off_without():
     assert np.abs(np.asarray(llm.norm(x)) - hidden(llm, dropout_key=key)).max() > 0.01
 
 
-def test_dropout_zeroes_its_share_and_scales_the_rest():
+def test_dropout_zeroes_its_rate_and_scales_the_rest():
     layer = LoraLinear(1, 1, bias=False, lora=LoraConfig(1, 1.0, 0.25), rngs=nnx.Rngs(0))
     for p, value in ((layer.weight, 0), (layer.lora_a, 1), (layer.lora_b, 1)):
         p.set_value(jnp.full((1, 1), value, jnp.float32))
@@ -116,7 +116,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest():
     assert 0.22 < (y == 0).mean() < 0.28
 
 
-def test_quantized_weights_take_adapters_but_no_merging():
+def test_quantized_weights_accept_adapters_but_cannot_be_merged():
     layer = LoraLinear(64, 8, bias=False, lora=LORA, rngs=nnx.Rngs(0))
     layer.lora_b.set_value(jnp.ones((8, 2)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
@@ -140,12 +140,12 @@ def test_quantized_weights_take_adapters_but_no_merging():
         ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )
-def test_wrong_values_are_named(changes, word):
+def test_invalid_configurations_are_errors(changes, word):
     with pytest.raises(UserError, match=word):
         ModelConfig(lora=dataclasses.replace(LORA, **changes)).check()
 
 
-def test_gradients_of_many_rows_are_those_of_few():
+def test_gradients_of_many_rows_equal_those_of_few():
     rng = np.random.default_rng(0)
     layer = LoraLinear(
         12,
