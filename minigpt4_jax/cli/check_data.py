@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parse(argv)
     c, _ = parse_config([f"--config={args.config}", *overrides], data_only=True)
     reports = []
-    for name, turns, open_source in _datasets(c):
-        report = check(name, open_source, args.look, args.samples, c.seed)
+    for name, turns, open_source, exif in _datasets(c):
+        report = check(name, open_source, args.look, args.samples, c.seed, exif=exif)
         report.turns = turns
         reports.append(report)
     print(_table(reports))
@@ -101,16 +101,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(report.error for report in reports))
 
 
-def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source]]]:
-    """-> (name, share of the mixture, function that opens it) of each dataset."""
+def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source], bool]]:
+    """-> (name, share of the mixture, function that opens it, whether its images are rotated as EXIF
+    says) of each dataset."""
     total = sum(d.ratio for d in c.data.mix.values())
-    datasets: list[tuple[str, str, Callable[[], Source]]] = []
+    datasets: list[tuple[str, str, Callable[[], Source], bool]] = []
     for name, d in c.data.mix.items():
         if d.ratio > 0:
             open_source = partial(readers.open_source, name, d, c.data.root, max_broken=1.0)
-            datasets.append((name, f"{d.ratio / total:.1%}", open_source))
+            datasets.append(
+                (
+                    name,
+                    f"{d.ratio / total:.1%}",
+                    open_source,
+                    c.data.exif and readers.is_own(name, d),
+                )
+            )
     for path in (*c.data.path, *c.data.val_path):
-        datasets.append((path, "", partial(_open_files, path, c.data.clean_captions)))
+        datasets.append((path, "", partial(_open_files, path, c.data.clean_captions), c.data.exif))
     return datasets
 
 
@@ -119,7 +127,13 @@ def _open_files(path: str, clean_captions: bool) -> Source:
 
 
 def check(
-    name: str, open_source: Callable[[], Source], look: int | None, samples: int, seed: int
+    name: str,
+    open_source: Callable[[], Source],
+    look: int | None,
+    samples: int,
+    seed: int,
+    *,
+    exif: bool = False,
 ) -> Report:
     """Open a dataset and `look` random examples of it (None: all); keep some as samples."""
     report = Report(name)
@@ -136,26 +150,28 @@ def check(
         total=len(order), desc=f"{name}: opening", unit="row", leave=False, disable=None
     )
     with progress:
-        for opened in _open_examples(source, order, seed):
+        for opened in _open_examples(source, order, seed, exif):
             if isinstance(opened, UserError):
                 report.broken[skipped_row(name, opened).cause] += 1
                 report.error = str(opened)
             elif len(report.samples) < samples:
-                images = [open_image(image) for image in opened.images]
+                images = [open_image(image, exif=exif) for image in opened.images]
                 report.samples.append(_sample(name, opened, images))
             report.opened += 1
             progress.update()
     return report
 
 
-def _open_examples(source: Source, order: np.ndarray, seed: int) -> Iterator[Example | UserError]:
+def _open_examples(
+    source: Source, order: np.ndarray, seed: int, exif: bool
+) -> Iterator[Example | UserError]:
     """The examples in this order, or why they cannot be read. Their images are decoded in threads."""
 
     def open_one(index: int) -> Example | UserError:
         try:
             example = source.example(index, np.random.default_rng([seed, index]))
             for image in example.images:
-                open_image(image)
+                open_image(image, exif=exif)
         except UserError as e:
             return e
         return example

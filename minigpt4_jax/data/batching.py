@@ -167,6 +167,7 @@ class _Row:
     candidate: _Candidate | None  # None: no attempt could be read
     replacements: Iterator[_Candidate]  # further candidates, read when needed
     skipped: list[SkippedRow]  # failed attempts
+    exif: bool = False  # rotate its images
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,8 @@ class BatchMaker:
     def _start_row(self, ref: ExampleRef, step: int) -> _Row:
         skipped: list[SkippedRow] = []
         candidates = self._candidates(ref, self.draw_prompt(step, ref.component), skipped)
-        name = self.components[ref.component].name
-        return _Row(name, next(candidates, None), candidates, skipped)
+        component = self.components[ref.component]
+        return _Row(component.name, next(candidates, None), candidates, skipped, component.exif)
 
     def _candidates(
         self, ref: ExampleRef, prompt: str | None, skipped: list[SkippedRow]
@@ -275,7 +276,7 @@ class BatchMaker:
             if len(candidate.example.images) <= len(pixels) and limit.fits(candidate.sequence):
                 try:
                     for i, image in enumerate(candidate.example.images):
-                        pixels[i] = self._load_image(image, (*step_and_row, i))
+                        pixels[i] = self._load_image(image, (*step_and_row, i), row.exif)
                     return candidate.sequence
                 except UserError as e:
                     row.skipped.append(skipped_row(row.dataset, e))
@@ -283,9 +284,11 @@ class BatchMaker:
             candidate = next(row.replacements, None)
         return first.without_labels().sequence
 
-    def _load_image(self, image: images.ImageSource, crop_seed: tuple[int, int, int]) -> np.ndarray:
+    def _load_image(
+        self, image: images.ImageSource, crop_seed: tuple[int, int, int], exif: bool
+    ) -> np.ndarray:
         """-> [S, S, 3] uint8."""
-        opened, size = images.open_image(image), self.config.vision.image_size
+        opened, size = images.open_image(image, exif=exif), self.config.vision.image_size
         if not self.crop:
             return images.resize(opened, size)
         return images.random_crop(opened, size, np.random.default_rng([self.seed, *crop_seed]))

@@ -56,6 +56,8 @@ class DataConfig:
     shuffle: a new order each epoch; False: the order of the file, for a curriculum.
     crop: random resized crop, the training augmentation of MiniGPT-4; not for MiniGPT-v2, as boxes in the
         texts are not adjusted.
+    exif: rotate the images of own files (data.path, data.val_path, reader "files") as their EXIF orientation
+        says, so that boxes are for the picture as viewers show it; other datasets are read as stored.
     workers: processes that load images; 0: threads of the training process.
     threads: threads per worker process, or of the training process.
     timeout: seconds without a batch after which the workers count as hung; 0: wait forever.
@@ -74,6 +76,7 @@ class DataConfig:
     clean_captions: bool = False
     shuffle: bool = True
     crop: bool = False
+    exif: bool = True
     workers: int = 0
     threads: int = 2
     timeout: float = 600.0

@@ -30,6 +30,7 @@ class MixtureComponent(NamedTuple):
     batch_size: int = 0  # rows in a batch of this dataset; 0: the run's batch size
     tokens: int = 0  # alternative to batch_size: a budget of tokens, padding included
     prompts: tuple[str, ...] = ()  # for examples without a question; one is drawn for each batch
+    exif: bool = False  # rotate images as their EXIF orientation says
 
 
 class ExampleRef(NamedTuple):

@@ -32,14 +32,21 @@ def open_components(data: DataConfig) -> "list[MixtureComponent]":
         examples = read_sources(
             data.path, clean_captions=data.clean_captions, max_broken=data.max_broken
         )
-        return [MixtureComponent("", ExampleList("", examples), prompts=data.prompts)]
+        return [
+            MixtureComponent("", ExampleList("", examples), prompts=data.prompts, exif=data.exif)
+        ]
     return [
         MixtureComponent(
             name, open_source(name, d, data.root, data.max_broken), d.ratio, d.batch_size, d.tokens,
-            d.prompts or data.prompts,
+            d.prompts or data.prompts, data.exif and is_own(name, d),
         )
         for name, d in data.mix.items() if d.ratio > 0
     ]  # fmt: skip
+
+
+def is_own(name: str, d: DatasetConfig) -> bool:
+    """Whether a dataset is the user's own files, to which DataConfig.exif applies."""
+    return (d.reader or name) == "files"
 
 
 def open_source(name: str, d: DatasetConfig, root: str = "", max_broken: float = 0.0) -> Source:

@@ -16,7 +16,7 @@ from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import shard_batch
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, with_images
-from minigpt4_jax.processing.images import name_of
+from minigpt4_jax.processing.images import name_of, open_image
 from minigpt4_jax.processing.sequences import training_prompt
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
@@ -75,7 +75,7 @@ class Validation:
         )
         examples = ExampleList("", self._examples[: c.eval_examples])
         return make_loader(
-            [MixtureComponent("", examples, prompts=data.prompts)], data, self._config,
+            [MixtureComponent("", examples, prompts=data.prompts, exif=data.exif)], data, self._config,
             self._tokenizer, batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed,
             epochs=1, keep_remainder=True,
             shard=partial(process_shard, self._mesh) if is_multiprocess() else None,
@@ -89,7 +89,7 @@ class Validation:
             return []
         prompts = [self._prompt(e) for e in examples]
         texts = self._update_model(trainable).generate(
-            [e.images[0] for e in examples],
+            [open_image(e.images[0], exif=c.data.exif) for e in examples],
             prompts,
             max_new_tokens=c.sample_tokens,
             temperature=0.0,
