@@ -13,6 +13,7 @@ from convert.key_mapping import BLIP2, EVA, FINE_TUNED, NATIVE
 from convert.language_model import LanguageModelFiles, drop_added_tokens, open_llm
 from convert.llm_config import llm_config, resolve_tied_embeddings
 from convert.overrides import Variant, apply_settings, parse_settings, variant_named
+from convert.resample import grid_side
 from convert.sources import (
     BuildInputs,
     MappedCheckpoint,
@@ -101,10 +102,25 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     if request.projection_scale != 1.0 and inputs.checkpoint is not None:
         notes.append("--projection-scale is not used: the projection comes from --checkpoint")
     _raise_problems(shapes, sources, new_parameters, inputs)
+    if settings.keys() & {"vision.image_size", "vision.patch_size"}:
+        notes += _resampling_notes(config, sources["vit.pos"])
     stored_config = _stored_config(config, request, sources, notes).check()
     return BuildPlan(
         config, stored_config, inputs, language, shapes, sources, new_parameters, notes
     )
+
+
+def _resampling_notes(config: ModelConfig, positions: ParameterSource) -> list[str]:
+    """What --set image_size does to the position embedding, if it does anything."""
+    patch = config.vision.patch_size
+    old, new = grid_side(positions.tensor.shape[-2]), config.vision.image_size // patch
+    if old == new:
+        return []
+    return [
+        f"image_size {config.vision.image_size}: the position embedding of {old} x {old} patches "
+        f"({old * patch} px) in {positions.checkpoint.label} is interpolated to {new} x {new}; the encoder "
+        "was not trained at this size"
+    ]
 
 
 def _raise_problems(
@@ -115,7 +131,7 @@ def _raise_problems(
 ) -> None:
     """One UserError for all unknown keys, missing parameters and wrong shapes."""
     problems = [f"{c.label}: unknown key {key}" for c in inputs.all() for key in c.unknown_keys]
-    problems += shape_problems(shapes, sources, new_parameters)
+    problems += shape_problems(shapes, sources, new_parameters, inputs)
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"the files do not fit this model: {'; '.join(problems[:10])}{more}")

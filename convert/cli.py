@@ -115,6 +115,7 @@ def _add_export(commands: Commands) -> None:
     e.add_argument("--model", type=input_path, required=True, metavar="DIR",
                    help="model directory, also one that training wrote")  # fmt: skip
     e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
+    e.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
 def _add_merge(commands: Commands) -> None:
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "export":
         from convert.export import export
 
-        export(args.model, args.out)
+        export(args.model, args.out, overwrite=args.overwrite)
     elif args.command == "merge":
         from convert.merge import merge
 

@@ -26,14 +26,19 @@ Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 
 
-def export(model_dir: Path, out: Path) -> list[str]:
+def export(model_dir: Path, out: Path, *, overwrite: bool = False) -> list[str]:
     """Write projection, LoRA and whatever else was trained to `out`, atomically; returns the keys.
 
-    UserError: `model_dir` is not a model directory, or `out` cannot be written.
+    UserError: `model_dir` is not a model directory, `out` exists (unless overwrite) or cannot be
+    written.
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
+    if out.exists() and not overwrite:
+        raise UserError(
+            f"--out: {out} exists: choose another name, or give --overwrite to replace it"
+        )
     config = read_config(model_dir)
     tensors = Tensors(model_dir)
     trained: dict[str, Load] = {}

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Mapping
 
+from convert.key_mapping import original_key
 from convert.sources import BuildInputs, ParameterSource, lora_shapes
+from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 
@@ -86,13 +88,16 @@ def shape_problems(
     shapes: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, ParameterSource],
     new_parameters: Collection[str],
+    inputs: BuildInputs,
 ) -> list[str]:
     """A message for each parameter without a source, unexpected parameter, and wrong shape or dtype.
 
     shapes: of all parameters of the model.
     """
     problems = [
-        f"{n} is in no file" for n in shapes if n not in sources and n not in new_parameters
+        _missing(name, inputs)
+        for name in shapes
+        if name not in sources and name not in new_parameters
     ]
     for name, source in sources.items():
         tensor = source.tensor
@@ -105,3 +110,18 @@ def shape_problems(
                 f"{source.label} has dtype {tensor.dtype.name}, expected floating point numbers"
             )
     return problems
+
+
+def _missing(name: str, inputs: BuildInputs) -> str:
+    """The message about a parameter without a source: the file it should be in, and its key there."""
+    checkpoints = {
+        "vit": (inputs.vision,),
+        "qformer": (inputs.qformer, inputs.checkpoint),
+        "llm": (inputs.llm,),
+    }.get(part_of(name), (inputs.checkpoint,))
+    if name.startswith("ln_vision."):
+        checkpoints = (inputs.qformer, inputs.vision)
+    for checkpoint in checkpoints:
+        if checkpoint is not None and (key := original_key(checkpoint.table, name)):
+            return f"{checkpoint.label} has no {key}"
+    return f"{name} is in no file"

@@ -424,3 +424,11 @@ def test_a_cast_that_overflows_is_refused(files, refused, tmp_path):
         "build", f"--llm={files.folder / 'llm'}", f"--out={tmp_path / 'm'}", "--llm-dtype=float16"
     )
     assert "lm_head.weight: 1 of " in line
+
+
+def test_resampled_positions_are_said(files, command):
+    code, text, err = command(*files.arguments("minigpt4-vicuna"), "--set=image_size=6")
+    assert code == 0, err
+    assert "interpolated to 3 x 3" in text and "eva.pth" in text
+    again = files.arguments("minigpt4-vicuna", out=files.folder / "same")
+    assert "interpolated" not in command(*again, "--set=image_size=8")[1]

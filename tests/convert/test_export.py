@@ -140,3 +140,15 @@ def test_lora_keys_are_the_originals(files, command):
     assert set(open_file(out).tensors) == set(lora_state(files.llm_config)) | set(
         projection_state(64)
     )
+
+
+def test_an_existing_file_is_replaced_only_on_request(files, command, refused):
+    assert command(*files.arguments("minigpt4-vicuna"))[0] == 0
+    out = files.folder / "mine.pth"
+    out.write_bytes(b"precious")
+    arguments = ["export", f"--model={files.folder / 'model_a'}", f"--out={out}"]
+    line = refused(*arguments)
+    assert "mine.pth exists" in line and "--overwrite" in line
+    assert out.read_bytes() == b"precious"
+    assert command(*arguments, "--overwrite")[0] == 0
+    assert "llama_proj.weight" in open_file(out).tensors

@@ -103,7 +103,7 @@ def test_bad_gguf_files(files, refused, tmp_path):
     write_gguf(path, config, state, drop=("tokenizer",))
     assert "no tokenizer" in refused(*arguments)
     write_gguf(path, config, state, drop=("model.layers.1.mlp.up_proj.weight",))
-    assert "llm.blocks.1.mlp.up.weight is in no file" in refused(*arguments)
+    assert "x.gguf has no blk.1.ffn_up.weight" in refused(*arguments)
     write_gguf(path, config, state)
     data = path.read_bytes()
     for share in (0.001, 0.01, 0.1, 0.5, 0.99):

@@ -19,6 +19,8 @@ from helpers.released_files import (
     vit_state,
 )
 
+from convert.formats.readers import open_file
+
 
 @pytest.fixture
 def nothing_written(files):
@@ -198,12 +200,13 @@ def test_every_key_is_used_ignored_or_named(files, refused):
     less = {k: v for k, v in files.vit.items() if k != "blocks.1.norm2.bias"}
     path = save_pth(files.folder / "less.pth", less)
     line = refused(*files.arguments("minigpt4-vicuna", vision=path))
-    assert "vit.blocks.1.norm2.bias is in no file" in line
+    assert "less.pth has no blocks.1.norm2.bias" in line and "vit." not in line
     lora = lora_state(files.llm_config)
-    lora.pop(next(iter(lora)))
+    missing = next(iter(lora))
+    lora.pop(missing)
     path = save_pth(files.folder / "c.pth", projection_state(64) | lora)
     line = refused(*files.arguments("minigpt-v2"))
-    assert "lora_a is in no file" in line
+    assert f"c.pth has no {missing}" in line
     both = lora_state(files.llm_config) | lora_state(files.llm_config, middle="default.")
     save_pth(files.folder / "c.pth", projection_state(64) | both)
     assert "the same parameter" in refused(*files.arguments("minigpt-v2"))
@@ -213,9 +216,7 @@ def test_all_problems_come_at_once(files, refused):
     odd = {k: v for k, v in files.vit.items() if "norm2" not in k} | {"x.y": np.ones(2, np.float32)}
     path = save_pth(files.folder / "odd.pth", odd)
     line = refused(*files.arguments("minigpt4-vicuna", vision=path))
-    assert (
-        "x.y" in line and "vit.blocks.0.norm2.scale" in line and "vit.blocks.1.norm2.bias" in line
-    )
+    assert "x.y" in line and "no blocks.0.norm2.weight" in line and "no blocks.1.norm2.bias" in line
 
 
 def test_heads_are_asked_for_where_shapes_do_not_tell(files, refused):
@@ -236,7 +237,7 @@ def test_settings(files, refused):
     assert "whole number" in refused(*arguments, "--set=vision.depth=two")
     assert "whole number" in refused(*arguments, "--set=vision.heads=0")
     assert "KEY=VALUE" in refused(*arguments, "--set=vision.depth")
-    assert "vit.blocks.3" in refused(*arguments, "--set=vision.depth=4")
+    assert "eva.pth has no blocks.3." in refused(*arguments, "--set=vision.depth=4")
     assert "multiple of the patch" in refused(*arguments, "--set=image_size=7")
     assert "has no {}" in refused(*arguments, "--set=prompt_template=hello")
     assert "--llm" in refused("build", "--out=/tmp/x")
@@ -256,3 +257,12 @@ def test_delta_that_does_not_belong(files, refused, tmp_path):
     save_hf(tmp_path / "delta", config, llm_state(config))
     line = refused(*files.arguments("minigpt4-vicuna", llm_delta=tmp_path / "delta"))
     assert "--llm-delta" in line and "the base only" in line
+
+
+def test_missing_tensors_are_named_as_in_their_files(files, refused):
+    reader = open_file(files.folder / "blip2.pth")
+    missing = "Qformer.bert.encoder.layer.1.attention.self.key.bias"
+    blip = {key: reader.read(key) for key in reader.tensors if key != missing}
+    path = save_pth(files.folder / "q.pth", blip)
+    line = refused(*files.arguments("minigpt4-vicuna", qformer=path))
+    assert f"q.pth has no {missing}" in line
