@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +136,17 @@ def make_directory(path: Path) -> None:
     """Create a directory and its parents. A bucket has no directories, and must exist already."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def wait_until_visible(path: Path, timeout: float = 10.0) -> bool:
+    """Whether a path that another host created can be seen here within `timeout` seconds: a network file
+    system shows it with a delay."""
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def file_size(path: Path) -> int:

@@ -3,6 +3,9 @@
 Orbax writes in the background and renames a finished checkpoint into place, so a kill at any moment
 leaves only complete ones. Checksums saved with them detect what happens to them later: a damaged
 checkpoint is renamed, and the one before it is used.
+
+With several processes, all of them read the checkpoint that process 0 chooses, because directory listings
+of a network file system may be out of date; a checkpoint is damaged if it is for one of them.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import itertools
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +25,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.parallel.multihost import is_connection_error, is_main_process, is_multiprocess
-from minigpt4_jax.storage.paths import absolute_path, is_remote, wrap_storage_errors
+from minigpt4_jax.parallel.multihost import (
+    all_gather_json,
+    is_connection_error,
+    is_main_process,
+    is_multiprocess,
+    raise_together,
+)
+from minigpt4_jax.storage.paths import (
+    absolute_path,
+    is_remote,
+    make_directory,
+    wait_until_visible,
+    wrap_storage_errors,
+)
 from minigpt4_jax.training.train_step import Trainable
 from minigpt4_jax.utils.text import one_line
 
@@ -47,23 +63,45 @@ class Checkpoints:
         self._last_complete: int | None = None  # the last step known to be written
         # Orbax logs failures that are reported as errors here
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
+        self._manager = self._open_manager()
+        self._last_started: int | None = max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        """The steps that Orbax counts, in order."""
+        return sorted(int(step) for step in self._manager.all_steps())
+
+    def _open_manager(self) -> Any:
+        """Orbax's manager, whose steps are those that process 0 finds. Collective."""
+        ocp = self._ocp
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+            step_format_fixed_length=8,
+            cleanup_tmp_directories=True,
+            # otherwise threads wait twenty minutes for a directory that cannot be created
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            lightweight_initialize=True,  # reads no checkpoint: one may be damaged
+            single_host_load_and_broadcast=is_multiprocess(),
+        )
         try:
-            self._manager = ocp.CheckpointManager(
-                absolute_path(directory),
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                    step_format_fixed_length=8,
-                    cleanup_tmp_directories=True,
-                    # otherwise threads wait twenty minutes for a directory that cannot be created
-                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                    lightweight_initialize=True,  # reads no checkpoint: one may be damaged
-                ),
-            )
-            self._last_started: int | None = self._manager.latest_step()
+            self._make_directory()
+            return ocp.CheckpointManager(absolute_path(self._directory), options=options)
         except Exception as e:
-            if not isinstance(e, OSError) and not is_remote(directory):
+            if not isinstance(e, OSError) and not is_remote(self._directory):
                 raise
             raise self._error("open", e) from e
+
+    def _make_directory(self) -> None:
+        """Create the directory before Orbax looks for it in every process. Collective."""
+        if is_multiprocess() and not is_remote(self._directory):
+            with raise_together():
+                if is_main_process():
+                    try:
+                        make_directory(self._directory)
+                    except OSError as e:
+                        raise self._error("open", e) from e
+            with raise_together():
+                if not wait_until_visible(self._directory):
+                    raise UserError(f"{self._directory} is not visible, though process 0 made it")
 
     @property
     def latest_step(self) -> int | None:
@@ -105,7 +143,7 @@ class Checkpoints:
 
     def restore(self, trainable: Trainable, opt_state: Any) -> Restored | None:
         """Read the latest undamaged checkpoint; None if there is no checkpoint at all. Later, damaged
-        ones are renamed.
+        ones are renamed. Collective with several processes.
 
         trainable, opt_state: arrays of the expected shapes and types.
         UserError: all checkpoints are damaged, or they cannot be read (permissions).
@@ -115,18 +153,21 @@ class Checkpoints:
             {"trainable": trainable, "optimizer": opt_state},
         )
         damage: dict[int, str] = {}  # step -> what is wrong with its checkpoint
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps: list[int] = all_gather_json(self._steps())[0]
+        for step in reversed(steps):
             try:
-                state, extra = self._read(step, target)
+                state, extra = self._read_together(step, target)
             except _DamagedError as e:
                 damage[step] = str(e)
                 continue
             messages = tuple(self._rename_damaged(*item, step) for item in damage.items())
-            if damage and is_multiprocess():  # all processes must see the same steps from here on
-                multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-            self._manager.reload()
+            if damage:  # Orbax must no longer count them
+                if is_multiprocess():
+                    multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+                self._manager.close()
+                self._manager = self._open_manager()
             # a kill may have prevented these deletions, and there may be no later save to do them
-            for old_step in sorted(self._manager.all_steps())[: -self._keep]:
+            for old_step in self._steps()[: -self._keep]:
                 self._manager.delete(old_step)
             self._last_started = self._last_complete = step
             return Restored(step, state["trainable"], state["optimizer"], extra, messages)
@@ -138,16 +179,46 @@ class Checkpoints:
             "start the run again, or choose another --workdir"
         )
 
+    def _read_together(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        """`_read` in every process. _DamagedError: in one of them it failed, or what was read differs."""
+        result, problem = None, None
+        with raise_together():
+            path = self._directory / _directory_name(step)
+            if is_multiprocess() and not wait_until_visible(path):
+                raise UserError(
+                    f"checkpoint {path} is not visible, though process 0 finds it: check that all hosts "
+                    "share this directory"
+                )
+            try:
+                result = self._read(step, target)
+            except _DamagedError as e:
+                problem = str(e)
+        checksum = result and _json_checksum(result[1])
+        reports: list[dict[str, Any]] = all_gather_json({"problem": problem, "checksum": checksum})
+        for process, report in enumerate(reports):
+            if report["problem"] is not None:
+                where = f"process {process}: " if is_multiprocess() else ""
+                raise _DamagedError(where + report["problem"])
+            if report["checksum"] != reports[0]["checksum"]:
+                raise _DamagedError(f"process {process} reads another content than process 0")
+        assert result is not None
+        state, extra = result
+        return state, {name: value for name, value in extra.items() if name != "digests"}
+
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
-        """-> (state, extra). _DamagedError: it cannot be read or differs from what was saved."""
+        """-> (state, extra with the checksums of the arrays). _DamagedError: it cannot be read or differs
+        from what was saved. Not collective."""
         args = self._ocp.args
         try:
-            restored = self._manager.restore(
-                step,
-                args=args.Composite(state=args.StandardRestore(target), extra=args.JsonRestore()),
-            )
+            with self._open_reader() as reader:
+                restored = reader.restore(
+                    step,
+                    args=args.Composite(
+                        state=args.StandardRestore(target), extra=args.JsonRestore()
+                    ),
+                )
             extra = _verify_checksum(restored["extra"])
-            expected = extra.pop("digests")
+            expected: dict[str, str] = extra["digests"]
         except Exception as e:
             if isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e):
                 path = self._directory / _directory_name(step)
@@ -162,6 +233,26 @@ class Checkpoints:
         if changed:
             raise _DamagedError(f"{len(changed)} arrays are not as saved, {changed[0]} first")
         return restored["state"], extra
+
+    @contextlib.contextmanager
+    def _open_reader(self) -> Iterator[Any]:
+        """A manager that reads without waiting for other processes: reading may fail in one of them."""
+        if not is_multiprocess():
+            yield self._manager
+            return
+        ocp, process = self._ocp, jax.process_index()
+        options = ocp.CheckpointManagerOptions(
+            read_only=True,
+            step_format_fixed_length=8,
+            lightweight_initialize=True,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=process,
+                active_processes={process},
+                barrier_sync_key_prefix=f"reader{process}",
+            ),
+        )
+        with ocp.CheckpointManager(absolute_path(self._directory), options=options) as reader:
+            yield reader
 
     def _rename_damaged(self, step: int, why: str, restored_step: int) -> str:
         """Rename a damaged checkpoint; returns the message about it."""

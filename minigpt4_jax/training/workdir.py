@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import all_gather_json, is_multiprocess
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
-from minigpt4_jax.storage.paths import make_directory, wrap_storage_errors
+from minigpt4_jax.storage.paths import make_directory, wait_until_visible, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import describe_checkpoint, saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import differences, to_dict
 from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
-_VISIBILITY_TIMEOUT = 10.0  # seconds until other hosts see a new file on a network file system
 
 
 def open_workdir(workdir: Path, c: TrainConfig) -> None:
@@ -64,10 +62,9 @@ def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> None:
 
 def check_is_shared(workdir: Path) -> None:
     """UserError if the processes of this run see different directories at this path. Collective."""
-    path, deadline = workdir / CONFIG, time.monotonic() + _VISIBILITY_TIMEOUT
-    while is_multiprocess() and not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    text = path.read_text() if path.exists() else ""
+    path = workdir / CONFIG
+    visible = wait_until_visible(path) if is_multiprocess() else path.exists()
+    text = path.read_text() if visible else ""
     digests = all_gather_json(hashlib.sha256(text.encode()).hexdigest())
     other = next((i for i, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:

@@ -1,4 +1,4 @@
-"""Several processes, as on several hosts: the same run as in one, and an end to it when one is gone."""
+"""Several processes, as on several hosts: the same results as one, and an error when one is lost."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.multihost_harness import address, begin, in_processes
+from helpers.multihost_harness import free_address, read_results, run_jobs, start_python
 from safetensors.numpy import load_file
 
 from minigpt4_jax.config import LoraConfig
@@ -25,10 +25,10 @@ MODELS = {
     "qformer": {},
     "patches": {"qformer": False},
     "packed": {"qformer": False},
-    # with larger weights its gradient's norm differs by 4e-5 where matrices are split, by rounding
+    # with larger weights, rounding in sharded matrices changes the gradient norm by 4e-5
     "v2": {"scale": 0.15, "qformer": False, "variant": "minigpt-v2", "lora": LORA},
 }
-MESHES = {  # of two processes with two devices each, then of four with one, for some
+MESHES = {  # for two processes with two devices each; the second, if any, for four with one each
     "qformer": ("data:2,model:2", "auto"),
     "patches": ("fsdp:4",),
     "packed": ("data:2,fsdp:2",),
@@ -47,7 +47,7 @@ def slurm(process: int, job: int) -> dict[str, str]:
 
 
 def free_job() -> int:
-    """A number of a SLURM job for which JAX takes a port that is free."""
+    """A SLURM job number for which JAX chooses a free port."""
     for job in random.sample(range(4096), 4096):
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("localhost", 61440 + job))
@@ -55,7 +55,7 @@ def free_job() -> int:
     raise AssertionError("no port is free")
 
 
-def values(home: Path, name: str) -> dict:
+def config_values(home: Path, name: str) -> dict:
     rows, packed = [str(home / "data" / "rows.jsonl")], 128 if name == "packed" else 0
     prompts = ["<Img><ImageHere></Img> What?", "<Img><ImageHere></Img> Where is it?"]
     return {
@@ -69,25 +69,25 @@ def values(home: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Every run once whole, in one process, and once begun there, continued by two processes, and
-    where they are told to stop, ended by four."""
+    """Each run twice: in one process, and started in one process, continued by two and, where these are
+    stopped, finished by four."""
     folder = tmp_path_factory.mktemp("processes")
     tiny.write_data(folder / "data", rows=21)
     one, two, four = [], [], []
     for name, changes in MODELS.items():
         tiny.write_random_model(folder / name, **changes)
         run = {"name": name, "workdir": str(folder / f"{name}-several")}
-        plain = {"values": values(folder, name)}
+        plain = {"values": config_values(folder, name)}
         one.append(run | plain | {"workdir": str(folder / f"{name}-one"), "stop": None})
         one.append(run | plain | {"stop": [0, 1]})
-        meshes = [{"values": values(folder, name) | {"mesh": mesh}} for mesh in MESHES[name]]
+        meshes = [{"values": config_values(folder, name) | {"mesh": mesh}} for mesh in MESHES[name]]
         two.append(run | meshes[0] | {"stop": [1, 3] if meshes[1:] else None})
         four += [run | mesh | {"stop": None} for mesh in meshes[1:]]
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
-    asked = {"model": str(folder / "qformer"), "images": images}
-    in_processes(folder, 1, 1, {"runs": one, "answers": asked | {"mesh": None}})
-    in_processes(folder, 2, 2, {"runs": two, "answers": asked | {"mesh": "data:2,model:2"}})
-    in_processes(folder, 4, 1, {"runs": four})
+    request = {"model": str(folder / "qformer"), "images": images}
+    run_jobs(folder, 1, 1, {"runs": one, "answers": request | {"mesh": None}})
+    run_jobs(folder, 2, 2, {"runs": two, "answers": request | {"mesh": "data:2,model:2"}})
+    run_jobs(folder, 4, 1, {"runs": four})
     return folder
 
 
@@ -97,11 +97,11 @@ def records(workdir: Path, file: str = "metrics.jsonl") -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_losses_and_parameters_as_of_one_process(home, name):
+def test_losses_and_parameters_equal_those_of_one_process(home, name):
     one, several = home / f"{name}-one", home / f"{name}-several"
-    expected, found = records(one), records(several)
-    assert [r["step"] for r in found] == [r["step"] for r in expected]
-    for a, b in zip(expected, found, strict=True):
+    expected, actual = records(one), records(several)
+    assert [r["step"] for r in actual] == [r["step"] for r in expected]
+    for a, b in zip(expected, actual, strict=True):
         assert b.keys() - {"examples_per_second"} == a.keys() - {"examples_per_second"}
         for key in {"loss", "val_loss", "grad_norm", "tokens", "lr"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (a, b)
@@ -114,26 +114,22 @@ def test_the_same_losses_and_parameters_as_of_one_process(home, name):
             np.testing.assert_allclose(trained[key], array, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
-def noted(home: Path, count: int) -> list[dict]:
-    return [json.loads((home / f"{n}-of-{count}.json").read_text()) for n in range(count)]
-
-
 @pytest.mark.slow
-def test_each_process_reads_its_own_rows_and_all_of_them_the_batch(home):
-    """As digests of rows; a run of two processes began behind step 2, of four behind step 6."""
-    one, two, four = (noted(home, count) for count in (1, 2, 4))
-    whole = {name: one[0]["rows"][name][:STEPS] for name in MODELS if name != "packed"}
+def test_each_process_reads_its_own_rows_of_the_batch(home):
+    """Rows as digests. Two processes continue after step 2, four after step 6."""
+    one, two, four = (read_results(home, count) for count in (1, 2, 4))
+    batches = {name: one[0]["rows"][name][:STEPS] for name in MODELS if name != "packed"}
 
-    def shares(processes: list[dict], name: str, begin: int) -> list:
-        """(rows of a batch, for each process its share) for every step"""
+    def shares(processes: list[dict], name: str, start: int) -> list:
+        """For each step: (rows of the batch, rows of each process)."""
         steps = [process["rows"][name] for process in processes]
-        return list(zip(whole[name][begin:], zip(*steps, strict=True), strict=False))
+        return list(zip(batches[name][start:], zip(*steps, strict=True), strict=False))
 
-    for batch, (a, b) in shares(two, "patches", 2):  # rows are over both
+    for batch, (a, b) in shares(two, "patches", 2):  # rows are sharded over both
         assert a + b == batch
     for batch, (a, b, c, d) in shares(four, "qformer", 6):
         assert [*a, *b, *c, *d] == batch and len(d) == 2
-    for batch, (a, b) in shares(two, "v2", 2):  # the model is over both, rows are not
+    for batch, (a, b) in shares(two, "v2", 2):  # the model is sharded over both, rows are not
         assert a == b == batch
     for batch, (a, b, c, d) in shares(four, "v2", 6):
         assert a == b and c == d and a + c == batch
@@ -141,16 +137,18 @@ def test_each_process_reads_its_own_rows_and_all_of_them_the_batch(home):
 
 
 def log(home: Path, process: int, count: int) -> list[str]:
-    """What a process said, without the library of collectives."""
+    """The output of a process, without that of the Gloo library."""
     lines = (home / f"{process}-of-{count}.log").read_text().splitlines()
     return [line for line in lines if not line.startswith("[Gloo]")]
 
 
 @pytest.mark.slow
-def test_all_stop_when_one_is_told_and_one_writes(home):
+def test_all_processes_stop_when_one_is_signalled_and_only_process_0_prints(home):
     two, four = "\n".join(log(home, 0, 2)), "\n".join(log(home, 0, 4))
-    told = "stopped by a signal to another process; step 6 is saved: start the same command again"
-    assert two.count(told) == four.count("continuing at step 6: ") == 2
+    stopped = (
+        "stopped by a signal to another process; step 6 is saved: start the same command again"
+    )
+    assert two.count(stopped) == four.count("continuing at step 6: ") == 2
     assert two.count("continuing at step 2: ") == len(MODELS)
     assert "device cpu, 2 processes; log in" in two
     assert "mesh fsdp:4 of 4 devices, as configured" in two
@@ -158,86 +156,96 @@ def test_all_stop_when_one_is_told_and_one_writes(home):
 
 
 @pytest.mark.slow
-def test_answers_of_two_processes_are_those_of_one(home):
-    expected = noted(home, 1)[0]["answers"]
-    for found in noted(home, 2):
-        assert found["answers"]["text"] == expected["text"]
-        np.testing.assert_allclose(found["answers"]["nll"], expected["nll"], rtol=1e-5, atol=1e-5)
+def test_answers_of_two_processes_equal_those_of_one(home):
+    expected = read_results(home, 1)[0]["answers"]
+    for result in read_results(home, 2):
+        assert result["answers"]["text"] == expected["text"]
+        np.testing.assert_allclose(result["answers"]["nll"], expected["nll"], rtol=1e-5, atol=1e-5)
     assert any(expected["text"])
 
 
-# --- when one is gone -----------------------------------------------------------------------
+# --- a lost process -------------------------------------------------------------------------
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """-> (exit code, what it wrote to stderr, of which the last line is shown to the user)"""
+def wait_for(process: subprocess.Popen) -> tuple[int, str]:
+    """-> (exit code, stderr, whose last line is the message to the user)"""
     _, err = process.communicate(timeout=200)
     return process.returncode, err
 
 
-def worker(process: subprocess.Popen) -> int:
-    """The process that trains, which is a child of the one that was started."""
+def training_pid(process: subprocess.Popen) -> int:
+    """The process that trains: the child of the one that was started."""
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
 
 
 @pytest.mark.slow
-def test_a_process_that_is_gone_ends_the_others_with_a_message(tmp_path):
-    """Killed, so that its connections break; stopped, so that it is only silent; and never there."""
+def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
+    """Killed, which breaks its connections; stopped, which only makes it silent; and never started."""
     tiny.write_random_model(tmp_path / "qformer")
     tiny.write_data(tmp_path / "data")
-    given = values(tmp_path, "qformer") | {"steps": 10_000, "save_every": 2, "eval_every": 0}
-    (tmp_path / "long.py").write_text(f"def get_config():\n    return {given!r}\n")
+    values = config_values(tmp_path, "qformer") | {
+        "steps": 10_000,
+        "save_every": 2,
+        "eval_every": 0,
+    }
+    (tmp_path / "long.py").write_text(f"def get_config():\n    return {values!r}\n")
     command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'long.py'}"]
     command += ["--config.heartbeat_timeout=10", "--config.sample_every=0"]
 
-    at, job = [f"--coordinator_address={address()}", "--num_processes=2"], free_job()
-    here = [*command, f"--workdir={tmp_path / 'killed'}", *at]
-    killed = [begin([*here, f"--process_id={n}"]) for n in (0, 1)]
-    here = [*command, f"--workdir={tmp_path / 'stopped'}"]
-    stopped = [begin(here, **slurm(n, job)) for n in (0, 1)]
-    late = ["--coordinator_address", address(), "--num_processes=2", "--process_id=1"]
-    alone = begin([*command, f"--workdir={tmp_path / 'w'}", *late, "--initialization_timeout=2"])
-    code, err = ended(alone)
-    assert code == 2 and f"error: process 0 does not answer at {late[1]} within 2 s" in err
+    processes, job = [f"--coordinator_address={free_address()}", "--num_processes=2"], free_job()
+    run = [*command, f"--workdir={tmp_path / 'killed'}", *processes]
+    killed = [start_python([*run, f"--process_id={n}"]) for n in (0, 1)]
+    run = [*command, f"--workdir={tmp_path / 'stopped'}"]
+    stopped = [start_python(run, **slurm(n, job)) for n in (0, 1)]
+    absent = ["--coordinator_address", free_address(), "--num_processes=2", "--process_id=1"]
+    alone = start_python(
+        [*command, f"--workdir={tmp_path / 'w'}", *absent, "--initialization_timeout=2"]
+    )
+    code, err = wait_for(alone)
+    assert code == 2 and f"error: process 0 does not answer at {absent[1]} within 2 s" in err
     assert not (tmp_path / "w").exists()
-    for name, processes, ill, sent, words in (
+    for name, pair, lost, number, cause in (
         ("killed", killed, 1, signal.SIGKILL, "a connection to another of the 2 processes broke"),
         ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is lost or cannot"),
     ):
         while not (tmp_path / name / "checkpoints" / "00000002").exists():
-            assert processes[0].poll() is None, ended(processes[0])
+            assert pair[0].poll() is None, wait_for(pair[0])
             time.sleep(0.05)
-        os.kill(worker(processes[ill]), sent)
-        code, err = ended(processes[1 - ill])
-        processes[ill].kill()
-        processes[ill].communicate()
+        os.kill(training_pid(pair[lost]), number)
+        code, err = wait_for(pair[1 - lost])
+        pair[lost].kill()
+        pair[lost].communicate()
         assert code == 75, err
         line = err.splitlines()[-1]
-        assert line.startswith(f"error: {words}"), err
+        assert line.startswith(f"error: {cause}"), err
         last = max(p.name for p in (tmp_path / name / "checkpoints").glob("0*[0-9]"))
         assert f"the last good checkpoint, of step {int(last)}, is kept in {tmp_path}" in line
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_others_are_waited_for(tmp_path):
+def test_ctrl_c_while_waiting_for_the_other_processes(tmp_path):
     tiny.write_random_model(tmp_path / "qformer")
     tiny.write_data(tmp_path / "data")
     (tmp_path / "c.py").write_text(
-        f"def get_config():\n    return {values(tmp_path, 'qformer')!r}\n"
+        f"def get_config():\n    return {config_values(tmp_path, 'qformer')!r}\n"
     )
-    at = address()
+    address = free_address()
     command = ["-m", "minigpt4_jax.train", f"--config={tmp_path / 'c.py'}", "--process_id=0"]
-    command += [f"--coordinator_address={at}", "--num_processes=2", f"--workdir={tmp_path / 'w'}"]
-    process = begin(command)
-    host, port = at.split(":")
-    while True:  # until JAX has begun to wait
+    command += [
+        f"--coordinator_address={address}",
+        "--num_processes=2",
+        f"--workdir={tmp_path / 'w'}",
+    ]
+    process = start_python(command)
+    host, port = address.split(":")
+    while True:  # until JAX waits for connections
         with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
             break
-        assert process.poll() is None, ended(process)
+        assert process.poll() is None, wait_for(process)
         time.sleep(0.1)
     time.sleep(1)
-    child = worker(process)
-    for pid in (child, process.pid):  # as a terminal does
+    child = training_pid(process)
+    for pid in (child, process.pid):  # as a terminal sends it
         os.kill(pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
@@ -248,7 +256,7 @@ def test_ctrl_c_while_the_others_are_waited_for(tmp_path):
 
 
 @pytest.mark.smoke
-def test_options():
+def test_process_options():
     args = ["--config=a", "--num_processes=2", "--process_id", "1", "--coordinator_address=h:12"]
     assert parse_process_options(args) == (ProcessOptions("h:12", 2, 1), ["--config=a"])
     assert parse_process_options(["--num_processes=1"]) == (ProcessOptions(num_processes=1), [])
@@ -266,6 +274,6 @@ def test_options():
         (["--initialization_timeout=0"], "expected seconds"),
     ],
 )
-def test_options_that_cannot_be(args, message):
+def test_invalid_process_options(args, message):
     with pytest.raises(UserError, match=message):
         parse_process_options(args)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.multihost_harness import in_processes
+from helpers.multihost_harness import run_jobs
 
 from convert.build import build
 from convert.build_plan import BuildRequest
@@ -169,7 +169,7 @@ def test_two_processes_in_a_bucket(home, bucket, on_disk, tmp_path):
     c, run = config(home, "gs://bucket/models/tiny"), put("gs://bucket/runs/two")
     c = dataclasses.replace(c, eval_every=0, save_every=1)  # one program less, and told at once
     life = {"name": "two", "workdir": str(run), "values": to_dict(c)}
-    in_processes(tmp_path, 2, 1, {"runs": [life | {"stop": [0, 1]}, life | {"stop": [1, 4]}]})
+    run_jobs(tmp_path, 2, 1, {"runs": [life | {"stop": [0, 1]}, life | {"stop": [1, 4]}]})
     said = (tmp_path / "0-of-2.log").read_text()
     assert said.count("start the same command again to continue") == 2
     assert "continuing at step " in said and "fsdp:2" in said
