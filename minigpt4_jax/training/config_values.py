@@ -33,12 +33,25 @@ SYNONYMS = {
     "lora.alpha": ("lora_alpha",), "lora.dropout": ("lora_dropout",),
 }  # fmt: skip
 
-# May differ when a run is resumed: none of these changes what is computed.
-_RESUMABLE = {
-    "log_every", "eval_every", "eval_examples", "sample_every", "sample_images", "sample_tokens",
-    "save_every", "keep", "mesh", "data.workers", "data.threads", "data.timeout", "data.val_path",
-    "data.max_broken", "heartbeat_timeout",
-}  # fmt: skip
+# Keys that may change when a run is resumed, with the reason; all others would make it another run.
+CHANGEABLE = {
+    "steps": "may grow: the run is extended (see training.workdir)",
+    "mesh": "where arrays lie, not their values",
+    "log_every": "only what is printed",
+    "eval_every": "only what is logged",
+    "eval_examples": "only what is logged",
+    "sample_every": "only what is logged",
+    "sample_images": "only what is logged",
+    "sample_tokens": "only what is logged",
+    "save_every": "only how much is repeated after an interruption",
+    "keep": "only disk space",
+    "heartbeat_timeout": "only when a lost process is noticed",
+    "data.workers": "only how fast batches are made",
+    "data.threads": "only how fast batches are made",
+    "data.timeout": "only when hung workers are noticed",
+    "data.val_path": "only what is logged",
+    "data.max_broken": "only when unreadable rows end the run",
+}
 
 
 def to_dict(c: TrainConfig) -> dict[str, Any]:
@@ -138,11 +151,30 @@ def unknown_key(key: str, mix: Mapping[str, Any] = types.MappingProxyType({})) -
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Fields of two `to_dict` results that differ and change what is computed: 'key: old -> new'."""
+    """Fields of two `to_dict` results that differ and must not when a run is resumed: 'key: old -> new'."""
+    changes = _changes(old, new)
+    refused = [f"{key}: {a!r} -> {b!r}" for key, (a, b) in changes.items() if key not in CHANGEABLE]
+    if "steps" in changes and changes["steps"][1] < changes["steps"][0]:
+        a, b = changes["steps"]
+        refused.append(f"steps: {a} -> {b}, which may only grow")
+    return sorted(refused)
+
+
+def allowed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields of two `to_dict` results that differ and may, except steps: 'key: old -> new'."""
+    return [
+        f"{key}: {a!r} -> {b!r}"
+        for key, (a, b) in _changes(old, new).items()
+        if key in CHANGEABLE and key != "steps"
+    ]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) of each field that differs, sorted by key."""
     defaults = _flatten(to_dict(TrainConfig()))  # for fields added after the old run
     a, b = defaults | _flatten(old), defaults | _flatten(new)
-    keys = sorted((a.keys() | b.keys()) - _RESUMABLE)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
+    keys = sorted(a.keys() | b.keys())
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,7 +87,8 @@ def train(
             inputs = open_inputs(c, exit_stack)
         with raise_together():
             if is_main_process():
-                open_workdir(directory, c)
+                for message in open_workdir(directory, c):
+                    print(message, flush=True)
         with raise_together():
             check_is_shared(directory)
         if all_gather_json(is_finished(directory, c))[0]:

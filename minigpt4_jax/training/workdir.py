@@ -18,24 +18,28 @@ from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.storage.paths import make_directory, wait_until_visible, wrap_storage_errors
 from minigpt4_jax.training.checkpoints import describe_checkpoint, saved_steps
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.config_values import differences, to_dict
+from minigpt4_jax.training.config_values import allowed_changes, differences, to_dict
 from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
 
 
-def open_workdir(workdir: Path, c: TrainConfig) -> None:
-    """Create the working directory with its config.json, or check that it holds this same run.
+def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
+    """Create the working directory with its config.json, or check that it holds this same run; returns
+    lines about what is changed in it.
+
+    A run may be given more `steps` than it was started with, also once it is finished. Its schedule is then
+    that of the new total.
 
     UserError: it cannot be written, or its run has another configuration or another model.
     """
     document = {"config": to_dict(c), "model": model_directory.fingerprint(c.model)}
-    path = workdir / CONFIG
+    path, messages = workdir / CONFIG, list[str]()
     try:
         with wrap_storage_errors(workdir):
             make_directory(workdir)
             if path.exists():
-                _check_same_run(workdir, json.loads(path.read_text()), document)
+                messages = _check_same_run(workdir, json.loads(path.read_text()), document)
             elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
                 raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
             write_text_atomically(path, json.dumps(document, indent=1) + "\n")
@@ -43,9 +47,11 @@ def open_workdir(workdir: Path, c: TrainConfig) -> None:
         raise write_error(workdir, e) from e
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
+    return messages
 
 
-def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> None:
+def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> list[str]:
+    """UserError if it is another run; otherwise lines about what is changed."""
     if not isinstance(old, dict) or not {"config", "model"} <= old.keys():
         raise UserError(f"{workdir / CONFIG} is not a training run's: choose another --workdir")
     if changed := differences(old["config"], new["config"]):
@@ -58,6 +64,29 @@ def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> None:
             f"{workdir} was started with other weights than {new['config']['model']} holds now: "
             "choose another --workdir"
         )
+    messages = []
+    if changed := allowed_changes(old["config"], new["config"]):
+        messages.append(f"changed since the last start: {'; '.join(changed)}")
+    steps, old_steps = (document["config"].get("steps", 0) for document in (new, old))
+    if steps > old_steps > 0:
+        schedule = new["config"]["schedule"]
+        messages.append(_describe_extension(workdir, old_steps, steps, schedule))
+    return messages
+
+
+def _describe_extension(workdir: Path, old_steps: int, steps: int, schedule: str) -> str:
+    """The line about more steps. UserError: the run is finished and has no checkpoint to continue."""
+    if (workdir / MODEL).exists() and not saved_steps(workdir / CHECKPOINTS):
+        raise UserError(
+            f"{workdir} is finished after {old_steps} steps and its checkpoints are gone, so it cannot "
+            f"be extended to {steps}: train {workdir / MODEL} further in another --workdir"
+        )
+    effect = {
+        "cosine": f"the cosine schedule now spans all {steps} steps, so the learning rate is that of a run "
+        "of this length from here on",
+        "step": "the step schedule does not depend on the number of steps",
+    }[schedule]
+    return f"extended from {old_steps} to {steps} steps: {effect}"
 
 
 def check_is_shared(workdir: Path) -> None:

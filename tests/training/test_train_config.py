@@ -214,6 +214,21 @@ def test_differences_ignore_fields_that_do_not_change_the_result():
     changed = dataclasses.replace(c, seed=3, data=dataclasses.replace(c.data, path=("e",)))
     found = config_values.differences(as_dict(c), as_dict(changed))
     assert found == ["data.path: ['d'] -> ['e']", "seed: 42 -> 3"]
+    assert config_values.allowed_changes(as_dict(c), as_dict(other)) == [
+        "data.workers: 0 -> 4", "keep: 3 -> 9", "log_every: 10 -> 3", "save_every: 100 -> 7",
+    ]  # fmt: skip
+
+
+def test_steps_may_only_grow():
+    short, long = (config_values.to_dict(TrainConfig(model="m", steps=n)) for n in (4, 9))
+    assert config_values.differences(short, long) == []
+    assert config_values.allowed_changes(short, long) == []
+    assert config_values.differences(long, short) == ["steps: 9 -> 4, which may only grow"]
+
+
+def test_changeable_keys_are_configuration_keys_with_a_reason():
+    assert config_values.CHANGEABLE.keys() <= set(config_values.known_keys())
+    assert all(config_values.CHANGEABLE.values())
 
 
 # --- mixtures ----------------------------------------------------------------------------------
