@@ -60,10 +60,10 @@ class TrainConfig:
     clip: maximum global norm of the gradient; 0: no clipping, as in the original.
 
     Logs and checkpoints
-    log_every: steps between lines of metrics.jsonl.
+    log_every: steps between printed lines; metrics.jsonl has every step.
     eval_every: steps between validation losses; 0: never.
     eval_examples: number of validation rows used.
-    sample_every: steps between captions of a few validation images in the log; 0: never.
+    sample_every: steps between captions of a few validation images, all different; 0: never.
     sample_images, sample_tokens: how many images, and tokens per caption at most.
     save_every: steps between checkpoints.
     keep: checkpoints kept on disk.

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from PIL import Image
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.dataset import ExampleList
@@ -32,6 +33,31 @@ def read_validation(c: TrainConfig) -> list[Example]:
     if not c.data.val_path:
         return []
     return read_sources(c.data.val_path, clean_captions=c.data.clean_captions)
+
+
+def choose_examples(examples: Sequence[Example], count: int) -> list[Example]:
+    """Up to `count` rows with one image each, all different, spread evenly over the file."""
+    by_image: dict[str, Example] = {}
+    for example in examples:
+        if len(example.images) == 1:
+            by_image.setdefault(name_of(example.images[0]), example)
+    distinct = list(by_image.values())
+    count = min(count, len(distinct))
+    return [distinct[i * len(distinct) // count] for i in range(count)]
+
+
+class Sample(NamedTuple):
+    """A validation image with the model's text."""
+
+    name: str
+    image: Image.Image
+    prompt: str
+    text: str
+
+    @property
+    def record(self) -> dict[str, str]:
+        """As in samples.jsonl."""
+        return {"image": self.name, "prompt": self.prompt, "text": self.text}
 
 
 class Validation:
@@ -81,23 +107,19 @@ class Validation:
             shard=partial(process_shard, self._mesh) if is_multiprocess() else None,
         )  # fmt: skip
 
-    def captions(self, trainable: Trainable) -> list[dict[str, str]]:
-        """Greedy captions of the first `sample_images` images: [{"image", "prompt", "text"}]."""
+    def captions(self, trainable: Trainable) -> list[Sample]:
+        """Greedy captions of `sample_images` different images."""
         c = self._c
-        examples = [e for e in self._examples if len(e.images) == 1][: c.sample_images]
+        examples = choose_examples(self._examples, c.sample_images)
         if not examples:
             return []
+        names = [name_of(e.images[0]) for e in examples]
+        images = [open_image(e.images[0], exif=c.data.exif) for e in examples]
         prompts = [self._prompt(e) for e in examples]
         texts = self._update_model(trainable).generate(
-            [open_image(e.images[0], exif=c.data.exif) for e in examples],
-            prompts,
-            max_new_tokens=c.sample_tokens,
-            temperature=0.0,
+            images, prompts, max_new_tokens=c.sample_tokens, temperature=0.0
         )
-        return [
-            {"image": name_of(e.images[0]), "prompt": prompt, "text": text}
-            for e, prompt, text in zip(examples, prompts, texts, strict=True)
-        ]
+        return [Sample(*fields) for fields in zip(names, images, prompts, texts, strict=True)]
 
     def _prompt(self, example: Example) -> str:
         questions = example.questions or self._c.data.prompts

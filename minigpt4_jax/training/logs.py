@@ -1,4 +1,4 @@
-"""The log of a run: lines, metrics.jsonl, samples.jsonl, TensorBoard events and a progress bar."""
+"""The log of a run: lines, metrics.jsonl, samples with contact sheets, TensorBoard events, a progress bar."""
 
 import contextlib
 import json
@@ -6,14 +6,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from PIL import Image
 
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.storage.paths import SyncedDirectory
 
+if TYPE_CHECKING:
+    from minigpt4_jax.training.evaluation import Sample
+
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
+SHEETS = "samples"  # directory of the contact sheets, STEP.png
 VAL_LOSS = "val_loss"
 
 
@@ -45,6 +51,8 @@ class RunLog:
         for name in (METRICS, SAMPLES):
             with self._report_write_errors():
                 self._files[name] = self._open(name, step, pending)
+        with self._report_write_errors():
+            _remove_sheets(self.directory / SHEETS, step + (SAMPLES not in pending))
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -86,15 +94,39 @@ class RunLog:
         ]
         self._write_event(record["step"], values)
 
-    def write_sample(self, record: dict[str, Any]) -> None:
-        """Append {"step", "image", "text"} to samples.jsonl and TensorBoard, and print it."""
+    def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
+        """Append {"step", "image", "prompt", "text"} of each sample to samples.jsonl, print it, and show
+        all of them on a contact sheet, samples/STEP.png, and in TensorBoard."""
+        from tensorboardX.proto import summary_pb2
         from tensorboardX.summary import text as text_summary
 
-        self._append(SAMPLES, record)
-        name = Path(record["image"]).name
-        summary = text_summary(f"samples/{name}", record["text"])
-        self._write_event(record["step"], list(summary.value))
-        self.write_line(f"  {name}: {' '.join(record['text'].split())}")
+        values: list[Any] = []
+        for sample in samples:
+            self._append(SAMPLES, {"step": step, **sample.record})
+            name = Path(sample.name).name
+            values += text_summary(f"samples/{name}", sample.text).value
+            self.write_line(f"  {name}: {' '.join(sample.text.split())}")
+        if not samples:
+            return
+        path = self._draw_sheet(step, samples)
+        with self._report_write_errors(), Image.open(path) as sheet:
+            width, height = sheet.size
+            image = summary_pb2.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+            )
+        values.append(summary_pb2.Summary.Value(tag="samples", image=image))
+        self._write_event(step, values)
+
+    def _draw_sheet(self, step: int, samples: Sequence["Sample"]) -> Path:
+        from minigpt4_jax.visualization.plots import contact_sheet
+
+        return contact_sheet(
+            [s.image for s in samples],
+            [s.text for s in samples],
+            [None] * len(samples),
+            self.directory / SHEETS / f"{step}.png",
+            title=f"Validation samples, step {step}",
+        )
 
     def flush(self) -> None:
         """Write everything to disk, or to the bucket: a checkpoint is only as good as the log before
@@ -162,7 +194,7 @@ class NullLog(RunLog):
     def write_metrics(self, record: dict[str, Any]) -> None:
         pass
 
-    def write_sample(self, record: dict[str, Any]) -> None:
+    def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
         pass
 
     def flush(self) -> None:
@@ -170,6 +202,13 @@ class NullLog(RunLog):
 
     def close(self) -> None:
         pass
+
+
+def _remove_sheets(directory: Path, first_step: int) -> None:
+    """Remove the contact sheets of this step and later ones. Those in a bucket are overwritten."""
+    for path in directory.glob("*.png"):
+        if path.stem.isdigit() and int(path.stem) >= first_step:
+            path.unlink()
 
 
 def _filter_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

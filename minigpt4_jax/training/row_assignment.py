@@ -19,7 +19,7 @@ def process_shard(mesh: Mesh, rows: int) -> ProcessShard:
 def num_row_blocks(mesh: Mesh) -> int:
     """The smallest number of equal blocks that a batch can be cut into so that all rows of a block are
     held by the same processes; 1 with one process. For batches that divide among the devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices: int = mesh.shape["data"] * mesh.shape["fsdp"]
     processes = _processes_by_row(mesh, devices)
     sizes = (n for n in range(1, devices + 1) if devices % n == 0)
     block = max(

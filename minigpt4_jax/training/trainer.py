@@ -279,8 +279,7 @@ class Trainer:
             run.log.write_line(f"step {run.step}/{run.c.steps}  val_loss {loss:.4f}")
             run.pending_evaluations.remove(VAL_LOSS)
         if SAMPLES in run.pending_evaluations and not self.stop.check():
-            for sample in validation.captions(run.trainable):
-                run.log.write_sample({"step": run.step, **sample})
+            run.log.write_samples(run.step, validation.captions(run.trainable))
             run.pending_evaluations.remove(SAMPLES)
 
     # --- the end ----------------------------------------------------------------------------

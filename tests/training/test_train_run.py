@@ -111,8 +111,8 @@ def test_what_else_a_run_leaves(finished):
     assert all(tag in data for tag in (b"loss", b"val_loss", b"lr", b"samples/0.png"))
     left = {p.name for p in workdir.iterdir()}
     assert left == {
-        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model", "samples.jsonl",
-        "tensorboard",
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model", "samples",
+        "samples.jsonl", "tensorboard",
     }  # fmt: skip
 
 
