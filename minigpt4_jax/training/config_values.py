@@ -171,7 +171,8 @@ def allowed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old, new) of each field that differs, sorted by key."""
-    defaults = _flatten(to_dict(TrainConfig()))  # for fields added after the old run
+    # for fields added after the old run; such a run goes on without `data.exif` (keep_old_defaults)
+    defaults = _flatten(to_dict(TrainConfig())) | {"data.exif": False}
     a, b = defaults | _flatten(old), defaults | _flatten(new)
     keys = sorted(a.keys() | b.keys())
     return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}

@@ -43,6 +43,7 @@ from minigpt4_jax.training.workdir import (
     check_is_shared,
     describe_saved_state,
     is_finished,
+    keep_old_defaults,
     open_workdir,
     write_trained_model,
 )
@@ -84,6 +85,7 @@ def train(
         stop_signal.deferred = is_multiprocess()  # processes stop together, between steps
         _prepare_process()
         with raise_together():
+            c = keep_old_defaults(directory, c)
             inputs = open_inputs(c, exit_stack)
         with raise_together():
             if is_main_process():

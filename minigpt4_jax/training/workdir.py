@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ from minigpt4_jax.training.config_values import allowed_changes, differences, to
 from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+
+
+def keep_old_defaults(workdir: Path, c: TrainConfig) -> TrainConfig:
+    """The configuration of a run that was started before `data.exif` existed: its images are not rotated.
+
+    A working directory that cannot be read is left to `open_workdir`.
+    """
+    try:
+        with wrap_storage_errors(workdir):
+            path = workdir / CONFIG
+            data = (
+                json.loads(path.read_text())["config"]["data"] if path.exists() else {"exif": True}
+            )
+    except (OSError, ValueError, LookupError, TypeError):
+        return c
+    if not isinstance(data, dict) or "exif" in data:
+        return c
+    return replace(c, data=replace(c.data, exif=False))
 
 
 def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
