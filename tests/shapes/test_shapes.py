@@ -323,7 +323,7 @@ def test_numbers_out_of_range(tmp_path, wrong, message):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "minigpt4_jax.data.shapes", "--train=4", "--heldout=1"]
+    command = [sys.executable, "-m", "minigpt4_jax.shapes", "--train=4", "--heldout=1"]
     command += ["--heldout_pairs=1", "--seed=2"]
     done = subprocess.run([*command, f"--out={tmp_path / 'd'}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
