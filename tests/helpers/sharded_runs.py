@@ -41,7 +41,7 @@ def run(folder: Path) -> None:
         train(values | {"mesh": "data:8", "batch_size": 12}, folder / "other")
         raise AssertionError("12 rows were accepted on 8 devices")
     except UserError as e:
-        assert "12 rows do not divide among the 8 devices" in str(e), e
+        assert "12 rows cannot be divided among the 8 devices" in str(e), e
     assert not (folder / "other").exists()
 
 

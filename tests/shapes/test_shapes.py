@@ -329,11 +329,10 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(shapes_dataset.read_scenes(tmp_path / "d" / "train")) == 4
     (tmp_path / "file").write_text("")
-    done = subprocess.run(
-        [*command, f"--out={tmp_path / 'file' / 'd'}"], capture_output=True, text=True
-    )
+    out = tmp_path / "file" / "d"
+    done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write the dataset")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: cannot write {out}: ")
     assert "Traceback" not in done.stderr
 
 
