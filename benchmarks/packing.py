@@ -18,7 +18,8 @@ from common import Table, argument_parser, median_ratio, time_in_turns
 from train_step import Side, make_ours
 
 from minigpt4_jax.config import IMAGE, ModelConfig
-from minigpt4_jax.data.batching import BatchArrays, pad_sequences
+from minigpt4_jax.data.arrays import BatchArrays
+from minigpt4_jax.data.batching import pad_sequences
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.errors import run
 from minigpt4_jax.models.minigpt import Batch

@@ -5,11 +5,12 @@ Uses only NumPy, so that worker processes start without JAX.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.arrays import PADDING, BatchArrays, BatchLayout, PackedArrays, Padding
 from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.mixture import BatchOrder, ExampleRef, MixtureComponent
 from minigpt4_jax.data.skipped import SkippedRow, skipped_row
@@ -25,28 +26,7 @@ from minigpt4_jax.processing.sequences import (
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.rounding import round_up
 
-if TYPE_CHECKING:
-    from minigpt4_jax.data.packing import PackedArrays
-
-
-class Padding(NamedTuple):
-    """Lengths are rounded up to multiples of these, to limit the number of compiled programs."""
-
-    tokens: int = 32  # of T
-    answers: int = 16  # of A
-
-
-PADDING = Padding()
 _ATTEMPTS = 8  # examples tried for one row of a batch
-
-
-class BatchArrays(NamedTuple):
-    """The fields of models.minigpt.Batch, in its order."""
-
-    pixels: np.ndarray  # [B, I, S, S, 3] uint8
-    tokens: np.ndarray  # [B, T] int32
-    lengths: np.ndarray  # [B] int32
-    label_positions: np.ndarray  # [B, A] int32
 
 
 class ProcessShard(NamedTuple):
@@ -56,21 +36,10 @@ class ProcessShard(NamedTuple):
     counted: frozenset[int]  # those of rows that no process with a lower number makes as well
 
 
-class BatchLayout(NamedTuple):
-    """The lengths of all examples of a batch across processes, known before images are opened.
-
-    The example that replaces one with an unreadable image is never longer, if rows are packed.
-    """
-
-    lengths: tuple[int, ...]  # [B] tokens
-    label_counts: tuple[int, ...]  # [B] labelled tokens
-    rows: tuple[int, ...]  # the rows that this process makes
-
-
 class LoadedBatch(NamedTuple):
     """A batch as a worker returns it."""
 
-    arrays: "BatchArrays | PackedArrays | None"  # None: no readable example for some row
+    arrays: BatchArrays | PackedArrays | None  # None: no readable example for some row
     skipped: tuple[SkippedRow, ...]  # among the rows that this process counts
     num_rows: int  # rows that this process counts
     layout: BatchLayout | None = None

@@ -9,11 +9,11 @@ import grain
 from absl import flags
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batching import BatchMaker, LoadedBatch, Padding, ProcessShard
+from minigpt4_jax.data.arrays import PackedArrays, Padding
+from minigpt4_jax.data.batching import BatchMaker, LoadedBatch, ProcessShard
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.inspection import fingerprint, rows_for_tokens, warn_of_cut_answers
 from minigpt4_jax.data.mixture import BatchOrder, MixtureComponent
-from minigpt4_jax.data.packing import PackedArrays
 from minigpt4_jax.data.prefetch import Prefetcher, init_worker
 from minigpt4_jax.data.skipped import SkipCounter
 from minigpt4_jax.errors import UserError

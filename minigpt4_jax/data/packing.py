@@ -9,25 +9,12 @@ the data, resuming and the number of workers are not affected.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batching import PADDING, BatchArrays, BatchLayout, Padding
+from minigpt4_jax.data.arrays import PADDING, BatchArrays, BatchLayout, PackedArrays, Padding
 from minigpt4_jax.utils.rounding import round_up
-
-
-class PackedArrays(NamedTuple):
-    """The fields of models.minigpt.Batch, in its order; R rows hold the B examples of a batch."""
-
-    pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8; [M, 0, S, S, 3] without images
-    tokens: np.ndarray  # [R, T] int32
-    lengths: np.ndarray  # [R] int32; tokens of a row that are not padding
-    label_positions: np.ndarray  # [R, A] int32
-    segments: np.ndarray  # [R, T] int32; number of the example in its row; padding has its own
-    positions: np.ndarray  # [R, T] int32; from the start of the example
-    visual_index: np.ndarray  # [R, T] int32; of an image slot among the B * I * P visual tokens
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:

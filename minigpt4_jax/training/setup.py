@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.checkpoint.loader import DTYPES, check_trainable, load_model, open_tensors
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.data.batching import Padding, ProcessShard
+from minigpt4_jax.data.arrays import PackedArrays, Padding
+from minigpt4_jax.data.batching import ProcessShard
 from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.loader import Loader, make_loader
-from minigpt4_jax.data.packing import PackedArrays, pack
+from minigpt4_jax.data.packing import pack
 from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import is_multiprocess

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.data.batching import BatchMaker, Padding, pad_sequences, tokenize_example
+from minigpt4_jax.data.arrays import Padding
+from minigpt4_jax.data.batching import BatchMaker, pad_sequences, tokenize_example
 from minigpt4_jax.data.dataset import ExampleList
 from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.mixture import BatchOrder, MixtureComponent

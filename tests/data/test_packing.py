@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.data.batching import BatchArrays, BatchLayout, Padding
-from minigpt4_jax.data.packing import PackedArrays, first_fit, pack
+from minigpt4_jax.data.arrays import BatchArrays, BatchLayout, PackedArrays, Padding
+from minigpt4_jax.data.packing import first_fit, pack
 
 P, PAD = 2, 999
 PADDING = Padding(4, 2)

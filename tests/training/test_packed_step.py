@@ -12,7 +12,7 @@ from helpers import tiny
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.config import IMAGE, LoraConfig
-from minigpt4_jax.data.batching import BatchArrays
+from minigpt4_jax.data.arrays import BatchArrays
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.models.minigpt import Batch
