@@ -142,7 +142,7 @@ def test_logits_that_are_not_finite_end_only_their_search():
     requests = [Request(p, beam_search=beams, max_new_tokens=8) for p in prompts()]
     expected = engine().search(requests)
     token = prompts()[0][0]
-    module = nnx.merge(*nnx.split(model()))
+    module = nnx.clone(model())  # a merge of its split shares the variables with the cached model
     embedding = module.llm.embed
     embedding.set_value(embedding.get_value().at[token].set(np.nan))
     poisoned = Engine(module)

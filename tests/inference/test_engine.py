@@ -222,7 +222,7 @@ def test_a_stop_check_ends_only_its_row():
 
 def poisoned(token, value=np.nan):
     """An engine of the model in which a row gets bad logits from the step after it reads `token`."""
-    module = nnx.merge(*nnx.split(model()))
+    module = nnx.clone(model())  # a merge of its split shares the variables with the cached model
     embedding = module.llm.embed
     embedding.set_value(embedding.get_value().at[token].set(value))
     return Engine(module)
