@@ -255,13 +255,15 @@ class Checkpoints:
             yield reader
 
     def _rename_damaged(self, step: int, why: str, restored_step: int) -> str:
-        """Rename a damaged checkpoint; returns the message about it."""
+        """Rename a damaged checkpoint; returns the message about it. Collective."""
         path = self._directory / _directory_name(step)
         new_path = path.with_name(f"damaged-{path.name}")
         for number in itertools.count(2):
             if not new_path.exists():
                 break
             new_path = path.with_name(f"damaged-{path.name}-{number}")
+        # Process 0's name is everybody's: it may rename before another process has looked.
+        new_path = path.with_name(all_gather_json(new_path.name)[0])
         try:
             with wrap_storage_errors(path):
                 if is_main_process():

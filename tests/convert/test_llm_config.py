@@ -53,7 +53,6 @@ CHANGES = {
     "num_key_value_heads": [4, None, 3],
     "rms_norm_eps": [0.1],
     "hidden_act": ["gelu", "swish"],
-    "tie_word_embeddings": [True],
     "max_position_embeddings": [128],
     "attention_dropout": [0.5],
     "pretraining_tp": [2],

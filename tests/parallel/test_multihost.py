@@ -139,7 +139,8 @@ def test_each_process_reads_its_own_rows_of_the_batch(home):
 def log(home: Path, process: int, count: int) -> list[str]:
     """The output of a process, without that of the Gloo library."""
     lines = (home / f"{process}-of-{count}.log").read_text().splitlines()
-    return [line for line in lines if not line.startswith("[Gloo]")]
+    # Its lines may be torn where several threads print.
+    return [line for line in lines if "[Gloo]" not in line and "peer ranks" not in line]
 
 
 @pytest.mark.slow
