@@ -49,7 +49,7 @@ CHANGES = {
     "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2],
     "attention_bias": [True],
     "mlp_bias": [True],
-    "head_dim": [8, None],
+    "head_dim": [8],
     "num_key_value_heads": [4, None, 3],
     "rms_norm_eps": [0.1],
     "hidden_act": ["gelu", "swish"],
