@@ -102,24 +102,28 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     if request.projection_scale != 1.0 and inputs.checkpoint is not None:
         notes.append("--projection-scale is not used: the projection comes from --checkpoint")
     _raise_problems(shapes, sources, new_parameters, inputs)
-    if settings.keys() & {"vision.image_size", "vision.patch_size"}:
-        notes += _resampling_notes(config, sources["vit.pos"])
+    own_size = bool(settings.keys() & {"vision.image_size", "vision.patch_size"})
+    notes += _resampling_notes(config, sources["vit.pos"], own_size=own_size)
     stored_config = _stored_config(config, request, sources, notes).check()
     return BuildPlan(
         config, stored_config, inputs, language, shapes, sources, new_parameters, notes
     )
 
 
-def _resampling_notes(config: ModelConfig, positions: ParameterSource) -> list[str]:
-    """What --set image_size does to the position embedding, if it does anything."""
+def _resampling_notes(
+    config: ModelConfig, positions: ParameterSource, *, own_size: bool
+) -> list[str]:
+    """Says that the position embedding is interpolated to the model's image size, if it is.
+
+    own_size: the size comes from --set, not from the variant."""
     patch = config.vision.patch_size
     old, new = grid_side(positions.tensor.shape[-2]), config.vision.image_size // patch
     if old == new:
         return []
     return [
         f"image_size {config.vision.image_size}: the position embedding of {old} x {old} patches "
-        f"({old * patch} px) in {positions.checkpoint.label} is interpolated to {new} x {new}; the encoder "
-        "was not trained at this size"
+        f"({old * patch} px) in {positions.checkpoint.label} is interpolated to {new} x {new}"
+        + ("; the encoder was not trained at this size" if own_size else ", as in the original")
     ]
 
 

@@ -14,6 +14,13 @@ Shape = tuple[int, ...]
 _VISION_HEADS = {1408: 16}
 _VISION_DEPTH = {1408: 39}
 _QFORMER_HEADS = {768: 12}
+# What every vision encoder has, and its name in messages.
+_VISION_TENSORS = {
+    "vit.cls": "class token (cls_token)",
+    "vit.pos": "position embedding (pos_embed)",
+    "vit.patch.weight": "patch embedding (patch_embed.proj)",
+    "vit.blocks.0.mlp.up.weight": "transformer blocks (blocks.0)",
+}
 
 
 def layer_count(names: Mapping[str, Any], prefix: str) -> int:
@@ -36,9 +43,11 @@ def vision_config(
     (EVA-ViT-g: 40 for 39). scale: image size / the size that the position embedding was trained at.
     settings: --set values.
     """
-    for name in ("vit.cls", "vit.pos", "vit.patch.weight", "vit.blocks.0.mlp.up.weight"):
-        if name not in shapes:
-            raise UserError(f"{label} is not a vision encoder: it has no {name}")
+    if missing := [what for name, what in _VISION_TENSORS.items() if name not in shapes]:
+        raise UserError(
+            f"{label} is not a vision encoder: it has no {', '.join(missing)}; expected the tensors of a "
+            "ViT such as eva_vit_g.pth, or a model directory of this project"
+        )
     width = shapes["vit.cls"][-1]
     patch = _patch_size(shapes["vit.patch.weight"], label)
     grid = grid_side(shapes["vit.pos"][-2])

@@ -53,6 +53,7 @@ def load_model(
     lora: LoraConfig | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    base: Path | str | None = None,
     allow_nonfinite: bool = False,
 ) -> tuple[MiniGpt, ModelConfig]:
     """Read a model directory into arrays on the devices of a mesh.
@@ -62,7 +63,8 @@ def load_model(
     or "int4", for a directory that is not quantized already; each tensor is quantized as it is read.
     lora: replaces the directory's own configuration and must have its shapes; a directory without LoRA
     gets new adapters, initialized from the seed. mesh: the devices, with parameters split by the rules
-    of parallel/sharding.py; by default the first device. allow_nonfinite: load NaN and infinity too.
+    of parallel/sharding.py; by default the first device. base: the directory of the model's base, instead
+    of the recorded one. allow_nonfinite: load NaN and infinity too.
     UserError: the directory is damaged or incomplete, is quantized in another scheme, a trainable part is
     quantized, or a value is NaN or infinite.
     """
@@ -71,7 +73,7 @@ def load_model(
     config = _with_quantization(read_config(model_dir), quantize, model_dir)
     config = dataclasses.replace(config, lora=lora or config.lora)
     check_trainable(model_dir, config, trainable_parts)
-    tensors = open_tensors(model_dir, config, seed, allow_nonfinite=allow_nonfinite)
+    tensors = open_tensors(model_dir, config, seed, base=base, allow_nonfinite=allow_nonfinite)
     mesh = mesh or single_device_mesh()
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     loaded = []
@@ -91,14 +93,20 @@ def load_model(
 
 
 def open_tensors(
-    model_dir: Path | str, config: ModelConfig, seed: int = 0, *, allow_nonfinite: bool = False
+    model_dir: Path | str,
+    config: ModelConfig,
+    seed: int = 0,
+    *,
+    base: Path | str | None = None,
+    allow_nonfinite: bool = False,
 ) -> ReadableTensors:
     """The tensors of a model directory as `config` needs them; only names and shapes are read so far.
 
     If `config` has LoRA and the directory does not, new adapters initialized from the seed are
-    included. UserError: files are damaged, or parameters are missing or have a wrong shape.
+    included. base: as for `model_chain`. UserError: files are damaged, or parameters are missing or have
+    a wrong shape.
     """
-    tensors: ReadableTensors = Tensors(model_dir)
+    tensors: ReadableTensors = Tensors(model_dir, base)
     if not allow_nonfinite:
         tensors = FiniteTensors(tensors, model_dir)
     if config.quantize not in (None, GGUF):

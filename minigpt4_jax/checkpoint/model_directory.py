@@ -143,8 +143,9 @@ def _ways_out(folder: Path) -> str:
     copy = _find_base(folder, read_model_json(folder).get("base_fingerprint"))
     found = "" if copy is None else f" ({copy} has the recorded fingerprint)"
     return (
-        ": move it back, or write one complete directory with `python -m convert pack "
-        f"--model={folder} --base={copy or 'DIR'} --out=NEW`{found}"
+        f": move it back, name its new place with --base={copy or 'DIR'} (in Python load(base=...)), or "
+        f"write one complete directory with `python -m convert pack --model={folder} "
+        f"--base={copy or 'DIR'} --out=NEW`{found}"
     )
 
 
@@ -171,11 +172,11 @@ def _given_base(folder: Path, base: Path | str) -> Path:
     """The base that the user gave for a directory, checked."""
     document = read_model_json(folder)
     if not document.get("base"):
-        raise UserError(f"--base: {folder} is complete and has no base; omit the option")
+        raise UserError(f"base {base}: {folder} is complete and has no base; omit it")
     recorded, actual = document.get("base_fingerprint"), fingerprint(base)
     if recorded not in (None, actual):
         raise UserError(
-            f"--base: {base} is another model (fingerprint {actual}) than the one that {folder} was "
+            f"base {base}: is another model (fingerprint {actual}) than the one that {folder} was "
             f"trained on (fingerprint {recorded}, recorded as {document['base']!r})"
         )
     return locate(base)
@@ -189,8 +190,8 @@ def _check_fingerprints(chain: list[Path]) -> None:
         if recorded is not None and fingerprint(base) != recorded:
             raise UserError(
                 f"{folder} was trained on another model than {base} is now (its model.json has another "
-                "base_fingerprint): put the original back or give it with `python -m convert pack "
-                f"--model={folder} --base=DIR --out=NEW`; to use it all the same, remove "
+                "base_fingerprint): put the original back or name it with --base (in Python "
+                f"load(base=...)); to use it all the same, remove "
                 f"base_fingerprint from {folder / 'model.json'}"
             )
 

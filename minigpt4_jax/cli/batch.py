@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ROW_GROUP = 8  # rows whose images are read ahead and encoded together
 READER_THREADS = 8
 # options that answers do not depend on
-NOT_RECORDED = ("input", "output", "batch_size", "retry_errors", "allow_nonfinite")
+NOT_RECORDED = ("input", "output", "batch_size", "retry_errors", "base", "allow_nonfinite")
 
 Encoded: TypeAlias = dict[str, np.ndarray | UserError]  # visual tokens [P, D] of each image path
 

@@ -192,6 +192,8 @@ def _sample(name: str, example: Example, images: Sequence[Image.Image]) -> _Samp
     if images and parse_boxes(text, *image.size):
         image = draw_boxes(image, text)
     lines = [f"{name}:" if len(images) == 1 else f"{name} ({len(images)} images):"]
+    if example.system:
+        lines.append(f"system: {_shorten(example.system)}")
     for n, answer in enumerate(example.answers):
         if n < len(example.questions):
             lines.append(f"> {_shorten(example.questions[n])}")

@@ -52,6 +52,11 @@ def make_parser(command: str, description: str) -> Parser:
         metavar="DIR",
         help="model directory, or its Hugging Face id: ORG/NAME or ORG/NAME@REVISION",
     )
+    p.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the model that --model was trained on, if it is no longer where model.json says",
+    )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the large matrices")
     p.add_argument("--quantize", choices=("int8", "int4"), help="quantize them while loading")
     p.add_argument("--kv-cache", choices=("int8",), help="store keys and values in 8 bits")
@@ -143,5 +148,5 @@ def load_model(args: argparse.Namespace) -> "Model":
 
     return model.load(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
-        allow_nonfinite=args.allow_nonfinite, exif=args.exif,
+        base=args.base, allow_nonfinite=args.allow_nonfinite, exif=args.exif,
     )  # fmt: skip

@@ -60,7 +60,9 @@ def tokenize_example(
     if example.questions:
         space = " " if n and config.variant == "minigpt-v2" else ""  # as in the v2 datasets
         questions = [question + space for question in example.questions]
-        return build_conversation_row(tokenizer, config, questions, example.answers, images=n)
+        return build_conversation_row(
+            tokenizer, config, questions, example.answers, images=n, system=example.system
+        )
     answer = example.answers[0]
     if prompt is None:
         return build_row(tokenizer, config, None, answer, images=n)

@@ -13,21 +13,23 @@ _MARK = "<image>"
 class Turns(NamedTuple):
     """Questions with `<image>` marks, and answers.
 
-    images: for the images that stand as parts of a question, in order: a path, or None for one that is
-    listed in the row's "images"."""
+    system: the message before them, "" for none. images: of the images that are parts of a question, in
+    order: the path, or None for one that is listed in the row's "images"."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     images: tuple[str | None, ...]
+    system: str = ""
 
 
 def read_turns(turns: Any, key: str, where: str) -> Turns:
-    """key: of the row, for messages. UserError: no alternating questions and answers, a system message,
-    an empty text, a part that is neither text nor image."""
+    """key: of the row, for messages. UserError: no alternating questions and answers, an empty text, a part
+    that is neither text nor image, an image in a system message."""
     first = turns[0] if isinstance(turns, list) and turns else None
+    system, offset = "", 1  # offset: of the turns' numbers in messages
     if isinstance(first, dict) and "system" in (first.get("from"), first.get("role")):
-        _refuse_system(first, key, where)
-        turns = turns[1:]
+        system = _read_system(first, f'{where}, turn 1 of "{key}"')
+        turns, offset = turns[1:], 2
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise UserError(
             f'{where}: "{key}" needs a list of question, answer, question, answer, ...; '
@@ -36,18 +38,23 @@ def read_turns(turns: Any, key: str, where: str) -> Turns:
     texts: list[str] = []
     images: list[str | None] = []
     for n, turn in enumerate(turns):
-        text, turn_images = _read_turn(turn, n % 2, f'{where}, turn {n + 1} of "{key}"')
+        text, turn_images = _read_turn(turn, n % 2, f'{where}, turn {n + offset} of "{key}"')
         texts.append(text)
         images += turn_images
-    return Turns(tuple(texts[::2]), tuple(texts[1::2]), tuple(images))
+    return Turns(tuple(texts[::2]), tuple(texts[1::2]), tuple(images), system)
 
 
-def _refuse_system(turn: dict[str, Any], key: str, where: str) -> None:
-    if turn.get("content", turn.get("value")):
-        raise UserError(
-            f'{where}: "{key}" begins with a system message, which training rows cannot have; remove it, '
-            "or put its text into the first question"
-        )
+def _read_system(turn: dict[str, Any], where: str) -> str:
+    """The text of a system message; it may be empty."""
+    content = turn.get("content", turn.get("value")) or ""
+    images: list[str | None] = []
+    if isinstance(content, list):
+        content, images = _read_parts(content, where)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: the system message is {kind(content)}; expected a string")
+    if images or _MARK in content:
+        raise UserError(f"{where}: the system message has images; expected text")
+    return content if content.strip() else ""
 
 
 def _read_turn(turn: Any, is_answer: int, where: str) -> tuple[str, list[str | None]]:

@@ -13,6 +13,7 @@ from minigpt4_jax.errors import UserError
 Opener = Callable[[Path], Any]  # -> a file with read1
 
 _CHUNK = 1 << 20  # bytes
+_ZSTD_INPUT = 1 << 16  # compressed bytes that are decompressed at once
 
 
 def find_decompressor(path: Path) -> Opener | None:
@@ -22,7 +23,7 @@ def find_decompressor(path: Path) -> Opener | None:
         start = file.read(6)
     for magic, opener in _OPENERS.items():
         if start.startswith(magic):
-            if opener is _open_zstd:
+            if opener is _ZstdFile:
                 _import_zstandard(path)
             return opener
     return None
@@ -43,9 +44,35 @@ def decompress(path: Path, opener: Opener, out: IO[bytes]) -> str:
             out.write(chunk)
 
 
-def _open_zstd(path: Path) -> Any:
-    decompressor = _import_zstandard(path).ZstdDecompressor()
-    return decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+class _ZstdFile:
+    """A zstd file opened for reading. zstandard's own reader takes a file that ends within a frame for a
+    complete one; here it is an error."""
+
+    def __init__(self, path: Path):
+        self._new_frame = _import_zstandard(path).ZstdDecompressor().decompressobj
+        self._frame: Any = None  # None: between two frames
+        self._file = path.open("rb")
+        self._unread = b""
+
+    def __enter__(self) -> "_ZstdFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def read1(self, size: int) -> bytes:
+        """Some bytes, more than `size` where they compress well; b"" at the end."""
+        while data := self._unread or self._file.read(min(size, _ZSTD_INPUT)):
+            self._frame = self._frame or self._new_frame()
+            out: bytes = self._frame.decompress(data)
+            self._unread = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+            if out:
+                return out
+        if self._frame is not None:
+            raise EOFError("it ends within a frame")
+        return b""
 
 
 def _import_zstandard(path: Path) -> Any:
@@ -62,5 +89,5 @@ _OPENERS: dict[bytes, Opener] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": _open_zstd,
+    b"\x28\xb5\x2f\xfd": _ZstdFile,
 }

@@ -15,6 +15,7 @@ from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.images import name_of
+from minigpt4_jax.processing.sequences import check_takes_system
 from minigpt4_jax.utils.rounding import round_up
 
 _MAX_IN_MEMORY = 10_000  # examples in memory that are checked for cut answers
@@ -71,6 +72,20 @@ def warn_of_cut_answers(maker: BatchMaker) -> None:
             )  # fmt: skip
 
 
+def check_system_messages(maker: BatchMaker) -> None:
+    """UserError: rows in memory have system messages, for which the model's prompts have no place."""
+    for component in maker.components:
+        if not isinstance(component.source, ExampleList):
+            continue
+        examples = component.source.examples
+        if count := sum(bool(example.system) for example in examples):
+            try:
+                check_takes_system(maker.tokenizer, maker.config)
+            except UserError as e:
+                name = f" {component.name}" if component.name else ""
+                raise UserError(f"data{name}: {count} of {len(examples)} rows: {e}") from None
+
+
 def fingerprint(maker: BatchMaker, shuffle: bool) -> dict[str, Any]:
     """Identifies the data and settings that a saved loader state belongs to: JSON values."""
     values: dict[str, Any] = {"seed": maker.seed, "shuffle": shuffle, "mix_by": maker.order.mix_by}
@@ -91,5 +106,8 @@ def _content_hash(component: MixtureComponent, seed: int) -> str:
     digest = hashlib.sha256(json.dumps(component.prompts).encode())
     for example in sample_examples(component, seed, None):
         names = [os.path.basename(name_of(image)) for image in example.images]
-        digest.update(json.dumps([names, example.questions, example.answers]).encode())
+        texts = [names, example.questions, example.answers]
+        if example.system:  # otherwise the hash is that of earlier versions
+            texts.append(example.system)
+        digest.update(json.dumps(texts).encode())
     return digest.hexdigest()[:16]

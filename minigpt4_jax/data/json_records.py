@@ -11,7 +11,8 @@ These layouts are recognized:
 
 A row has an image (a path relative to the file, a list of paths, or none) and one of "caption",
 "question" with "answer", "conversations" [{"from": "human" | "gpt", "value": text}] as in LLaVA, or
-"messages" [{"role": "user" | "assistant", "content": text or parts}] as in OpenAI's API.
+"messages" [{"role": "user" | "assistant", "content": text or parts}] as in OpenAI's API. The first
+turn may be a system message (from or role "system").
 """
 
 import json
@@ -43,6 +44,7 @@ class Example(NamedTuple):
     images: tuple[ImageSource, ...]  # mostly paths
     questions: tuple[str, ...]  # one per turn; (): the answer is a caption
     answers: tuple[str, ...]  # one per turn
+    system: str = ""  # a system message before the first question
 
 
 def read_sources(
@@ -178,13 +180,17 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
     names = _images(row, where)
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    system = ""
     turns = [key for key in conversations.KEYS if row.get(key) is not None]
     caption_key = "text" if "file_name" in row and "caption" not in row else "caption"
     if len(turns) > 1:
         raise UserError(f"{where}: has {' and '.join(map(repr, turns))}; expected one of them")
     if turns:
-        questions, answers, parts = conversations.read_turns(row[turns[0]], turns[0], where)
-        names = _merge_images(names, parts, where)
+        conversation = conversations.read_turns(row[turns[0]], turns[0], where)
+        system, questions, answers = (
+            conversation.system, conversation.questions, conversation.answers
+        )  # fmt: skip
+        names = _merge_images(names, conversation.images, where)
     elif "question" in row or "answer" in row:
         questions = (_text(row, "question", where),)
         answers = (_text(row, "answer", where),)
@@ -201,7 +207,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
             '"conversations" or "messages"'
         )
     images = tuple(_image_path(folder, name) for name in names)
-    return Example(images, _place_images(questions, len(images), where), answers)
+    return Example(images, _place_images(questions, len(images), where), answers, system)
 
 
 def _images(row: dict[str, Any], where: str) -> list[str]:

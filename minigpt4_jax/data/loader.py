@@ -12,7 +12,12 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.arrays import PackedArrays, Padding
 from minigpt4_jax.data.batching import BatchMaker, LoadedBatch, ProcessShard
 from minigpt4_jax.data.config import DataConfig
-from minigpt4_jax.data.inspection import fingerprint, rows_for_tokens, warn_of_cut_answers
+from minigpt4_jax.data.inspection import (
+    check_system_messages,
+    fingerprint,
+    rows_for_tokens,
+    warn_of_cut_answers,
+)
 from minigpt4_jax.data.mixture import BatchOrder, MixtureComponent
 from minigpt4_jax.data.prefetch import Prefetcher, init_worker
 from minigpt4_jax.data.skipped import SkipCounter
@@ -48,7 +53,8 @@ def make_loader(
 
     The batches are a function of the components, the model's configuration, batch_size, seed, pack and of
     mix_by, shuffle, crop, pad_tokens and pad_answers of data.
-    UserError: an empty dataset, or one too small for a single batch.
+    UserError: an empty dataset, one too small for a single batch, or rows with system messages, for which
+    the model's prompts have no place.
     """
     padding = Padding(data.pad_tokens, data.pad_answers)
     sized = []
@@ -78,6 +84,7 @@ def make_loader(
         shards={size: shard(size) for size in set(order.batch_sizes)} if shard else {},
         keep_lengths=pack is not None,
     )  # fmt: skip
+    check_system_messages(maker)
     warn_of_cut_answers(maker)
     return Loader(maker, data, pack)
 

@@ -45,6 +45,7 @@ def load(
     merge_lora: bool = False,
     kv_cache: str | None = None,
     mesh: str | Mesh | None = None,
+    base: str | Path | None = None,
     allow_nonfinite: bool = False,
     exif: bool = False,
 ) -> "Model":
@@ -65,6 +66,8 @@ def load(
             rows of a batch, every matrix split over the four of a group; see
             minigpt4_jax/parallel/sharding.py), "auto" for all devices, or a Mesh. By default the first
             device.
+        base: the model that `model_dir` was trained on, if it is no longer where model.json says;
+            its fingerprint is compared.
         allow_nonfinite: load weights that are NaN or infinite too. By default they are an error.
         exif: rotate images as their EXIF orientation says, as a viewer shows a phone's photo. The
             original ignores it, and so do the published datasets with boxes.
@@ -73,8 +76,8 @@ def load(
     names, by default ~/.cache/minigpt4_jax; "off" keeps none. A jax_compilation_cache_dir of your own
     is used instead.
 
-    UserError: not a model directory, damaged, an unknown or another quantization, LoRA to be merged
-    into quantized weights, or a mesh that does not fit the devices.
+    UserError: not a model directory, damaged, a missing or another base, an unknown or another
+    quantization, LoRA to be merged into quantized weights, or a mesh that does not fit the devices.
     """
     if kv_cache not in (None, "int8"):
         raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's dtype")
@@ -90,13 +93,14 @@ def load(
         stacked=False,
         quantize=quantize,
         mesh=mesh,
+        base=base,
         allow_nonfinite=allow_nonfinite,
     )
     if merge_lora:
         for layer in lora_layers(module):
             layer.merge()
     module.llm.int8_cache = kv_cache == "int8"
-    tokenizer = load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind)
+    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
     return Model(module, config, tokenizer, mesh, exif=exif)
 
 

@@ -138,6 +138,15 @@ class TokenizerChatTemplate:
         end = rest[: min(special)] if special else rest
         return end.strip() or self._tokenizer.eos
 
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes a system message; some refuse or drop it."""
+        mark = "\ue000system\ue001"
+        try:
+            return mark in self.render([("?", "!")], system=mark)
+        except UserError:
+            return False
+
     @property
     def stop(self) -> tuple[str, ...]:
         """What closes an answer."""

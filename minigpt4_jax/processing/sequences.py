@@ -39,14 +39,30 @@ class TokenSequence(NamedTuple):
 # --- training rows ---------------------------------------------------------------------------------
 
 
-def training_prompt(tokenizer: Tokenizer, config: ModelConfig, question: str) -> str:
+def training_prompt(
+    tokenizer: Tokenizer, config: ModelConfig, question: str, *, system: str = ""
+) -> str:
     """The prompt of a single question, as the model is trained to answer it.
 
-    question: with an `<ImageHere>` for each image. UserError: the tokenizer's template refuses it.
+    question: with an `<ImageHere>` for each image. system: a system message. UserError: the tokenizer's
+    template refuses them, or there is no place for a system message.
     """
+    if system:
+        check_takes_system(tokenizer, config)
     if config.tokenizer.chat_template:
-        return chat_format(config, tokenizer).render([(question, None)])
+        return chat_format(config, tokenizer).render([(question, None)], system=system or None)
     return fill_template(config.prompt_template, question)
+
+
+def check_takes_system(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """UserError unless rows of this model have a place for a system message."""
+    template = chat_format(config, tokenizer) if config.tokenizer.chat_template else None
+    if not isinstance(template, TokenizerChatTemplate) or not template.takes_system:
+        what = "chat template" if template else "prompt format"
+        raise UserError(
+            f"a row has a system message, for which the model's {what} has no place; remove it, or put its "
+            "text into the first question"
+        )
 
 
 def build_row(
@@ -72,20 +88,26 @@ def build_conversation_row(
     answers: Sequence[str],
     *,
     images: int,
+    system: str = "",
 ) -> TokenSequence:
     """The row of a conversation; only answers are labelled (the original's tokenize_conversation).
 
-    questions: without template, which is added here; they have an `<ImageHere>` for each image.
+    questions: without template, which is added here; they have an `<ImageHere>` for each image. system: a
+    system message, for models that use their tokenizer's chat template.
     Everything after the first question is cut to config.max_text_length together.
-    UserError: numbers of questions, answers, images and `<ImageHere>` that do not agree.
+    UserError: numbers of questions, answers, images and `<ImageHere>` that do not agree, or no place for
+    the system message.
     """
     if not questions or len(questions) != len(answers):
         raise UserError(
             f"conversation: {len(questions)} questions and {len(answers)} answers; "
             "expected the same number of both, at least one"
         )
+    if system:
+        check_takes_system(tokenizer, config)
     if config.tokenizer.chat_template:
-        return _rendered_row(tokenizer, config, list(zip(questions, answers, strict=True)), images)
+        turns = list(zip(questions, answers, strict=True))
+        return _rendered_row(tokenizer, config, turns, images, system)
     prompts = [fill_template(config.prompt_template, question) for question in questions]
     in_first = prompts[0].count(IMAGE_TAG)
     context = _encode_prompt(
@@ -128,12 +150,16 @@ def _join_row(
 
 
 def _rendered_row(
-    tokenizer: Tokenizer, config: ModelConfig, turns: Sequence[tuple[str, str]], images: int
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    turns: Sequence[tuple[str, str]],
+    images: int,
+    system: str,
 ) -> TokenSequence:
     """The row of a conversation as the tokenizer's chat template renders it."""
     template = chat_format(config, tokenizer)
     assert isinstance(template, TokenizerChatTemplate) and isinstance(tokenizer, HfTokenizer)
-    text, spans = _answer_spans(template, turns)
+    text, spans = _answer_spans(template, turns, system or None)
     _check_image_count(text, images)
     tokens: list[int] = []
     labelled: list[bool] = []
@@ -152,7 +178,7 @@ def _rendered_row(
 
 
 def _answer_spans(
-    template: TokenizerChatTemplate, turns: Sequence[tuple[str, str]]
+    template: TokenizerChatTemplate, turns: Sequence[tuple[str, str]], system: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
     """(the rendered conversation, where each answer with its end symbol begins and ends in it).
 
@@ -161,18 +187,20 @@ def _answer_spans(
     """
     end = template.end_symbol
     (*earlier, (question, answer)) = turns
-    prompt = template.render([*earlier, (question, None)])
-    text = template.render(turns)
+    prompt = template.render([*earlier, (question, None)], system=system)
+    text = template.render(turns, system=system)
     if not text.startswith(prompt):
         text = prompt + answer + end
     spans: list[tuple[int, int]] = []
+    after_system = max(0, text.find(system.strip())) + len(system.strip()) if system else 0
     for n, (asked, answered) in enumerate(earlier):
-        begins = template.render([*earlier[:n], (asked, None)])
+        begins = template.render([*earlier[:n], (asked, None)], system=system)
         if text.startswith(begins):
             start = len(begins)
         else:
             between = template.pieces([*earlier[:n], (asked, answered)])[-2]
-            start = text.index(asked.strip(), spans[-1][1] if spans else 0) + len(asked.strip())
+            start = text.index(asked.strip(), spans[-1][1] if spans else after_system)
+            start += len(asked.strip())
             start = text.index(between, start) + len(between)
         spans.append(_locate(text, answered, end, start))
     spans.append(_locate(text, answer, end, len(prompt)))

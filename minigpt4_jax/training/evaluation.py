@@ -125,7 +125,9 @@ class Validation:
         questions = example.questions or self._c.data.prompts
         if not questions:
             return IMAGE_TAG  # stage 1: the caption follows the bare image
-        return training_prompt(self._tokenizer, self._config, with_images(questions[0], 1))
+        return training_prompt(
+            self._tokenizer, self._config, with_images(questions[0], 1), system=example.system
+        )
 
     def _update_model(self, trainable: Trainable) -> "Model":
         """The model for inference, with these parameters."""

@@ -9,7 +9,8 @@ import pytest
 from helpers import tiny
 from helpers.paths import TOKENIZER
 
-from minigpt4_jax.checkpoint.loader import open_tensors
+import minigpt4_jax
+from minigpt4_jax.checkpoint.loader import load_model, open_tensors
 from minigpt4_jax.checkpoint.model_directory import (
     Tensors,
     fingerprint,
@@ -19,6 +20,7 @@ from minigpt4_jax.checkpoint.model_directory import (
 )
 from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
 from minigpt4_jax.checkpoint.writer import write_model
+from minigpt4_jax.cli import batch, common
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
 
@@ -109,11 +111,27 @@ def test_a_base_that_has_moved(base, trained, command, refused, tmp_path):
     line = refused("inspect", trained)
     assert str(base) in line and "'../../models/base'" in line and "does not exist" in line
     assert f"convert pack --model={trained} --base=DIR --out=NEW" in line
+    assert "load(base=...)" in line
 
     out = tmp_path / "packed"
     code, _, err = command("pack", f"--model={trained}", f"--base={moved}", f"--out={out}")
     assert code == 0, err
     assert all(Tensors(out)[n].tobytes() == before[n].tobytes() for n in before)
+
+
+def test_a_model_is_loaded_with_a_base_that_has_moved(base, trained, tmp_path):
+    before = Tensors(trained)["llm.embed"].copy()
+    moved = base.rename(tmp_path / "moved")
+    options = ["--input=rows", "--output=out", "--dtype=float32"]
+    with pytest.raises(UserError, match=rf"name its new place with --base={moved} "):
+        common.load_model(batch.parse([f"--model={trained}", *options]))
+    module, _ = load_model(trained, base=moved)
+    assert (np.asarray(module.llm.embed[...]) == before).all()
+    model = common.load_model(batch.parse([f"--model={trained}", f"--base={moved}", *options]))
+    assert model.config.lora == LORA
+    other = tiny.write_model(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="other: is another model"):
+        minigpt4_jax.load(trained, base=other)
 
 
 def test_a_base_nearby_is_found_by_its_fingerprint(base, trained, refused):

@@ -115,6 +115,14 @@ def test_files_in_the_wrong_option_are_recognised(files, refused):
     assert "eva.pth" in line and "directory" in line
 
 
+def test_missing_parts_of_a_vision_encoder(files, refused):
+    state = vit_state()
+    del state["cls_token"], state["pos_embed"]
+    path = save_pth(files.folder / "part.pth", state)
+    line = refused(*files.arguments("minigpt4-vicuna", vision=path))
+    assert "no class token (cls_token), position embedding (pos_embed); expected" in line
+
+
 def test_wrong_variant(files, refused):
     line = refused(*files.arguments("minigpt4-vicuna", checkpoint=files.folder / "b.pth"))
     assert "projects from width 64" in line and "minigpt4-llama2" in line

@@ -173,6 +173,12 @@ def test_no_examples():
         loader([])
 
 
+def test_system_messages_that_the_prompt_format_has_no_place_for(examples):
+    asked = examples[0]._replace(questions=("Why?",), system="Be kind")
+    with pytest.raises(UserError, match=r"data: 1 of 10 rows: .*system message.*prompt format"):
+        loader([asked, *examples[1:]])
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_broken_image_is_named(examples, tmp_path, threads):
     broken = tmp_path / "broken.png"

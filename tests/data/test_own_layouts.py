@@ -180,12 +180,28 @@ def test_messages(folder, key, images, turns, names, questions, answers):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "Be kind"}, user("a"), assistant("b")]},
+        {"messages": [{"role": "system", "content": [text("Be kind")]}, user("a"), assistant("b")]},
+        {"conversations": [{"from": "system", "value": "Be kind"}, {"from": "human", "value": "a"},
+                           {"from": "gpt", "value": "b"}]},
+    ],
+)  # fmt: skip
+def test_system_messages(folder, row):
+    (example,) = read_sources(write(folder, "rows.jsonl", lines(row)))
+    assert example == Example((), ("a",), ("b",), "Be kind")
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "system", "content": "Be kind"}, user("a"), assistant("b")]},
-         '"messages" begins with a system message'),
-        ({"conversations": [{"from": "system", "value": "Be kind"}]},
-         '"conversations" begins with a system message'),
+        ({"messages": [{"role": "system", "content": [IMAGE]}, user("a"), assistant("b")]},
+         'turn 1 of "messages": the system message has images'),
+        ({"messages": [{"role": "system", "content": 3}, user("a"), assistant("b")]},
+         'turn 1 of "messages": the system message is int 3'),
+        ({"conversations": [{"from": "system", "value": "Be kind"}]}, '"conversations" needs a list'),
+        ({"messages": [{"role": "system", "content": "S"}, user("a"), user("b")]}, "turn 3 .*'user'"),
         ({"messages": [user("a")]}, '"messages" needs .* a list of 1'),
         ({"messages": [assistant("a"), user("b")]}, 'turn 1 .*"role": "user".*got \'assistant\''),
         ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, "turn 2 .*got 'tool'"),

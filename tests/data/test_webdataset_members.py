@@ -8,10 +8,10 @@ import lzma
 import os
 import sys
 import tarfile
-import types
 
 import numpy as np
 import pytest
+import zstandard
 from PIL import Image
 
 from minigpt4_jax.data import shard_index
@@ -135,24 +135,20 @@ def test_an_index_of_older_rules_is_rebuilt(tmp_path, monkeypatch):
 # --- compression ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def zstandard(monkeypatch):
-    """Stands for the package: "decompresses" what follows the first four bytes."""
-
-    class Decompressor:
-        def stream_reader(self, file, *, read_across_frames, closefd):
-            assert read_across_frames
-            file.seek(4)
-            return file
-
-    module = types.ModuleType("zstandard")
-    module.ZstdDecompressor = Decompressor
-    monkeypatch.setitem(sys.modules, "zstandard", module)
-    return lambda data: b"\x28\xb5\x2f\xfd" + data
+def zstd_in_frames(data):
+    """Several frames, as `pzstd` and appending write them."""
+    size = len(data) // 4
+    return b"".join(zstandard.compress(data[i : i + size]) for i in range(0, len(data), size))
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+    ("suffix", "compress"),
+    [
+        ("gz", gzip.compress),
+        ("bz2", bz2.compress),
+        ("xz", lzma.compress),
+        ("zst", zstd_in_frames),
+    ],
 )
 def test_compressed(tmp_path, suffix, compress):
     plain = write(tmp_path / "a.tar", SORTED)
@@ -165,11 +161,16 @@ def test_compressed(tmp_path, suffix, compress):
     assert open_shards("cc", path, max_broken=1).dropped == {BROKEN: 1}
 
 
-def test_zstd(tmp_path, zstandard):
+@pytest.mark.parametrize("end", [None, -3])
+def test_zstd_that_ends_within_a_frame(tmp_path, end):
+    """What precedes the end is a complete archive."""
     plain = write(tmp_path / "a.tar", SORTED)
-    (tmp_path / "a.tar.zst").write_bytes(zstandard(plain.read_bytes()))
+    data = zstandard.compress(plain.read_bytes()) + zstandard.compress(b"\0" * 99)[:end]
     plain.unlink()
-    assert contents(open_shards("cc", tmp_path)) == EXPECTED
+    (tmp_path / "a.tar.zst").write_bytes(data)
+    source = open_shards("cc", tmp_path / "a.tar.zst", max_broken=1)
+    assert contents(source) == EXPECTED
+    assert source.dropped == ({} if end is None else {BROKEN: 1})
 
 
 def test_zstd_without_its_package(tmp_path, monkeypatch):

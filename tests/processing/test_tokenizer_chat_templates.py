@@ -97,16 +97,22 @@ def test_end_symbols(models, name):
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 @pytest.mark.parametrize("name", NAMES)
 def test_training_rows_are_rendered_dialogues_whose_answers_are_labelled(models, name, dialogue):
-    ours, theirs, config, _ = models[name]
-    _, turns = DIALOGUES[dialogue]
+    ours, theirs, config, family = models[name]
+    system, turns = DIALOGUES[dialogue]
     complete = [*turns[:-1], (turns[-1][0], "A dog, là.")]
     questions, answers = zip(*complete, strict=True)
     images = sum(q.count(IMAGE_TAG) for q in questions)
-    row = build_conversation_row(ours, config, questions, answers, images=images)
-    prompt = theirs.apply_chat_template(
-        chat_families.messages(None, turns), tokenize=False, add_generation_prompt=True
+    if system and not family.takes_system:
+        with pytest.raises(UserError, match="system message, for which the model's chat template"):
+            build_conversation_row(ours, config, questions, answers, images=0, system=system)
+        return
+    row = build_conversation_row(
+        ours, config, questions, answers, images=images, system=system or ""
     )
-    whole = theirs.apply_chat_template(chat_families.messages(None, complete), tokenize=False)
+    prompt = theirs.apply_chat_template(
+        chat_families.messages(system, turns), tokenize=False, add_generation_prompt=True
+    )
+    whole = theirs.apply_chat_template(chat_families.messages(system, complete), tokenize=False)
     if whole.startswith(prompt):
         assert row.tokens == expected_ids(theirs, whole)[: len(row.tokens)]
     else:  # the template prompts for an answer by more than it writes before earlier answers
@@ -136,6 +142,17 @@ def test_a_single_question_is_trained_by_the_prompt_that_it_is_asked_by(models, 
     assert prompt_tokens(ours, config, "hello", images=0) == bare
     stage1 = build_row(ours, config, None, "a cat", images=1)
     assert stage1.tokens[0] == (bare[0] if ours.adds_bos else IMAGE)
+
+
+def test_a_question_whose_words_are_in_the_system_message(models):
+    """DeepSeek R1's template prompts for an answer by more than it writes before earlier answers."""
+    ours, _, config, _ = models["deepseek r1"]
+    row = build_conversation_row(
+        ours, config, ["red", "now"], ["A cat", "A dog"], images=0, system="Say red, or red."
+    )
+    text = ours.decode([row.tokens[at] for at in row.label_positions], skip_special=False)
+    assert text.replace(" ", "") == f"Acat{config.end_symbol}Adog{config.end_symbol}"
+    assert "Say red, or red." in training_prompt(ours, config, "red", system="Say red, or red.")
 
 
 messages_text = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12)

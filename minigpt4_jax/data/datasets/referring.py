@@ -109,7 +109,10 @@ def _ref_row(
 
 class _DataUnpickler(pickle.Unpickler):
     """Reads only containers, numbers and strings. Code in a pickle is looked up by name, and no name is
-    found here (docs.python.org/3/library/pickle.html, "Restricting Globals")."""
+    found here (docs.python.org/3/library/pickle.html, "Restricting Globals").
+
+    convert/formats/pickles.py reads checkpoints without pickle's own machine, in Python. It is too slow for
+    these files: 38 s instead of 4 for 50,000 references."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise _CodeInPickle(f"{module}.{name}")
