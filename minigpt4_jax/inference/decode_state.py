@@ -12,7 +12,7 @@ import numpy as np
 from minigpt4_jax.inference.requests import Completion
 from minigpt4_jax.inference.sampling import SamplingParams, SamplingStages, sample
 from minigpt4_jax.inference.stop_sequences import completing_tokens
-from minigpt4_jax.models.kv_cache import cache_axes
+from minigpt4_jax.models.kv_cache import cache_axes, grow_cache
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 Array: TypeAlias = Any  # of JAX inside the programs, of NumPy where they are called
@@ -94,14 +94,18 @@ def advance(s: DecodeState, logits: jax.Array, stages: SamplingStages) -> Decode
 
 
 def insert(state: DecodeState, new: DecodeState, slot: jax.Array) -> DecodeState:
-    """Put the row of `new`, a batch of one with the same bucket sizes, into a slot of `state`."""
+    """Put the row of `new`, a batch of one, into a slot of `state`.
+
+    The bucket sizes are the same, but the cache of `new` may be shorter; it is padded.
+    """
     axis = 0 if isinstance(state.cache.k, list) else 1  # stacked layers: [L, B, K, S, H]
 
     def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
 
     keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
-    cache = jax.tree.map(partial(put, axis=axis), state.cache, new.cache)
+    new_cache = grow_cache(new.cache, state.cache.length)
+    cache = jax.tree.map(partial(put, axis=axis), state.cache, new_cache)
     others = [s._replace(cache=None, keys=None) for s in (state, new)]
     updated: DecodeState = jax.tree.map(put, *others)
     keys = jax.random.wrap_key_data(keys, impl=PRNG)

@@ -40,7 +40,7 @@ from minigpt4_jax.inference.requests import (
 from minigpt4_jax.inference.running_batch import RunningBatch
 from minigpt4_jax.inference.sampling import SamplingStages, required_stages, stack_sampling_params
 from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
-from minigpt4_jax.models.kv_cache import grow_cache
+from minigpt4_jax.models.kv_cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.rounding import next_power_of_two
@@ -198,7 +198,12 @@ class Engine:
         """Process the prompts and choose each row's first token."""
         sizes = sizes or bucket_sizes(requests)
         stages = stages or required_stages([request.sampling for request in requests], self.vocab)
-        inputs = self.batch_inputs(requests, sizes)
+        return self.prefill_inputs(self.batch_inputs(requests, sizes), sizes, stages)
+
+    def prefill_inputs(
+        self, inputs: BatchInputs, sizes: BucketSizes, stages: SamplingStages
+    ) -> DecodeState:
+        """As `prefill`, of arrays."""
         state: DecodeState = self._prefill(
             self._leaves, inputs, sizes.cache_length, sizes.max_new_tokens, stages
         )
@@ -221,8 +226,22 @@ class Engine:
         cache_length = max(sizes.cache_length, bucket(length + inputs.tokens.shape[1]))
         if cache_length > cache.length:
             cache = self._grow_cache(cache, cache_length)
+        return self.extend(cache, inputs, length, sizes.max_new_tokens, stages)
+
+    def extend(
+        self,
+        cache: KVCache,
+        inputs: BatchInputs,
+        length: int,
+        max_new_tokens: int,
+        stages: SamplingStages,
+    ) -> DecodeState:
+        """As `prefill` of rows whose first `length` positions are in `cache`, which is donated.
+
+        inputs: what follows these positions. max_new_tokens: N of the bucket.
+        """
         state: DecodeState = self._resume(
-            self._leaves, cache, inputs, length, sizes.max_new_tokens, stages
+            self._leaves, cache, inputs, length, max_new_tokens, stages
         )
         return state
 
