@@ -1,4 +1,4 @@
-"""The output file of `minigpt4_jax.batch`: answers in the order of the input, resumable."""
+"""The output file of `batch` and `curate describe`: answers in the order of the input, resumable."""
 
 import contextlib
 import json
@@ -45,13 +45,16 @@ class Output:
         settings: dict[str, Any],
         *,
         retry_errors: bool = False,
+        result_keys: Sequence[str] = OUTPUT_KEYS,
     ):
         """Check an existing file. UserError: it is unreadable, or of other rows or settings.
 
+        result_keys: what `put` adds to a row.
         retry_errors: rows with an error are answered again, even if the input changed them. The file
         is then replaced as a whole when the rows are answered.
         """
         self._path, self._settings, self._retry_errors = path, settings, retry_errors
+        self._result_keys = result_keys
         self._settings_path = path.with_name(path.name + ".settings.json")
         self._pending: dict[int, bytes] = {}  # lines that wait for earlier rows
         self._contexts = contextlib.ExitStack()
@@ -65,7 +68,7 @@ class Output:
         has_error = [_has_error(line) for line in lines]
         retried = {n for n, failed in enumerate(has_error) if failed and retry_errors}
         for n, line in enumerate(lines):
-            if n >= len(rows) or not (n in retried or _is_answer_to(line, rows[n])):
+            if n >= len(rows) or not (n in retried or self._is_answer_to(line, rows[n])):
                 raise self._conflict(f"line {n + 1} is not the answer to row {n + 1} of the input")
         self.remaining = [row for row in rows if row.number >= len(lines) or row.number in retried]
         self.num_errors = sum(has_error) - len(retried)
@@ -91,6 +94,15 @@ class Output:
                 raise self._conflict(f"was started with {name} {before}, now {value}")
         data = self._path.read_bytes()
         return data[: data.rfind(b"\n") + 1].splitlines()
+
+    def _is_answer_to(self, line: bytes, row: BatchRow) -> bool:
+        try:
+            fields = json.loads(line)
+            result = {name: value for name, value in fields.items() if name in self._result_keys}
+        except (ValueError, AttributeError):
+            return False
+        # compared as text, because NaN is not equal to itself
+        return bool(result) and json.dumps(row.fields | result) == json.dumps(fields)
 
     def _conflict(self, reason: str) -> UserError:
         return UserError(f"--output={self._path}: {reason}; choose another --output, or delete it")
@@ -152,13 +164,3 @@ def _json_line(fields: dict[str, Any]) -> bytes:
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and UTF-8 cannot
         return (json.dumps(fields) + "\n").encode()
-
-
-def _is_answer_to(line: bytes, row: BatchRow) -> bool:
-    try:
-        fields = json.loads(line)
-        result = {name: value for name, value in fields.items() if name in OUTPUT_KEYS}
-    except (ValueError, AttributeError):
-        return False
-    # compared as text, because NaN is not equal to itself
-    return bool(result) and json.dumps(row.fields | result) == json.dumps(fields)

@@ -43,12 +43,12 @@ GENERATION_OPTIONS = {
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # excluded by beam search
 
 
-def make_parser(command: str, description: str) -> Parser:
+def make_parser(command: str, description: str, *, model_required: bool = True) -> Parser:
     """A parser with --model and how to load it."""
     p = Parser(prog=f"python -m minigpt4_jax.{command}", description=description)
     p.add_argument(
         "--model",
-        required=True,
+        required=model_required,
         metavar="DIR",
         help="model directory, or its Hugging Face id: ORG/NAME or ORG/NAME@REVISION",
     )

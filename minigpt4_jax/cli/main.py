@@ -27,6 +27,7 @@ COMMANDS = {
     "check-data": Command(
         "minigpt4_jax.cli.check_data", "check the datasets of a configuration", ("check",)
     ),
+    "curate": Command("minigpt4_jax.cli.curate", "make stage-2 data from images"),
     "quickstart": Command(
         "minigpt4_jax.demos.quickstart", "train a model that describes images, from nothing"
     ),

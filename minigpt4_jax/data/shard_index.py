@@ -26,8 +26,8 @@ ROW_DTYPE = np.dtype([
 ])  # fmt: skip
 # The first type of a sample's members is used. ROW_DTYPE's "kind" is an index into TEXT_SUFFIXES.
 TEXT_SUFFIXES = ("json", "txt", "caption", "cls")
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_MAC_FOLDER = "__MACOSX"  # with the resource forks of macOS
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAC_FOLDER = "__MACOSX"  # with the resource forks of macOS
 _VERSION = 2  # of the index: raise it when other rows are read from the same tar
 
 
@@ -155,7 +155,7 @@ def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
     samples: list[_Sample] = []
     by_key: dict[str, _Sample] = {}
     error: Exception | None = None
-    iterator = _members(tar)
+    iterator = read_members(tar)
     while True:
         try:
             member = next(iterator)
@@ -166,12 +166,12 @@ def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
             break
         folder, name = os.path.split(member.name)
         stem, _, suffix = name.partition(".")
-        if not stem or not suffix or _MAC_FOLDER in folder.split("/"):
+        if not stem or not suffix or MAC_FOLDER in folder.split("/"):
             continue  # hidden files, such as ._0.jpg and .DS_Store, are no samples
         key, suffix = f"{folder}/{stem}", suffix.lower()
         if key not in by_key:
             samples.append(by_key.setdefault(key, _Sample()))
-        for types, is_image in ((_IMAGE_SUFFIXES, True), (TEXT_SUFFIXES, False)):
+        for types, is_image in ((IMAGE_SUFFIXES, True), (TEXT_SUFFIXES, False)):
             if suffix in types:
                 part = _Part(types.index(suffix), member.offset_data, member.size)
                 if not by_key[key].add(part, is_image=is_image):
@@ -192,7 +192,7 @@ def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
     return np.array(rows, ROW_DTYPE), dict(dropped), damage
 
 
-def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
+def read_members(tar: Path) -> Iterator[tarfile.TarInfo]:
     """The files in a tar. TarError: it is damaged, or ends without its end marker."""
     size = tar.stat().st_size
     with tarfile.open(tar, "r:") as archive:

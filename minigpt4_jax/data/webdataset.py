@@ -140,7 +140,7 @@ def find_shards(name: str, paths: DataPath | Sequence[DataPath]) -> tuple[list[P
                 raise UserError(f"data {name}: {path} is not local; download the shards first")
             matches = [path]
             if os.path.isdir(path):
-                matches = sorted(os.path.join(path, n) for n in os.listdir(path) if _is_shard(n))
+                matches = sorted(os.path.join(path, n) for n in os.listdir(path) if is_shard(n))
             elif glob.has_magic(path) and not os.path.exists(path):
                 matches = sorted(glob.glob(path)) or [path]
             for match in matches:
@@ -156,7 +156,7 @@ def find_shards(name: str, paths: DataPath | Sequence[DataPath]) -> tuple[list[P
     return list(files), missing
 
 
-def _is_shard(name: str) -> bool:
+def is_shard(name: str) -> bool:
     """Whether a file of a folder is a shard; macOS writes hidden files such as ._000.tar."""
     return name.lower().endswith(_TAR_SUFFIXES) and not name.startswith(".")
 

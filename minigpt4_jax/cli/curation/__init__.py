@@ -1,0 +1,1 @@
+"""The commands of `minigpt4 curate`, one file each."""
