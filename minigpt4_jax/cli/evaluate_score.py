@@ -1,0 +1,72 @@
+"""minigpt4_jax.evaluate score: the scores of answers from anywhere, without a model."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4_jax.errors import Parser, UserError
+from minigpt4_jax.evaluation.benchmark import Benchmark, Result
+from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
+from minigpt4_jax.evaluation.scoring import as_json, score_file
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
+
+
+def main(argv: Sequence[str]) -> int:
+    p = Parser(
+        prog="python -m minigpt4_jax.evaluate score",
+        description="Score answers from anywhere: another model, an API, a file of a paper.",
+    )
+    p.add_argument("--benchmark", required=True, metavar="NAME", help=", ".join(BENCHMARKS))
+    p.add_argument("--data", required=True, type=Path, metavar="PATH",
+                   help="annotations in their published layout: the folder, or the file")  # fmt: skip
+    p.add_argument("--predictions", required=True, type=Path, metavar="FILE",
+                   help='a line {"id": ..., "answer": ...} for each row')  # fmt: skip
+    p.add_argument(
+        "--split", default="", help="of the benchmark; by default its first, of pope all"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    args = p.parse_args(argv)
+    benchmark = find(args.benchmark)
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no directory {args.json.parent}")
+    result = score_file(benchmark, args.data, args.predictions, args.split)
+    if args.json:
+        write_json(args.json, as_json(benchmark, result))
+    print_result(benchmark, result, args.split)
+    return 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """UserError: the file cannot be written."""
+    try:
+        write_text_atomically(
+            path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", errors="replace"
+        )
+    except OSError as e:
+        raise write_error(path, e) from None
+
+
+def print_result(benchmark: Benchmark, result: Result, split: str) -> None:
+    """The figures, a line each; tables of question types and of single questions are left out."""
+    name = f"{benchmark.title}{f' {split}' if split else ''}"
+    print(f"{name}: {benchmark.metric} {result.score:.2f} over {len(result.per_row)} rows")
+    parts = {"original": result.original, "official": result.official, **result.extra}
+    for part, figures in parts.items():
+        for line in _lines(part, figures):
+            print(f"  {line}")
+
+
+def _lines(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        if value and not any(isinstance(v, Mapping) for v in value.values()):
+            return [f"{name}: " + ", ".join(f"{key} {_number(v)}" for key, v in value.items())]
+        shown = {key: v for key, v in value.items() if not key.startswith("per_")}
+        return [line for key, v in shown.items() for line in _lines(f"{name} {key}", v)]
+    return [] if value is None or isinstance(value, list) else [f"{name}: {_number(value)}"]
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""Benchmarks: reading their files, answering, scoring, reports."""

@@ -1,0 +1,129 @@
+"""POPE: is an object in the image? Three files of questions with different absent objects (arXiv
+2305.10355); answers are read as LLaVA's eval_pope.py does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4_jax.data.annotations import identity_of, text_of
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmarks.common import label_of, row_result
+from minigpt4_jax.evaluation.layout import find_file, read_rows
+from minigpt4_jax.evaluation.metrics import yes_no
+from minigpt4_jax.evaluation.predictions import texts
+
+SPLITS = ("random", "popular", "adversarial")
+# LLaVA's own list of all questions, whose ids are unique over the three files
+JOINED = ("llava_pope_test.jsonl", "questions.json", "questions.jsonl")
+# Of 2023, on which LLaVA and others report; the file of today has 3,000.
+RANDOM_ROWS_OF_2023 = 2910
+
+
+def read(data: Path, split: str) -> list[Row]:
+    """coco_pope_{split}.json: lines (or a list) of {"question_id", "image", "text", "label"}.
+
+    Without a split all three files, with ids that are unique over them: those of llava_pope_test.jsonl
+    if it is in the folder, else numbers from 0 in the order random, popular, adversarial."""
+    if split:
+        if split not in SPLITS:
+            raise UserError(f"--split={split}: pope has the splits {', '.join(SPLITS)}")
+        return _read_file(data, split)
+    if data.is_file():
+        raise UserError(
+            f"--data={data}: expected the folder of the three files of POPE, or --split=NAME"
+        )
+    parts = {name: _read_file(data, name) for name in SPLITS}
+    joined = next((data / name for name in JOINED if (data / name).is_file()), None)
+    if joined is None:
+        rows = [row for name in SPLITS for row in parts[name]]
+        return [_renamed(row, number) for number, row in enumerate(rows)]
+    return _in_joined_order(joined, parts)
+
+
+def _read_file(data: Path, split: str) -> list[Row]:
+    rows = []
+    for where, row in read_rows(find_file(data, (f"coco_pope_{split}.json",), "pope")):
+        image = text_of(row, "image", where)
+        question = (
+            f"{text_of(row, 'text', where)}\nAnswer the question using a single word or phrase."
+        )
+        label = label_of(row, where, ("yes", "no"))
+        place = (f"coco/val2014/{image}",)
+        rows.append(
+            Row(identity_of(row, "question_id", where), question, place, label, group=split)
+        )
+    return rows
+
+
+def _in_joined_order(path: Path, parts: dict[str, list[Row]]) -> list[Row]:
+    """Rows paired with the joined list by position within their file, as LLaVA's script does."""
+    rows, used = [], dict.fromkeys(SPLITS, 0)
+    for where, row in read_rows(path):
+        split = text_of(row, "category", where)
+        if split not in parts or used[split] >= len(parts[split]):
+            raise UserError(
+                f"{where}: has no counterpart in coco_pope_{split}.json; the files are of different versions"
+            )
+        rows.append(_renamed(parts[split][used[split]], identity_of(row, "question_id", where)))
+        used[split] += 1
+    for split, number in used.items():
+        if number != len(parts[split]):
+            raise UserError(
+                f"data {path}: has {number} questions of {split}, coco_pope_{split}.json has "
+                f"{len(parts[split])}; the files are of different versions"
+            )
+    return rows
+
+
+def _renamed(row: Row, name: str | int) -> Row:
+    return Row(name, row.question, row.images, row.truth, group=row.group)
+
+
+def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
+    """Accuracy, precision, recall, F1 and share of yes, of each file. score: the mean F1 of the files."""
+    given = texts(answers, "pope")
+    readings = [yes_no.read_pope(answer) for answer in given]
+    per_row = [
+        row_result(row, answer, reading == row.truth, reading=reading, label=row.truth,
+                   truth=row.truth, group=row.group)
+        for row, answer, reading in zip(rows, given, readings, strict=True)
+    ]  # fmt: skip
+    groups = list(dict.fromkeys(row.group for row in rows))
+
+    def files_of(sample: Sequence[int]) -> dict[str, Any]:
+        return {
+            group: yes_no.measures(
+                [readings[i] for i in sample if rows[i].group == group],
+                [rows[i].truth for i in sample if rows[i].group == group],
+            )
+            for group in groups
+        }
+
+    def mean_f1(sample: Sequence[int]) -> float:
+        return 100 * float(sum(f["f1"] for f in files_of(sample).values()) / len(groups))
+
+    everything = range(len(rows))
+    files = files_of(everything)
+    figures = {"mean_f1": sum(f["f1"] for f in files.values()) / len(groups)}
+    extra = {"files": files, "versions": _versions(rows)}
+    return Result(mean_f1(everything), figures, {}, per_row, extra, mean_f1)
+
+
+def _versions(rows: Sequence[Row]) -> dict[str, str]:
+    """Which version of the random file these rows are."""
+    number = sum(row.group == "random" for row in rows)
+    if not number:
+        return {}
+    known = {RANDOM_ROWS_OF_2023: "2023, as in LLaVA's published figures", 3000: "current"}
+    return {"random": f"{number} questions" + (f" ({known[number]})" if number in known else "")}
+
+
+_SOURCE = "https://github.com/RUCAIBox/POPE (output/coco)"
+BENCHMARK = Benchmark(
+    name="pope", title="POPE", kind="yes_no", metric="mean F1", folder="pope",
+    files=tuple(DataFile((f"pope/coco_pope_{split}.json",), _SOURCE) for split in SPLITS),
+    images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
+    read=read, judge=judge,
+    published=(Published("LLaVA-1.5 7B", 85.9, "arXiv 2310.03744"),),
+)  # fmt: skip
