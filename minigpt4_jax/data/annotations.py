@@ -35,7 +35,7 @@ def read_list(path: Path, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]
     """(location for messages, row) of every object in a list.
 
     key: the file may also be an object that has the list under this key. Rows of a plain list are
-    parsed one at a time, because such files may have gigabytes.
+    parsed one at a time, because such files may be gigabytes large.
     """
     text = read_text(path)
     start = _skip_whitespace(text, 0)

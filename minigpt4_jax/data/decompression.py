@@ -17,7 +17,7 @@ _ZSTD_INPUT = 1 << 16  # compressed bytes that are decompressed at once
 
 
 def find_decompressor(path: Path) -> Opener | None:
-    """What opens a compressed file for reading; None: it is not compressed.
+    """The function that opens a compressed file; None: it is not compressed.
     UserError: it is compressed with zstd, and the package for that is not installed."""
     with path.open("rb") as file:
         start = file.read(6)
@@ -30,7 +30,7 @@ def find_decompressor(path: Path) -> Opener | None:
 
 
 def decompress(path: Path, opener: Opener, out: IO[bytes]) -> str:
-    """Write the decompressed file to `out`, as far as possible; -> what ended it early, or ""."""
+    """Write the decompressed file to `out`, as far as possible; -> what is damaged, or ""."""
     with opener(path) as file:
         while True:
             try:

@@ -80,7 +80,7 @@ def read_index(path: Path) -> Shard | None:
 
 
 def build_index(path: Path) -> Shard:
-    """Scan a shard and write its index. UserError: it cannot be read, or the index not be written."""
+    """Scan a shard and write its index. UserError: it cannot be read, or the index cannot be written."""
     size_and_time = _size_and_time(path)
     tar, damage = path, ""
     try:
@@ -184,11 +184,11 @@ def _scan(tar: Path) -> tuple[np.ndarray, dict[str, int], str]:
         if s.image and s.text
     ]
     dropped = Counter(
-        "without a caption" if s.image else "without a picture"
+        "without a caption" if s.image else "without an image"
         for s in samples
         if not (s.image and s.text)
     )
-    damage = f"it is damaged behind {len(rows)} rows ({error})" if error else ""
+    damage = f"it is damaged after {len(rows)} rows ({error})" if error else ""
     return np.array(rows, ROW_DTYPE), dict(dropped), damage
 
 
@@ -205,4 +205,4 @@ def read_members(tar: Path) -> Iterator[tarfile.TarInfo]:
             if member.isreg():
                 yield member
     if round_up(end, tarfile.BLOCKSIZE) + tarfile.BLOCKSIZE > size:
-        raise tarfile.ReadError("the file ends without the mark of its end")
+        raise tarfile.ReadError("the file ends without the end-of-archive marker")

@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from minigpt4_jax.data.json_records import read_sources
-from minigpt4_jax.shapes.scene import SPLITS, render, scene_at
-from minigpt4_jax.shapes.text import detailed, questions, short
+from minigpt4_jax.shapes.drawing import render
+from minigpt4_jax.shapes.scene import SPLITS, scene_at
+from minigpt4_jax.shapes.text import description, questions, short_caption
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 SHAPES_SIZES = {"train": 6000, "heldout": 200, "heldout_pairs": 200}
@@ -48,10 +49,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             rng = np.random.default_rng([_SEED, SPLITS.index(split), index, 1])
             out = io.BytesIO()
             Image.fromarray(render(scene)).save(out, "PNG", compress_level=1)
-            description = detailed(scene, rng)
+            stage2_text = description(scene, rng)
             question, answer = questions(scene, rng)[0]
             yield f"{index:06d}", {
-                "image": out.getvalue(), "caption": short(scene), "description": description,
+                "image": out.getvalue(), "caption": short_caption(scene),
+                "description": stage2_text,
                 "question": question, "answer": answer,
             }  # fmt: skip
 

@@ -97,7 +97,7 @@ def open_shards(
 
     paths: files, folders, patterns with * or {00000..01255}, or a .txt file (also as @FILE) with one of
     these on each line, relative to it. max_broken: the share of shards that may be
-    missing or damaged; the rows before a damage are used.
+    missing or damaged; the rows before the damage are used.
     UserError: more than that, no shard, no row, no space for an index.
     """
     files, missing = find_shards(name, paths)

@@ -4,6 +4,7 @@ In some of the training images the objects have colors without a name, so that t
 learn to recognize a shape by the colors that it occurred in.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -27,6 +28,7 @@ from minigpt4_jax.config import VisionConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.images import normalize
 from minigpt4_jax.shapes import scene as scenes
+from minigpt4_jax.shapes.drawing import render_with_owners
 
 VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4, mlp=512)
 GRID = VISION.image_size // VISION.patch_size
@@ -55,7 +57,7 @@ def render_scene(split: str, index: int) -> tuple[scenes.Scene, np.ndarray, np.n
     rng = np.random.default_rng([DATA_SEED, index])
     unnamed = split == "train" and rng.random() < UNNAMED_SHARE
     drawn = with_unnamed_colors(scene, rng) if unnamed else scene
-    image, owners = scenes.render_with_owners(drawn)
+    image, owners = render_with_owners(drawn)
     return scene, image, owners, bool(unnamed)
 
 
@@ -181,6 +183,19 @@ def train_loop(
             )
             report(state)
     return nnx.merge(graphdef, state)
+
+
+def argument_parser(description: str, steps: int, images: int) -> argparse.ArgumentParser:
+    """The options of both encoders, with these defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--steps", type=int, default=steps, help="training steps")
+    parser.add_argument("--batch", type=int, default=32, help="images in a batch")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--images", type=int, default=images, help="training images to draw")
+    return parser
 
 
 def check_output(out: Path) -> None:

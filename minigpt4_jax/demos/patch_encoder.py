@@ -10,7 +10,6 @@ position. Each coordinate of the box is interpolated between two of 20 dimension
 does not have.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from minigpt4_jax.demos.encoder_training import (
     VISION,
     Split,
     TrainingOptions,
+    argument_parser,
     check_output,
     chunks,
     draw_splits,
@@ -42,6 +42,7 @@ from minigpt4_jax.models.minigpt import LN_VISION_EPS
 from minigpt4_jax.models.vit import Vit
 from minigpt4_jax.processing.boxes import iou
 from minigpt4_jax.shapes import scene as scenes
+from minigpt4_jax.shapes.labels import scene_labels
 
 ASSETS = Path(__file__).parents[1] / "assets"
 START, SHIPPED = ASSETS / "shapes_vision.safetensors", ASSETS / "shapes_vision_v2.safetensors"
@@ -118,7 +119,7 @@ def draw_example(split: str, index: int) -> Split:
     owners [patches], codes [4, width], unnamed [].
     """
     scene, image, owners, unnamed = render_scene(split, index)
-    patches = scenes.scene_labels(scene, GRID, owners)["patches"][..., 0]
+    patches = scene_labels(scene, GRID, owners)["patches"][..., 0]
     return {
         "image": image,
         "owners": patches.reshape(-1).astype(np.int8),
@@ -185,13 +186,7 @@ def evaluate(encode: Callable[[np.ndarray], Any], data: Split) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=32, help="images in a batch")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--images", type=int, default=24_000, help="training images to draw")
-    a = parser.parse_args()
+    a = argument_parser((__doc__ or "").splitlines()[0], steps=2500, images=24_000).parse_args()
     train(a.out, steps=a.steps, batch=a.batch, lr=a.lr, images=a.images)
     return 0
 

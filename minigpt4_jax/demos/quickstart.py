@@ -171,7 +171,7 @@ def read_scenes(split_dir: Path, count: int | None = None) -> "list[tuple[Path, 
 
 def is_right(scene: "Scene", text: str) -> bool:
     """Whether a text describes every attribute of a scene."""
-    from minigpt4_jax.shapes.text import matches
+    from minigpt4_jax.shapes.claims import matches
 
     return matches(scene, text)
 
@@ -182,7 +182,7 @@ def evaluate_split(model: "Model", split_dir: Path, count: int, stage2: bool) ->
     stage2: in the chat format and with detailed texts; else from the bare image, with captions.
     """
     from minigpt4_jax.processing.chat_templates import IMAGE_TAG, STAGE2_PROMPTS, fill_template
-    from minigpt4_jax.shapes.text import attribute_score
+    from minigpt4_jax.shapes.claims import attribute_score
 
     rows = read_scenes(split_dir, count)
     images = [path for path, _ in rows]

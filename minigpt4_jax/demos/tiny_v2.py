@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.shapes.scene import Scene
-    from minigpt4_jax.shapes.tasks import Asked
+    from minigpt4_jax.shapes.tasks import TaskQuestion
 
 VISION = Path(__file__).parents[1] / "assets" / "shapes_vision_v2.safetensors"
 SETTINGS = (  # differences from the released MiniGPT-v2
@@ -64,7 +64,7 @@ class ScoredAnswer(NamedTuple):
     """A question about an image, the model's answer, and its score from 0 to 1."""
 
     image: Path
-    asked: "Asked"
+    task_question: "TaskQuestion"
     answer: str
     score: float
 
@@ -134,8 +134,8 @@ class TinyV2:
         }
         write_report(self.workdir, report)
         print_report(report)
-        example = next(a for a in answers if a.asked.task == "refer")
-        phrase = example.asked.question.rsplit(" of ", 1)[1]
+        example = next(a for a in answers if a.task_question.task == "refer")
+        phrase = example.task_question.question.rsplit(" of ", 1)[1]
         print(f"\nLook at {sheet}. To ask a question yourself:")
         print(
             f"  python -m minigpt4_jax.chat --model={model} --image={example.image} --temperature=0 \\"
@@ -174,50 +174,50 @@ def evaluate_split(model: "Model", split_dir: Path, count: int) -> list[ScoredAn
 
     scenes = read_scenes(split_dir)[:count]
     rows = [
-        (path, scene, asked)
+        (path, scene, question)
         for i, (path, scene) in enumerate(scenes)
-        for asked in evaluation_questions(scene, i)
+        for question in evaluation_questions(scene, i)
     ]
     answers = model.generate(
-        [path for path, _, _ in rows], [asked.question for _, _, asked in rows],
+        [path for path, _, _ in rows], [question.question for _, _, question in rows],
         max_new_tokens=NEW_TOKENS, template=True, batch_size=32,
     )  # fmt: skip
     return [
-        ScoredAnswer(path, asked, answer, score_answer(scene, asked, answer))
-        for (path, scene, asked), answer in zip(rows, answers, strict=True)
+        ScoredAnswer(path, question, answer, score_answer(scene, question, answer))
+        for (path, scene, question), answer in zip(rows, answers, strict=True)
     ]
 
 
-def evaluation_questions(scene: "Scene", seed: int) -> list["Asked"]:
+def evaluation_questions(scene: "Scene", seed: int) -> list["TaskQuestion"]:
     """All questions of EVALUATED_TASKS about a scene, but of vqa only VQA_QUESTIONS."""
-    from minigpt4_jax.shapes.tasks import asked
+    from minigpt4_jax.shapes.tasks import task_questions
 
     rng = np.random.default_rng([seed, 5])
-    questions = [a for a in asked(scene, rng) if a.task in EVALUATED_TASKS]
-    vqa = [a for a in questions if a.task == "vqa"]
+    questions = [q for q in task_questions(scene, rng) if q.task in EVALUATED_TASKS]
+    vqa = [q for q in questions if q.task == "vqa"]
     chosen = set(rng.permutation(len(vqa))[:VQA_QUESTIONS].tolist())
-    others = [a for a in questions if a.task != "vqa"]
-    return others + [a for i, a in enumerate(vqa) if i in chosen]
+    others = [q for q in questions if q.task != "vqa"]
+    return others + [q for i, q in enumerate(vqa) if i in chosen]
 
 
-def score_answer(scene: "Scene", asked: "Asked", answer: str) -> float:
+def score_answer(scene: "Scene", question: "TaskQuestion", answer: str) -> float:
     """1 for a right answer, 0 for a wrong one; for grounding the share of objects named and located.
 
     refer: the first box has an IoU over 0.5 with the true one; caption: every attribute is right;
     vqa and identify: the exact words.
     """
     from minigpt4_jax.processing.boxes import iou, parse_boxes
-    from minigpt4_jax.shapes.text import matches
+    from minigpt4_jax.shapes.claims import matches
 
-    if asked.task == "caption":
+    if question.task == "caption":
         return float(matches(scene, answer))
-    if asked.task in ("vqa", "identify"):
-        return float(answer.strip().lower() == asked.answer.lower())
+    if question.task in ("vqa", "identify"):
+        return float(answer.strip().lower() == question.answer.lower())
     side = scene.image_size
     boxes = parse_boxes(answer, side, side)
-    if asked.task == "refer" and asked.box is not None:
-        return float(bool(boxes) and iou(boxes[0][1], asked.box) > 0.5)
-    true_boxes = parse_boxes(asked.answer, side, side)
+    if question.task == "refer" and question.box is not None:
+        return float(bool(boxes) and iou(boxes[0][1], question.box) > 0.5)
+    true_boxes = parse_boxes(question.answer, side, side)
     hits = sum(
         any(p == phrase and iou(b, box) > 0.5 for p, b in boxes) for phrase, box in true_boxes
     )
@@ -228,7 +228,7 @@ def mean_scores(answers: list[ScoredAnswer]) -> dict[str, float]:
     """Task -> mean score."""
     scores: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
-        scores[answer.asked.task].append(answer.score)
+        scores[answer.task_question.task].append(answer.score)
     return {task: sum(s) / len(s) for task in EVALUATED_TASKS if (s := scores[task])}
 
 
@@ -239,14 +239,14 @@ def write_sheet(answers: list[ScoredAnswer], out: Path) -> None:
     images = list(dict.fromkeys(a.image for a in answers))[:SHOWN]
     tasks = [EVALUATED_TASKS[i % len(EVALUATED_TASKS)] for i in range(len(images))]
     shown = [
-        next(a for a in answers if a.image == image and a.asked.task == task)
+        next(a for a in answers if a.image == image and a.task_question.task == task)
         for image, task in zip(images, tasks, strict=True)
     ]
     contact_sheet(
         [image_with_boxes(a) for a in shown],
-        [f"{a.asked.question}: {a.answer}" for a in shown],
+        [f"{a.task_question.question}: {a.answer}" for a in shown],
         [a.score == 1 for a in shown],
-        out, truths=[a.asked.answer for a in shown], title="Images never seen in training", side=240,
+        out, truths=[a.task_question.answer for a in shown], title="Images never seen in training", side=240,
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def image_with_boxes(answer: ScoredAnswer) -> "Path | Image.Image":
     """The image with the boxes of the answer, or else of the question; its path if neither has any."""
     from minigpt4_jax.visualization.boxes import draw_boxes
 
-    for text in (answer.answer, answer.asked.question):
+    for text in (answer.answer, answer.task_question.question):
         try:
             return draw_boxes(answer.image, text)
         except UserError:

@@ -15,7 +15,6 @@ describes; otherwise the language model confuses objects that share a word. No l
 part, and the prediction heads of the patches are thrown away.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from minigpt4_jax.demos.encoder_training import (
     VISION,
     Split,
     TrainingOptions,
+    argument_parser,
     check_output,
     chunks,
     draw_splits,
@@ -46,6 +46,7 @@ from minigpt4_jax.models.minigpt import LN_VISION_EPS
 from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.vit import Vit
 from minigpt4_jax.shapes import scene as scenes
+from minigpt4_jax.shapes.labels import scene_labels
 
 QFORMER = QFormerConfig(queries=13, hidden=128, layers=2, heads=4, ffn=384, vision_width=128)
 MASK = 7  # a patch's pixels are labelled on a grid of 7 x 7
@@ -137,7 +138,7 @@ def draw_example(split: str, index: int) -> Split:
     words [13], patches [patches, 3] (shape, color, size), mask [patches, 49].
     """
     scene, image, owners, unnamed = render_scene(split, index)
-    labels = scenes.scene_labels(scene, GRID, owners)
+    labels = scene_labels(scene, GRID, owners)
     words, patches = query_words(labels), labels["patches"].reshape(-1, 4)[:, 1:]
     if unnamed:
         has_color = labels["objects"][:, 1] > 0
@@ -197,13 +198,8 @@ def evaluate(is_right: Any, state: Any, data: Split) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--steps", type=int, default=9000, help="of the first phase")
-    parser.add_argument("--batch", type=int, default=32, help="images in a batch")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--images", type=int, default=96_000, help="training images to draw")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser((__doc__ or "").splitlines()[0], steps=9000, images=96_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order")
     a = parser.parse_args()
     train(a.out, steps=a.steps, batch=a.batch, lr=a.lr, images=a.images, seed=a.seed)
     return 0

@@ -1,7 +1,7 @@
 """The generated dataset `shapes`, written to disk: `python -m minigpt4_jax.shapes --out=DIR`.
 
-Each split (train, heldout, heldout_pairs) is a folder in the layout of MiniGPT-4's stage-2 data,
-with more beside it:
+Each split (train, heldout, heldout_pairs) is a folder in the layout of MiniGPT-4's stage-2 data, with more
+files:
 
     image/000000.png     the images
     captions.jsonl       {"image", "caption"}: short captions, for stage 1
@@ -9,8 +9,7 @@ with more beside it:
     questions.jsonl      {"image", "question", "answer"}
     scenes.jsonl         {"image", "objects" (with box and referring phrase), "background", ...}
 
-and `dataset.json` beside the splits records what was asked for. Scenes and drawing are in
-scene.py, texts in text.py.
+`dataset.json` beside the splits records the settings.
 """
 
 import argparse
@@ -28,36 +27,31 @@ from PIL import Image
 from tqdm import tqdm
 
 from minigpt4_jax import errors
+from minigpt4_jax.shapes.drawing import render
 from minigpt4_jax.shapes.scene import (
     IMAGE_SIZE,
     SPLITS,
     Scene,
-    render,
     scene_at,
     scene_from_dict,
     scene_to_dict,
 )
-from minigpt4_jax.shapes.text import (
-    detailed,
-    questions,
-    references,
-    short,
-)
+from minigpt4_jax.shapes.text import description, questions, references, short_caption
 from minigpt4_jax.storage.atomic import atomic_directory, write_error
 
 _CHUNK = 50  # images a task
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
-    """What a dataset was asked to be; dataset.json holds it."""
+class _Settings:
+    """The content of dataset.json."""
 
     seed: int
     image_size: int
     train: int
     heldout: int
     heldout_pairs: int
-    stage2: int  # of the training images, how many have a detailed description (the first ones)
+    stage2: int  # training images with a description, the first ones
     format: int = 1
 
 
@@ -73,34 +67,32 @@ def write_dataset(
     workers: int = 1,
     progress: bool = True,
 ) -> Path:
-    """Writes the dataset to `out_dir`, which appears whole or not at all, and returns its path.
+    """Write the dataset to `out_dir`, atomically; returns its path.
 
-    `train`, `heldout` and `heldout_pairs` are numbers of images, `size` their side in pixels,
-    `stage2` how many of the training images get a detailed description (all unless given; held-out
-    images always do). The files depend on these alone, byte for byte, not on `workers`, the number
-    of processes. If `out_dir` is this very dataset already, nothing is done. Raises UserError for
-    numbers out of range, another thing at `out_dir`, or a disk that cannot be written.
+    train, heldout, heldout_pairs: numbers of images. size: their side in pixels. stage2: how many of the
+    training images have a description; by default all. Held-out images always have one. workers:
+    processes; the files do not depend on their number. If `out_dir` is this dataset already, nothing is
+    done. UserError: numbers out of range, something else at `out_dir`, or files cannot be written.
     """
     out = Path(out_dir)
-    request = _Request(
+    settings = _Settings(
         seed, size, train, heldout, heldout_pairs, train if stage2 is None else stage2
     )
-    _check(request, workers)
-    if _is_there(out, request):
+    _check(settings, workers)
+    if _exists(out, settings):
         return out
-    settings = json.dumps(dataclasses.asdict(request), indent=1) + "\n"
+    text = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
     try:
         with atomic_directory(out, "dataset.json") as directory:
-            _write_splits(directory.path, request, workers, progress)
-            (directory.path / "dataset.json").write_text(settings)
+            _write_splits(directory.path, settings, workers, progress)
+            (directory.path / "dataset.json").write_text(text)
     except OSError as e:
         raise write_error(out, e, "nothing was written") from e
     return out
 
 
 def read_scenes(split_dir: str | os.PathLike[str]) -> list[tuple[Path, Scene]]:
-    """(image file, scene) of every image of one split, in order. Raises UserError if scenes.jsonl
-    cannot be read."""
+    """(image file, scene) of every image of a split, in order. UserError: scenes.jsonl cannot be read."""
     path = Path(split_dir) / "scenes.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -111,26 +103,26 @@ def read_scenes(split_dir: str | os.PathLike[str]) -> list[tuple[Path, Scene]]:
         ) from e
 
 
-def _check(request: _Request, workers: int) -> None:
+def _check(settings: _Settings, workers: int) -> None:
     for name, value, low in (
-        ("train", request.train, 0),
-        ("heldout", request.heldout, 0),
-        ("heldout_pairs", request.heldout_pairs, 0),
-        ("seed", request.seed, 0),
-        ("stage2", request.stage2, 0),
-        ("size", request.image_size, 56),
+        ("train", settings.train, 0),
+        ("heldout", settings.heldout, 0),
+        ("heldout_pairs", settings.heldout_pairs, 0),
+        ("seed", settings.seed, 0),
+        ("stage2", settings.stage2, 0),
+        ("size", settings.image_size, 56),
         ("workers", workers, 1),
     ):
         if value < low:
             raise errors.UserError(f"{name} is {value}: expected {low} or more")
-    if request.stage2 > request.train:
+    if settings.stage2 > settings.train:
         raise errors.UserError(
-            f"stage2 is {request.stage2}: expected at most train, {request.train}"
+            f"stage2 is {settings.stage2}: expected at most train, {settings.train}"
         )
 
 
-def _is_there(out: Path, request: _Request) -> bool:
-    """Whether `out` holds this dataset; UserError if it holds something else."""
+def _exists(out: Path, settings: _Settings) -> bool:
+    """Whether `out` is this dataset already. UserError: it is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -139,7 +131,7 @@ def _is_there(out: Path, request: _Request) -> bool:
         raise errors.UserError(
             f"{out} exists and is not a dataset: name another directory"
         ) from None
-    if found != dataclasses.asdict(request):
+    if found != dataclasses.asdict(settings):
         raise errors.UserError(
             f"{out} holds a dataset made with other settings ({found}): "
             "delete it or name another directory"
@@ -147,22 +139,22 @@ def _is_there(out: Path, request: _Request) -> bool:
     return True
 
 
-def _write_splits(part: Path, request: _Request, workers: int, progress: bool) -> None:
+def _write_splits(folder: Path, settings: _Settings, workers: int, progress: bool) -> None:
     tasks = []
     for split in SPLITS:
-        (part / split / "image").mkdir(parents=True)
-        total = getattr(request, split)
-        described = request.stage2 if split == "train" else total
+        (folder / split / "image").mkdir(parents=True)
+        total = getattr(settings, split)
+        described = settings.stage2 if split == "train" else total
         for start in range(0, total, _CHUNK):
-            tasks.append((part, split, start, min(start + _CHUNK, total), described, request))
-    total = request.train + request.heldout + request.heldout_pairs
+            tasks.append((folder, split, start, min(start + _CHUNK, total), described, settings))
+    total = settings.train + settings.heldout + settings.heldout_pairs
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with tqdm(total=total, desc="shapes", unit="image", disable=not progress) as bar:
         for task, found in zip(tasks, _run(tasks, workers), strict=True):
             rows[task[1]] += found
             bar.update(len(found))
     for split in SPLITS:
-        _write_texts(part / split, rows[split])
+        _write_texts(folder / split, rows[split])
 
 
 def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[list[dict[str, Any]]]:
@@ -174,30 +166,30 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[list[dict[str, 
         yield from pool.map(_write_images, tasks)
 
 
-def _write_images(task: tuple[Path, str, int, int, int, _Request]) -> list[dict[str, Any]]:
-    """Draws images start..stop of a split into its folder; returns the texts of each."""
-    part, split, start, stop, described, request = task
+def _write_images(task: tuple[Path, str, int, int, int, _Settings]) -> list[dict[str, Any]]:
+    """Draw images start to stop - 1 of a split into its folder; returns the texts of each."""
+    folder, split, start, stop, num_described, settings = task
     rows = []
     for index in range(start, stop):
-        scene = scene_at(request.seed, index, split, image_size=request.image_size)
-        rng = np.random.default_rng([request.seed, SPLITS.index(split), index, 1])
+        scene = scene_at(settings.seed, index, split, image_size=settings.image_size)
+        rng = np.random.default_rng([settings.seed, SPLITS.index(split), index, 1])
         image_id = f"{index:06d}"
         name = f"image/{image_id}.png"
-        Image.fromarray(render(scene)).save(part / split / name, compress_level=1)
-        truth = scene_to_dict(scene)
-        for plain, (phrase, _) in zip(truth["objects"], references(scene), strict=True):
-            plain["phrase"] = phrase
-        description = detailed(scene, rng)
+        Image.fromarray(render(scene)).save(folder / split / name, compress_level=1)
+        values = scene_to_dict(scene)
+        for thing, (phrase, _) in zip(values["objects"], references(scene), strict=True):
+            thing["phrase"] = phrase
+        stage2_text = description(scene, rng)
         rows.append(
             {
-                "caption": {"image": name, "caption": short(scene)},
-                "description": {"image_id": image_id, "caption": description}
-                if index < described
+                "caption": {"image": name, "caption": short_caption(scene)},
+                "description": {"image_id": image_id, "caption": stage2_text}
+                if index < num_described
                 else None,
                 "questions": [
                     {"image": name, "question": q, "answer": a} for q, a in questions(scene, rng)
                 ],
-                "scene": {"image": name, **truth},
+                "scene": {"image": name, **values},
             }
         )
     return rows

@@ -16,6 +16,7 @@ from minigpt4_jax.data.tfds_source import TfdsSource
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.images import open_image
 from minigpt4_jax.shapes import scene
+from minigpt4_jax.shapes.drawing import render
 
 RNG = np.random.default_rng(0)
 
@@ -46,7 +47,7 @@ def test_shapes(tfds, tmp_path, monkeypatch):
     )
     build(tfds, "shapes", tmp_path)
     source = pickle.loads(pickle.dumps(TfdsSource("mine", "shapes", "train", str(tmp_path), False)))
-    scenes = [scene.render(scene.scene_at(0, n, "train")).tobytes() for n in range(4)]
+    scenes = [render(scene.scene_at(0, n, "train")).tobytes() for n in range(4)]
     found = [np.asarray(open_image(source.example(n, RNG).images[0])).tobytes() for n in range(4)]
     assert sorted(found) == sorted(scenes)  # TFDS has an order of its own
     assert source.example(0, RNG).questions[0].startswith("<Img><ImageHere></Img>")

@@ -84,14 +84,14 @@ def test_file_types_of_a_row(tmp_path):
     folder = write(tmp_path / "a.tar", [
         {"txt": b"one", "webp": jpeg(1)},
         {"JPEG": jpeg(2), "txt": b"no", "json": b'{"caption": "two"}'},
-        {"json": b'{"caption": "without a picture"}'},
+        {"json": b'{"caption": "without an image"}'},
         {"png": jpeg(3)},
         {"png": jpeg(4), "txt": b"three", "cls": b"7"},
     ])  # fmt: skip
     source = open_shards("mine", folder)
     assert captions(source) == ["one", "two", "three"]
     assert [shade(source, n) for n in range(3)] == [1, 2, 4]
-    assert source.dropped == {"without a picture": 1, "without a caption": 1}
+    assert source.dropped == {"without an image": 1, "without a caption": 1}
 
 
 @pytest.mark.parametrize(

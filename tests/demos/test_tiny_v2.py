@@ -13,7 +13,7 @@ from minigpt4_jax.demos import tiny_v2
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.shapes.dataset import read_scenes, write_dataset
 from minigpt4_jax.shapes.scene import scene_at
-from minigpt4_jax.shapes.tasks import Asked, asked
+from minigpt4_jax.shapes.tasks import TaskQuestion, task_questions
 from minigpt4_jax.training.config_cli import read_config_file
 from minigpt4_jax.training.config_values import from_mapping
 
@@ -21,7 +21,7 @@ SCENE = scene_at(3, 1, counts=(3,))
 
 
 def questions_of(task):
-    return [a for a in asked(SCENE, np.random.default_rng(0)) if a.task == task]
+    return [a for a in task_questions(SCENE, np.random.default_rng(0)) if a.task == task]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_training_reads_the_rows_it_is_given(shapes, monkeypatch):
         texts = {
             (a.question, a.answer)
             for s in range(60)
-            for a in asked(scene, np.random.default_rng(s))
+            for a in task_questions(scene, np.random.default_rng(s))
         }
         questions = [q.removeprefix("<Img><ImageHere></Img> ") for q in example.questions]
         assert set(zip(questions, example.answers, strict=True)) <= texts
@@ -111,7 +111,7 @@ class Oracle:
     def generate(self, images, questions, **options):
         answers = []
         for image, question in zip(images, questions, strict=True):
-            known = asked(self.scenes[image], np.random.default_rng(0))
+            known = task_questions(self.scenes[image], np.random.default_rng(0))
             right = {a.question: a.answer for a in known if a.task in ("refer", "caption")}
             answers.append(right.get(question, ""))
         return answers
@@ -130,10 +130,10 @@ def test_a_split_is_evaluated_and_shown(shapes, tmp_path):
 
 def test_boxes_of_the_answer_or_else_of_the_question_are_drawn(shapes):
     path = read_scenes(shapes / "heldout")[0][0]
-    with_box, bare = "{<10><10><90><90>}", Asked("vqa", "[vqa] how many?", "one")
+    with_box, bare = "{<10><10><90><90>}", TaskQuestion("vqa", "[vqa] how many?", "one")
     plain = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, bare, "one", 1.0))
     drawn = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, bare, with_box, 1.0))
-    identify = Asked("identify", f"[identify] what is this {with_box}", "a circle")
+    identify = TaskQuestion("identify", f"[identify] what is this {with_box}", "a circle")
     question = tiny_v2.image_with_boxes(tiny_v2.ScoredAnswer(path, identify, "a circle", 1.0))
     assert plain == path and drawn.size == question.size == (500, 500)
     assert np.array_equal(np.asarray(drawn), np.asarray(question))

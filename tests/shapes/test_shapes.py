@@ -14,8 +14,10 @@ from PIL import Image
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.shapes import dataset as shapes_dataset
+from minigpt4_jax.shapes import drawing
 from minigpt4_jax.shapes import scene as shapes_scene
-from minigpt4_jax.shapes import text as shapes_text
+from minigpt4_jax.shapes.claims import matches
+from minigpt4_jax.shapes.labels import scene_labels
 from minigpt4_jax.shapes.scene import BACKGROUNDS, CELLS, COLOR_NAMES, COLORS, SHAPES, SIZES, SPLITS
 
 
@@ -44,7 +46,7 @@ def test_a_seed_means_the_same_scenes_everywhere():
     assert scenes(20, seed=8) != forward
     assert len({shapes_scene.signature(s) for s in all_splits(20)}) > 50
     for scene in forward:
-        np.testing.assert_array_equal(shapes_scene.render(scene), shapes_scene.render(scene))
+        np.testing.assert_array_equal(drawing.render(scene), drawing.render(scene))
 
 
 def test_splits_never_share_a_scene():
@@ -129,7 +131,7 @@ def test_a_scene_survives_json():
             json.loads(json.dumps(shapes_scene.scene_to_dict(scene)))
         )
         assert shapes_scene.signature(back) == shapes_scene.signature(scene)
-        difference = shapes_scene.render(back).astype(int) - shapes_scene.render(scene)
+        difference = drawing.render(back).astype(int) - drawing.render(scene)
         assert np.abs(difference).mean() < 0.3  # boxes and angles are rounded to hundredths
 
 
@@ -139,7 +141,7 @@ def test_a_scene_survives_json():
 @pytest.mark.parametrize("size", [112, 224, 100])
 def test_boxes_are_tight_and_colours_right(size):
     for scene in all_splits(60, image_size=size):
-        image, owners = shapes_scene.render_with_owners(scene)
+        image, owners = drawing.render_with_owners(scene)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
         for i, o in enumerate(scene.objects):
             ys, xs = np.nonzero(owners == i + 1)
@@ -152,7 +154,7 @@ def test_boxes_are_tight_and_colours_right(size):
 
 def test_centre_pixels():
     for scene in all_splits(150):
-        image = shapes_scene.render(scene).astype(int)
+        image = drawing.render(scene).astype(int)
         for o in scene.objects:
             x, y = int((o.box[0] + o.box[2]) / 2), int((o.box[1] + o.box[3]) / 2)
             difference = np.abs(image[y, x] - o.rgb).max()
@@ -164,7 +166,7 @@ def test_no_colour_is_near_another_or_vanishes_in_a_background():
     distance = np.abs(colors[:, None] - colors[None]).max(-1) + 255 * np.eye(len(colors))
     assert distance.min() > 4 * 10  # twice the jitter of both
     for scene in all_splits(150):
-        image, owners = shapes_scene.render_with_owners(scene)
+        image, owners = drawing.render_with_owners(scene)
         ground = image[owners == 0].astype(int).mean(0) if scene.background != "striped" else None
         for o in scene.objects:
             if ground is not None:
@@ -173,10 +175,7 @@ def test_no_colour_is_near_another_or_vanishes_in_a_background():
 
 def test_backgrounds_differ_from_each_other_and_vary():
     empty = {
-        b: [
-            shapes_scene.render(shapes_scene.Scene((), b, texture=t)).astype(float)
-            for t in range(40)
-        ]
+        b: [drawing.render(shapes_scene.Scene((), b, texture=t)).astype(float) for t in range(40)]
         for b in BACKGROUNDS
     }
     tone = {b: np.array([image.mean() for image in images]) for b, images in empty.items()}
@@ -189,7 +188,7 @@ def test_backgrounds_differ_from_each_other_and_vary():
 
 def test_another_size_shows_the_same_scene():
     for scene in scenes(20):
-        small, large = shapes_scene.render(scene), shapes_scene.render(scene, 224)
+        small, large = drawing.render(scene), drawing.render(scene, 224)
         halved = np.asarray(Image.fromarray(large).reduce(2)).astype(int)
         assert large.shape == (224, 224, 3)
         inside = np.abs(halved - small).mean() if scene.background != "striped" else 0
@@ -199,10 +198,10 @@ def test_another_size_shows_the_same_scene():
 @pytest.mark.parametrize("grid", [7, 8, 14, 16])
 def test_labels_say_what_the_patches_show(grid):
     for scene in all_splits(40):
-        owners = shapes_scene.render_with_owners(scene)[1]
-        labels = shapes_scene.scene_labels(scene, grid)
+        owners = drawing.render_with_owners(scene)[1]
+        labels = scene_labels(scene, grid)
         np.testing.assert_array_equal(
-            labels["patches"], shapes_scene.scene_labels(scene, grid, owners)["patches"]
+            labels["patches"], scene_labels(scene, grid, owners)["patches"]
         )
         assert labels["count"] == len(scene.objects)
         assert BACKGROUNDS[labels["background"]] == scene.background
@@ -254,14 +253,14 @@ def test_files_hold_what_the_scenes_say(tmp_path):
         for row, (path, scene) in zip(captions, truth, strict=True):
             assert out / split / row["image"] == path
             assert shapes_scene.split_of(scene) == split
-            assert shapes_text.matches(scene, row["caption"])
+            assert matches(scene, row["caption"])
             shown = np.asarray(Image.open(path)).astype(int)
             assert shown.shape == (112, 112, 3)
-            assert np.abs(shown - shapes_scene.render(scene)).mean() < 0.3
+            assert np.abs(shown - drawing.render(scene)).mean() < 0.3
             by_name[row["image"]] = scene
         for row in described:
             scene = by_name[f"image/{row['image_id']}.png"]
-            assert shapes_text.matches(scene, row["caption"])
+            assert matches(scene, row["caption"])
         assert {row["image"] for row in asked} == set(by_name)
         assert all(row["question"].endswith("?") and row["answer"] for row in asked)
         row = json.loads((out / split / "scenes.jsonl").open().readline())

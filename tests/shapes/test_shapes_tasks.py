@@ -8,18 +8,18 @@ import pytest
 from minigpt4_jax.processing import tasks
 from minigpt4_jax.processing.boxes import iou, parse_boxes
 from minigpt4_jax.shapes.scene import HELDOUT_PAIRS, scene_at
-from minigpt4_jax.shapes.tasks import SHORT, Phase, asked, training_rows
+from minigpt4_jax.shapes.tasks import SHORT, Phase, task_questions, training_rows
 
 
-def all_asked(split="train", count=30):
+def all_questions(split="train", count=30):
     for index in range(count):
         scene = scene_at(3, index, split)
-        yield scene, list(asked(scene, np.random.default_rng(index)))
+        yield scene, list(task_questions(scene, np.random.default_rng(index)))
 
 
 @pytest.mark.smoke
 def test_every_task_is_asked_as_the_original_writes_it():
-    for scene, found in all_asked():
+    for scene, found in all_questions():
         counts = Counter(a.task for a in found)
         assert set(counts) == set(tasks.TASKS)
         assert counts["refer"] == counts["identify"] == len(scene.objects)
@@ -27,7 +27,7 @@ def test_every_task_is_asked_as_the_original_writes_it():
 
 
 def test_boxes_of_answers_are_those_of_the_objects_that_are_meant():
-    for scene, found in all_asked():
+    for scene, found in all_questions():
         side = scene.image_size
         for a in found:
             boxes = parse_boxes(a.answer, side, side)
@@ -47,7 +47,7 @@ def test_boxes_of_answers_are_those_of_the_objects_that_are_meant():
 
 
 def test_identify_asks_with_an_objects_box_and_names_it():
-    for scene, found in all_asked():
+    for scene, found in all_questions():
         side = scene.image_size
         for a in (a for a in found if a.task == "identify"):
             ((_, box),) = parse_boxes(a.question, side, side)
@@ -56,7 +56,7 @@ def test_identify_asks_with_an_objects_box_and_names_it():
 
 
 def test_training_never_speaks_of_a_held_out_pair():
-    for _, found in all_asked(count=60):
+    for _, found in all_questions(count=60):
         for a in found:
             for color, shape in HELDOUT_PAIRS:
                 assert f"{color} {shape}" not in f"{a.question} {a.answer}"

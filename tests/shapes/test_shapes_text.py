@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minigpt4_jax.shapes import claims
 from minigpt4_jax.shapes import scene as shapes_scene
 from minigpt4_jax.shapes import text as shapes_text
 from minigpt4_jax.shapes.scene import BACKGROUNDS, CELLS, COLOR_NAMES, SHAPES, SIZES, SPLITS
@@ -28,14 +29,16 @@ def _single(attributes):
 
 def test_captions_are_right_and_not_long():
     for scene in all_splits(200):
-        for text in [shapes_text.short(scene), *shapes_text.phrasings(scene)]:
-            assert shapes_text.matches(scene, text), text
-            assert shapes_text.attribute_score(scene, text) == 1, text
-            said = shapes_text.parse_description(text)
+        for text in [shapes_text.short_caption(scene), *shapes_text.phrasings(scene)]:
+            assert claims.matches(scene, text), text
+            assert claims.attribute_score(scene, text) == 1, text
+            said = claims.parse_description(text)
             assert said.background == scene.background
-            assert said.count == (None if text == shapes_text.short(scene) else len(scene.objects))
+            assert said.count == (
+                None if text == shapes_text.short_caption(scene) else len(scene.objects)
+            )
             assert len(text.split()) <= 50
-        assert len(shapes_text.short(scene).split()) <= 7 * len(scene.objects) + 2
+        assert len(shapes_text.short_caption(scene).split()) <= 7 * len(scene.objects) + 2
 
 
 def test_wording():
@@ -47,7 +50,7 @@ def test_wording():
         ),
     ]
     scene = shapes_scene.Scene(tuple(cases), "striped")
-    assert shapes_text.short(scene) == (
+    assert shapes_text.short_caption(scene) == (
         "a large red circle top left, a small blue square bottom left and "
         "a small orange square bottom right on stripes"
     )
@@ -71,7 +74,7 @@ def test_wording():
 def test_descriptions_use_every_phrasing():
     rng = np.random.default_rng(0)
     scene = next(s for s in scenes(100) if shapes_text.true_relations(s))
-    assert {shapes_text.detailed(scene, rng) for _ in range(200)} == set(
+    assert {shapes_text.description(scene, rng) for _ in range(200)} == set(
         shapes_text.phrasings(scene)
     )
 
@@ -106,9 +109,9 @@ def test_any_single_change_is_noticed(index, split):
     for other in changed_scenes(scene):
         if shapes_scene.signature(other) == shapes_scene.signature(scene):
             continue
-        for text in [shapes_text.short(other), *shapes_text.phrasings(other)]:
-            assert not shapes_text.matches(scene, text), text
-            assert shapes_text.attribute_score(scene, text) < 1, text
+        for text in [shapes_text.short_caption(other), *shapes_text.phrasings(other)]:
+            assert not claims.matches(scene, text), text
+            assert claims.attribute_score(scene, text) < 1, text
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,22 +121,20 @@ def test_a_false_count_or_relation_is_noticed(index, data):
     text = data.draw(st.sampled_from(shapes_text.phrasings(scene)))
     number = shapes_text.NUMBERS[len(scene.objects)]
     other = data.draw(st.sampled_from([w for w in ("one", "two", "three", "four") if w != number]))
-    assert not shapes_text.matches(scene, text.replace(f"{number} shape", f"{other} shape"))
+    assert not claims.matches(scene, text.replace(f"{number} shape", f"{other} shape"))
     for said in ("above", "below", "to the left of", "to the right of"):
         for instead in ("above", "below", "to the left of", "to the right of"):
             if said != instead and f" {said} the " in text:
-                assert not shapes_text.matches(
-                    scene, text.replace(f" {said} the ", f" {instead} the ")
-                )
+                assert not claims.matches(scene, text.replace(f" {said} the ", f" {instead} the "))
 
 
 def test_a_text_cut_short_does_not_match():
     for scene in scenes(60):
-        for text in [*shapes_text.phrasings(scene)[:4], shapes_text.short(scene)]:
+        for text in [*shapes_text.phrasings(scene)[:4], shapes_text.short_caption(scene)]:
             words = text.rstrip(".").split()
             stop = len(words) - (2 if words[-2] == "on" else 1)
             for k in range(stop):
-                assert not shapes_text.matches(scene, " ".join(words[:k])), " ".join(words[:k])
+                assert not claims.matches(scene, " ".join(words[:k])), " ".join(words[:k])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_text_cut_short_does_not_match():
 )
 def test_near_wordings_are_understood(text):
     scene = _single(("large", "red", "circle", "top left", "black"))
-    assert shapes_text.matches(scene, text)
+    assert claims.matches(scene, text)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_near_wordings_are_understood(text):
 )
 def test_faults_are_noticed(text):
     scene = _single(("large", "red", "circle", "top left", "black"))
-    assert not shapes_text.matches(scene, text)
+    assert not claims.matches(scene, text)
 
 
 _FILLING = (
@@ -183,22 +184,22 @@ _VOCABULARY = [*SIZES, *COLOR_NAMES, *SHAPES, *CELLS, *BACKGROUNDS, *_FILLING.sp
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(_VOCABULARY)).map(" ".join)))
 def test_reading_never_fails(text):
-    said = shapes_text.parse_description(text)
+    said = claims.parse_description(text)
     assert isinstance(said.objects, tuple)
     for scene in scenes(3):
-        score = shapes_text.attribute_score(scene, text)
+        score = claims.attribute_score(scene, text)
         assert 0 <= score <= 1
-        assert score == 1 or not shapes_text.matches(scene, text)
+        assert score == 1 or not claims.matches(scene, text)
 
 
 def test_score_counts_attributes():
     scene = _single(("large", "red", "circle", "top left", "black"))
-    assert shapes_text.attribute_score(scene, "") == 0
-    assert shapes_text.attribute_score(scene, "a large blue circle top left on black") == 4 / 5
-    assert shapes_text.attribute_score(scene, "a small blue ring top left on white") == 1 / 5
+    assert claims.attribute_score(scene, "") == 0
+    assert claims.attribute_score(scene, "a large blue circle top left on black") == 4 / 5
+    assert claims.attribute_score(scene, "a small blue ring top left on white") == 1 / 5
     two = "a large red circle top left and a small blue ring top on black"
-    assert shapes_text.attribute_score(scene, two) == 5 / 9
-    assert shapes_text.attribute_score(scene, "a small red ring left. " * 40 + two) < 0.1
+    assert claims.attribute_score(scene, two) == 5 / 9
+    assert claims.attribute_score(scene, "a small red ring left. " * 40 + two) < 0.1
 
 
 def _answer(scene, question):
@@ -261,7 +262,7 @@ def test_training_text_never_names_a_heldout_pair():
     forbidden = [f"{color} {shape}" for color, shape in shapes_scene.HELDOUT_PAIRS]
     for scene in scenes(600) + scenes(200, "heldout"):
         texts = [t for pair in shapes_text.questions(scene, rng) for t in pair]
-        texts += [shapes_text.short(scene), *shapes_text.phrasings(scene)]
+        texts += [shapes_text.short_caption(scene), *shapes_text.phrasings(scene)]
         for text in texts:
             assert not any(pair in text for pair in forbidden), text
 

@@ -58,7 +58,7 @@ def read_coco_caption(files: Sequence[Path]) -> Iterator[DatasetRow | Unused]:
         for where, row in read_list(file, "annotations"):
             image, caption = text_of(row, "image", where), text_of(row, "caption", where)
             if "train" not in image:
-                yield Unused("with a picture that is not of train2014", fault=False)
+                yield Unused("with an image that is not of train2014", fault=False)
             else:
                 yield _captioned(image.split("/")[-1], caption)
 
