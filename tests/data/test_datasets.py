@@ -60,7 +60,7 @@ def test_coco_caption(disk, coco):
     assert choices(source, 0, 1) == [17]
     photo = source.example(0, EachInTurn(6))
     assert photo.questions == (f"{IMAGE_SLOT} [caption] A photo of ",)  # one more space comes later
-    assert source.left_out == {"with a image that is not of train2014": 1}
+    assert source.left_out == {"with an image that is not of train2014": 1}
     assert source.dropped == {}
 
 
