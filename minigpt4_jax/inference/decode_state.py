@@ -1,21 +1,21 @@
 """The state of a running batch, and operations on it: append a token to every row, insert a new row,
-finish rows, and copy out what the host reads."""
+change the sizes, finish rows, and copy out what the host reads."""
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax.inference.requests import Completion
+from minigpt4_jax.inference.requests import BucketSizes, Completion
 from minigpt4_jax.inference.sampling import SamplingParams, SamplingStages, sample
 from minigpt4_jax.inference.stop_sequences import completing_tokens
-from minigpt4_jax.models.kv_cache import cache_axes, grow_cache
+from minigpt4_jax.models.kv_cache import KVCache, cache_axes, grow_cache
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 
 Array: TypeAlias = Any  # of JAX inside the programs, of NumPy where they are called
+Owner = TypeVar("Owner")  # what a slot of a batch is used for
 PRNG = "threefry2x32"
 
 
@@ -24,7 +24,7 @@ class BatchInputs(NamedTuple):
 
     tokens: Array  # [B, T] int32
     lengths: Array  # [B] int32
-    visual: Array  # [B, I * P, D] float32
+    visual: Array  # [B, I * P, D]
     max_new_tokens: Array  # [B] int32
     stop_sequences: Array  # [B, R, W] int32, right-aligned, -1 before
     keys: Array  # [B] PRNG keys
@@ -94,22 +94,83 @@ def advance(s: DecodeState, logits: jax.Array, stages: SamplingStages) -> Decode
 
 
 def insert(state: DecodeState, new: DecodeState, slot: jax.Array) -> DecodeState:
-    """Put the row of `new`, a batch of one, into a slot of `state`.
+    """Put the row of `new`, a batch of one whose arrays may be smaller, into a slot of `state`.
 
-    The bucket sizes are the same, but the cache of `new` may be shorter; it is padded.
+    Of its cache, as many slots are copied as `state` has; the prompt must fit into them.
     """
-    axis = 0 if isinstance(state.cache.k, list) else 1  # stacked layers: [L, B, K, S, H]
+    length = state.cache.length
+    rows_axis = _rows_axis(state.cache)
 
     def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
 
+    def put_cache(old: jax.Array, row: jax.Array) -> jax.Array:
+        row = jax.lax.slice_in_dim(
+            row, 0, min(length, row.shape[rows_axis + 2]), axis=rows_axis + 2
+        )
+        return jax.lax.dynamic_update_slice(
+            old, row, [slot if axis == rows_axis else 0 for axis in range(old.ndim)]
+        )
+
+    cache = jax.tree.map(put_cache, state.cache, new.cache)
+    new = _pad_fields(new, *state.ids.shape[1:], *state.stop_sequences.shape[1:])
     keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
-    new_cache = grow_cache(new.cache, state.cache.length)
-    cache = jax.tree.map(partial(put, axis=axis), state.cache, new_cache)
     others = [s._replace(cache=None, keys=None) for s in (state, new)]
     updated: DecodeState = jax.tree.map(put, *others)
     keys = jax.random.wrap_key_data(keys, impl=PRNG)
     return constrain_state(updated._replace(cache=cache, keys=keys))
+
+
+def resize(state: DecodeState, rows: jax.Array, sizes: BucketSizes) -> DecodeState:
+    """The rows [B] of a state, as a batch of other sizes; a row of -1 is empty, which counts as done.
+
+    Rows that are not done must fit; ids and stop sequences never shrink.
+    """
+    rows_axis = _rows_axis(state.cache)
+    source = jnp.maximum(rows, 0)
+
+    def take_cache(a: jax.Array) -> jax.Array:
+        length = min(sizes.cache_length, a.shape[rows_axis + 2])
+        a = jax.lax.slice_in_dim(a, 0, length, axis=rows_axis + 2)
+        return jnp.take(a, source, axis=rows_axis)
+
+    cache = grow_cache(jax.tree.map(take_cache, state.cache), sizes.cache_length)
+    taken: DecodeState = jax.tree.map(lambda a: a[source], state._replace(cache=None))
+    taken = _pad_fields(taken, sizes.max_new_tokens, sizes.num_stops, sizes.stop_width)
+    return constrain_state(taken._replace(cache=cache, done=taken.done | (rows < 0)))
+
+
+def take_cache_row(cache: KVCache, slot: jax.Array, length: int) -> KVCache:
+    """The first `length` slots of one row of a cache, as a cache of one row."""
+    rows_axis = _rows_axis(cache)
+
+    def take(a: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(a, slot, 1, rows_axis)
+        return jax.lax.slice_in_dim(row, 0, length, axis=rows_axis + 2)
+
+    taken: KVCache = jax.tree.map(take, cache)
+    constrained: KVCache = jax.tree.map(lambda a: constrain(a, *cache_axes(taken)), taken)
+    return constrained
+
+
+def _rows_axis(cache: KVCache) -> int:
+    """The axis of rows in the arrays of a cache; two behind it is that of the slots."""
+    return 0 if isinstance(cache.k, list) else 1  # stacked layers: [L, B, K, S, H]
+
+
+def _pad_fields(s: DecodeState, max_new_tokens: int, num_stops: int, width: int) -> DecodeState:
+    """A state, without regard to its cache, padded to at least these sizes; see `BucketSizes`."""
+    tokens = (0, 0), (0, max(0, max_new_tokens - s.ids.shape[1]))
+    more_stops, more_width = (
+        max(0, size - old)
+        for size, old in zip((num_stops, width), s.stop_sequences.shape[1:], strict=True)
+    )
+    stops = (0, 0), (0, more_stops), (more_width, 0)  # sequences are right-aligned
+    return s._replace(
+        ids=jnp.pad(s.ids, tokens, constant_values=-1),
+        logprobs=jnp.pad(s.logprobs, tokens),
+        stop_sequences=jnp.pad(s.stop_sequences, stops, constant_values=-1),
+    )
 
 
 def finish_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
@@ -125,20 +186,20 @@ def take_snapshot(s: DecodeState) -> Snapshot:
 
 
 def read_snapshot(
-    owners: list[int | None], snapshot: Snapshot
-) -> Iterator[tuple[int, int, Completion, bool]]:
-    """(slot, request, completion so far, done) of the slots in use.
+    owners: Sequence[Owner | None], snapshot: Snapshot
+) -> Iterator[tuple[int, Owner, Completion, bool]]:
+    """(slot, owner, completion so far, done) of the slots in use.
 
-    owners: the request in each slot, None where a slot is free.
+    owners: whose row is in each slot, None where nobody asks for it.
     """
     numbers, all_logprobs = (np.asarray(a) for a in snapshot)
-    for slot, index in enumerate(owners):
-        if index is not None:
+    for slot, owner in enumerate(owners):
+        if owner is not None:
             num_generated, done, hit_stop, nonfinite = numbers[slot, :4].tolist()
             logprobs = all_logprobs[slot, :num_generated].tolist()
             ids = numbers[slot, 4 : 4 + num_generated].tolist()
             completion = Completion(ids, logprobs, bool(hit_stop), sum(logprobs), bool(nonfinite))
-            yield slot, index, completion, bool(done)
+            yield slot, owner, completion, bool(done)
 
 
 def truncate(completion: Completion, length: int) -> Completion:

@@ -272,7 +272,7 @@ class Model:
     ) -> Iterator[tuple[int, GenerationOutput]]:
         """(index of a request, its answer) as requests finish. sized_for: see `Engine.run`."""
         for step in self.engine.run(requests, batch_size, sized_for=sized_for):
-            yield step.request_index, self._output(step.request, step.completion)
+            yield step.key, self._output(step.request, step.completion)
 
     def stream_request(
         self, request: Request, prefix_cache: PrefixCache | None = None

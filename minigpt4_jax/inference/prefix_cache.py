@@ -1,4 +1,4 @@
-"""The key-value cache of a conversation's last question, which the next one continues from."""
+"""The key-value caches of finished requests, which requests that begin alike continue from."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,78 +7,81 @@ import jax
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.inference.decode_state import DecodeState
 from minigpt4_jax.inference.requests import Request, bucket
+from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.models.kv_cache import KVCache
 
 
 class _Entry(NamedTuple):
-    request: Request
-    state: DecodeState
+    tokens: list[int]  # of the prompt and the answer, as far as they are cached
+    visual: VisualTokens | None
+    cache: KVCache  # of one row
     leaves: list[jax.Array]
 
 
 class PrefixCache:
-    """The cache of one request, reused by another that begins alike.
+    """Caches of the last `max_entries` requests, each reused by one that begins alike.
 
-    It stays on the device until it is taken, cleared or garbage-collected.
+    They stay on the device until they are taken, replaced, cleared or garbage-collected.
     """
 
-    def __init__(self) -> None:
-        self._entry: _Entry | None = None
+    def __init__(self, max_entries: int = 1) -> None:
+        self._max_entries = max_entries
+        self._entries: list[_Entry] = []  # oldest first
 
-    def store(self, request: Request, state: DecodeState, leaves: list[jax.Array]) -> None:
-        """state: of this request alone; leaves: the parameters that computed it."""
-        self._entry = _Entry(request, state, leaves)
+    @property
+    def num_tokens(self) -> int:
+        """Cache slots, one per token, that the entries take on the device."""
+        return sum(entry.cache.length for entry in self._entries)
+
+    def store(
+        self, request: Request, generated: Sequence[int], cache: KVCache, leaves: list[jax.Array]
+    ) -> None:
+        """Keep the cache of a request. generated: ids of its answer, the last of which is not cached.
+        leaves: the parameters that computed it."""
+        tokens = [*request.tokens, *generated[:-1]]
+        self._entries.append(_Entry(tokens, request.visual, cache, leaves))
+        del self._entries[: -self._max_entries]
 
     def take(self, request: Request, leaves: list[jax.Array]) -> tuple[int, KVCache] | None:
         """How many tokens of a request are cached, and the cache, which may be donated.
 
-        None if the cache would save little, or belongs to other parameters.
+        The entry that shares most is removed. None if none saves much or belongs to these parameters;
+        then the oldest makes room, if there are as many as there may be.
         """
-        entry, self._entry = self._entry, None
-        if entry is None or entry.leaves is not leaves:
-            return None
-        state = entry.state
-        # An interruption may have come between donating the state and getting the new one back.
-        arrays = jax.tree.leaves((state.cache, state.ids, state.num_generated, state.nonfinite))
-        if any(a.is_deleted() for a in arrays):
-            return None
-        if bool(state.nonfinite[0]):  # so may be what is cached
-            return None
-        num_generated = int(state.num_generated[0])
-        generated = np.asarray(state.ids)[0, : num_generated - 1].tolist()  # the last is not cached
-        length = common_prefix_length(
-            [*entry.request.tokens, *generated], entry.request.visual,
-            request.tokens, request.visual,
-        )  # fmt: skip
+        self._entries = [e for e in self._entries if e.leaves is leaves and not is_deleted(e.cache)]
+        lengths = [
+            common_prefix_length(e.tokens, e.visual, request.tokens, request.visual)
+            for e in self._entries
+        ]
         total = len(request.tokens)
-        length = min(length, total - 1)  # the last token is processed for its logits
-        if bucket(total - length) >= bucket(total):
+        best = max(range(len(lengths)), key=lambda i: (lengths[i], i), default=None)
+        # the last token is processed for its logits
+        length = 0 if best is None else min(lengths[best], total - 1)
+        if best is None or bucket(total - length) >= bucket(total):
+            del self._entries[: max(0, len(self._entries) - self._max_entries + 1)]
             return None
-        return length, state.cache
+        return length, self._entries.pop(best).cache
 
     def clear(self) -> None:
-        """Free the cache."""
-        self._entry = None
+        """Free the caches."""
+        self._entries.clear()
+
+
+def is_deleted(cache: KVCache) -> bool:
+    """Whether an interruption came between donating a cache and getting the new one back."""
+    return any(a.is_deleted() for a in jax.tree.leaves(cache))
 
 
 def common_prefix_length(
-    a: Sequence[int], a_visual: np.ndarray | None, b: Sequence[int], b_visual: np.ndarray | None
+    a: Sequence[int], a_visual: VisualTokens | None, b: Sequence[int], b_visual: VisualTokens | None
 ) -> int:
     """How many leading tokens two rows share; visual tokens are compared by their values."""
     size = min(len(a), len(b))
     a_tokens, b_tokens = np.asarray(a[:size]), np.asarray(b[:size])
     equal = a_tokens == b_tokens
     slots = np.flatnonzero(np.cumprod(equal) * (a_tokens == IMAGE))
-    if len(slots):
+    if len(slots) and a_visual is not b_visual:
         count = len(slots)
         equal[slots] = (np.asarray(a_visual)[:count] == np.asarray(b_visual)[:count]).all(axis=1)
     return size if equal.all() else int(np.argmin(equal))
-
-
-def suffix(request: Request, length: int) -> tuple[list[int], np.ndarray | None]:
-    """The tokens of a request after the first `length`, and their visual tokens."""
-    slots = sum(token == IMAGE for token in request.tokens[:length])
-    visual = None if request.visual is None else request.visual[slots:]
-    return list(request.tokens[length:]), visual if visual is not None and len(visual) else None

@@ -1,13 +1,13 @@
 """Requests to the engine and their completions; the bucket sizes that requests are padded to."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from minigpt4_jax.config import IMAGE
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.sampling import SamplingParams
+from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 GREEDY = SamplingParams()
@@ -19,7 +19,7 @@ class Request:
     """One prompt to continue."""
 
     tokens: Sequence[int]  # prompt ids, IMAGE in the visual slots
-    visual: np.ndarray | None = None  # [I * P, D] float32: visual tokens of those slots
+    visual: VisualTokens | None = None  # [I * P, D]: visual tokens of those slots
     max_new_tokens: int = 20
     sampling: SamplingParams = GREEDY
     seed: int = 0
@@ -47,10 +47,11 @@ class Completion:
 class Progress(NamedTuple):
     """The state of one request in a running batch."""
 
-    request_index: int
+    key: Any  # what the request was added with; in `Engine.run` its index
     request: Request
     completion: Completion  # so far
     finished: bool
+    error: Exception | None = None  # why its prompt could not be processed; then it is finished
 
 
 class BucketSizes(NamedTuple):
@@ -85,12 +86,9 @@ def bucket(n: int, smallest: int = 32) -> int:
     return three_quarters if size > 2 * smallest and n <= three_quarters else size
 
 
-def stack_visual(rows: Iterable[np.ndarray | None], width: int) -> np.ndarray:
-    """Visual tokens [I * P, D] of each row, or None -> [B, I * P, D] float32, zero-padded."""
-    rows = list(rows)
-    length = max((0 if visual is None else len(visual) for visual in rows), default=0)
-    stacked = np.zeros((len(rows), length, width), np.float32)
-    for target, visual in zip(stacked, rows, strict=True):
-        if visual is not None:
-            target[: len(visual)] = visual
-    return stacked
+def section(request: Request, start: int, stop: int | None = None) -> Request:
+    """The request for the tokens start..stop of a request's prompt, with their visual tokens."""
+    slots = [token == IMAGE for token in request.tokens[:stop]]
+    first, last = sum(slots[:start]), sum(slots)
+    visual = None if request.visual is None or first == last else request.visual[first:last]
+    return replace(request, tokens=request.tokens[start:stop], visual=visual)

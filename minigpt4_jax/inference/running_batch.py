@@ -1,119 +1,434 @@
-"""Continuous batching: slots of a running batch that take the next request as soon as one finishes.
+"""Continuous batching: requests join a running batch and leave it, at any time, one step after another.
 
-The next chunk of decoding steps is dispatched before the host looks at the last one, so that the
-device never waits for the host.
+A step admits waiting requests, dispatches a chunk of decoding steps for all rows, and reads what the
+chunk before has generated, so that the device never waits for the host.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.decode_state import DecodeState, Snapshot, read_snapshot, truncate
-from minigpt4_jax.inference.prefix_cache import PrefixCache
-from minigpt4_jax.inference.requests import Completion, Progress, Request, bucket_sizes
-from minigpt4_jax.inference.sampling import required_stages
+from minigpt4_jax.inference.prefix_cache import PrefixCache, is_deleted
+from minigpt4_jax.inference.requests import (
+    BucketSizes,
+    Completion,
+    Progress,
+    Request,
+    bucket,
+    bucket_sizes,
+    section,
+)
+from minigpt4_jax.inference.runner import ModelRunner
+from minigpt4_jax.inference.sampling import SamplingStages
+from minigpt4_jax.models.kv_cache import KVCache
+from minigpt4_jax.utils.rounding import next_power_of_two
 
-if TYPE_CHECKING:
-    from minigpt4_jax.inference.engine import Engine
+CHUNK_STEPS = 16  # decoding steps between two decisions of the host, if it has any to make
+SMALLEST_SIZES = BucketSizes(1, 1, 1, 1)
+NOTHING = Completion([], [], False, 0.0)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request on its way through the batch."""
+
+    key: Hashable
+    request: Request
+    slot: int | None = None  # while it is decoded
+    completion: Completion = NOTHING  # so far, as the host knows it
+    finished: bool = False
+    num_cached: int = 0  # tokens of the prompt in `cache`, while it is processed in pieces
+    cache: KVCache | None = None
+
+
+class _Unread(NamedTuple):
+    """A snapshot that the host has not read yet."""
+
+    snapshot: Snapshot
+    rows: list[_Row | None]  # by slot in the snapshot
 
 
 class RunningBatch:
-    """The requests of one call of `Engine.run`, which explains the arguments."""
+    """A batch of requests at any point of their answers. One thread uses it.
+
+        batch = RunningBatch(engine)
+        batch.add("a", request)  # at any time
+        while not batch.is_idle:
+            for progress in batch.step():
+                ...
+
+    An answer is that of the request alone, whatever runs beside it. The arrays on the device grow and
+    shrink with the requests, in powers of two of rows and buckets of cache slots, each of which is
+    compiled once; `min_rows` and `min_sizes` keep their number small.
+    """
 
     def __init__(
         self,
-        engine: "Engine",
-        requests: Iterable[Request],
-        sized_for: Sequence[Request],
-        batch_size: int,
-        prefix_cache: PrefixCache | None,
+        runner: ModelRunner,
+        max_rows: int = 32,
+        *,
+        min_rows: int = 1,
+        min_sizes: BucketSizes = SMALLEST_SIZES,
+        max_cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
+        prefix_cache: PrefixCache | None = None,
+        stages: SamplingStages | None = None,
+        report_progress: bool = True,
     ):
-        self._engine, self._sized_for, self._batch_size = engine, sized_for, batch_size
-        self._prefix_cache = prefix_cache
-        self._waiting = enumerate(requests)
-        self._next: tuple[int, Request] | None = None
-        self._running: dict[int, Request] = {}
-        self._slots: list[int | None] = []  # index of the request in each slot
-
-    def run(self, chunk: int, *, always_in_chunks: bool, progress: bool) -> Iterator[Progress]:
-        """Yield finished requests; with `progress` also unfinished ones after every chunk."""
-        self._running = dict(islice(self._waiting, self._batch_size))
-        if not self._running:
-            return
-        self._slots = list(self._running)
-        self._sizes = bucket_sizes(self._sized_for)
-        self._stages = required_stages(
-            [request.sampling for request in self._sized_for], self._engine.vocab
-        )
-        state = self._prefill()
-        self._next = next(self._waiting, None)  # fetched early: only then chunks are needed
-        snapshots: deque[tuple[list[int | None], Snapshot]] = deque()
-        try:
-            while self._running:
-                if always_in_chunks or self._next:
-                    state = self._engine.decode(state, self._stages, chunk)
-                else:
-                    state = self._engine.decode(state, self._stages)
-                snapshots.append((list(self._slots), self._engine.snapshot(state)))
-                if len(snapshots) < 2:  # the device always has a chunk to work on
-                    continue
-                stopped = np.zeros(state.done.shape[0], bool)
-                yield from self._read(*snapshots.popleft(), stopped, progress)
-                if stopped.any():
-                    state = self._engine.finish_rows(state, stopped)
-                state = self._refill(state)
-        finally:
-            if self._prefix_cache is not None:
-                self._engine.store_prefix(self._prefix_cache, self._sized_for[0], state)
-
-    def _prefill(self) -> DecodeState:
-        requests = list(self._running.values())
-        if self._prefix_cache is None:
-            return self._engine.prefill(requests, self._sizes, self._stages)
-        (request,) = requests
-        return self._engine.resume(self._prefix_cache, request, self._sizes, self._stages)
-
-    def _read(
-        self,
-        owners: list[int | None],
-        snapshot: Snapshot,
-        stopped: np.ndarray,
-        progress: bool,
-    ) -> Iterator[Progress]:
-        """Yield what a snapshot says; free the slots of finished requests.
-
-        stopped [B] is set for rows that a `stop_check` ends while the device still decodes them.
         """
-        for slot, index, completion, done in read_snapshot(owners, snapshot):
-            if self._slots[slot] != index:
-                continue  # finished before this chunk began
-            request = self._running[index]
-            stop_length = _stop_length(request, completion)
-            if stop_length is not None:
-                completion = truncate(completion, stop_length)
-                stopped[slot] = not done
-                done = True
-            if done:
-                self._slots[slot] = None
-                del self._running[index]
-            if done or progress:
-                yield Progress(index, request, completion, done)
+        Args:
+            runner: the engine whose programs run.
+            max_rows: requests decoded together.
+            min_rows, min_sizes: the batch is not made smaller than this.
+            max_cache_tokens: cache slots, one per token, that all rows may take together: rows (a power
+                of two) times the bucket of the longest request. A request waits until it fits.
+            prefill_tokens: prompt tokens processed in a step. Longer prompts are processed in pieces,
+                between which the running answers go on. None: no limit.
+            prefix_cache: prompts continue from it where they begin alike, and finished requests are
+                stored in it.
+            stages: sampling stages that all requests to come need together. By default those of the
+                running requests.
+            report_progress: also report unfinished requests.
+        """
+        self._runner, self._max_rows, self._min_rows = runner, max_rows, min_rows
+        self._min_sizes, self._max_cache_tokens = min_sizes, max_cache_tokens
+        self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
+        self._fixed_stages, self._report_progress = stages, report_progress
+        self._waiting: deque[_Row] = deque()
+        self._prefilling: _Row | None = None  # a prompt of which a part is processed
+        self._state: DecodeState | None = None
+        self._slots: list[_Row | None] = []  # the row in each slot of the state
+        self._stopped: set[int] = set()  # free slots that the device still decodes
+        self._unread: deque[_Unread] = deque()
 
-    def _refill(self, state: DecodeState) -> DecodeState:
-        """Put waiting requests into free slots."""
-        for slot, index in enumerate(self._slots):
-            if index is None and self._next is not None:
-                self._slots[slot], request = self._next
-                self._running[self._next[0]] = request
-                new = self._engine.prefill([request], self._sizes, self._stages)
-                state = self._engine.insert(state, new, slot)
-                self._next = next(self._waiting, None)
-        return state
+    # --- requests ---------------------------------------------------------------------------
+
+    def add(self, key: Hashable, request: Request) -> None:
+        """Queue a request, which joins in the order of the queue. key: what its progress is reported as.
+
+        UserError: beam search, or more tokens than max_cache_tokens.
+        """
+        if request.beam_search.num_beams > 1:
+            raise UserError("a running batch has no beam search; use Engine.search")
+        tokens = self._sizes([request]).cache_length
+        if self._max_cache_tokens is not None and tokens > self._max_cache_tokens:
+            raise UserError(
+                f"{len(request.tokens)} tokens and max_new_tokens {request.max_new_tokens} exceed the "
+                f"cache of {self._max_cache_tokens} tokens; shorten the prompt or lower max_new_tokens"
+            )
+        self._waiting.append(_Row(key, request))
+
+    def cancel(self, key: Hashable) -> bool:
+        """Drop a request; it is not reported any more. False: there is none with this key."""
+        row = next((row for row in self._rows() if row.key == key), None)
+        if row is None:
+            return False
+        if row in self._waiting:
+            self._waiting.remove(row)
+        if row is self._prefilling:
+            self._prefilling = None
+        if row.slot is not None:
+            self._stopped.add(row.slot)
+        self._free(row)
+        return True
+
+    def abort(self) -> list[Hashable]:
+        """Drop all requests and everything on the device, as after an exception of `step`: their keys."""
+        keys = [row.key for row in self._rows()]
+        self._waiting.clear()
+        self._prefilling = None
+        self._reset()
+        return keys
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not been admitted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running()) + (self._prefilling is not None)
+
+    @property
+    def num_free(self) -> int:
+        """Requests that may be admitted besides the running ones, if there is cache for them."""
+        return self._max_rows - self.num_running
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has been answered."""
+        return not self._rows()
+
+    @property
+    def cache_tokens(self) -> int:
+        """Cache slots, one per token, that are allocated on the device; see max_cache_tokens."""
+        return 0 if self._state is None else len(self._slots) * self._state.cache.length
+
+    @property
+    def used_cache_tokens(self) -> int:
+        """Cache slots that hold tokens of running requests."""
+        return sum(len(r.request.tokens) + len(r.completion.ids) for r in self._running())
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def step(self, steps: int = CHUNK_STEPS) -> list[Progress]:
+        """Admit requests, decode up to `steps` tokens of each, and return the news of the chunk before.
+
+        A request whose prompt fails is reported with an error, and the others go on. After any
+        exception the batch is undefined: call `abort`.
+        """
+        self._finish_stopped()
+        self._shrink()
+        news = self._admit()
+        decoding = self._state is not None and bool(self._running())
+        if decoding:
+            self._decode(steps)
+        while len(self._unread) > decoding:
+            news += self._read(self._unread.popleft())
+        if not self._running():
+            self._reset()
+        return news
+
+    def close(self) -> None:
+        """Drop all requests; what is cached of the running ones goes to the prefix cache."""
+        for row in self._running():
+            self._store_prefix(row)
+        self.abort()
+
+    def _finish_stopped(self) -> None:
+        if self._stopped and self._state is not None:
+            rows = np.zeros(len(self._slots), bool)
+            rows[list(self._stopped)] = True
+            self._state = self._runner.finish_rows(self._state, rows)
+        self._stopped.clear()
+
+    def _decode(self, steps: int) -> None:
+        assert self._state is not None
+        stages = self._stages([row.request for row in self._running()])
+        self._state = self._runner.decode(self._state, stages, steps)
+        self._snapshot(self._state, self._slots)
+
+    def _snapshot(self, state: DecodeState, rows: Sequence[_Row | None]) -> None:
+        self._unread.append(_Unread(self._runner.snapshot(state), list(rows)))
+
+    def _read(self, unread: _Unread) -> list[Progress]:
+        """What a snapshot says; the slots of finished requests become free."""
+        rows = [None if row is None or row.finished else row for row in unread.rows]
+        news = []
+        for _, row, completion, done in read_snapshot(rows, unread.snapshot):
+            length = row.request.stop_check(completion.ids) if row.request.stop_check else None
+            if length is not None:
+                completion = truncate(completion, length)
+                if not done and row.slot is not None:
+                    self._stopped.add(row.slot)
+            row.completion = completion
+            finished = done or length is not None
+            if finished:
+                self._store_prefix(row)
+                self._free(row)
+            if finished or self._report_progress:
+                news.append(Progress(row.key, row.request, completion, finished))
+        return news
+
+    def _free(self, row: _Row) -> None:
+        row.finished = True
+        if row.slot is not None:
+            self._slots[row.slot] = None
+
+    def _reset(self) -> None:
+        """Free what is on the device."""
+        self._state, self._slots = None, []
+        self._stopped.clear()
+        self._unread.clear()
+
+    # --- admission --------------------------------------------------------------------------
+
+    def _admit(self) -> list[Progress]:
+        """Process prompts and put their rows into slots, as the limits allow: those that failed."""
+        if self._state is None and self._prefill_tokens is None and self._prefix_cache is None:
+            return self._admit_together()
+        failed: list[Progress] = []
+        limit, num_tokens = self._prefill_tokens, 0
+        while row := self._prefilling or self._next_waiting():
+            total = len(row.request.tokens)
+            stop = total if limit is None else min(total, row.num_cached + limit)
+            piece = bucket(stop - row.num_cached)
+            if limit is not None and num_tokens and num_tokens + piece > limit:
+                break
+            num_tokens += piece
+            try:
+                self._process(row, stop)
+            except Exception as e:
+                self._prefilling = None
+                failed.append(_failure(row, e))
+        return failed
+
+    def _admit_together(self) -> list[Progress]:
+        """The first rows of a batch, in one prefill."""
+        rows: list[_Row] = []
+        while self._waiting and len(rows) < self._max_rows:
+            if rows and self._exceeds_cache([*rows, self._waiting[0]]):
+                break
+            rows.append(self._waiting.popleft())
+        if not rows:
+            return []
+        requests = [row.request for row in rows]
+        try:
+            state = self._runner.prefill(requests, self._sizes(requests), self._stages(requests))
+        except Exception as e:
+            return [_failure(row, e) for row in rows]
+        self._start(rows, state)
+        return []
+
+    def _next_waiting(self) -> _Row | None:
+        """The first waiting row, if there is room for it."""
+        if not self._waiting or len(self._running()) >= self._max_rows:
+            return None
+        row = self._waiting[0]
+        if (
+            self._running()
+            and not self._has_room(row)
+            and self._exceeds_cache([*self._running(), row])
+        ):
+            return None
+        self._prefilling = self._waiting.popleft()
+        if self._prefix_cache is not None:
+            cached = self._prefix_cache.take(row.request, self._runner.leaves)
+            row.num_cached, row.cache = cached or (0, None)
+        return row
+
+    def _process(self, row: _Row, stop: int) -> None:
+        """Process a row's prompt up to a token; at its end the row gets a slot."""
+        request, total = row.request, len(row.request.tokens)
+        if stop < total:
+            length = bucket(-(-total // (stop - row.num_cached)) * (stop - row.num_cached))
+            sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
+            row.cache = self._prefill(row, section(request, 0, stop), sizes).cache
+            row.num_cached = stop
+            return
+        if self._state is None:
+            sizes = self._sizes([request])
+        else:  # the rest of the arrays is filled when the row is inserted
+            sizes = bucket_sizes([request])._replace(cache_length=bucket(total), max_new_tokens=1)
+        new = self._prefill(row, request, sizes)
+        self._prefilling = row.cache = None
+        if self._state is None:
+            self._start([row], new)
+            return
+        if self._report_progress:
+            self._snapshot(new, [row])
+        row.slot = self._free_slot(row)
+        self._slots[row.slot] = row
+        self._state = self._runner.insert(self._state, new, row.slot)
+        self._release_visual(row)
+
+    def _prefill(self, row: _Row, request: Request, sizes: BucketSizes) -> DecodeState:
+        stages = self._stages([request])
+        if row.cache is None:
+            return self._runner.prefill([request], sizes, stages)
+        cache, row.cache = row.cache, None
+        return self._runner.resume(cache, row.num_cached, request, sizes, stages)
+
+    def _start(self, rows: list[_Row], state: DecodeState) -> None:
+        """Begin a batch with these rows."""
+        self._state = state
+        self._slots = [*rows, *[None] * (state.ids.shape[0] - len(rows))]
+        for slot, row in enumerate(rows):
+            row.slot = slot
+            self._release_visual(row)
+        if self._report_progress:
+            self._snapshot(state, rows)
+
+    def _release_visual(self, row: _Row) -> None:
+        if self._prefix_cache is None:  # which compares them
+            row.request = replace(row.request, visual=None)
+
+    # --- sizes ------------------------------------------------------------------------------
+
+    def _free_slot(self, row: _Row) -> int:
+        """A free slot that the row fits into; the arrays grow if there is none."""
+        if not self._has_room(row):
+            rows = [*self._running(), row]
+            self._resize(self._num_rows(len(rows)), self._sizes([r.request for r in rows]))
+        return self._slots.index(None)
+
+    def _has_room(self, row: _Row) -> bool:
+        if None not in self._slots or self._state is None:
+            return False
+        needed = self._sizes([row.request])
+        return all(n <= size for n, size in zip(needed, _sizes_of(self._state), strict=True))
+
+    def _shrink(self) -> None:
+        """Use smaller arrays if a quarter is enough."""
+        rows = self._running()
+        if self._state is None or self._waiting or not rows:
+            return
+        num_rows, sizes = self._num_rows(len(rows)), self._sizes([row.request for row in rows])
+        if 4 * num_rows * sizes.cache_length <= self.cache_tokens:
+            self._resize(num_rows, sizes)
+
+    def _resize(self, num_rows: int, sizes: BucketSizes) -> None:
+        assert self._state is not None
+        current = _sizes_of(self._state)
+        sizes = BucketSizes(sizes.cache_length, *map(max, sizes[1:], current[1:]))
+        rows = self._running()
+        empty = [None] * (num_rows - len(rows))
+        self._state = self._runner.resize(self._state, [*(r.slot for r in rows), *empty], sizes)
+        self._slots = [*rows, *empty]
+        for slot, row in enumerate(rows):
+            row.slot = slot
+
+    def _num_rows(self, count: int) -> int:
+        return next_power_of_two(max(count, self._min_rows))
+
+    def _sizes(self, requests: Sequence[Request]) -> BucketSizes:
+        return BucketSizes(*map(max, bucket_sizes(requests), self._min_sizes))
+
+    def _exceeds_cache(self, rows: Sequence[_Row]) -> bool:
+        length = self._sizes([row.request for row in rows]).cache_length
+        limit = self._max_cache_tokens
+        return limit is not None and self._num_rows(len(rows)) * length > limit
+
+    def _stages(self, requests: Sequence[Request]) -> SamplingStages:
+        return self._fixed_stages or self._runner.stages(requests)
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def _running(self) -> list[_Row]:
+        return [row for row in self._slots if row is not None]
+
+    def _rows(self) -> list[_Row]:
+        prefilling = [] if self._prefilling is None else [self._prefilling]
+        return [*self._running(), *prefilling, *self._waiting]
+
+    def _store_prefix(self, row: _Row) -> None:
+        """Keep what is cached of a running row."""
+        state, ids = self._state, row.completion.ids
+        if self._prefix_cache is None or state is None or row.slot is None:
+            return
+        if row.completion.nonfinite or is_deleted(state.cache):
+            return
+        if len(self._slots) == 1 and not self._waiting:  # nothing else needs it
+            cache = state.cache
+            self._state, self._slots, row.slot = None, [], None
+        else:
+            length = bucket(len(row.request.tokens) + len(ids))
+            cache = self._runner.take_cache_row(state, row.slot, length)
+        self._prefix_cache.store(row.request, ids, cache, self._runner.leaves)
 
 
-def _stop_length(request: Request, completion: Completion) -> int | None:
-    """How many tokens a request's `stop_check` keeps; None to continue."""
-    return request.stop_check(completion.ids) if request.stop_check else None
+def _sizes_of(state: DecodeState) -> BucketSizes:
+    num_stops, stop_width = state.stop_sequences.shape[1:]
+    return BucketSizes(state.cache.length, state.ids.shape[1], num_stops, stop_width)
+
+
+def _failure(row: _Row, error: Exception) -> Progress:
+    """The news of a request whose prompt could not be processed."""
+    row.finished = True
+    return Progress(row.key, row.request, NOTHING, True, error)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.preprocess import error_context
-from minigpt4_jax.inference.requests import bucket, stack_visual
+from minigpt4_jax.inference.requests import bucket
+from minigpt4_jax.inference.visual_tokens import stack_visual
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.parallel.sharding import constrain, with_mesh
 from minigpt4_jax.processing.sequences import TokenSequence, build_row
@@ -110,7 +111,7 @@ class Scorer:
     """Compiled log-likelihood of answers. `state` is the model's parameters (nnx.state)."""
 
     def __init__(self, graphdef: Any, config: ModelConfig, mesh: Mesh | None):
-        self._width = config.llm.width
+        self._config = config
 
         def nll(state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
             return _summed_nll(nnx.merge(graphdef, state), batch, visual)
@@ -130,7 +131,11 @@ class Scorer:
             indices = by_length[start : start + SCORE_BATCH]
             batch = _score_batch([rows[i] for i in indices])
             padding = [None] * (len(batch.lengths) - len(indices))
-            stacked = stack_visual([*(visual[i] for i in indices), *padding], self._width)
+            stacked = stack_visual(
+                [*(visual[i] for i in indices), *padding],
+                self._config.visual_tokens,
+                self._config.llm.width,
+            )
             nll[indices] = self._nll(state, batch, stacked)[: len(indices)]
         return nll
 

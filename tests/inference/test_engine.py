@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import LlmConfig, ModelConfig, VisionConfig
 from minigpt4_jax.inference.engine import Engine
-from minigpt4_jax.inference.requests import Request, bucket, stack_visual
+from minigpt4_jax.inference.requests import Request, bucket
 from minigpt4_jax.inference.sampling import SamplingParams, required_stages
+from minigpt4_jax.inference.visual_tokens import stack_visual
 
 
 @cache
@@ -51,7 +52,7 @@ def test_cached_decoding_equals_a_full_forward_pass():
         )  # the prompts, then random tokens
         for i, (row, _) in enumerate(prompts):
             tokens[i, : len(row)] = continued[i, : len(row)] = row
-        visual = stack_visual([v for _, v in prompts] + [np.zeros((2 * P, 16))], 16)[:4]
+        visual = stack_visual([v for _, v in prompts] + [np.zeros((2 * P, 16))], P, 16)[:4]
         embeds = module.merge(continued, visual)
         expected = np.asarray(forward(embeds, lengths + 8))
         # Weights this large amplify rounding errors in places. Differences as large as those from
@@ -202,7 +203,9 @@ def test_slots_of_finished_rows_are_refilled():
 def test_progress_grows_to_the_final_ids():
     final = engine().generate(greedy_requests())
     ids = {i: [] for i in range(4)}
-    for i, request, completion, finished in engine().run(greedy_requests(), chunk=3, progress=True):
+    for i, request, completion, finished, _ in engine().run(
+        greedy_requests(), chunk=3, progress=True
+    ):
         assert list(request.tokens) == greedy_requests()[i].tokens
         assert completion.ids[: len(ids[i])] == ids[i]
         ids[i] = completion.ids

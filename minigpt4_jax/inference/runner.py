@@ -1,0 +1,211 @@
+"""The compiled programs of one model, and the operations of a running batch that use them.
+
+Every row has its own length, limits, stop sequences, sampling parameters and PRNG key, all of them
+arrays in `DecodeState`, so requests of any kind share a program. Sizes are rounded up to buckets,
+so that few programs are compiled. The cache is donated, so that decoding does not copy it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from minigpt4_jax.inference import programs
+from minigpt4_jax.inference.decode_state import (
+    PRNG,
+    BatchInputs,
+    DecodeState,
+    Snapshot,
+    finish_rows,
+    insert,
+    resize,
+    take_cache_row,
+    take_snapshot,
+)
+from minigpt4_jax.inference.requests import (
+    BucketSizes,
+    Request,
+    bucket,
+    bucket_sizes,
+    section,
+)
+from minigpt4_jax.inference.sampling import SamplingStages, required_stages, stack_sampling_params
+from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
+from minigpt4_jax.inference.visual_tokens import stack_visual
+from minigpt4_jax.models.kv_cache import KVCache, grow_cache
+from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.parallel.sharding import with_mesh
+from minigpt4_jax.utils.rounding import next_power_of_two
+
+UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
+
+
+class ModelRunner:
+    """Compiled programs of one model. Parameters of the same shapes can be swapped in."""
+
+    def __init__(self, model: MiniGpt, mesh: Mesh | None = None):
+        """mesh: the mesh that the parameters lie on; None for one device."""
+        self.config = model.config
+        self._graphdef, state = nnx.split(model)
+        self._leaves, self._treedef = jax.tree.flatten(state)
+
+        def compiled(program: Callable[..., Any], **options: Any) -> Any:
+            """program(model, ...) as a compiled function of (leaves, ...)."""
+
+            @wraps(program)
+            def of_leaves(leaves: list[jax.Array], *args: Any) -> Any:
+                return program(self._model(leaves), *args)
+
+            return jax.jit(with_mesh(of_leaves, mesh), **options)
+
+        self._prefill = compiled(programs.prefill, static_argnums=(2, 3, 4))
+        self._resume = compiled(programs.resume, static_argnums=(4, 5), donate_argnums=(1,))
+        self._decode = compiled(programs.decode, static_argnums=(3,), donate_argnums=(1,))
+        self._search = compiled(programs.search, static_argnums=(4, 5, 6))
+        self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
+        self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
+        self._resize = jax.jit(with_mesh(resize, mesh), static_argnums=(2,))
+        self._take_cache_row = jax.jit(with_mesh(take_cache_row, mesh), static_argnums=(2,))
+        self._finish_rows = jax.jit(with_mesh(finish_rows, mesh), donate_argnums=(0,))
+        self._snapshot = jax.jit(with_mesh(take_snapshot, mesh))
+
+    def _model(self, leaves: list[jax.Array]) -> MiniGpt:
+        model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+        return model
+
+    @property
+    def vocab(self) -> int:
+        """V: the size of the vocabulary."""
+        return self.config.llm.vocab
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The parameters; another list after `set_parameters`."""
+        return self._leaves
+
+    def set_parameters(self, model: MiniGpt) -> None:
+        """Use the parameters of another model of the same structure; nothing is compiled again."""
+        self._leaves = jax.tree.leaves(nnx.state(model))
+
+    def prefill(
+        self,
+        requests: Sequence[Request],
+        sizes: BucketSizes | None = None,
+        stages: SamplingStages | None = None,
+    ) -> DecodeState:
+        """Process the prompts and choose each row's first token."""
+        sizes = sizes or bucket_sizes(requests)
+        stages = stages or self.stages(requests)
+        return self.prefill_inputs(self.batch_inputs(requests, sizes), sizes, stages)
+
+    def prefill_inputs(
+        self, inputs: BatchInputs, sizes: BucketSizes, stages: SamplingStages
+    ) -> DecodeState:
+        """As `prefill`, of arrays."""
+        state: DecodeState = self._prefill(
+            self._leaves, inputs, sizes.cache_length, sizes.max_new_tokens, stages
+        )
+        return state
+
+    def resume(
+        self,
+        cache: KVCache,
+        length: int,
+        request: Request,
+        sizes: BucketSizes | None = None,
+        stages: SamplingStages | None = None,
+    ) -> DecodeState:
+        """As `prefill` of one request whose first `length` tokens are in a cache, which is donated."""
+        sizes, stages = sizes or bucket_sizes([request]), stages or self.stages([request])
+        inputs = self.batch_inputs([section(request, length)], sizes)
+        cache_length = max(sizes.cache_length, bucket(length + inputs.tokens.shape[1]))
+        if cache_length > cache.length:
+            cache = self._grow_cache(cache, cache_length)
+        return self.extend(cache, inputs, length, sizes.max_new_tokens, stages)
+
+    def extend(
+        self,
+        cache: KVCache,
+        inputs: BatchInputs,
+        length: int,
+        max_new_tokens: int,
+        stages: SamplingStages,
+    ) -> DecodeState:
+        """As `prefill` of rows whose first `length` positions are in `cache`, which is donated.
+
+        inputs: what follows these positions. max_new_tokens: N of the bucket.
+        """
+        state: DecodeState = self._resume(
+            self._leaves, cache, inputs, length, max_new_tokens, stages
+        )
+        return state
+
+    def decode(
+        self, state: DecodeState, stages: SamplingStages, steps: int = UNLIMITED_STEPS
+    ) -> DecodeState:
+        """Up to `steps` more tokens for every row that is not done. `state` is donated."""
+        state = self._decode(self._leaves, state, steps, stages)
+        return state
+
+    def insert(self, state: DecodeState, new: DecodeState, slot: int) -> DecodeState:
+        """`state` with the row of `new`, which has one, in a slot. `state` is donated."""
+        state = self._insert(state, new, slot)
+        return state
+
+    def resize(
+        self, state: DecodeState, rows: Sequence[int | None], sizes: BucketSizes
+    ) -> DecodeState:
+        """These rows of a state as a batch of other sizes; None is an empty row."""
+        index = np.array([-1 if row is None else row for row in rows], np.int32)
+        state = self._resize(state, index, sizes)
+        return state
+
+    def finish_rows(self, state: DecodeState, rows: np.ndarray) -> DecodeState:
+        """`state` with the rows [B] that are True done. `state` is donated."""
+        state = self._finish_rows(state, rows)
+        return state
+
+    def snapshot(self, state: DecodeState) -> Snapshot:
+        """A copy of what the host reads, which stays valid when `state` is donated."""
+        snapshot: Snapshot = self._snapshot(state)
+        return snapshot
+
+    def take_cache_row(self, state: DecodeState, slot: int, length: int) -> KVCache:
+        """A copy of the first `length` slots, or all if there are fewer, of a row's cache."""
+        cache: KVCache = self._take_cache_row(state.cache, slot, min(length, state.cache.length))
+        return cache
+
+    def stages(self, requests: Sequence[Request]) -> SamplingStages:
+        """The sampling stages that these requests need."""
+        return required_stages([request.sampling for request in requests], self.vocab)
+
+    def batch_inputs(
+        self, requests: Sequence[Request], sizes: BucketSizes | None = None
+    ) -> BatchInputs:
+        """The requests as padded arrays."""
+        sizes = sizes or bucket_sizes(requests)
+        b = next_power_of_two(len(requests))
+        padding = Request(tokens=[0], max_new_tokens=0)
+        rows = [*requests, *[padding] * (b - len(requests))]
+        lengths = np.array([len(row.tokens) for row in rows], np.int32)
+        tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
+        for target, row in zip(tokens, rows, strict=True):
+            target[: len(row.tokens)] = row.tokens
+        seeds = jnp.asarray([row.seed % (1 << 32) for row in rows], jnp.uint32)
+        return BatchInputs(
+            tokens, lengths,
+            stack_visual(
+                [row.visual for row in rows], self.config.visual_tokens, self.config.llm.width
+            ),
+            np.array([row.max_new_tokens for row in rows], np.int32),
+            stack_stop_sequences(
+                [row.stop_sequences for row in rows], sizes.num_stops, sizes.stop_width
+            ),
+            jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
+            stack_sampling_params([row.sampling for row in rows]),
+        )  # fmt: skip
