@@ -2,6 +2,7 @@
 change the sizes, finish rows, and copy out what the host reads."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -104,15 +105,14 @@ def insert(state: DecodeState, new: DecodeState, slot: jax.Array) -> DecodeState
     def put(old: jax.Array, row: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, row, slot, axis)
 
-    def put_cache(old: jax.Array, row: jax.Array) -> jax.Array:
-        row = jax.lax.slice_in_dim(
+    def cut_cache(row: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(
             row, 0, min(length, row.shape[rows_axis + 2]), axis=rows_axis + 2
         )
-        return jax.lax.dynamic_update_slice(
-            old, row, [slot if axis == rows_axis else 0 for axis in range(old.ndim)]
-        )
 
-    cache = jax.tree.map(put_cache, state.cache, new.cache)
+    # The whole row is overwritten: what an earlier one left may be NaN, which no mask removes.
+    cut = jax.tree.map(cut_cache, new.cache)
+    cache = jax.tree.map(partial(put, axis=rows_axis), state.cache, grow_cache(cut, length))
     new = _pad_fields(new, *state.ids.shape[1:], *state.stop_sequences.shape[1:])
     keys = put(jax.random.key_data(state.keys), jax.random.key_data(new.keys))
     others = [s._replace(cache=None, keys=None) for s in (state, new)]

@@ -115,7 +115,9 @@ class Model:
         config: the model's configuration.
         tokenizer: the language model's tokenizer.
         engine: the generation engine, for token ids instead of text.
+        mesh: the mesh that the parameters lie on; None for one device.
         exif: whether images are rotated as their EXIF orientation says.
+        int8_cache: whether keys and values are stored in 8 bits.
     """
 
     def __init__(
@@ -128,12 +130,13 @@ class Model:
         exif: bool = False,
     ):
         """mesh: the mesh that the module's parameters lie on; None for one device. exif: see `load`."""
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.engine = Engine(module, mesh)
         self._state = nnx.state(module)
         graphdef = nnx.graphdef(module)
         self._encoder = ImageEncoder(graphdef, config, mesh)
         self.exif = exif
+        self.int8_cache = module.llm.int8_cache
         self._scorer = Scorer(graphdef, config, mesh)
 
     def set_module(self, module: MiniGpt) -> None:

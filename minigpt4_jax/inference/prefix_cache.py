@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from minigpt4_jax.config import IMAGE
@@ -25,8 +26,9 @@ class PrefixCache:
     They stay on the device until they are taken, replaced, cleared or garbage-collected.
     """
 
-    def __init__(self, max_entries: int = 1) -> None:
-        self._max_entries = max_entries
+    def __init__(self, max_entries: int = 1, max_tokens: int | None = None) -> None:
+        """max_tokens: of all entries together, see `num_tokens`."""
+        self._max_entries, self._max_tokens = max_entries, max_tokens
         self._entries: list[_Entry] = []  # oldest first
 
     @property
@@ -42,12 +44,15 @@ class PrefixCache:
         tokens = [*request.tokens, *generated[:-1]]
         self._entries.append(_Entry(tokens, request.visual, cache, leaves))
         del self._entries[: -self._max_entries]
+        while self._max_tokens is not None and self.num_tokens > self._max_tokens:
+            del self._entries[0]
 
     def take(self, request: Request, leaves: list[jax.Array]) -> tuple[int, KVCache] | None:
         """How many tokens of a request are cached, and the cache, which may be donated.
 
-        The entry that shares most is removed. None if none saves much or belongs to these parameters;
-        then the oldest makes room, if there are as many as there may be.
+        The entry that shares most is removed if the request continues all of it, or there is only room
+        for one; else a copy is returned, as others may continue it. None if none saves much or belongs
+        to these parameters; then the oldest makes room, if there are as many as there may be.
         """
         self._entries = [e for e in self._entries if e.leaves is leaves and not is_deleted(e.cache)]
         lengths = [
@@ -61,11 +66,21 @@ class PrefixCache:
         if best is None or bucket(total - length) >= bucket(total):
             del self._entries[: max(0, len(self._entries) - self._max_entries + 1)]
             return None
-        return length, self._entries.pop(best).cache
+        entry = self._entries.pop(best)
+        if self._max_entries == 1 or length >= len(entry.tokens):
+            return length, entry.cache
+        self._entries.append(entry)
+        return length, _copy(entry.cache)
 
     def clear(self) -> None:
         """Free the caches."""
         self._entries.clear()
+
+
+@jax.jit
+def _copy(cache: KVCache) -> KVCache:
+    copied: KVCache = jax.tree.map(jnp.copy, cache)
+    return copied
 
 
 def is_deleted(cache: KVCache) -> bool:

@@ -52,6 +52,7 @@ class Progress(NamedTuple):
     completion: Completion  # so far
     finished: bool
     error: Exception | None = None  # why its prompt could not be processed; then it is finished
+    num_cached: int = 0  # tokens of the prompt that were in the prefix cache
 
 
 class BucketSizes(NamedTuple):

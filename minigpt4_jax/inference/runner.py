@@ -97,11 +97,13 @@ class ModelRunner:
         requests: Sequence[Request],
         sizes: BucketSizes | None = None,
         stages: SamplingStages | None = None,
+        prompt_size: int | None = None,
     ) -> DecodeState:
-        """Process the prompts and choose each row's first token."""
+        """Process the prompts and choose each row's first token. prompt_size: see `batch_inputs`."""
         sizes = sizes or bucket_sizes(requests)
         stages = stages or self.stages(requests)
-        return self.prefill_inputs(self.batch_inputs(requests, sizes), sizes, stages)
+        inputs = self.batch_inputs(requests, sizes, prompt_size)
+        return self.prefill_inputs(inputs, sizes, stages)
 
     def prefill_inputs(
         self, inputs: BatchInputs, sizes: BucketSizes, stages: SamplingStages
@@ -119,11 +121,14 @@ class ModelRunner:
         request: Request,
         sizes: BucketSizes | None = None,
         stages: SamplingStages | None = None,
+        prompt_size: int | None = None,
     ) -> DecodeState:
         """As `prefill` of one request whose first `length` tokens are in a cache, which is donated."""
         sizes, stages = sizes or bucket_sizes([request]), stages or self.stages([request])
-        inputs = self.batch_inputs([section(request, length)], sizes)
-        cache_length = max(sizes.cache_length, bucket(length + inputs.tokens.shape[1]))
+        inputs = self.batch_inputs([section(request, length)], sizes, prompt_size)
+        cache_length = sizes.cache_length
+        if prompt_size is None:
+            cache_length = max(cache_length, bucket(length + inputs.tokens.shape[1]))
         if cache_length > cache.length:
             cache = self._grow_cache(cache, cache_length)
         return self.extend(cache, inputs, length, sizes.max_new_tokens, stages)
@@ -185,22 +190,29 @@ class ModelRunner:
         return required_stages([request.sampling for request in requests], self.vocab)
 
     def batch_inputs(
-        self, requests: Sequence[Request], sizes: BucketSizes | None = None
+        self,
+        requests: Sequence[Request],
+        sizes: BucketSizes | None = None,
+        prompt_size: int | None = None,
     ) -> BatchInputs:
-        """The requests as padded arrays."""
+        """The requests as padded arrays.
+
+        prompt_size: pads tokens and visual tokens to T, so that the number of images changes no shape.
+        """
         sizes = sizes or bucket_sizes(requests)
         b = next_power_of_two(len(requests))
         padding = Request(tokens=[0], max_new_tokens=0)
         rows = [*requests, *[padding] * (b - len(requests))]
         lengths = np.array([len(row.tokens) for row in rows], np.int32)
-        tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
+        tokens = np.zeros((b, prompt_size or bucket(int(lengths.max()))), np.int32)
         for target, row in zip(tokens, rows, strict=True):
             target[: len(row.tokens)] = row.tokens
         seeds = jnp.asarray([row.seed % (1 << 32) for row in rows], jnp.uint32)
         return BatchInputs(
             tokens, lengths,
             stack_visual(
-                [row.visual for row in rows], self.config.visual_tokens, self.config.llm.width
+                [row.visual for row in rows], self.config.visual_tokens, self.config.llm.width,
+                prompt_size,
             ),
             np.array([row.max_new_tokens for row in rows], np.int32),
             stack_stop_sequences(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.decode_state import DecodeState, Snapshot, read_snapshot, truncate
 from minigpt4_jax.inference.prefix_cache import PrefixCache, is_deleted
 from minigpt4_jax.inference.requests import (
@@ -44,6 +45,7 @@ class _Row:
     finished: bool = False
     num_cached: int = 0  # tokens of the prompt in `cache`, while it is processed in pieces
     cache: KVCache | None = None
+    num_reused: int = 0  # tokens of the prompt that were in the prefix cache
 
 
 class _Unread(NamedTuple):
@@ -78,6 +80,7 @@ class RunningBatch:
         prefill_tokens: int | None = None,
         prefix_cache: PrefixCache | None = None,
         stages: SamplingStages | None = None,
+        shapes: BatchShapes | None = None,
         report_progress: bool = True,
     ):
         """
@@ -93,12 +96,15 @@ class RunningBatch:
                 stored in it.
             stages: sampling stages that all requests to come need together. By default those of the
                 running requests.
+            shapes: the only sizes and stages that are used; min_rows, min_sizes and stages then have no
+                effect. Needs prefill_tokens, the longest of its prompts.
             report_progress: also report unfinished requests.
         """
         self._runner, self._max_rows, self._min_rows = runner, max_rows, min_rows
         self._min_sizes, self._max_cache_tokens = min_sizes, max_cache_tokens
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
         self._fixed_stages, self._report_progress = stages, report_progress
+        self._shapes = shapes
         self._waiting: deque[_Row] = deque()
         self._prefilling: _Row | None = None  # a prompt of which a part is processed
         self._state: DecodeState | None = None
@@ -233,7 +239,8 @@ class RunningBatch:
                 self._store_prefix(row)
                 self._free(row)
             if finished or self._report_progress:
-                news.append(Progress(row.key, row.request, completion, finished))
+                progress = Progress(row.key, row.request, completion, finished)
+                news.append(progress._replace(num_cached=row.num_reused))
         return news
 
     def _free(self, row: _Row) -> None:
@@ -258,7 +265,7 @@ class RunningBatch:
         while row := self._prefilling or self._next_waiting():
             total = len(row.request.tokens)
             stop = total if limit is None else min(total, row.num_cached + limit)
-            piece = bucket(stop - row.num_cached)
+            piece = self._piece_size(row, stop) or bucket(stop - row.num_cached)
             if limit is not None and num_tokens and num_tokens + piece > limit:
                 break
             num_tokens += piece
@@ -301,6 +308,7 @@ class RunningBatch:
         if self._prefix_cache is not None:
             cached = self._prefix_cache.take(row.request, self._runner.leaves)
             row.num_cached, row.cache = cached or (0, None)
+            row.num_reused = row.num_cached
         return row
 
     def _process(self, row: _Row, stop: int) -> None:
@@ -319,6 +327,9 @@ class RunningBatch:
         new = self._prefill(row, request, sizes)
         self._prefilling = row.cache = None
         if self._state is None:
+            if self._shapes is not None:
+                slots = [0, *[None] * (self._num_rows(1) - 1)]
+                new = self._runner.resize(new, slots, self._sizes([request]))
             self._start([row], new)
             return
         if self._report_progress:
@@ -328,12 +339,32 @@ class RunningBatch:
         self._state = self._runner.insert(self._state, new, row.slot)
         self._release_visual(row)
 
+    def _piece_size(self, row: _Row, stop: int) -> int | None:
+        """The padded number of prompt tokens from what is cached to `stop`, if shapes decide it."""
+        if self._shapes is None:
+            return None
+        return self._shapes.prompt(stop - row.num_cached, resumed=row.cache is not None)
+
     def _prefill(self, row: _Row, request: Request, sizes: BucketSizes) -> DecodeState:
+        if self._shapes is not None:
+            return self._prefill_in_shapes(self._shapes, row, request)
         stages = self._stages([request])
         if row.cache is None:
             return self._runner.prefill([request], sizes, stages)
         cache, row.cache = row.cache, None
         return self._runner.resume(cache, row.num_cached, request, sizes, stages)
+
+    def _prefill_in_shapes(self, shapes: BatchShapes, row: _Row, request: Request) -> DecodeState:
+        """As `_prefill`. request: up to the last token of this piece."""
+        size = shapes.prompt(len(request.tokens) - row.num_cached, resumed=row.cache is not None)
+        stages = shapes.stages[-1]  # one program for all requests
+        if row.cache is None:
+            return self._runner.prefill([request], shapes.with_cache(size), stages, size)
+        cache, row.cache = row.cache, None
+        sizes = shapes.with_cache(max(len(row.request.tokens), cache.length))
+        # The padded piece must lie within the cache: it may repeat some tokens.
+        start = min(row.num_cached, sizes.cache_length - size)
+        return self._runner.resume(cache, start, request, sizes, stages, size)
 
     def _start(self, rows: list[_Row], state: DecodeState) -> None:
         """Begin a batch with these rows."""
@@ -385,9 +416,13 @@ class RunningBatch:
             row.slot = slot
 
     def _num_rows(self, count: int) -> int:
+        if self._shapes is not None:
+            return self._shapes.num_rows(count)
         return next_power_of_two(max(count, self._min_rows))
 
     def _sizes(self, requests: Sequence[Request]) -> BucketSizes:
+        if self._shapes is not None:
+            return self._shapes.sizes(requests)
         return BucketSizes(*map(max, bucket_sizes(requests), self._min_sizes))
 
     def _exceeds_cache(self, rows: Sequence[_Row]) -> bool:
@@ -396,6 +431,8 @@ class RunningBatch:
         return limit is not None and self._num_rows(len(rows)) * length > limit
 
     def _stages(self, requests: Sequence[Request]) -> SamplingStages:
+        if self._shapes is not None:
+            return self._shapes.choose_stages(requests)
         return self._fixed_stages or self._runner.stages(requests)
 
     # --- rows -------------------------------------------------------------------------------
@@ -418,7 +455,8 @@ class RunningBatch:
             cache = state.cache
             self._state, self._slots, row.slot = None, [], None
         else:
-            length = bucket(len(row.request.tokens) + len(ids))
+            length = len(row.request.tokens) + len(ids)
+            length = bucket(length) if self._shapes is None else self._shapes.with_cache(length)[0]
             cache = self._runner.take_cache_row(state, row.slot, length)
         self._prefix_cache.store(row.request, ids, cache, self._runner.leaves)
 

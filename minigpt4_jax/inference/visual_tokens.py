@@ -13,15 +13,18 @@ from minigpt4_jax.utils.rounding import next_power_of_two
 VisualTokens: TypeAlias = np.ndarray | jax.Array  # [I * P, D], float32 or the model's dtype
 
 
-def stack_visual(rows: Sequence[VisualTokens | None], per_image: int, width: int) -> Any:
+def stack_visual(
+    rows: Sequence[VisualTokens | None], per_image: int, width: int, length: int | None = None
+) -> Any:
     """Visual tokens [I * P, D] of each row, or None -> [B, I * P, D], zero-padded.
 
-    per_image: P. I is rounded up to a power of two, so that few shapes are compiled. Arrays of the
-    device are stacked there.
+    per_image: P. I is rounded up to a power of two, so that few shapes are compiled. length: I * P
+    instead. Arrays of the device are stacked there.
     """
-    most = max((0 if visual is None else len(visual) for visual in rows), default=0)
-    num_images = -(-most // per_image)
-    length = next_power_of_two(num_images) * per_image if num_images else 0
+    if length is None:
+        most = max((0 if visual is None else len(visual) for visual in rows), default=0)
+        num_images = -(-most // per_image)
+        length = next_power_of_two(num_images) * per_image if num_images else 0
     on_device = next((visual for visual in rows if isinstance(visual, jax.Array)), None)
     if on_device is None:
         stacked = np.zeros((len(rows), length, width), np.float32)

@@ -36,6 +36,13 @@ class RequestError(Exception):
         names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         return names.get(self.status, INVALID if self.status < 500 else SERVER)
 
+    def headers(self) -> dict[str, str]:
+        """The headers of the response."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
     def body(self) -> dict[str, Any]:
         """The error object of OpenAI's API."""
         error = {

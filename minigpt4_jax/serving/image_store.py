@@ -30,12 +30,12 @@ class ImageStore:
             self._encoded.move_to_end(image.digest)
         return [self._encoded[image.digest] for image in images]
 
-    def encode(self, images: Sequence[ImageInput], at_most: int) -> None:
-        """Encode up to `at_most` of those that are not known. Others make room, but not these."""
+    def encode(self, images: Sequence[ImageInput], at_most: int) -> int:
+        """Encode up to `at_most` of those that are not known: how many. Others make room, not these."""
         new = {image.digest: image.pixels for image in images}
         missing = [digest for digest in new if digest not in self._encoded][:at_most]
         if not missing:
-            return
+            return 0
         visual = self._model.encode_pixels([new[digest] for digest in missing])
         for digest, tokens in zip(missing, visual, strict=True):
             self._encoded[digest] = tokens.copy()  # not a view that keeps the others alive
@@ -44,3 +44,4 @@ class ImageStore:
             if oldest is None:
                 break
             del self._encoded[oldest]
+        return len(missing)

@@ -77,6 +77,8 @@ class Generation(Work):
         streamed: whether every few tokens are published, or only the finished answer.
         first_token, finished: when, as time.monotonic(); None until then.
         cached_tokens: how many tokens of the prompt were in the prefix cache.
+        num_tokens: of the answer so far; fewer than before after a restart.
+        restarts: how often it was begun again because the device failed.
     """
 
     def __init__(
@@ -92,20 +94,29 @@ class Generation(Work):
         self.request, self.streamed = request, streamed
         self.first_token: float | None = None
         self.finished: float | None = None
-        self.cached_tokens = 0
+        self.cached_tokens = self.num_tokens = self.restarts = 0
+        self._last_published: float | None = None
         self._latest: Completion | None = None
 
-    def publish(self, completion: Completion, *, finished: bool) -> None:
-        """Called by the scheduler with the answer so far. An answer only grows."""
+    def publish(self, completion: Completion, *, finished: bool) -> tuple[int, float | None]:
+        """Called by the scheduler with the answer so far.
+
+        Returns how many tokens are new, and seconds since the last of them; None for the first.
+        """
         now = time.monotonic()
+        new = max(0, len(completion.ids) - self.num_tokens)
+        gap = None if self._last_published is None else now - self._last_published
         if completion.ids and self.first_token is None:
             self.first_token = now
+        if new:
+            self.num_tokens, self._last_published = len(completion.ids), now
         self._latest = completion
         if finished:
             self.finished = now
             self._end()
         elif self.streamed:
             self._notify()
+        return new, gap
 
     async def updates(self) -> AsyncIterator[tuple[Completion, bool]]:
         """(the answer so far, whether it is finished), whenever it has grown.

@@ -1,23 +1,23 @@
 """Continuous batching for a server: one thread that owns the device and all running answers.
 
 Each step of the thread processes some prompt tokens of new requests, dispatches a few decoding steps for
-all running answers, and then reads the tokens of the step before, while the device works. So answers
-go on while long prompts are processed, and requests join and leave at any step.
+all running answers, and reads the tokens of the step before (inference/running_batch.py). Images are
+encoded, and functions of others called, between two steps.
 """
 
 import logging
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
-from jax.sharding import Mesh
 
 from minigpt4_jax.config import IMAGE
-from minigpt4_jax.inference.decode_state import Snapshot, read_snapshot, truncate
+from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.model import Model
+from minigpt4_jax.inference.prefix_cache import PrefixCache
+from minigpt4_jax.inference.requests import Progress
+from minigpt4_jax.inference.running_batch import RunningBatch
 from minigpt4_jax.serving.errors import (
     RequestError,
     device_failure,
@@ -28,13 +28,13 @@ from minigpt4_jax.serving.errors import (
 )
 from minigpt4_jax.serving.image_store import ImageStore
 from minigpt4_jax.serving.jobs import DeviceCall, Generation, WaitingQueue, Work
-from minigpt4_jax.serving.prefill import Prefill
-from minigpt4_jax.serving.prefix_store import PrefixStore, prompt_key
-from minigpt4_jax.serving.shapes import Shapes
-from minigpt4_jax.serving.slots import Slots, copy_cache, total_length
+from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.utils.text import one_line
 
 log = logging.getLogger(__name__)
-MAX_FAILURES = 3  # of the device in a row, after which all running requests are ended
+MAX_STARTING = 4  # requests in the batch whose prompts are still to be processed
+MAX_RESTARTS = 3  # of an answer, beside which the device failed
+MAX_FAILURES = 8  # of the device without a token in between, after which the server is not healthy
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class SchedulerConfig:
         max_queue: requests that wait for their turn; more are refused.
         context: tokens of a prompt and its answer together.
         max_new_tokens: tokens of an answer.
-        cache_tokens: positions of the key-value cache of all running answers together.
-        prefix_tokens: positions of the caches of earlier prompts, which are kept beside that.
-        prefill_tokens: prompt tokens processed between two decoding steps, and at a time: less makes
-            the gaps between the tokens of running answers shorter, more starts new ones sooner.
-        decode_steps: decoding steps between two looks at new requests.
-        encode_images: images encoded between two decoding steps.
+        cache_tokens: slots of the key-value cache of all running answers together.
+        prefix_tokens: cache slots of finished requests, which are kept beside that.
+        prefill_tokens: prompt tokens processed in a step: fewer make the gaps between the tokens of
+            running answers shorter, more start new ones sooner.
+        decode_steps: tokens of every answer in a step.
+        encode_images: images encoded in a step.
         image_bytes: visual tokens kept in the host's memory.
     """
 
@@ -70,28 +70,36 @@ class SchedulerConfig:
 class Scheduler:
     """Answers requests of many clients with one model.
 
-    `submit` and `stop` are called from an event loop; a thread does the rest.
+    `submit` and `stop` are called from outside; a thread does the rest.
+
+    Attributes:
+        shapes: the sizes of the programs that run.
+        accepting: whether requests are taken; False once the server stops.
     """
 
-    def __init__(self, model: Model, config: SchedulerConfig, mesh: Mesh | None = None):
-        self.model, self.config = model, config
-        self.shapes = Shapes(
-            config.context, config.max_rows, config.max_new_tokens, config.prefill_tokens
-        )
+    def __init__(self, model: Model, config: SchedulerConfig):
+        self.model, self.config, self.metrics = model, config, Metrics()
+        self.shapes = BatchShapes(
+            model.engine.vocab, max_rows=config.max_rows, context=config.context,
+            max_new_tokens=config.max_new_tokens, prefill_tokens=config.prefill_tokens,
+        )  # fmt: skip
+        self.prefixes = PrefixCache(max_entries=1024, max_tokens=config.prefix_tokens)
+        self.batch = RunningBatch(
+            model.engine, config.max_rows, max_cache_tokens=config.cache_tokens,
+            prefill_tokens=self.shapes.prompts[-1], prefix_cache=self.prefixes, shapes=self.shapes,
+        )  # fmt: skip
         self.queue = WaitingQueue(config.max_queue)
-        self.slots = Slots(model.engine, mesh, self.shapes, config.cache_tokens)
         self.images = ImageStore(model, config.image_bytes)
-        self.prefixes = PrefixStore(config.prefix_tokens)
-        self._copy_cache = copy_cache(mesh)
         self._next: Work | None = None  # taken from the queue; its images are being encoded
-        self._prefills: list[Prefill] = []
-        # Dispatched and not yet read: the owners of the rows, and a copy of the state.
-        self._dispatched: deque[tuple[list[Generation | None], Snapshot]] = deque()
-        self._failures = 0  # of the device, without a token in between
-        self._accepting, self._stopping = True, False
+        self._running: list[Generation] = []  # in the batch, in the order of admission
+        self._suspects: list[Generation] = []  # one of them made the device fail
+        self._on_trial: Generation | None = None  # the suspect that was admitted last
+        self._failures = 0
+        self.accepting, self._stopping = True, False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.metrics.watch(self)
 
-    # --- called by the event loop ---------------------------------------------------------------
+    # --- called from outside ------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread."""
@@ -99,22 +107,13 @@ class Scheduler:
 
     def submit(self, *work: Work) -> None:
         """Queue work, all of it or none. RequestError: too long, the queue is full, the server stops."""
-        if not self._accepting:
+        if not self.accepting:
             raise shutting_down()
         for job in work:
             if isinstance(job, Generation):
                 self.check_length(len(job.request.tokens), job.request.max_new_tokens)
         if not self.queue.add_all(work):
-            raise queue_full(len(self.queue), self._retry_after())
-
-    def _retry_after(self) -> int:
-        """Seconds until some of the waiting requests have been answered, roughly."""
-        return 1 + len(self.queue) // max(1, self.config.max_rows)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+            raise queue_full(len(self.queue), 1 + len(self.queue) // self.config.max_rows)
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """RequestError: a prompt and an answer of these lengths exceed a limit."""
@@ -131,26 +130,36 @@ class Scheduler:
                 "max_tokens",
             )
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and the device computes."""
+        return self._thread.is_alive() and self._failures < MAX_FAILURES
+
+    @property
+    def num_running(self) -> int:
+        """Answers that are being generated."""
+        return len(self._running)
+
     def stop(self, seconds: float) -> bool:
         """Accept nothing more, answer what waits and runs for at most some seconds, end the thread.
 
         Returns whether everything was answered.
         """
-        self._accepting = False
+        self.accepting = False
         end = time.monotonic() + seconds
-        while self.alive and self._busy() and time.monotonic() < end:
+        while self._thread.is_alive() and self._busy() and time.monotonic() < end:
             time.sleep(0.02)
-        finished = not self._busy()
+        answered = not self._busy()
         self._stopping = True
         self.queue.wake()
-        if self.alive:
+        if self._thread.is_alive():
             self._thread.join(timeout=60)
-        return finished
+        return answered
 
     def _busy(self) -> bool:
-        return bool(len(self.queue) or self._next or self._prefills or self.slots.running)
+        return bool(len(self.queue) or self._next or self._suspects or self._running)
 
-    # --- the thread -------------------------------------------------------------------------------
+    # --- the thread ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping:
@@ -164,39 +173,33 @@ class Scheduler:
 
     def _step(self) -> None:
         self._drop_ended()
-        self._insert_prefilled()
-        self._start_waiting()
-        self._advance_prefills()
-        running = self.slots.running
-        if running:
-            snapshot = self.slots.decode(self.config.decode_steps)
-            self._dispatched.append((list(self.slots.owners), snapshot))
-        while len(self._dispatched) > (1 if running else 0):
-            self._read(*self._dispatched.popleft())
-        if not (len(self.queue) or self._next or self._prefills):
-            self.slots.shrink()
+        if self._suspects or self._on_trial:
+            self._admit_suspect()
+        else:
+            self._admit()
+        if not self.batch.is_idle:
+            for progress in self.batch.step(self.config.decode_steps):
+                self._publish(progress)
 
     def _drop_ended(self) -> None:
         """Drop work that nobody waits for any more, or whose time is over."""
         self.queue.drop_ended()
         if self._next is not None and self._has_ended(self._next):
             self._next = None
-        self._prefills = [p for p in self._prefills if not self._has_ended(p.job)]
-        ended = [job for job in self.slots.running if self._has_ended(job)]
-        if ended:
-            self.slots.finish(ended)
-            for job in ended:
-                self.slots.free(job)
+        self._suspects = [job for job in self._suspects if not self._has_ended(job)]
+        for job in [job for job in self._running if self._has_ended(job)]:
+            self.batch.cancel(job)
+            self._running.remove(job)
 
     def _has_ended(self, work: Work) -> bool:
-        if not work.cancelled and work.expired:
+        if not (work.cancelled or work.ended) and work.expired:
             work.fail(timed_out(work.timeout))
         return work.cancelled or work.ended
 
-    # --- new requests -----------------------------------------------------------------------------
+    # --- admission ----------------------------------------------------------------------------------
 
-    def _start_waiting(self) -> None:
-        """Take requests from the queue whose turn it is and which find a place, and encode images."""
+    def _admit(self) -> None:
+        """Move requests whose turn it is to the batch, and encode their images."""
         budget = self.config.encode_images
         while budget > 0:
             work = self._next = self._next or self._take()
@@ -205,154 +208,104 @@ class Scheduler:
             try:
                 visual = self.images.get(work.images)
                 if visual is None:
-                    self.images.encode(work.images, budget)
-                    budget = 0  # continue after the next decoding steps
+                    encoded = self.images.encode(work.images, budget)
+                    self.metrics.images.inc(encoded)
+                    budget -= encoded
                     visual = self.images.get(work.images)
                 if visual is None:
-                    return
+                    return  # continue in the next step
                 self._next = None
                 if isinstance(work, DeviceCall):
                     budget = 0
-                self._begin(work, visual)
+                    work.run(visual)
+                elif isinstance(work, Generation):
+                    self._begin(work, visual)
             except Exception as error:
                 self._next = None
                 self._fail(work, error)
 
     def _take(self) -> Work | None:
-        """The work whose turn it is, out of the queue, if there is room for it."""
-        active = [*self.slots.running, *(p.job for p in self._prefills)]
-        work = self.queue.first(active)
-        if isinstance(work, Generation) and not self.slots.fits([total_length(work)], active):
+        """The work whose turn it is, out of the queue, if the batch has room for it."""
+        work = self.queue.first(self._running)
+        if isinstance(work, Generation) and (
+            self.batch.num_free <= self.batch.num_waiting or self.batch.num_waiting >= MAX_STARTING
+        ):
             return None
         if work is not None:
             self.queue.remove(work)
         return work
 
-    def _begin(self, work: Work, visual: list[np.ndarray]) -> None:
-        if isinstance(work, DeviceCall):
-            work.run(visual)
-            return
-        assert isinstance(work, Generation)
+    def _begin(self, job: Generation, visual: list[np.ndarray]) -> None:
         if visual:
-            slots = sum(token == IMAGE for token in work.request.tokens)
+            slots = sum(token == IMAGE for token in job.request.tokens)
             joined = np.concatenate(visual)
-            work.request = replace(work.request, visual=joined[len(joined) - slots :])
-        find = partial(self.prefixes.find, self._prompt_key(work))
-        prefill = Prefill(self.model.engine, self.shapes, self._copy_cache, work, find)
-        self._prefills.append(prefill)
+            job.request = replace(job.request, visual=joined[len(joined) - slots :])
+        self.metrics.started(job, time.monotonic() - job.submitted)
+        self._add(job)
 
-    def _prompt_key(self, job: Generation) -> np.ndarray:
-        digests = [image.digest for image in job.images]
-        return prompt_key(job.request.tokens, digests, self.model.config.visual_tokens)
+    def _add(self, job: Generation) -> None:
+        self.batch.add(job, job.request)
+        self._running.append(job)
 
-    def _advance_prefills(self) -> None:
-        """Dispatch chunks of the oldest prompts, up to `prefill_tokens` in all."""
-        budget = self.config.prefill_tokens
-        for prefill in self._prefills:
-            while 0 < prefill.next_chunk() <= budget:
-                budget -= prefill.next_chunk()
-                try:
-                    prefill.advance()
-                except Exception as error:
-                    self._prefills.remove(prefill)
-                    self._fail(prefill.job, error)
-                    return
-            if prefill.next_chunk():
-                return
+    # --- answers ------------------------------------------------------------------------------------
 
-    def _insert_prefilled(self) -> None:
-        """Move rows whose prompts were processed in the last step to the running answers."""
-        for prefill in [p for p in self._prefills if p.row is not None]:
-            job = prefill.job
-            try:
-                row = prefill.wait()
-                owners: list[Generation | None] = [job]
-                self._publish(owners, self.model.engine.snapshot(row))
-            except Exception as error:
-                self._prefills.remove(prefill)
-                self._fail(job, error)
-                continue
-            if not bool(np.asarray(row.nonfinite)[0]):
-                self.prefixes.put(self._prompt_key(job), row.cache)
-            self._prefills.remove(prefill)
-            if job.ended:
-                continue
-            try:
-                self.slots.add(row, job)
-            except Exception as error:
-                self._recover(error, job)
-                return
-
-    # --- answers ----------------------------------------------------------------------------------
-
-    def _read(self, owners: list[Generation | None], snapshot: Snapshot) -> None:
-        """Publish what a snapshot says, and free the slots of finished answers."""
-        stopped = self._publish(owners, snapshot)
-        if stopped and self.slots.state is not None:
-            self.slots.finish(stopped)
-        for job in owners:
-            if job is not None and job.ended and job in self.slots.owners:
-                self.slots.free(job)
+    def _publish(self, progress: Progress) -> None:
+        job: Generation = progress.key
+        if progress.error is not None:
+            self._running.remove(job)
+            self._fail(job, progress.error)
+            return
+        job.cached_tokens = progress.num_cached
+        self.metrics.generated(job, *job.publish(progress.completion, finished=progress.finished))
+        if progress.finished:
+            self._running.remove(job)
         self._failures = 0
 
-    def _publish(self, owners: list[Generation | None], snapshot: Snapshot) -> list[Generation]:
-        """Hand the tokens over. Returns the answers that a stop text ended, not the device."""
-        indices = [None if job is None else slot for slot, job in enumerate(owners)]
-        stopped = []
-        for slot, _, completion, done in read_snapshot(indices, snapshot):
-            job = owners[slot]
-            if job is None or job.ended or job.cancelled:
-                continue
-            check = job.request.stop_check
-            stop_length = check(completion.ids) if check else None
-            if stop_length is not None:
-                completion = truncate(completion, stop_length)
-                if not done:
-                    stopped.append(job)
-            job.publish(completion, finished=done or stop_length is not None)
-        return stopped
-
-    # --- failures ---------------------------------------------------------------------------------
+    # --- failures -----------------------------------------------------------------------------------
 
     def _fail(self, work: Work, error: Exception) -> None:
         """End one request with the error that it caused."""
-        log.error("a request failed: %s", error, exc_info=error)
+        if not isinstance(error, RequestError):
+            log.error("a request failed: %s", one_line(error), exc_info=error)
+            self.metrics.failures.inc()
+            error = device_failure(f"{type(error).__name__}: {one_line(error)}")
         if not work.ended:
-            work.fail(device_failure(_reason(error)))
+            work.fail(error)
 
-    def _recover(self, error: Exception, blamed: Generation | None = None) -> None:
-        """The device failed in a step of all running answers: end one of them, by default the newest,
-        and begin the others again. An answer depends on its prompt and seed alone, so these go on
-        where they were. After several failures in a row, end all."""
+    def _recover(self, error: Exception) -> None:
+        """The device failed in a step of all running answers. Begin them again, one after another: the
+        one with which it fails again is to blame, and ends.
+
+        An answer depends on its prompt and seed alone, so the others go on where they were.
+        """
         self._failures += 1
-        running = [job for job in self.slots.running if not (job.ended or job.cancelled)]
-        others = [prefill.job for prefill in self._prefills]
-        if blamed is None and running:
-            blamed = max(running, key=lambda job: job.first_token or 0)
-            running.remove(blamed)
-        failed = [blamed] if blamed is not None else others
-        if self._failures > MAX_FAILURES:
-            failed = [*failed, *running, *others]
-        for job in failed:
-            self._fail(job, error)
-        if not failed:
-            log.error("the scheduler failed: %s", error, exc_info=error)
-            self._fail_all(device_failure(_reason(error)))
-        self._prefills = []
-        self._dispatched.clear()
-        self.slots.clear()
+        log.error("the device failed: %s", one_line(error), exc_info=error)
+        running, self._running = [job for job in self._running if not self._has_ended(job)], []
+        self.batch.abort()
         self.prefixes.clear()
-        self.queue.put_back([job for job in [*running, *others] if not job.ended])
+        if not running:
+            self._fail_all(device_failure(f"{type(error).__name__}: {one_line(error)}"))
+        for job in running:
+            job.restarts += 1
+            if job is self._on_trial or job.restarts > MAX_RESTARTS:
+                self._fail(job, error)
+        self._on_trial = None
+        self._suspects = [*(job for job in running if not job.ended), *self._suspects]
+
+    def _admit_suspect(self) -> None:
+        """Begin the next suspect, once the one before has got further than the first tokens."""
+        trial = self._on_trial
+        if trial is None or trial.ended or trial.num_tokens > 1 + self.config.decode_steps:
+            self._on_trial = None
+        if self._on_trial is None and self._suspects:
+            self._on_trial = self._suspects.pop(0)
+            self._on_trial.num_tokens = 0
+            self._add(self._on_trial)
 
     def _fail_all(self, error: RequestError) -> None:
         """End everything that has not been answered."""
         self.queue.fail_all(error)
-        active: list[Work] = [*self.slots.running, *(p.job for p in self._prefills)]
-        for work in [*active, *([self._next] if self._next else [])]:
+        for work in [*self._running, *self._suspects, *([self._next] if self._next else [])]:
             if not work.ended:
                 work.fail(error)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, which may be pages long."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        self._running, self._suspects, self._next = [], [], None

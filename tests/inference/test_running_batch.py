@@ -173,3 +173,18 @@ def test_after_an_exception_the_batch_starts_again(monkeypatch):
 def test_beam_search_is_refused():
     with pytest.raises(UserError, match="no beam search"):
         RunningBatch(engine()).add(0, Request([1], beam_search=BeamSearchConfig(2)))
+
+
+def test_a_row_of_nan_leaves_nothing_in_its_slot():
+    """A mask does not remove NaN: 0 * NaN is NaN."""
+    rng = np.random.default_rng(5)
+    beside = Request(*prompt(rng, 100), max_new_tokens=60)
+    poisoned = Request(*prompt(rng, 90, 1), max_new_tokens=4)
+    poisoned = replace(poisoned, visual=np.full_like(poisoned.visual, np.nan))
+    short = Request(*prompt(rng, 5), max_new_tokens=40)
+    batch = RunningBatch(engine(), 2)
+    for key, request in [("beside", beside), ("poisoned", poisoned), ("short", short)]:
+        batch.add(key, request)
+    news = run(batch)
+    assert news["poisoned"][-1].completion.nonfinite
+    assert news["short"][-1].completion.ids == engine().generate([short])[0]

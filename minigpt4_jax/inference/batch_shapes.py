@@ -1,0 +1,91 @@
+"""The few array sizes of a server's running batch, so that all its programs can be compiled at the start."""
+
+from collections.abc import Sequence
+
+from minigpt4_jax.inference.requests import BucketSizes, Request
+from minigpt4_jax.inference.sampling import SamplingStages, required_stages
+from minigpt4_jax.utils.rounding import next_power_of_two
+
+NUM_STOPS, STOP_WIDTH = 32, 16  # stop sequences of a row, ids of each
+ROWS = (1, 8, 32, 128, 512)
+SMALLEST_CACHE = 128  # tokens
+PROMPTS = (64, 128, 256, 512, 1024, 2048)  # prompt tokens processed at a time
+CANDIDATES = 64  # most likely tokens that the cheaper random choice considers
+
+
+class BatchShapes:
+    """The sizes that a RunningBatch rounds up to, instead of the finer ones of `bucket_sizes`.
+
+    Attributes:
+        rows: numbers of rows, ascending.
+        cache_lengths: S, ascending.
+        prompts: tokens of a prompt, or of a piece of it, ascending; the last is the longest piece.
+        stages: sampling stages, cheapest first: greedy; all options with a top_k of at most CANDIDATES;
+            all options with the whole vocabulary.
+    """
+
+    def __init__(
+        self, vocab: int, *, max_rows: int, context: int, max_new_tokens: int, prefill_tokens: int
+    ):
+        """context: of a prompt and its answer together; prefill_tokens: of a piece of a prompt."""
+        self._vocab, self._max_new_tokens = vocab, next_power_of_two(max_new_tokens)
+        self.rows = _steps(ROWS, max_rows)
+        self.prompts = [n for n in PROMPTS if n <= prefill_tokens] or [PROMPTS[0]]
+        longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
+        self.cache_lengths = _steps([SMALLEST_CACHE << n for n in range(16)], longest)
+        greedy = SamplingStages(False, 0, False, False)
+        filtered = SamplingStages(True, CANDIDATES, True, True)
+        everything = SamplingStages(True, 0, True, True)
+        self.stages = [greedy, *([filtered] if vocab > CANDIDATES else []), everything]
+
+    @property
+    def pieces(self) -> list[int]:
+        """Sizes of what follows a cached beginning of a prompt."""
+        return sorted({self.prompts[0], self.prompts[-1]})
+
+    def num_rows(self, count: int) -> int:
+        """Rows of the arrays for some requests."""
+        return _fit(self.rows, count)
+
+    def sizes(self, requests: Sequence[Request]) -> BucketSizes:
+        """The other sizes of the arrays."""
+        tokens = max(len(request.tokens) + request.max_new_tokens for request in requests)
+        return self.with_cache(tokens)
+
+    def with_cache(self, tokens: int) -> BucketSizes:
+        """The sizes with a cache of at least some tokens."""
+        length = _fit(self.cache_lengths, tokens)
+        return BucketSizes(length, self._max_new_tokens, NUM_STOPS, STOP_WIDTH)
+
+    def prompt(self, tokens: int, *, resumed: bool) -> int:
+        """The size of a prompt, or of what follows its cached beginning."""
+        return _fit(self.pieces if resumed else self.prompts, tokens)
+
+    def choose_stages(self, requests: Sequence[Request]) -> SamplingStages:
+        """The cheapest stages that serve these requests."""
+        needed = required_stages([request.sampling for request in requests], self._vocab)
+        return next(stages for stages in self.stages if _covers(stages, needed))
+
+
+def _steps(steps: Sequence[int], largest: int) -> list[int]:
+    """The steps below the largest size, and that."""
+    return [step for step in steps if step < largest] + [largest]
+
+
+def _fit(sizes: Sequence[int], n: int) -> int:
+    """The smallest of ascending sizes that is at least n."""
+    return next(size for size in sizes if size >= n)
+
+
+def _covers(stages: SamplingStages, needed: SamplingStages) -> bool:
+    if not needed.random:
+        enough_candidates = True
+    else:
+        unlimited = 1 << 31
+        enough = stages.num_candidates or unlimited
+        enough_candidates = stages.random and enough >= (needed.num_candidates or unlimited)
+    return (
+        enough_candidates
+        and stages.repetition_penalty >= needed.repetition_penalty
+        and stages.min_new_tokens >= needed.min_new_tokens
+    )
