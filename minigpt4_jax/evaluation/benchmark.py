@@ -94,6 +94,7 @@ class Benchmark:
         splits: those that are run by default; empty: the benchmark has one.
         max_new_tokens: of an answer. Decoding is greedy.
         ranked: the answer is the best of a row's candidates instead of a generated text.
+        higher_is_better: whether a higher score is a better one.
         published: figures of others.
     """
 
@@ -109,4 +110,5 @@ class Benchmark:
     splits: tuple[str, ...] = ()
     max_new_tokens: int = 20
     ranked: bool = False
+    higher_is_better: bool = True
     published: tuple[Published, ...] = ()

@@ -4,6 +4,8 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Benchmark
 from minigpt4_jax.evaluation.benchmarks import (
     aokvqa,
+    captions,
+    chair,
     gqa,
     hateful_memes,
     iconvqa,
@@ -22,8 +24,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         *refcoco.BENCHMARKS, okvqa.BENCHMARK, gqa.BENCHMARK, vsr.BENCHMARK, iconvqa.BENCHMARK,
-        vizwiz.BENCHMARK, hateful_memes.BENCHMARK, pope.BENCHMARK, aokvqa.BENCHMARK, textvqa.BENCHMARK,
-        scienceqa.BENCHMARK, vqav2.BENCHMARK,
+        vizwiz.BENCHMARK, hateful_memes.BENCHMARK, *captions.BENCHMARKS, pope.BENCHMARK,
+        *chair.BENCHMARKS, aokvqa.BENCHMARK, textvqa.BENCHMARK, scienceqa.BENCHMARK, vqav2.BENCHMARK,
     )
 }  # fmt: skip
 
