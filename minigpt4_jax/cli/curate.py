@@ -16,6 +16,12 @@ COMMANDS = {
         "minigpt4_jax.cli.curation.polish",
         "correct descriptions with a language model, filter them",
     ),
+    "check": Command(
+        "minigpt4_jax.cli.curation.check", "statistics, near duplicates and a sheet of samples"
+    ),
+    "review": Command(
+        "minigpt4_jax.cli.curation.review", "accept, edit or reject rows in a browser"
+    ),
 }
 
 

@@ -90,6 +90,21 @@ def json_line(row: Row) -> str:
     return text + "\n"
 
 
+def removed_path(output: Path) -> Path:
+    """Where the rows go that are not in an output, with their causes."""
+    return output.with_name(output.stem + ".removed.jsonl")
+
+
+def decisions_path(path: Path) -> Path:
+    """Where decisions about the rows of a file are written."""
+    return path.with_name(path.stem + ".decisions.jsonl")
+
+
+def report_path(output: Path) -> Path:
+    """Where the numbers about an output are written."""
+    return output.with_name(output.stem + ".report.json")
+
+
 # --- how a file was made --------------------------------------------------------------------------
 
 

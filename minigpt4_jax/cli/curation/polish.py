@@ -23,6 +23,8 @@ from minigpt4_jax.curation.rows import (
     check_output,
     moved,
     read_rows,
+    removed_path,
+    report_path,
     write_rows,
     write_settings,
 )
@@ -281,14 +283,6 @@ def _write(
         raise write_error(report_path(args.output), e) from None
     write_settings(args.output, "polish", settings, args.input)
     write_rows(args.output, (moved(row, source, target) for row in polished.kept))
-
-
-def removed_path(output: Path) -> Path:
-    return output.with_name(output.stem + ".removed.jsonl")
-
-
-def report_path(output: Path) -> Path:
-    return output.with_name(output.stem + ".report.json")
 
 
 def _print(args: argparse.Namespace, polished: polish.Polished, num_rows: int) -> None:
