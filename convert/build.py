@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from convert.blip2_plan import make_blip2_plan
 from convert.build_plan import BuildPlan, BuildRequest, make_plan
 from convert.downloads import download_inputs
 from convert.formats.files import HashedFile
 from convert.formats.gguf_blocks import repack
 from convert.formats.tensors import DTYPES
+from convert.initialize import initial_qformer
 from convert.output import check_output, check_space
 from convert.validate import FLOATS
 from minigpt4_jax.checkpoint.adapters import initial_lora
@@ -24,7 +26,7 @@ from minigpt4_jax.checkpoint.finite_tensors import check_finite
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
 from minigpt4_jax.checkpoint.writer import write_model
-from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.config import BLIP2_VARIANTS, ModelConfig
 from minigpt4_jax.quantization.schemes import BlockFormat, matrix_scheme, quantized_shapes
 from minigpt4_jax.storage.hub import source_record
 from minigpt4_jax.storage.paths import parse_path
@@ -37,7 +39,8 @@ def build(request: BuildRequest) -> BuildPlan:
     started = time.monotonic()
     request = replace(request, out=parse_path("--out", request.out))
     parent = check_output(request.out)
-    plan = make_plan(download_inputs(request))
+    make = make_blip2_plan if request.variant in BLIP2_VARIANTS else make_plan
+    plan = make(download_inputs(request))
     dtypes = {name: _stored_dtype(plan, name, request.llm_dtype) for name in plan.shapes}
     size = sum(_stored_size(n, s, dtypes[n], plan.stored_config) for n, s in plan.shapes.items())
     check_space(parent, size)
@@ -49,7 +52,7 @@ def build(request: BuildRequest) -> BuildPlan:
         request.out,
         config,
         tensors,
-        tokenizer=plan.language.tokenizer,
+        tokenizer=plan.tokenizer.files,
         sources=lambda: _origins(plan),  # after the files were read, which hashes them
     )
     for note in plan.notes:
@@ -120,31 +123,31 @@ def _tensors(
 
 
 def _initialize(name: str, shapes: dict[str, Shape], rng: np.random.Generator) -> np.ndarray:
-    """Initial values: projection as torch.nn.Linear, LoRA as peft, ln_vision as the identity."""
+    """Initial values: projection as torch.nn.Linear, LoRA as peft, norms as the identity, the
+    Q-Former as BERT."""
     shape = shapes[name]
+    if part_of(name) == "qformer":
+        return initial_qformer(name, shapes, rng)
     if part_of(name) == "lora":
         return initial_lora(name, shape, rng)
     if name.startswith("ln_vision."):
         return np.full(shape, name.endswith("scale"), np.float32)
-    n_in = shapes["projection.weight" if name == "projection.bias" else name][-1]
+    n_in = shapes[name.rpartition(".")[0] + ".weight"][-1]
     return rng.uniform(-(n_in**-0.5), n_in**-0.5, shape).astype(np.float32)
 
 
 def _origins(plan: BuildPlan) -> dict[str, Any]:
     """`sources` of model.json: the file and SHA-256 behind each option."""
-    inputs, tokenizer = plan.inputs, plan.language.tokenizer
-    origins = {c.option.removeprefix("--"): c.reader.origin() for c in inputs.all()}
-    if inputs.qformer is inputs.vision:
-        origins["qformer"] = origins["vision"]
-    if inputs.checkpoint is None:
-        origins["checkpoint"] = {"file": None, "note": "new projection, not trained"}
+    origins = {c.option.removeprefix("--"): c.reader.origin() for c in plan.checkpoints}
+    for name, origin in plan.special_origins.items():
+        origins[name] = origin() if callable(origin) else origin
     if any(part_of(name) == "lora" for name in plan.new_parameters):
         origins["lora"] = {"file": None, "note": "new, not trained"}
     digests = {
         name: HashedFile(content).sha256()
-        for name, content in tokenizer.items()
+        for name, content in plan.tokenizer.files.items()
         if isinstance(content, Path)
     }
-    origin = plan.language.tokenizer_origin
+    origin = plan.tokenizer.origin
     origins["tokenizer"] = {"file": origin, "files": digests, **source_record([origin])}
     return origins

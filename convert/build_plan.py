@@ -10,7 +10,12 @@ from convert.chat_format import string_format, tokenizer_format, wants_tokenizer
 from convert.formats.gguf_blocks import BLOCK_FORMATS, kept_formats
 from convert.infer_config import lora_config, qformer_config, vision_config
 from convert.key_mapping import BLIP2, EVA, FINE_TUNED, NATIVE
-from convert.language_model import LanguageModelFiles, drop_added_tokens, open_llm
+from convert.language_model import (
+    LanguageModelFiles,
+    TokenizerFiles,
+    drop_added_tokens,
+    open_llm,
+)
 from convert.llm_config import llm_config, resolve_tied_embeddings
 from convert.overrides import Variant, apply_settings, parse_settings, variant_named
 from convert.resample import grid_side
@@ -37,7 +42,7 @@ class BuildRequest:
     """The command line of `build`."""
 
     variant: str
-    llm: Path
+    llm: Path | None
     out: Path
     vision: Path | None = None
     qformer: Path | None = None
@@ -57,18 +62,20 @@ class BuildPlan:
     """A checked build.
 
     config: of the model before quantization; shapes: of its parameters. stored_config: of the model
-    as it is written. sources: of the parameters that are read; new_parameters: the others.
-    notes: messages for the user.
+    as it is written. checkpoints: the files that are read. sources: of the parameters that are
+    read; new_parameters: the others. notes: messages for the user.
     """
 
     config: ModelConfig
     stored_config: ModelConfig
-    inputs: BuildInputs
-    language: LanguageModelFiles
+    tokenizer: TokenizerFiles
+    checkpoints: list[MappedCheckpoint]
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, ParameterSource]
     new_parameters: list[str]
     notes: list[str]
+    # entries of model.json's `sources` beside those of the checkpoints, or functions that return them
+    special_origins: dict[str, Any] = field(default_factory=dict)
 
 
 def make_plan(request: BuildRequest) -> BuildPlan:
@@ -79,6 +86,8 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     variant = variant_named(request.variant)
     settings = parse_settings(request.settings)
     notes: list[str] = []
+    if request.llm is None:
+        raise UserError(f"{request.variant} needs --llm=PATH, its language model")
     language = open_llm(request.llm, request.llm_delta, request.tokenizer)
     notes += language.notes
     inputs = _open_inputs(request, variant, language, notes)
@@ -101,13 +110,26 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     new_parameters = _new_parameters(shapes, sources, inputs, notes)
     if request.projection_scale != 1.0 and inputs.checkpoint is not None:
         notes.append("--projection-scale is not used: the projection comes from --checkpoint")
-    _raise_problems(shapes, sources, new_parameters, inputs)
+    raise_problems(
+        [*unknown_keys(inputs.all()), *shape_problems(shapes, sources, new_parameters, inputs)]
+    )
     own_size = bool(settings.keys() & {"vision.image_size", "vision.patch_size"})
     notes += _resampling_notes(config, sources["vit.pos"], own_size=own_size)
-    stored_config = _stored_config(config, request, sources, notes).check()
+    stored = stored_config(config, request, sources, notes).check()
     return BuildPlan(
-        config, stored_config, inputs, language, shapes, sources, new_parameters, notes
-    )
+        config, stored, TokenizerFiles(language.tokenizer, language.tokenizer_origin),
+        inputs.all(), shapes, sources, new_parameters, notes, _special_origins(inputs),
+    )  # fmt: skip
+
+
+def _special_origins(inputs: BuildInputs) -> dict[str, Any]:
+    """Entries of `sources` that name no file of their own."""
+    origins: dict[str, Any] = {}
+    if inputs.qformer is inputs.vision:
+        origins["qformer"] = inputs.vision.reader.origin
+    if inputs.checkpoint is None:
+        origins["checkpoint"] = {"file": None, "note": "new projection, not trained"}
+    return origins
 
 
 def _resampling_notes(
@@ -127,21 +149,19 @@ def _resampling_notes(
     ]
 
 
-def _raise_problems(
-    shapes: dict[str, tuple[int, ...]],
-    sources: dict[str, ParameterSource],
-    new_parameters: list[str],
-    inputs: BuildInputs,
-) -> None:
-    """One UserError for all unknown keys, missing parameters and wrong shapes."""
-    problems = [f"{c.label}: unknown key {key}" for c in inputs.all() for key in c.unknown_keys]
-    problems += shape_problems(shapes, sources, new_parameters, inputs)
+def unknown_keys(checkpoints: list[MappedCheckpoint]) -> list[str]:
+    """A message for each key that no rule knows."""
+    return [f"{c.label}: unknown key {key}" for c in checkpoints for key in c.unknown_keys]
+
+
+def raise_problems(problems: list[str]) -> None:
+    """One UserError for all problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"the files do not fit this model: {'; '.join(problems[:10])}{more}")
 
 
-def _stored_config(
+def stored_config(
     config: ModelConfig,
     request: BuildRequest,
     sources: dict[str, ParameterSource],

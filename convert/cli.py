@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from minigpt4_jax import errors
-from minigpt4_jax.config import QUANTIZATIONS, VARIANTS
+from minigpt4_jax.config import BLIP2_VARIANTS, QUANTIZATIONS, VARIANTS
 from minigpt4_jax.errors import Parser
 from minigpt4_jax.storage.hub import input_path
 
@@ -47,8 +47,9 @@ def _add_build(commands: Commands) -> None:
         epilog=_BUILD_NOTES,
     )
     b.add_argument("--variant", default=VARIANTS[0], metavar="NAME",
-                   help=f"the architecture: {', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
-    b.add_argument("--llm", type=input_path, required=True, metavar="PATH",
+                   help=f"the architecture: {', '.join((*VARIANTS, *BLIP2_VARIANTS))} "
+                   "(default: %(default)s)")  # fmt: skip
+    b.add_argument("--llm", type=input_path, metavar="PATH",
                    help="language model: a Hugging Face directory, a .gguf file, or a Hugging Face id, see "
                    "below")  # fmt: skip
     b.add_argument("--out", type=Path, required=True, metavar="DIR",
@@ -58,10 +59,11 @@ def _add_build(commands: Commands) -> None:
                    "this project (default: the packaged demonstration encoder)")  # fmt: skip
     b.add_argument("--qformer", type=input_path, metavar="PATH",
                    help="Q-Former: blip2_pretrained_flant5xxl.pth, or a file or directory as for "
-                   "--vision")  # fmt: skip
+                   "--vision; for blip2-qformer also a directory of BERT, to start a new one")  # fmt: skip
     b.add_argument("--checkpoint", type=input_path, metavar="PATH",
-                   help="fine-tuned MiniGPT-4 or MiniGPT-v2 checkpoint (default: none; the projection "
-                   "is initialized at random and must be trained)")  # fmt: skip
+                   help="fine-tuned MiniGPT-4 or MiniGPT-v2 checkpoint; for BLIP-2 a .pth of LAVIS or a "
+                   "Hugging Face directory (default: none; the projection is initialized at random and "
+                   "must be trained)")  # fmt: skip
     b.add_argument("--llm-delta", type=input_path, metavar="DIR",
                    help="Vicuna delta weights, added to the LLaMA weights of --llm")  # fmt: skip
     b.add_argument("--tokenizer", type=input_path, metavar="DIR",

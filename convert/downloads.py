@@ -10,7 +10,9 @@ from minigpt4_jax.storage.hub import fetch_checkpoint, fetch_language_model, fet
 
 def download_inputs(request: BuildRequest) -> BuildRequest:
     """The request with local paths only. UserError: an id cannot be downloaded."""
-    llm = fetch_language_model("--llm", request.llm, TOKENIZER_FILES)
+    llm = request.llm
+    if llm is not None:
+        llm = fetch_language_model("--llm", llm, TOKENIZER_FILES)
     delta, tokenizer = request.llm_delta, request.tokenizer
     if delta is not None:
         delta = fetch_language_model("--llm-delta", delta, TOKENIZER_FILES)

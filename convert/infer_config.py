@@ -112,6 +112,21 @@ def qformer_config(
     }
 
 
+def text_config(shapes: Mapping[str, Shape], label: str) -> dict[str, Any]:
+    """QFormerConfig fields of a text branch and its heads, from the shapes of the parameters in a
+    file."""
+    for name in ("qformer.embed", "qformer.positions"):
+        if name not in shapes:
+            raise UserError(f"{label}: its Q-Former has no text branch ({name})")
+    itc = shapes.get("qformer.vision_projection.weight", (0,))
+    return {
+        "vocab": shapes["qformer.embed"][0],
+        "max_positions": shapes["qformer.positions"][0],
+        "itc_width": itc[0],
+        "lm_head": "qformer.lm_head.bias" in shapes,
+    }
+
+
 def _heads(
     key: str, width: int, known: Mapping[int, int], label: str, settings: Mapping[str, Any]
 ) -> int:

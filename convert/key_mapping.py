@@ -137,7 +137,7 @@ def original_key(table: KeyTable, name: str) -> str | None:
 _NORMS = ("norm", "q_norm", "k_norm", "ln_vision")
 
 
-def _module_rules(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
+def module_rules(source: str, target: str, modules: Iterable[tuple[str, str]]) -> list[Rule]:
     """Rules for weight and bias of each (source module, target module).
 
     The weight of a norm is named `scale` here.
@@ -151,13 +151,13 @@ def _module_rules(source: str, target: str, modules: Iterable[tuple[str, str]]) 
     return rules
 
 
-def _ignore(*patterns: str) -> list[re.Pattern[str]]:
+def ignore(*patterns: str) -> list[re.Pattern[str]]:
     return [re.compile(p) for p in patterns]
 
 
 # --- EVA-ViT-g (the original's eva_vit.py) ------------------------------------------------------
 
-_VIT = [
+VIT_RULES = [
     Rule("cls_token", "vit.cls", RESHAPE),
     Rule("pos_embed", "vit.pos", RESAMPLE),
     Rule("patch_embed.proj.weight", "vit.patch.weight", FLATTEN),
@@ -165,7 +165,7 @@ _VIT = [
     Rule("blocks.{}.attn.q_bias", "vit.blocks.{}.attn.q_bias"),
     Rule("blocks.{}.attn.v_bias", "vit.blocks.{}.attn.v_bias"),
     Rule("blocks.{}.attn.qkv.weight", "vit.blocks.{}.attn.qkv.weight"),
-    *_module_rules(
+    *module_rules(
         "blocks.{}.",
         "vit.blocks.{}.",
         [
@@ -179,29 +179,31 @@ _VIT = [
 ]
 
 EVA = KeyTable(
-    "EVA-ViT", _VIT, _ignore(r"(head|norm|fc_norm|lm_head)\.(weight|bias)", "mask_token")
+    "EVA-ViT", VIT_RULES, ignore(r"(head|norm|fc_norm|lm_head)\.(weight|bias)", "mask_token")
 )
 
 # --- BLIP-2 (Q-Former and ln_vision) ------------------------------------------------------------
 
-_LN_VISION = _module_rules("", "", [("ln_vision", "ln_vision")])
-_ATTENTION = [
+LN_VISION_RULES = module_rules("", "", [("ln_vision", "ln_vision")])
+QFORMER_ATTENTION = [
     ("self.query", "q"),
     ("self.key", "k"),
     ("self.value", "v"),
     ("output.dense", "out"),
     ("output.LayerNorm", "norm"),
 ]
-_QFORMER = [
+QFORMER_RULES = [
     Rule("query_tokens", "qformer.query", RESHAPE),
-    *_module_rules("Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]),
-    *_module_rules(
-        "Qformer.bert.encoder.layer.{}.attention.", "qformer.blocks.{}.attn.", _ATTENTION
+    *module_rules("Qformer.bert.", "qformer.", [("embeddings.LayerNorm", "norm")]),
+    *module_rules(
+        "Qformer.bert.encoder.layer.{}.attention.", "qformer.blocks.{}.attn.", QFORMER_ATTENTION
     ),
-    *_module_rules(
-        "Qformer.bert.encoder.layer.{}.crossattention.", "qformer.blocks.{}.cross.", _ATTENTION
+    *module_rules(
+        "Qformer.bert.encoder.layer.{}.crossattention.",
+        "qformer.blocks.{}.cross.",
+        QFORMER_ATTENTION,
     ),
-    *_module_rules(
+    *module_rules(
         "Qformer.bert.encoder.layer.{}.",
         "qformer.blocks.{}.mlp.",
         [
@@ -219,8 +221,8 @@ _QFORMER_TEXT = (  # the Q-Former's text branch, which MiniGPT-4 removes
 
 BLIP2 = KeyTable(
     "BLIP-2",
-    _QFORMER + _LN_VISION,
-    _ignore(
+    QFORMER_RULES + LN_VISION_RULES,
+    ignore(
         *_QFORMER_TEXT,
         r"(t5|opt|vision|text)_proj\.(weight|bias)",
         r"itm_head\.(weight|bias)",
@@ -246,7 +248,7 @@ _LLM_LAYER = [
 _LLM_BODY = [
     Rule("embed_tokens.weight", "llm.embed"),
     Rule("norm.weight", "llm.norm.scale"),
-    *_module_rules("layers.{}.", "llm.blocks.{}.", _LLM_LAYER),
+    *module_rules("layers.{}.", "llm.blocks.{}.", _LLM_LAYER),
 ]
 _ROTARY = r"(.*\.)?rotary_emb\.inv_freq"
 
@@ -257,7 +259,7 @@ LLM = KeyTable(
         *_LLM_BODY,
         Rule("lm_head.weight", "llm.head.weight"),
     ],
-    _ignore(_ROTARY),
+    ignore(_ROTARY),
 )
 
 _GGUF_LAYER = [
@@ -281,7 +283,7 @@ def gguf_table(heads: int, kv_heads: int, permuted: bool) -> KeyTable:
         Rule("token_embd.weight", "llm.embed"),
         Rule("output_norm.weight", "llm.norm.scale"),
         Rule("output.weight", "llm.head.weight"),
-        *_module_rules("blk.{}.", "llm.blocks.{}.", _GGUF_LAYER),
+        *module_rules("blk.{}.", "llm.blocks.{}.", _GGUF_LAYER),
     ]
     if permuted:
         transforms = {".attn_q.": unpermute(heads), ".attn_k.": unpermute(kv_heads)}
@@ -293,7 +295,7 @@ def gguf_table(heads: int, kv_heads: int, permuted: bool) -> KeyTable:
             )
             for r in rules
         ]
-    return KeyTable("GGUF", rules, _ignore(r"rope_freqs\.weight"))
+    return KeyTable("GGUF", rules, ignore(r"rope_freqs\.weight"))
 
 
 # --- fine-tuned MiniGPT-4 checkpoints (the parameters that were not frozen) ----------------------
@@ -312,13 +314,13 @@ _LORA = [
 FINE_TUNED = KeyTable(
     "fine-tuned checkpoint",
     [
-        *_module_rules("", "", [("llama_proj", "projection")]),
+        *module_rules("", "", [("llama_proj", "projection")]),
         *_LORA,
-        *_QFORMER,
-        *_LN_VISION,
-        *(r.with_prefix("visual_encoder.") for r in _VIT),
+        *QFORMER_RULES,
+        *LN_VISION_RULES,
+        *(r.with_prefix("visual_encoder.") for r in VIT_RULES),
     ],
-    _ignore(r"llama_model\." + _ROTARY, *_QFORMER_TEXT),
+    ignore(r"llama_model\." + _ROTARY, *_QFORMER_TEXT),
 )
 
 # --- this project's own files -------------------------------------------------------------------

@@ -17,9 +17,18 @@ from minigpt4_jax.storage.hub import NOT_FOUND
 
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "vocab.txt", "spiece.model",
 )  # fmt: skip
-_VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+_VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer files of a model: name -> path or content. origin: the directory or file they
+    come from."""
+
+    files: Mapping[str, Path | bytes]
+    origin: str
 
 
 @dataclass

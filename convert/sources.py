@@ -109,19 +109,24 @@ def lora_shapes(checkpoint: MappedCheckpoint) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in checkpoint.shapes().items() if ".lora_" in name}
 
 
-def open_checkpoint(option: str, path: Path, accepted: tuple[KeyTable, ...]) -> MappedCheckpoint:
-    """Open a checkpoint and recognize its format by its keys. UserError: not an accepted format."""
+def open_checkpoint(
+    option: str,
+    path: Path,
+    accepted: tuple[KeyTable, ...],
+    known: tuple[KeyTable, ...] = (NATIVE, EVA, BLIP2, LLM, FINE_TUNED),
+) -> MappedCheckpoint:
+    """Open a checkpoint and recognize its format, one of `known`, by its keys. UserError: not an
+    accepted format."""
     if path.is_dir():
         reader, sizes = _open_model_directory(option, path)
     else:
         reader = open_file(path)
         sizes = _recorded_sizes(reader)
-    tables = (NATIVE, EVA, BLIP2, LLM, FINE_TUNED)
-    counts = {t.name: len(map_keys(t, reader.tensors)[0]) for t in tables}
+    counts = {t.name: len(map_keys(t, reader.tensors)[0]) for t in known}
     best = max(counts, key=lambda name: counts[name])
     table = next((t for t in accepted if t.name == best), None)
     if table is None or counts[best] == 0:
-        description = _DESCRIPTIONS[best]
+        description = _DESCRIPTIONS.get(best, f"a file of {best}")
         if counts[best] == 0:
             description = f"unknown (its first keys: {', '.join(list(reader.tensors)[:3])})"
         expected = " or ".join(t.name for t in accepted)

@@ -94,11 +94,19 @@ def shape_problems(
 
     shapes: of all parameters of the model.
     """
-    problems = [
+    missing = [
         _missing(name, inputs)
         for name in shapes
         if name not in sources and name not in new_parameters
     ]
+    return missing + source_problems(shapes, sources)
+
+
+def source_problems(
+    shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, ParameterSource]
+) -> list[str]:
+    """A message for each unexpected parameter, wrong shape and dtype of a source."""
+    problems = []
     for name, source in sources.items():
         tensor = source.tensor
         if name not in shapes:

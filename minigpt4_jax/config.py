@@ -12,6 +12,7 @@ IMAGE = -1  # token id of an image placeholder; the model replaces it by a proje
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
+BLIP2_VARIANTS = ("blip2-qformer", "blip2-opt", "blip2-flant5")
 QUANTIZATIONS = ("int8", "int4")  # the schemes of quantization/schemes.py
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that can have adapters
 
@@ -35,7 +36,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """BLIP-2's Q-Former: BERT-base with cross-attention to the image in every second layer."""
+    """BLIP-2's Q-Former: BERT-base with cross-attention to the image in every second layer.
+
+    The text branch (vocab > 0) shares the self-attention with the queries. The heads of BLIP-2's first
+    stage exist where itc_width and lm_head say so.
+    """
 
     queries: int = 32
     hidden: int = 768
@@ -46,6 +51,11 @@ class QFormerConfig:
     vision_width: int = 1408
     eps: float = 1e-12
     dropout: float = 0.1  # only if it is trained (freeze_qformer=False)
+    vocab: int = 0  # of the text branch; 0: queries only
+    max_positions: int = 0  # of the text branch
+    itc_width: int = 0  # of image-text contrastive features; 0: without them and the matching head
+    # the text branch can write captions; with it the temperature of stage 1's contrastive loss
+    lm_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class ModelConfig:
     end_symbol: str = "###"
     max_text_length: int = 160
     max_context: int = 3800
+    image_first: bool = False  # images come before BOS and text, without tags (BLIP-2)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     quantize: str | None = None  # scheme of large matrices: None (floats), "int8", "int4" or "gguf"
     # "NAME FORMAT" of each matrix of the language model for the scheme "gguf" (BlockFormat)
@@ -151,6 +162,19 @@ class ModelConfig:
         if self.qformer is not None:
             return self.qformer.queries
         return self.vision.patches // self.merge_patches
+
+    @property
+    def is_stage1(self) -> bool:
+        """Whether this is BLIP-2's first stage: a Q-Former whose text branch is the language model."""
+        return self.llm.model_type == QFORMER_LLM
+
+    @property
+    def visual_width(self) -> int:
+        """Width of a visual token as the language model reads it. In stage 1 these are the keys and
+        values of a query in every layer of the Q-Former."""
+        if self.is_stage1 and self.qformer is not None:
+            return 2 * self.qformer.layers * self.qformer.hidden
+        return self.llm.width
 
     @property
     def projection_in(self) -> int:
@@ -172,7 +196,10 @@ class ModelConfig:
         """Return self. UserError: values are invalid or contradict each other."""
         v, q, m = self.vision, self.qformer, self.llm
         rules = [
-            (self.variant in VARIANTS, f"variant {self.variant!r}: expected one of {VARIANTS}"),
+            (
+                self.variant in (*VARIANTS, *BLIP2_VARIANTS),
+                f"variant {self.variant!r}: expected one of {(*VARIANTS, *BLIP2_VARIANTS)}",
+            ),
             (
                 v.image_size % v.patch_size == 0,
                 f"image_size {v.image_size} is not a multiple of the patch size {v.patch_size}",
@@ -228,6 +255,18 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
             value = _build(_NESTED[key], value, f"{where}.{key}")
         arguments[key] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
+
+
+QFORMER_LLM = "qformer"  # LlmConfig.model_type of a Q-Former's text branch
+
+
+def text_branch(q: QFormerConfig) -> LlmConfig:
+    """The language model that the text branch of a Q-Former is. Its rows begin with the queries."""
+    return LlmConfig(
+        model_type=QFORMER_LLM, vocab=q.vocab, width=q.hidden, layers=q.layers, heads=q.heads,
+        kv_heads=q.heads, head_dim=q.hidden // q.heads, ffn=q.ffn, eps=q.eps, tie=True,
+        max_length=q.queries + q.max_positions,
+    )  # fmt: skip
 
 
 # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"

@@ -17,6 +17,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.models.stage1 import Stage1
 from minigpt4_jax.quantization.layout import storage_shape, to_storage_layout
 
 ParameterPath = tuple[Any, ...]  # in an nnx state: attribute names, and layer numbers of a list
@@ -35,6 +36,8 @@ def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
     """The model with shapes instead of arrays. stacked=False: the language model's layers in a list."""
 
     def make() -> MiniGpt:
+        if config.is_stage1:
+            return Stage1(config, nnx.Rngs(0))
         model = MiniGpt(config, nnx.Rngs(0))
         if not stacked:
             model.llm = unstack(model.llm)

@@ -114,23 +114,21 @@ def search(
 ) -> tuple[Hypotheses, jax.Array]:
     """The best `num_beams` continuations, and the rows [B] whose search ended early because logits
     were NaN or infinite. `max_new_tokens` is N, the most of all rows."""
-    prompt_length = tokens.shape[1]
-    embeds = model.merge(tokens, visual)
-    cache_length = prompt_length + max_new_tokens * num_beams
-    hidden, cache = model.llm.prefill(embeds, inputs.lengths, cache_length)
-    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)  # [B, 1, D]
-    logits = jnp.repeat(model.llm.logits(last), num_beams, axis=1)
-    state = _first_state(cache, inputs, num_beams, max_new_tokens)
+    decoder = model.decoder
+    cache_length = tokens.shape[1] + max_new_tokens * num_beams
+    read = model.prefill(tokens, visual, inputs.lengths, cache_length)
+    logits = jnp.repeat(decoder.logits(read.last[:, None]), num_beams, axis=1)
+    state = _first_state(read.cache, inputs, num_beams, max_new_tokens)
     state = _advance(state, logits, inputs, stages)
 
     def step(s: SearchState) -> SearchState:
         newest = jnp.maximum(s.num_generated - 1, 0)  # index of the tokens that are read now
         token = jnp.take_along_axis(s.ids, newest[:, None, None], axis=2)[:, :, 0]
-        positions = jnp.broadcast_to((inputs.lengths + newest)[:, None], token.shape)
-        update = _cache_update(s, inputs.lengths, prompt_length, model.config.llm.window)
-        embeds = model.llm.embed_tokens(token)
-        hidden, cache = model.llm.decode(embeds, positions, s.cache, update)
-        return _advance(s._replace(cache=cache), model.llm.logits(hidden), inputs, stages)
+        positions = jnp.broadcast_to((read.lengths + newest)[:, None], token.shape)
+        update = _cache_update(s, read.lengths, read.slots, model.config.llm.window)
+        embeds = decoder.embed_tokens(token)
+        hidden, cache = decoder.decode(embeds, positions, s.cache, update)
+        return _advance(s._replace(cache=cache), decoder.logits(hidden), inputs, stages)
 
     state = jax.lax.while_loop(lambda s: ~jnp.all(s.done), step, state)
     return _final_hypotheses(state, inputs), state.nonfinite

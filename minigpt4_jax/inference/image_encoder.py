@@ -1,6 +1,6 @@
 """Images -> projected visual tokens, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,12 +72,25 @@ class ImageEncoder:
 
     def _empty(self, num_images: int) -> np.ndarray:
         c = self._config
-        return np.empty((num_images, c.visual_tokens, c.llm.width), np.float32)
+        return np.empty((num_images, c.visual_tokens, c.visual_width), np.float32)
 
     def _encode_batch(self, state: Any, pixels: Sequence[np.ndarray]) -> np.ndarray:
         padding = next_power_of_two(len(pixels)) - len(pixels)
         batch = np.stack([*pixels, *[np.zeros_like(pixels[0])] * padding])
         return np.asarray(self._encode(state, batch))[: len(pixels)]
+
+
+def load_image_batches(
+    images: Sequence[ImageSource], config: ModelConfig, *, exif: bool
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(pixels [B, S, S, 3] padded to a power of two, images among them) of ENCODE_BATCH images each."""
+    for start in range(0, len(images), ENCODE_BATCH):
+        pixels = []
+        for i in range(start, min(start + ENCODE_BATCH, len(images))):
+            with error_context(f"image {i}"):
+                pixels.append(load_pixels(images[i], config.vision.image_size, exif=exif))
+        padding = next_power_of_two(len(pixels)) - len(pixels)
+        yield np.stack([*pixels, *[np.zeros_like(pixels[0])] * padding]), len(pixels)
 
 
 def encode_pixels(model: MiniGpt, pixels: jax.Array) -> jax.Array:

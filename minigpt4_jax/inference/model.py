@@ -99,8 +99,14 @@ def load(
     if merge_lora:
         for layer in lora_layers(module):
             layer.merge()
-    module.llm.int8_cache = kv_cache == "int8"
     tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
+    if config.is_stage1:
+        from minigpt4_jax.inference.qformer_model import QFormerModel  # a subclass of Model
+
+        if kv_cache is not None:
+            raise UserError(f"kv_cache {kv_cache!r}: {model_dir} has no language model")
+        return QFormerModel(module, config, tokenizer, mesh, exif=exif)
+    module.llm.int8_cache = kv_cache == "int8"
     return Model(module, config, tokenizer, mesh, exif=exif)
 
 

@@ -49,7 +49,7 @@ def match_images(
     for i, prompt in enumerate(complete):
         if not isinstance(prompt, str) and not (prompt is None and allow_none):
             raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
-        if prompt is not None and not prompt.strip():
+        if prompt is not None and not prompt.strip() and not config.image_first:
             raise UserError(f"prompt {i} is empty; expected text")
         if template and prompt is not None:
             complete[i] = _fill_training_template(

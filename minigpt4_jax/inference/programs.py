@@ -23,9 +23,8 @@ def prefill(
     stages: SamplingStages,
 ) -> DecodeState:
     """Process the prompts and choose each row's first token. max_new_tokens: N of the bucket."""
-    embeds = model.merge(inputs.tokens, inputs.visual)
-    hidden, cache = model.llm.prefill(embeds, inputs.lengths, cache_length)
-    return _first_tokens(model, hidden, cache, inputs, inputs.lengths, max_new_tokens, stages)
+    read = model.prefill(inputs.tokens, inputs.visual, inputs.lengths, cache_length)
+    return _first_tokens(model, read.last, read.cache, inputs, read.lengths, max_new_tokens, stages)
 
 
 def resume(
@@ -41,20 +40,20 @@ def resume(
     positions = prefix_length + jnp.arange(embeds.shape[1])
     positions = jnp.broadcast_to(positions, inputs.tokens.shape)
     hidden, cache = model.llm.decode(embeds, positions, cache)
+    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
     lengths = prefix_length + inputs.lengths
-    return _first_tokens(model, hidden, cache, inputs, lengths, max_new_tokens, stages)
+    return _first_tokens(model, last, cache, inputs, lengths, max_new_tokens, stages)
 
 
 def _first_tokens(
     model: MiniGpt,
-    hidden: jax.Array,  # [B, T, D]
+    last: jax.Array,  # [B, D]: hidden state of each row's last token
     cache: KVCache,
     inputs: BatchInputs,
     lengths: jax.Array,  # [B]: of the whole prompts, with a cached prefix
     max_new_tokens: int,
     stages: SamplingStages,
 ) -> DecodeState:
-    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
     b = inputs.lengths.shape[0]
     state = DecodeState(
         cache,
@@ -71,19 +70,20 @@ def _first_tokens(
         keys=inputs.keys,
         sampling=inputs.sampling,
     )
-    return constrain_state(advance(state, model.llm.logits(last), stages))
+    return constrain_state(advance(state, model.decoder.logits(last), stages))
 
 
 def decode(
     model: MiniGpt, state: DecodeState, steps: jax.Array, stages: SamplingStages
 ) -> DecodeState:
     """Up to `steps` more tokens for every row, until all rows are done."""
+    decoder = model.decoder
 
     def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         i, s = carry
-        embeds = model.llm.embed_tokens(s.token[:, None])
-        hidden, cache = model.llm.decode(embeds, s.position[:, None], s.cache)
-        return i + 1, advance(s._replace(cache=cache), model.llm.logits(hidden[:, 0]), stages)
+        embeds = decoder.embed_tokens(s.token[:, None])
+        hidden, cache = decoder.decode(embeds, s.position[:, None], s.cache)
+        return i + 1, advance(s._replace(cache=cache), decoder.logits(hidden[:, 0]), stages)
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         return (carry[0] < steps) & ~jnp.all(carry[1].done)

@@ -211,7 +211,7 @@ class ModelRunner:
         return BatchInputs(
             tokens, lengths,
             stack_visual(
-                [row.visual for row in rows], self.config.visual_tokens, self.config.llm.width,
+                [row.visual for row in rows], self.config.visual_tokens, self.config.visual_width,
                 prompt_size,
             ),
             np.array([row.max_new_tokens for row in rows], np.int32),

@@ -134,7 +134,7 @@ class Scorer:
             stacked = stack_visual(
                 [*(visual[i] for i in indices), *padding],
                 self._config.visual_tokens,
-                self._config.llm.width,
+                self._config.visual_width,
             )
             nll[indices] = self._nll(state, batch, stacked)[: len(indices)]
         return nll

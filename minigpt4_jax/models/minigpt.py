@@ -1,7 +1,7 @@
 """MiniGPT-4: image -> vision encoder -> Q-Former or patch groups -> projection -> language model
 (MiniGPT-4 paper, section 3; MiniGPT-v2 paper, section 2; the original's minigpt_base.py)."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from minigpt4_jax.config import IMAGE, IMAGE_MEAN, IMAGE_STD, ModelConfig
+from minigpt4_jax.models.kv_cache import CacheUpdate, KVCache
 from minigpt4_jax.models.layers import LayerNorm, Linear
 from minigpt4_jax.models.llm import Llm
 from minigpt4_jax.models.qformer import QFormer
@@ -50,6 +51,37 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
+class Decoder(Protocol):
+    """What continues rows, token by token: a language model, or a Q-Former's text branch."""
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] int32 -> [..., D] float32."""
+        ...
+
+    def decode(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        update: CacheUpdate | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """As `Llm.decode`."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> scores [..., V] float32."""
+        ...
+
+
+class Prefilled(NamedTuple):
+    """Prompts that have been read, ready for their answers."""
+
+    last: jax.Array  # [B, D]: the hidden state that predicts the first token of each answer
+    cache: KVCache
+    lengths: jax.Array  # [B]: of each row in the cache
+    slots: int  # cache slots of the longest row; answers begin behind them
+
+
 def normalize_pixels(pixels: jax.Array) -> jax.Array:
     """uint8 [..., 3] -> normalized float32 [..., 3]; float32 is returned unchanged.
 
@@ -67,7 +99,7 @@ class MiniGpt(nnx.Module):
         self.config = c
         self.vit = Vit(c.vision, rngs)
         self.ln_vision = LayerNorm(c.vision.width, LN_VISION_EPS)
-        self.qformer = None if c.qformer is None else QFormer(c.qformer, rngs)
+        self.qformer: QFormer | None = None if c.qformer is None else QFormer(c.qformer, rngs)
         self.projection = Linear(c.projection_in, c.llm.width, rngs=rngs)
         self.llm = Llm(c.llm, c.lora, rngs)
         if c.quantize is not None:
@@ -126,6 +158,20 @@ class MiniGpt(nnx.Module):
         else:
             visual_embeds = visual.reshape(-1, visual.shape[-1])[index]
         return jnp.where(is_visual[:, :, None], visual_embeds, embeds)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What continues rows after `prefill`."""
+        return self.llm
+
+    def prefill(
+        self, tokens: jax.Array, visual: jax.Array, lengths: jax.Array, cache_length: int
+    ) -> Prefilled:
+        """Read prompts: tokens [B, T] and visual tokens [B, I * P, D], as for `merge`, lengths [B];
+        cache_length: slots for prompt and answer."""
+        hidden, cache = self.llm.prefill(self.merge(tokens, visual), lengths, cache_length)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return Prefilled(last, cache, lengths, tokens.shape[1])
 
     def token_nll(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT

@@ -37,13 +37,14 @@ COLUMN_PARALLEL, ROW_PARALLEL = P("model", "fsdp"), P("fsdp", "model")  # of a m
 
 # Parameter name without its layer number -> its sharding, without the axis of stacked layers.
 PARTITION_RULES = (
-    (r".*\.blocks\.(attn|cross|mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
-    (r".*\.blocks\.(attn|cross|mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
+    (r".*\.blocks\.(attn|cross|mlp|text_mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
+    (r".*\.blocks\.(attn|cross|mlp|text_mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
     (r"llm\.(embed|head\.weight)", COLUMN_PARALLEL),
     # trained and small parameters are replicated
     (r"projection\.(weight|bias)", P()),
     (r".*\.lora_[ab]", P()),
-    (r"vit\.(cls|pos|patch\.weight)|qformer\.query", P()),
+    (r"vit\.(cls|pos|patch\.weight)|qformer\.(query|embed|positions|temperature)", P()),
+    (r"qformer\.(vision_projection|text_projection|itm_head|lm_head\.dense)\.weight", P()),
     (r"(.*\.)?(norm\d?|[qk]_norm|ln_vision)\.(scale|bias)", P()),
     (r".*(\.|_)bias", P()),
 )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import (
+    IMAGE_SLOT,
     IMAGE_TAG,
     RenderedPrompt,
     TokenizerChatTemplate,
@@ -279,11 +280,27 @@ def prompt_tokens(
     extra_bos=False leaves one.
     UserError: as `build_row`.
     """
+    if config.image_first:
+        return image_first_prompt(tokenizer, config, prompt, images=images)
     bos = _adds_bos(tokenizer, config, rendered=isinstance(prompt, RenderedPrompt))
     ids = _encode_prompt(tokenizer, config, prompt, images, bos)
     if not extra_bos and ids[:2] == [tokenizer.bos_id] * 2:
         ids = ids[1:]
     return ids
+
+
+def image_first_prompt(
+    tokenizer: Tokenizer, config: ModelConfig, prompt: str, *, images: int
+) -> list[int]:
+    """Ids of a prompt of BLIP-2: its images, BOS, text (which may be empty).
+
+    `<ImageHere>` and its tags are not written: wherever they stand, images come first. UserError: as
+    `build_row`.
+    """
+    if IMAGE_TAG in prompt:
+        _check_image_count(prompt, images)
+        prompt = prompt.replace(IMAGE_SLOT, "").replace(IMAGE_TAG, "").lstrip()
+    return [IMAGE] * (images * config.visual_tokens) + tokenizer.encode(prompt, bos=True)
 
 
 def cut_left(

@@ -54,8 +54,9 @@ def _check_characters(text: str) -> None:
 def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
     """Read the tokenizer in `directory`.
 
-    kind: "sentencepiece" (tokenizer.model of LLaMA 1/2 and Vicuna, as the original used it) or "hf" (any
-    files that AutoTokenizer reads); None prefers a readable tokenizer.model.
+    kind: "sentencepiece" (tokenizer.model of LLaMA 1/2 and Vicuna, as the original used it), "hf" (any
+    files that AutoTokenizer reads) or "bert" (vocab.txt of a Q-Former); None prefers a readable
+    tokenizer.model.
     UserError: no tokenizer, or a damaged one.
     """
     directory = Path(directory)
@@ -63,8 +64,12 @@ def load_tokenizer(directory: str | Path, kind: str | None = None) -> Tokenizer:
         raise UserError(f"tokenizer: {directory} is not a directory")
     model = directory / "tokenizer.model"
     has_hf = any((directory / name).is_file() for name in HF_FILES)
-    if kind not in (None, "sentencepiece", "hf"):
-        raise UserError(f"tokenizer: kind {kind!r}; expected 'sentencepiece' or 'hf'")
+    if kind not in (None, "sentencepiece", "hf", "bert"):
+        raise UserError(f"tokenizer: kind {kind!r}; expected 'sentencepiece', 'hf' or 'bert'")
+    if kind == "bert":
+        from minigpt4_jax.processing.bert_tokenizer import BertTokenizer
+
+        return BertTokenizer(directory)
     if kind == "hf" or (kind is None and not model.is_file() and has_hf):
         if not has_hf and not model.is_file():
             raise UserError(
@@ -260,17 +265,17 @@ def _read_added_tokens(directory: Path, pieces: int) -> dict[str, int]:
     of them only.
     """
     path = directory / "added_tokens.json"
-    added: dict[Any, Any] = dict(_read_json_object(path))
+    added: dict[Any, Any] = dict(read_json_object(path))
     for token, i in added.items():
         if not token or type(i) is not int or i < 0:
             raise UserError(f"tokenizer: {path}: {token!r}: {i!r} is not a token with its id")
-    by_id = _read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    by_id = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(by_id, dict):
         for i, token in by_id.items():
             content = token.get("content") if isinstance(token, dict) else token
             if str(i).isdigit():
                 added.setdefault(content, int(i))
-    entries = _read_json_object(directory / "tokenizer.json").get("added_tokens")
+    entries = read_json_object(directory / "tokenizer.json").get("added_tokens")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict):
             added.setdefault(entry.get("content"), entry.get("id"))
@@ -285,7 +290,7 @@ def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
     """(token, side) pairs where white space is kept: a token written as an object sets it by lstrip and
     rstrip; for a plain string, or a token not in the file, both sides are stripped (tokenize() of 4.30)."""
     kept = set()
-    for value in _read_json_object(path).values():
+    for value in read_json_object(path).values():
         if isinstance(value, dict) and isinstance(value.get("content"), str):
             kept |= {
                 (value["content"], side)
@@ -295,7 +300,7 @@ def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
     return kept
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

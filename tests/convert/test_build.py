@@ -172,7 +172,7 @@ def test_without_vision_the_packaged_encoder_is_used(files, command):
         sizes = json.loads(file.metadata()["config"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config, t = read_config(files.folder / "m").to_dict(), Tensors(files.folder / "m")
-    assert {part: config[part] for part in sizes} == sizes
+    assert all(values.items() <= config[part].items() for part, values in sizes.items())
     vision = {n for n in t if n.startswith(("vit.", "ln_vision.", "qformer."))}
     assert vision == set(weights) and all(same(t[n], weights[n]) for n in vision)
     assert t["projection.weight"].shape == (16, sizes["qformer"]["hidden"])

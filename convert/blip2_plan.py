@@ -1,0 +1,207 @@
+"""Plans the build of a BLIP-2 model, as build_plan.py does for MiniGPT-4."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert.blip2_keys import HF_ITM, STAGE1
+from convert.blip2_sources import (
+    check_second_names,
+    is_bert,
+    is_hf_blip2,
+    open_bert,
+    open_hf,
+    open_lavis,
+)
+from convert.build_plan import (
+    BuildPlan,
+    BuildRequest,
+    raise_problems,
+    stored_config,
+    unknown_keys,
+)
+from convert.infer_config import qformer_config, text_config, vision_config
+from convert.key_mapping import EVA, NATIVE, original_key
+from convert.language_model import TokenizerFiles, find_tokenizer
+from convert.overrides import apply_settings, parse_settings
+from convert.sources import MappedCheckpoint, ParameterSource, open_checkpoint
+from convert.validate import source_problems
+from minigpt4_jax.checkpoint.parameters import parameter_shapes, part_of
+from minigpt4_jax.config import ModelConfig, QFormerConfig, TokenizerConfig, text_branch
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.bert_tokenizer import VOCABULARY, BertTokenizer
+
+
+def make_blip2_plan(request: BuildRequest) -> BuildPlan:
+    """Open the inputs, derive the configuration, find a source for each parameter. UserError for files
+    that are damaged, unknown, or do not belong together."""
+    return _plan_stage1(request)
+
+
+def _plan_stage1(request: BuildRequest) -> BuildPlan:
+    for option in ("llm", "llm_delta"):
+        if getattr(request, option) is not None:
+            raise UserError(
+                f"--{option.replace('_', '-')} is given, but {request.variant} has no language model"
+            )
+    settings, notes = parse_settings(request.settings), list[str]()
+    checkpoints = _open_stage1(request)
+    tokenizer = _bert_tokenizer(request)
+    sources = combine_sources(checkpoints)
+    vision = vision_values(checkpoints, sources, settings)
+    qformer = _stage1_qformer(checkpoints, settings)
+    values: dict[str, Any] = {
+        "variant": request.variant, "vision": vision, "qformer": qformer, "end_symbol": "[SEP]",
+        "prompt_template": "{}", "chat_template": "training", "max_text_length": 32,
+        "image_first": True,
+    }  # fmt: skip
+    vocabulary = BertTokenizer(Path(tokenizer.origin))
+    for name in apply_settings(values, settings):
+        notes.append(f"--set {name} is not used: {request.variant} has no such part")
+    values["llm"] = asdict(text_branch(QFormerConfig(**values["qformer"])))
+    values["tokenizer"] = asdict(
+        TokenizerConfig("bert", vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
+    )
+    config = ModelConfig.from_dict(values).check()
+    if vocabulary.vocab_size != config.llm.vocab:
+        raise UserError(
+            f"{tokenizer.origin}: the tokenizer has {vocabulary.vocab_size} tokens with [DEC], the "
+            f"Q-Former {config.llm.vocab}: give the vocabulary it was trained with as --tokenizer=DIR"
+        )
+    new = "qformer" if checkpoints and checkpoints[-1].table.name == "BERT" else ""
+    return finish_plan(request, config, checkpoints, sources, tokenizer, new, notes)
+
+
+def _open_stage1(request: BuildRequest) -> list[MappedCheckpoint]:
+    """In the order in which later ones replace parameters of earlier ones."""
+    checkpoints = open_vision(request)
+    for option in ("qformer", "checkpoint"):
+        path, flag = getattr(request, option), f"--{option}"
+        if path is None:
+            continue
+        if is_hf_blip2(path):
+            checkpoints.append(open_hf(flag, path, HF_ITM))
+        elif is_bert(path):
+            checkpoints.append(open_bert(flag, path))
+        else:
+            checkpoints.append(open_lavis(flag, path, (STAGE1, NATIVE)))
+    if all(c.option == "--vision" for c in checkpoints):
+        raise UserError(
+            f"{request.variant} needs --checkpoint=PATH (for instance blip2_pretrained.pth, or the "
+            "Hugging Face directory of an image-text matching model), or --qformer=DIR with BERT"
+        )
+    return checkpoints
+
+
+def open_vision(request: BuildRequest) -> list[MappedCheckpoint]:
+    """--vision, if it is given."""
+    if request.vision is None:
+        return []
+    return [open_checkpoint("--vision", request.vision, (EVA, NATIVE))]
+
+
+def combine_sources(checkpoints: list[MappedCheckpoint]) -> dict[str, ParameterSource]:
+    """Parameter -> source; later checkpoints replace earlier ones."""
+    sources: dict[str, ParameterSource] = {}
+    for checkpoint in checkpoints:
+        sources |= checkpoint.parameters()
+    for checkpoint in checkpoints:
+        check_second_names(checkpoint, sources)
+    return sources
+
+
+def vision_values(
+    checkpoints: list[MappedCheckpoint],
+    sources: Mapping[str, ParameterSource],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """VisionConfig fields, from the checkpoint that the vision encoder comes from."""
+    if "vit.pos" not in sources:
+        raise UserError("--vision=FILE is needed (for instance eva_vit_g.pth): no file has a ViT")
+    checkpoint = sources["vit.pos"].checkpoint
+    if recorded := checkpoint.sizes.get("vision"):
+        return dict(recorded)
+    return vision_config(
+        checkpoint.shapes("vit."), checkpoint.label, spare_block=checkpoint.table is EVA, scale=1,
+        settings=settings,
+    )  # fmt: skip
+
+
+def _stage1_qformer(
+    checkpoints: list[MappedCheckpoint], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """QFormerConfig fields of a Q-Former with a text branch."""
+    checkpoint = checkpoints[-1]
+    shapes = checkpoint.shapes("qformer.")
+    text = text_config(shapes, checkpoint.label)
+    if checkpoint.table.name == "BERT":
+        hidden = shapes["qformer.embed"][-1]
+        layers = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("qformer.blocks."))
+        heads = settings.get("qformer.heads") or _bert_heads(checkpoint)
+        vision = next((c for c in checkpoints if c.shapes("vit.cls")), checkpoint)
+        return {
+            "hidden": hidden, "layers": layers, "heads": heads,
+            "ffn": shapes["qformer.blocks.0.text_mlp.up.weight"][0],
+            "vision_width": vision.shapes("vit.cls")["vit.cls"][-1],
+            **text, "vocab": text["vocab"] + 1, "itc_width": 256, "lm_head": True,
+        }  # fmt: skip
+    if recorded := checkpoint.sizes.get("qformer"):
+        return {**recorded, **text}
+    return {**qformer_config(shapes, checkpoint.label, settings), **text}
+
+
+def _bert_heads(checkpoint: MappedCheckpoint) -> int:
+    from convert.formats.readers import read_json
+
+    folder = Path(checkpoint.reader.label)
+    folder = folder if folder.is_dir() else folder.parent
+    return int(read_json(folder / "config.json")["num_attention_heads"])
+
+
+def _bert_tokenizer(request: BuildRequest) -> TokenizerFiles:
+    """vocab.txt from --tokenizer, or from the directory that the Q-Former comes from."""
+    folders = (request.tokenizer, request.checkpoint, request.qformer)
+    for folder in folders:
+        if folder is not None and (folder / VOCABULARY).is_file():
+            found = find_tokenizer(folder)
+            kept = (VOCABULARY, "tokenizer_config.json")
+            return TokenizerFiles({n: found[n] for n in kept if n in found}, str(folder))
+    raise UserError(
+        f"{request.variant} needs --tokenizer=DIR with BERT's {VOCABULARY} (that of bert-base-uncased)"
+    )
+
+
+def finish_plan(
+    request: BuildRequest,
+    config: ModelConfig,
+    checkpoints: list[MappedCheckpoint],
+    sources: dict[str, ParameterSource],
+    tokenizer: TokenizerFiles,
+    new_part: str,
+    notes: list[str],
+) -> BuildPlan:
+    """The checked plan. new_part: the part whose missing parameters are initialized."""
+    shapes = parameter_shapes(config)
+    depth = config.vision.depth
+    unused = [n for n in sources if n.startswith("vit.blocks.") and int(n.split(".")[2]) >= depth]
+    if unused:
+        notes.append(f"vision blocks from {depth} on are not used (vision.depth={depth})")
+    sources = {n: s for n, s in sources.items() if n not in unused}
+    new = [n for n in shapes if n not in sources and new_part and part_of(n) == new_part]
+    new += [n for n in shapes if n not in sources and new_part and n.startswith("ln_vision.")]
+    if new:
+        notes.append(f"{len(new)} parameters are new and must be trained ({new[0]}, ...)")
+    missing = [
+        _missing(name, checkpoints) for name in shapes if name not in sources and name not in new
+    ]
+    raise_problems([*unknown_keys(checkpoints), *missing, *source_problems(shapes, sources)])
+    stored = stored_config(config, request, sources, notes).check()
+    return BuildPlan(config, stored, tokenizer, checkpoints, shapes, sources, new, notes)
+
+
+def _missing(name: str, checkpoints: list[MappedCheckpoint]) -> str:
+    for checkpoint in reversed(checkpoints):
+        if key := original_key(checkpoint.table, name):
+            return f"{checkpoint.label} has no {key}"
+    return f"{name} is in no file"

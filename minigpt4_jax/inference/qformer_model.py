@@ -1,0 +1,357 @@
+"""BLIP-2's Q-Former without a language model: features, matching scores, captions, retrieval."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.generation_config import GenerationConfig
+from minigpt4_jax.inference.image_encoder import load_image_batches
+from minigpt4_jax.inference.model import Model
+from minigpt4_jax.inference.preprocess import Images
+from minigpt4_jax.inference.requests import Request, bucket
+from minigpt4_jax.inference.retrieval import RetrievalScores, rerank
+from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.models.stage1 import Stage1
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
+from minigpt4_jax.processing.bert_tokenizer import BertTokenizer
+from minigpt4_jax.processing.images import ImageSource, is_image
+from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.utils.rounding import next_power_of_two
+
+PAIR_BATCH = 32  # pairs of image and text through the Q-Former at a time
+TEXT_LENGTH = 32  # tokens of a text that matching reads, as in training
+RETRIEVAL_LENGTH = 35  # tokens of a text in retrieval
+Texts = Sequence[str] | str
+
+
+class ImageFeatures(NamedTuple):
+    """What the Q-Former's P queries read from B images; arrays float32."""
+
+    embeds: np.ndarray  # [B, P, D]
+    projected: np.ndarray  # [B, P, E], of length 1: for cosine similarities
+    vision: np.ndarray  # [B, S, Dv]: normalized outputs of the vision encoder
+
+
+class TextFeatures(NamedTuple):
+    """What the Q-Former makes of B texts, padded to the longest; arrays float32."""
+
+    embeds: np.ndarray  # [B, T, D]
+    projected: np.ndarray  # [B, T, E], of length 1; position 0 ([CLS]) is that of the text
+    lengths: np.ndarray  # [B] int32: tokens of each text with [CLS] and [SEP]
+
+
+class QFormerModel(Model):
+    """A model of BLIP-2's first stage, as `load` returns it for the variant `blip2-qformer`.
+
+    `generate` and `stream` write captions: an image for each prompt; a prompt is the beginning of the
+    caption, usually "". See also `caption`.
+    """
+
+    tokenizer: BertTokenizer
+
+    def __init__(
+        self,
+        module: MiniGpt,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+        *,
+        exif: bool = False,
+    ):
+        super().__init__(module, config, tokenizer, mesh, exif=exif)
+        self._programs = _Programs(nnx.graphdef(module), mesh)
+
+    # --- features ----------------------------------------------------------------------------
+
+    def encode_image(self, images: Iterable[ImageSource] | ImageSource) -> ImageFeatures:
+        """Features of images. UserError: an unreadable image, or weights without projections."""
+        self._check_projections()
+        flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
+        results = []
+        for pixels, count in load_image_batches(flat, self.config, exif=self.exif):
+            features = self._programs.image(self._state, pixels)
+            results.append([np.asarray(a)[:count] for a in features])
+        if not results:
+            raise UserError("encode_image: there are no images; expected at least one")
+        vision, queries, projected = (np.concatenate(a) for a in zip(*results, strict=True))
+        return ImageFeatures(queries, projected, vision)
+
+    def encode_text(self, texts: Texts, *, max_length: int | None = None) -> TextFeatures:
+        """Features of texts. max_length: cut texts to this many tokens, [CLS] and [SEP] included.
+
+        UserError: a text longer than the model's positions, or weights without projections.
+        """
+        self._check_projections()
+        tokens, lengths = self._tokenize(texts, max_length)
+        padded = _pad_rows(tokens, lengths)
+        embeds, projected = self._programs.text(self._state, *padded)
+        b, t = len(lengths), int(lengths.max())
+        return TextFeatures(np.asarray(embeds)[:b, :t], np.asarray(projected)[:b, :t], lengths)
+
+    def encode_multimodal(
+        self,
+        images: Iterable[ImageSource] | ImageSource | ImageFeatures,
+        texts: Texts,
+        *,
+        max_length: int | None = None,
+    ) -> np.ndarray:
+        """The queries of images and texts read together, pair by pair: [B, P, D] float32.
+
+        images may be the features of `encode_image`. Otherwise as `encode_text`.
+        """
+        features = self._image_features(images)
+        tokens, lengths = self._tokenize(texts, max_length)
+        queries, _ = self._read_pairs(features.vision, tokens, lengths)
+        return queries
+
+    # --- scores ------------------------------------------------------------------------------
+
+    def itc_scores(
+        self,
+        images: Iterable[ImageSource] | ImageSource | ImageFeatures,
+        texts: Texts | TextFeatures,
+    ) -> np.ndarray:
+        """Contrastive similarity of every image and text: [images, texts] float32, the largest cosine
+        of a query and the text."""
+        features = self._image_features(images)
+        if not isinstance(texts, TextFeatures):
+            texts = self.encode_text(texts, max_length=TEXT_LENGTH)
+        return similarity(features, texts)
+
+    def itm_logits(
+        self,
+        images: Iterable[ImageSource] | ImageSource | ImageFeatures,
+        texts: Texts,
+        *,
+        max_length: int = TEXT_LENGTH,
+    ) -> np.ndarray:
+        """Matching logits of pairs: [B, 2] float32, the second is that of a match. texts: one for each
+        image, or several for a single image, or one for several images."""
+        features = self._image_features(images)
+        tokens, lengths = self._tokenize(texts, max_length)
+        return self._read_pairs(features.vision, tokens, lengths)[1]
+
+    def itm_scores(
+        self,
+        images: Iterable[ImageSource] | ImageSource | ImageFeatures,
+        texts: Texts,
+        *,
+        max_length: int = TEXT_LENGTH,
+    ) -> np.ndarray:
+        """The probability that a pair matches: [B] float32; otherwise as `itm_logits`."""
+        logits = self.itm_logits(images, texts, max_length=max_length)
+        return np.asarray(jax.nn.softmax(logits, axis=1))[:, 1]
+
+    def retrieve(
+        self,
+        images: Iterable[ImageSource] | ImageFeatures,
+        texts: Texts,
+        *,
+        k_test: int = 128,
+        max_length: int = RETRIEVAL_LENGTH,
+    ) -> RetrievalScores:
+        """Scores for finding texts by images and images by texts: those of the k_test candidates with
+        the largest cosine are the matching logit plus the cosine, others -100 (LAVIS' compute_sim_matrix).
+
+        `retrieval.recall` turns them into R@1, R@5 and R@10.
+        """
+        if k_test < 1:
+            raise UserError(f"k_test {k_test}: expected at least 1")
+        features = self._image_features(images)
+        tokens, lengths = self._tokenize(texts, max_length)
+        padded = _pad_rows(tokens, lengths)
+        projected = np.asarray(self._programs.text(self._state, *padded)[1])[: len(lengths)]
+        similarities = _max_cosine(features.projected, projected[:, 0])
+
+        def match(pairs: np.ndarray) -> np.ndarray:  # [N, 2] image and text numbers -> [N]
+            rows = [tokens[j] for j in pairs[:, 1]]
+            return self._read_pairs(features.vision[pairs[:, 0]], rows, lengths[pairs[:, 1]])[1][
+                :, 1
+            ]
+
+        return rerank(similarities, match, k_test)
+
+    # --- captions ----------------------------------------------------------------------------
+
+    def caption(
+        self,
+        images: Iterable[ImageSource] | ImageSource,
+        *,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        sample: bool = False,
+        top_p: float = 0.9,
+        seed: int = 0,
+    ) -> list[str]:
+        """A caption for each image, by default as LAVIS' stage 1 writes it.
+
+        max_length, min_length: tokens of a caption including `[DEC]`, with which it begins. sample:
+        draw each token from the most likely ones (top_p), instead of beam search.
+        """
+        flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
+        config = caption_config(
+            num_beams=num_beams, max_length=max_length, min_length=min_length, sample=sample,
+            top_p=top_p, seed=seed,
+        )  # fmt: skip
+        return self.generate(flat, [""] * len(flat), config)
+
+    def prepare_requests(
+        self,
+        images: Images | None,
+        prompts: Sequence[str],
+        config: GenerationConfig,
+        visual: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Request]:
+        """As `Model.prepare_requests`. UserError: a prompt without exactly one image."""
+        if images is None:
+            raise UserError("a Q-Former captions images: expected an image for each prompt")
+        return super().prepare_requests(images, prompts, config, visual)
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def _image_features(
+        self, images: Iterable[ImageSource] | ImageSource | ImageFeatures
+    ) -> ImageFeatures:
+        return images if isinstance(images, ImageFeatures) else self.encode_image(images)
+
+    def _check_projections(self) -> None:
+        q = self.config.qformer
+        if q is None or not q.itc_width:
+            raise UserError("this Q-Former has no contrastive projections and no matching head")
+
+    def _tokenize(self, texts: Texts, max_length: int | None) -> tuple[list[list[int]], np.ndarray]:
+        """Rows of ids, and their lengths [B]. UserError: no text, or too long a one."""
+        flat = [texts] if isinstance(texts, str) else list(texts)
+        if not flat:
+            raise UserError("there are no texts; expected at least one")
+        q = self.config.qformer
+        limit = q.max_positions if q is not None else 0
+        rows = []
+        for i, text in enumerate(flat):
+            if not isinstance(text, str):
+                raise UserError(f"text {i}: got {type(text).__name__}; expected text")
+            rows.append(self.tokenizer.encode_text(text, max_length))
+            if len(rows[-1]) > limit:
+                raise UserError(
+                    f"text {i}: {len(rows[-1])} tokens exceed the Q-Former's {limit} positions; shorten it, "
+                    "or give max_length"
+                )
+        return rows, np.array([len(row) for row in rows], np.int32)
+
+    def _read_pairs(
+        self, vision: np.ndarray, tokens: list[list[int]], lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of vision [B, S, Dv] and texts -> (queries [B, P, D], matching logits [B, 2])."""
+        vision, tokens, lengths = _broadcast_pairs(vision, tokens, lengths)
+        results = []
+        for start in range(0, len(tokens), PAIR_BATCH):
+            part = slice(start, start + PAIR_BATCH)
+            ids, counts = _pad_rows(tokens[part], lengths[part])
+            images = np.zeros((len(ids), *vision.shape[1:]), np.float32)
+            images[: len(vision[part])] = vision[part]
+            outputs = self._programs.pairs(self._state, images, ids, counts)
+            results.append([np.asarray(a)[: len(tokens[part])] for a in outputs])
+        queries, logits = (np.concatenate(a) for a in zip(*results, strict=True))
+        return queries, logits
+
+
+def caption_config(
+    *,
+    num_beams: int = 3,
+    max_length: int = 30,
+    min_length: int = 10,
+    sample: bool = False,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> GenerationConfig:
+    """The options of `QFormerModel.caption` as those of `Model.generate`."""
+    if max_length < 2:
+        raise UserError(f"max_length {max_length}: expected 2 or more, as [DEC] counts")
+    return GenerationConfig(
+        max_new_tokens=max_length - 1, min_new_tokens=min_length, compat=True, seed=seed,
+        num_beams=1 if sample else num_beams, temperature=1.0 if sample else 0.0,
+        top_p=top_p if sample else 1.0,
+    )  # fmt: skip
+
+
+def similarity(images: ImageFeatures, texts: TextFeatures) -> np.ndarray:
+    """The largest cosine of an image's queries and a text: [images, texts] float32."""
+    return _max_cosine(images.projected, texts.projected[:, 0])
+
+
+def _max_cosine(queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """queries [I, P, E], texts [T, E] -> [I, T]."""
+    result: np.ndarray = np.einsum("ipe,te->itp", queries, texts).max(axis=2)
+    return result
+
+
+def _broadcast_pairs(
+    vision: np.ndarray, tokens: list[list[int]], lengths: np.ndarray
+) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+    """Equally many images and texts; a single one goes with each of the others."""
+    count = max(len(vision), len(tokens))
+    if len(vision) == 1:
+        vision = np.broadcast_to(vision, (count, *vision.shape[1:]))
+    if len(tokens) == 1:
+        tokens, lengths = tokens * count, np.repeat(lengths, count)
+    if len(vision) != len(tokens):
+        raise UserError(
+            f"{len(vision)} images and {len(tokens)} texts; expected the same number, or one of either"
+        )
+    return vision, tokens, lengths
+
+
+def _pad_rows(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> tokens [B, T] and lengths [B], with B and T rounded up to limit compilations."""
+    b = next_power_of_two(len(rows))
+    tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
+    for target, row in zip(tokens, rows, strict=False):
+        target[: len(row)] = row
+    padded = np.ones(b, np.int32)
+    padded[: len(rows)] = lengths
+    return tokens, padded
+
+
+class _Programs:
+    """The compiled programs. state: the model's parameters (nnx.state)."""
+
+    def __init__(self, graphdef: Any, mesh: Mesh | None):
+        def merge(state: Any) -> Stage1:
+            module: Stage1 = nnx.merge(graphdef, state)
+            return module
+
+        def image(state: Any, pixels: jax.Array) -> Any:
+            return merge(state).image_features(constrain(pixels, BATCH_AXES))
+
+        def text(state: Any, tokens: jax.Array, lengths: jax.Array) -> Any:
+            tokens = _at_most(tokens, merge(state))
+            return merge(state).text_features(tokens, lengths)
+
+        def pairs(state: Any, vision: jax.Array, tokens: jax.Array, lengths: jax.Array) -> Any:
+            model = merge(state)
+            both = model.qformer.read_both(vision, _at_most(tokens, model), lengths)
+            return both[:, : model.config.visual_tokens], model.match(both)
+
+        self.image, self.text, self.pairs = (
+            jax.jit(with_mesh(_replicated(f), mesh)) for f in (image, text, pairs)
+        )
+
+
+def _at_most(tokens: jax.Array, model: Stage1) -> jax.Array:
+    """tokens [B, T] without padding beyond the model's positions."""
+    return jnp.asarray(tokens)[:, : model.qformer.positions.shape[0]]
+
+
+def _replicated(f: Any) -> Any:
+    def program(*args: Any) -> Any:
+        return jax.tree.map(constrain, f(*args))
+
+    return program

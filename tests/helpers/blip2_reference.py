@@ -1,0 +1,55 @@
+"""Models built from the reference checkpoints of BLIP-2, and the dumps that LAVIS' code made of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.paths import REFERENCE
+
+FOLDER = REFERENCE / "blip2"
+CHECKPOINTS, DUMPS = FOLDER / "checkpoints", FOLDER / "dumps"
+NEEDS_BLIP2 = pytest.mark.skipif(not DUMPS.is_dir(), reason="../shared/reference/blip2 is not here")
+HEADS = ["vision.heads=4", "qformer.heads=4"]
+BERT = CHECKPOINTS / "bert-base-uncased"
+VIT = CHECKPOINTS / "eva_vit_g.pth"
+
+# name -> arguments of a build; see the reference's README
+BUILDS = {
+    "pretrain": ("blip2-qformer", {"vision": VIT, "checkpoint": "blip2_pretrained.pth", "tokenizer": BERT}),
+    "coco": ("blip2-qformer", {"checkpoint": "blip2_finetune_coco.pth", "tokenizer": BERT}),
+    "hf-itm": ("blip2-qformer", {"checkpoint": "hf/itm_coco"}),
+}  # fmt: skip
+
+
+def build(name: str, out: Path) -> Path:
+    """A model directory made by `convert build`."""
+    from convert.build import build
+    from convert.build_plan import BuildRequest
+
+    variant, arguments = BUILDS[name]
+    paths = {key: CHECKPOINTS / value for key, value in arguments.items()}
+    build(BuildRequest(variant=variant, out=out / name, settings=HEADS, **({"llm": None} | paths)))
+    return out / name
+
+
+def dump(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the texts of a dump."""
+    json_file = DUMPS / f"{name}.json"
+    arrays = DUMPS / f"{name}.npz"
+    return (
+        dict(np.load(arrays)) if arrays.is_file() else {},
+        json.loads(json_file.read_text()) if json_file.is_file() else {},
+    )
+
+
+def pictures() -> list[np.ndarray]:
+    """The six images of the dumps, uint8 [H, W, 3]."""
+    arrays, _ = dump("pixels")
+    return [arrays[f"source_{i}"] for i in range(6)]
+
+
+def ended(ids: list[int], end: int) -> list[int]:
+    """Ids up to the first `end`, or all of them."""
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -1,0 +1,119 @@
+"""BLIP-2's first stage, from `convert build` to features, scores and captions, against LAVIS."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import blip2_reference as reference
+from helpers.blip2_reference import NEEDS_BLIP2
+
+import minigpt4_jax
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.qformer_model import caption_config
+from minigpt4_jax.inference.retrieval import recall, rerank
+
+SEP = 102
+
+
+@pytest.fixture(scope="module", params=["pretrain", "coco", "hf-itm"])
+def case(request, tmp_path_factory):
+    """(name, model) of a Q-Former; two are the same weights from different files."""
+    folder = reference.build(request.param, tmp_path_factory.mktemp("stage1"))
+    return request.param, minigpt4_jax.load(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = reference.build("pretrain", tmp_path_factory.mktemp("stage1"))
+    return minigpt4_jax.load(folder, "float32")
+
+
+@NEEDS_BLIP2
+def test_features_and_scores(case):
+    name, model = case
+    size = "pretrain" if name == "pretrain" else "coco"
+    images = reference.pictures()[:3]
+    features = model.encode_image(images)
+    if name != "hf-itm":
+        expected, texts = reference.dump("features" + ("" if size == "pretrain" else "_coco"))
+        np.testing.assert_allclose(features.embeds, expected["image_embeds"], atol=2e-5)
+        np.testing.assert_allclose(features.projected, expected["image_embeds_proj"], atol=2e-5)
+        text = model.encode_text(texts["text_input"])
+        assert text.lengths.tolist() == expected["attention_mask"].sum(1).tolist()
+        np.testing.assert_allclose(text.embeds, expected["text_embeds"], atol=2e-5)
+        np.testing.assert_allclose(text.projected, expected["text_embeds_proj"], atol=2e-5)
+        both = model.encode_multimodal(features, texts["text_input"])
+        np.testing.assert_allclose(both, expected["multimodal_embeds"], atol=2e-5)
+    expected, texts = reference.dump(f"itm_{size}")
+    np.testing.assert_allclose(
+        model.itc_scores(features, texts["text_input"]), expected["itc"], atol=2e-5
+    )
+    logits = model.itm_logits(images[1], texts["text_input"])
+    np.testing.assert_allclose(logits, expected["itm_logits"][1], atol=1e-4)
+
+
+@NEEDS_BLIP2
+@pytest.mark.parametrize("k", [1, 4])
+def test_retrieval(case, k):
+    name, model = case
+    expected, texts = reference.dump("retrieval_" + ("pretrain" if name == "pretrain" else "coco"))
+    scores = model.retrieve(reference.pictures(), texts["texts"], k_test=k)
+    np.testing.assert_allclose(scores.image_to_text, expected[f"i2t_k{k}"], atol=1e-4)
+    np.testing.assert_allclose(scores.text_to_image, expected[f"t2i_k{k}"], atol=1e-4)
+    truth = [texts["img2txt"][str(i)] for i in range(6)]
+    metrics = recall(scores, truth, texts["txt2img"])
+    original = texts["metrics"][f"k{k}"]
+    for ours, theirs in (("text", "txt"), ("image", "img")):
+        for rank in ("r1", "r5", "r10"):
+            assert metrics[f"{ours}_{rank}"] == pytest.approx(original[f"{theirs}_{rank}"])
+    assert metrics["mean"] == pytest.approx(original["r_mean"])
+
+
+@NEEDS_BLIP2
+def test_captions(pretrained):
+    images = reference.pictures()[:4]
+    for case in json.loads((reference.DUMPS / "stage1_captions.json").read_text()):
+        options = {k: v for k, v in case["options"].items() if k != "repetition_penalty"}
+        details = pretrained.generate_details(images, [""] * 4, caption_config(**options))
+        for i, (output,) in enumerate(details):
+            assert output.ids == reference.ended(case["sequences"][i][1:], SEP), options
+            assert output.text == case["text"][i]
+            if "sequences_scores" in case:
+                assert output.score == pytest.approx(case["sequences_scores"][i], abs=1e-4)
+    assert pretrained.caption(images[:2]) == pretrained.generate(
+        images[:2], ["", ""], caption_config()
+    )
+    streamed = "".join(pretrained.stream(images[0], "", caption_config(num_beams=1)))
+    assert streamed == pretrained.generate(images[:1], [""], caption_config(num_beams=1))[0]
+
+
+@NEEDS_BLIP2
+def test_wrong_input(pretrained):
+    image = reference.pictures()[0]
+    with pytest.raises(UserError, match=r"text 0: .* tokens exceed the Q-Former's 64 positions"):
+        pretrained.encode_text("word " * 100)
+    with pytest.raises(UserError, match="2 images and 3 texts"):
+        pretrained.itm_logits([image] * 2, ["a", "b", "c"])
+    with pytest.raises(UserError, match="expected an image for each prompt"):
+        pretrained.generate(None, ["a"])
+    with pytest.raises(UserError, match="no texts"):
+        pretrained.encode_text([])
+
+
+def test_rerank_scores_each_pair_once():
+    asked = []
+
+    def match(pairs):
+        asked.extend(map(tuple, pairs.tolist()))
+        return np.arange(len(pairs), dtype=np.float32)
+
+    similarities = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.2]], np.float32)
+    scores = rerank(similarities, match, 1)
+    # image 0 and 1 find text 0; texts 0, 1, 2 find images 0, 1, 0
+    assert asked == [(0, 0), (0, 2), (1, 0), (1, 1)]
+    np.testing.assert_allclose(scores.image_to_text, [[0.9, -100, -100], [2.8, -100, -100]])
+    np.testing.assert_allclose(scores.text_to_image, [[0.9, -100], [-100, 3.7], [1.5, -100]])
+    metrics = recall(scores, [[0], [1, 2]], [0, 1, 0])
+    assert metrics["text_r1"] == 50.0 and metrics["image_r1"] == 100.0
+    with pytest.raises(UserError, match="truth for 1 images"):
+        recall(scores, [[0]], [0, 1, 0])
