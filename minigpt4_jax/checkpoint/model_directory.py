@@ -196,10 +196,11 @@ def _check_fingerprints(chain: list[Path]) -> None:
             )
 
 
-def fingerprint(model_dir: Path | str) -> str:
-    """A hash of a model directory: its configuration, and size and beginning of every file."""
+def fingerprint(model_dir: Path | str, base: Path | str | None = None) -> str:
+    """A hash of a model directory: its configuration, and size and beginning of every file. base: as for
+    `model_chain`."""
     digest = hashlib.sha256()
-    for directory in model_chain(model_dir):
+    for directory in model_chain(model_dir, base):
         document = read_model_json(directory)
         digest.update(json.dumps(document["config"], sort_keys=True).encode())
         with bucket_errors_as_user_errors(directory):

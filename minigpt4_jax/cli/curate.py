@@ -22,6 +22,7 @@ COMMANDS = {
     "review": Command(
         "minigpt4_jax.cli.curation.review", "accept, edit or reject rows in a browser"
     ),
+    "export": Command("minigpt4_jax.cli.curation.export", "write rows as a dataset for training"),
 }
 
 

@@ -1,8 +1,8 @@
 """Objects that a description names and that nothing else confirms, as CHAIR counts them.
 
 CHAIR is by Rohrbach et al., 2018. An object is confirmed by a caption that came with the image, or by a
-detector's list. The default vocabulary is COCO's 80 classes with everyday words for them; a file of another
-one has an object on each line, its names separated by commas.
+detector's list. The default vocabulary is COCO's classes with everyday words for them, without "orange",
+which is mostly a colour; a file of another one has an object on each line, its names separated by commas.
 """
 
 import re

@@ -6,6 +6,7 @@ These layouts are recognized:
     FILE.json       a list of rows, or an object {"annotations": [{"image_id", "caption"}, ...]}
     FILE.jsonl      one row per line
     FILE.csv, .tsv  columns "image" and "caption", or "question" and "answer"
+    FILE.parquet    the same columns, with the images inside; or a folder of such files
     DIR/            metadata.jsonl or metadata.csv with "file_name" and "text" or others of these keys
                     (imagefolder of Hugging Face's datasets)
 
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minigpt4_jax.data import conversations, tables
+from minigpt4_jax.data import conversations, parquet_rows, tables
 from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read_text, text_of
 from minigpt4_jax.data.skipped import check_missing_images
 from minigpt4_jax.errors import UserError
@@ -83,19 +84,34 @@ def blip_caption(caption: str) -> str:
 def _read(path: Path, clean: bool) -> list[Example]:
     if path.is_dir():
         path = _file_in_folder(path)
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(f"data {path}: there is no such file or directory")
-    examples = [_example(row, where, path.parent, clean) for where, row in _rows(path)]
+    if path.is_dir() or path.suffix.lower() == parquet_rows.SUFFIX:
+        examples = _parquet_examples(path, clean)
+    else:
+        examples = [_example(row, where, path.parent, clean) for where, row in _rows(path)]
     if not examples:
         raise UserError(f"data {path}: the dataset is empty")
     return examples
 
 
+def _parquet_examples(path: Path, clean: bool) -> list[Example]:
+    """The examples of a Parquet file, or of all in a folder."""
+    examples: list[Example] = []
+    for file in parquet_rows.parquet_files(path) if path.is_dir() else [path]:
+        for where, row, data in parquet_rows.read_parquet(file):
+            example = _example(row, where, file.parent, clean)
+            examples.append(example if data is None else example._replace(images=(data,)))
+    return examples
+
+
 def _file_in_folder(folder: Path) -> Path:
-    """The file with a folder's rows."""
+    """The file with a folder's rows; the folder itself if it has Parquet files."""
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
+    if parquet_rows.parquet_files(folder):
+        return folder
     below = sorted({str(p.parent) for n in _FOLDER_FILES for p in folder.glob(f"*/{n}")})
     hint = f"name one of the folders in it: {', '.join(below[:3])}" if below else (
         "or name a .json, .jsonl or .csv file"

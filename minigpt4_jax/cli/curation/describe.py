@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minigpt4_jax.checkpoint.model_directory import fingerprint
 from minigpt4_jax.cli import common
 from minigpt4_jax.cli.batch_output import BatchRow, Output
 from minigpt4_jax.curation.describe import (
@@ -35,7 +36,7 @@ ROW_KEYS = ("image", "shard", "offset", "size", "id", "sample", "references", *R
 DEFAULTS = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 300}
 BEAM_OPTIONS = ("num_beams", "length_penalty", "early_stopping", "num_return_sequences")
 # options that descriptions do not depend on
-NOT_RECORDED = ("output", "batch_size", "retry_errors", "allow_nonfinite", *BEAM_OPTIONS)
+NOT_RECORDED = ("output", "batch_size", "retry_errors", "base", "allow_nonfinite", *BEAM_OPTIONS)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -155,7 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [images[i] for i in sorted(chosen)]
     rows, tasks = make_rows(images, args.samples, args.output.parent)
     recorded = {k: v for k, v in vars(args).items() if k not in NOT_RECORDED}
-    settings = {"command": "describe", **recorded, **options}
+    settings = {
+        "command": "describe", **recorded, **options,
+        "model_fingerprint": fingerprint(args.model, args.base),
+    }  # fmt: skip
     output = Output(
         args.output, rows, settings, retry_errors=args.retry_errors, result_keys=RESULT_KEYS
     )

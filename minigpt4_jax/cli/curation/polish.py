@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minigpt4_jax.checkpoint.model_directory import fingerprint
 from minigpt4_jax.cli import common
 from minigpt4_jax.curation import endpoint, polish
 from minigpt4_jax.curation.answers import Answer, AnswerCache, answer_key
@@ -193,7 +194,8 @@ def ask(
         settings = config.settings()
     else:
         settings = {
-            "model": args.model, "dtype": args.dtype, "quantize": args.quantize, "template": args.template,
+            "model_fingerprint": fingerprint(args.model, args.base),
+            "dtype": args.dtype, "quantize": args.quantize, "template": args.template,
             "instruction": instruction, "temperature": args.temperature, "max_tokens": args.max_tokens,
             "seed": args.seed,
         }  # fmt: skip
@@ -217,7 +219,10 @@ def ask(
     print(
         f"{progress.asked} texts asked, {len(keys) - len(missing)} answered before; {progress.spent()}"
     )
-    return (lambda text: cache.get(keys[text])), {**settings, **progress.report()}, failures
+    used = {**settings, **progress.report()}
+    if args.model is not None:
+        used["model"] = args.model
+    return (lambda text: cache.get(keys[text])), used, failures
 
 
 def _local(args: argparse.Namespace, instruction: str, cache: AnswerCache) -> LocalPolisher:
