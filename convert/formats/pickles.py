@@ -1,8 +1,9 @@
-"""Reading a pickle as data: a small stack machine that never imports, calls or builds anything.
+"""Reads a pickle as data, with a stack machine that imports and calls nothing that the file names.
 
-A checkpoint's pickle describes dictionaries of tensors. The machine below runs its opcodes on plain
-containers; a "global" is only a name, and calling one is looked up in ALLOWED. Any other name is a
-UserError before it could matter. (The format: Python's Lib/pickletools.py.)
+A checkpoint's pickle describes dictionaries of tensors. The machine runs its opcodes on plain containers. A
+global in the file stays a name; what a call of it returns is looked up in CALLS, and an unknown name is a
+UserError. pickle.Unpickler is not used, because it runs what it finds, and because a damaged or malicious
+file can make it allocate any amount of memory. (The opcodes: Python's Lib/pickletools.py.)
 """
 
 import pickletools
@@ -15,7 +16,7 @@ from minigpt4_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Global:
-    """A name a pickle refers to, such as torch.FloatStorage. Never imported."""
+    """A name in a pickle, such as torch.FloatStorage. It is never imported."""
 
     module: str
     name: str
@@ -26,34 +27,36 @@ class Global:
 
 @dataclass(frozen=True)
 class StorageRef:
-    """Where a tensor's numbers lie: `key` names the blob, `view` a part of it (legacy format)."""
+    """A storage of torch: the data of one or several tensors."""
 
     kind: str  # "FloatStorage", "UntypedStorage", ...
     key: str
     count: int  # elements (bytes for an untyped storage)
+    # legacy format: (key, offset, size) of the part of another storage that this one is
     view: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor before it is read; dtype None means the storage's own."""
+    """A tensor whose data has not been read."""
 
     storage: StorageRef
-    offset: int
+    offset: int  # elements in the storage
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str | None = None
+    stride: tuple[int, ...]  # elements
+    dtype: str | None = None  # None: the storage's
 
 
 @dataclass
-class Inert:
-    """Stands for an object of some harmless class; its content is kept but means nothing."""
+class OpaqueObject:
+    """Stands for an object of a harmless class. Its content is kept and not used."""
 
     name: str
     state: list[Any] = field(default_factory=list)
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> TensorRef:
+def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> TensorRef:
+    """The arguments of torch._utils._rebuild_tensor and its later versions."""
     if not isinstance(storage, StorageRef):
         raise TypeError("a tensor without a storage")
     dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], Global) else None
@@ -63,27 +66,28 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Te
     return TensorRef(storage, offset, tuple(size), tuple(stride), dtype)
 
 
-def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     return _call(function, args)
 
 
-ALLOWED: dict[str, Callable[..., Any]] = {
+# What a call of a global returns
+CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda pairs=(): dict(pairs),
     "collections.defaultdict": lambda *_: {},
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": lambda size=(): tuple(size),
-    "torch.device": lambda *args: Inert("torch.device", list(args)),
+    "torch.device": lambda *args: OpaqueObject("torch.device", list(args)),
     "builtins.set": lambda items=(): list(items),
     "__builtin__.set": lambda items=(): list(items),
     "_codecs.encode": lambda text, *_: text,
 }
-# Classes whose objects appear beside weights (configs, scalers); kept as Inert, so nothing runs.
-INERT = (
+# Classes of objects that are saved beside weights (configurations, loss scalers)
+OPAQUE_CLASSES = (
     "argparse.Namespace", "types.SimpleNamespace", "omegaconf.", "typing.Any", "numpy.dtype",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "builtins.slice",
     "builtins.complex", "__builtin__.complex", "pathlib.PosixPath", "torch.nn.parameter.Parameter",
@@ -101,8 +105,8 @@ def _is_storage(name: str) -> bool:
 def _is_known(g: Global) -> bool:
     name = str(g)
     return (
-        name in ALLOWED
-        or any(name == n or (n.endswith(".") and name.startswith(n)) for n in INERT)
+        name in CALLS
+        or any(name == n or (n.endswith(".") and name.startswith(n)) for n in OPAQUE_CLASSES)
         or (g.module in ("torch", "torch.storage") and _is_storage(g.name))
         or (g.module == "torch" and g.name in _DTYPES)
         or name
@@ -113,15 +117,15 @@ def _is_known(g: Global) -> bool:
 def _call(function: Any, args: Any) -> Any:
     if not isinstance(function, Global):
         raise TypeError("a call of something that is not a name")
-    if made := ALLOWED.get(str(function)):
-        return made(*args)
-    return Inert(str(function), list(args))
+    if call := CALLS.get(str(function)):
+        return call(*args)
+    return OpaqueObject(str(function), list(args))
 
 
 def read_pickle(stream: IO[bytes], where: str) -> Any:
-    """The object one pickle in `stream` describes; dict, list, tuple, str, numbers, TensorRef.
+    """The object that the next pickle in `stream` describes: containers, strings, numbers, TensorRefs.
 
-    UserError when it names anything but tensors and plain containers, or is damaged.
+    where: the file in messages. UserError: it contains something else, or is damaged.
     """
     machine = _Machine(where)
     try:
@@ -149,7 +153,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 
 
 class _Machine:
-    """The pickle virtual machine on plain data: a stack and a memo."""
+    """The pickle virtual machine on plain data: a stack and a memo. A method for each opcode."""
 
     def __init__(self, where: str):
         self.where = where
@@ -166,7 +170,8 @@ class _Machine:
         elif op not in ("PROTO", "FRAME"):
             raise UserError(f"{self.where}: pickle opcode {op} does not belong in a checkpoint")
 
-    def _to_mark(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
+        """The items above the last mark; removes them and the mark."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -195,14 +200,14 @@ class _Machine:
         self.stack.pop()
 
     def _pop_mark(self, arg: Any) -> None:
-        self._to_mark()
+        self._pop_to_mark()
 
     def _dup(self, arg: Any) -> None:
         self.stack.append(self.stack[-1])
 
     # containers
     def _tuple(self, arg: Any) -> None:
-        self.stack.append(tuple(self._to_mark()))
+        self.stack.append(tuple(self._pop_to_mark()))
 
     def _tuple1(self, arg: Any) -> None:
         self.stack[-1:] = [tuple(self.stack[-1:])]
@@ -214,12 +219,12 @@ class _Machine:
         self.stack[-3:] = [tuple(self.stack[-3:])]
 
     def _list(self, arg: Any) -> None:
-        self.stack.append(self._to_mark())
+        self.stack.append(self._pop_to_mark())
 
     _frozenset = _list
 
     def _dict(self, arg: Any) -> None:
-        items = self._to_mark()
+        items = self._pop_to_mark()
         self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
 
     def _append(self, arg: Any) -> None:
@@ -227,29 +232,29 @@ class _Machine:
         self._extend([item])
 
     def _appends(self, arg: Any) -> None:
-        self._extend(self._to_mark())
+        self._extend(self._pop_to_mark())
 
     _additems = _appends
 
     def _extend(self, items: list[Any]) -> None:
-        to = self.stack[-1]
-        (to.state if isinstance(to, Inert) else to).extend(items)
+        target = self.stack[-1]
+        (target.state if isinstance(target, OpaqueObject) else target).extend(items)
 
     def _setitem(self, arg: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._update([key, value])
 
     def _setitems(self, arg: Any) -> None:
-        self._update(self._to_mark())
+        self._update(self._pop_to_mark())
 
     def _update(self, items: list[Any]) -> None:
-        to = self.stack[-1]
-        if isinstance(to, Inert):
-            to.state.append(items)
+        target = self.stack[-1]
+        if isinstance(target, OpaqueObject):
+            target.state.append(items)
             return
-        if type(to) is not dict:
+        if type(target) is not dict:
             raise TypeError("items set on something that is not a dictionary")
-        to.update(zip(items[::2], items[1::2], strict=True))
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     # names, calls and objects: data only
     def _global(self, arg: Any) -> None:
@@ -263,7 +268,7 @@ class _Machine:
         found = Global(module, name)
         if not _is_known(found):
             raise UserError(
-                f"{self.where} asks to run {found}, which has no place among weights; "
+                f"{self.where} asks to run {found}, which does not belong in a checkpoint; "
                 "nothing was run. Use a file from a source you trust, or save its state_dict() only"
             )
         self.stack.append(found)
@@ -279,9 +284,9 @@ class _Machine:
         self._reduce(arg)
 
     def _build(self, arg: Any) -> None:
-        state, made = self.stack.pop(), self.stack[-1]
-        if isinstance(made, Inert):
-            made.state.append(state)  # attributes of a dict (state_dict's _metadata) are dropped
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, OpaqueObject):
+            target.state.append(state)  # attributes of a dict (state_dict's _metadata) are dropped
 
     def _binpersid(self, arg: Any) -> None:
         pid = self.stack.pop()

@@ -1,7 +1,7 @@
-"""Tensors of a .pth or .bin file in both of torch's formats; neither torch nor pickle code is run.
+"""Tensors of a .pth or .bin file in both of torch's formats, read without torch and without unpickling.
 
-Since 1.6 torch.save writes a zip: data.pkl describes the object, data/<key> hold the numbers.
-Before, it wrote pickles one after another, then the storages.
+Since version 1.6 torch.save writes a zip: data.pkl describes the object, data/<key> hold the storages.
+Before, it wrote several pickles, followed by the storages.
 """
 
 import io
@@ -24,19 +24,19 @@ _STORAGES = {
     "UntypedStorage": "uint8",
 }  # fmt: skip
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
-# A storage -> (its first byte in the file, its length in bytes)
-Locate = Callable[[StorageRef], tuple[int, int]]
+# storage -> (its first byte in the file, its length in bytes)
+LocateStorage = Callable[[StorageRef], tuple[int, int]]
 
 
-def open_tensors(file: HashedFile, kind: str) -> dict[str, Tensor]:
-    """Name -> tensor of the state dict in a file. `kind` as files.sniff says."""
-    content, locate, swap = _open_zip(file) if kind == "zip" else _open_legacy(file)
+def open_tensors(file: HashedFile, file_format: str) -> dict[str, Tensor]:
+    """Name -> tensor of the state dict in a file. file_format: as `files.detect_format` returns it."""
+    content, locate, swap = _open_zip(file) if file_format == "zip" else _open_legacy(file)
     state = _state_dict(content, str(file.path))
     return {name: _tensor(file, name, ref, locate, swap) for name, ref in state.items()}
 
 
 def _state_dict(content: Any, where: str) -> dict[str, TensorRef]:
-    """The dictionary of tensors in what was saved, under "model" or the like where it is nested."""
+    """The dictionary of tensors in a saved object, which may be nested, for instance under "model"."""
     while isinstance(content, dict):
         tensors = {str(k): v for k, v in content.items() if isinstance(v, TensorRef)}
         if tensors:
@@ -47,36 +47,38 @@ def _state_dict(content: Any, where: str) -> dict[str, TensorRef]:
         if not inner:
             break
         content = inner[0]
-    what = f"a {type(content).__name__}" if not isinstance(content, dict) else "no tensors"
-    raise UserError(f"{where} holds {what}; expected a dictionary of weights, or one under 'model'")
+    found = f"a {type(content).__name__}" if not isinstance(content, dict) else "no tensors"
+    raise UserError(
+        f"{where} holds {found}; expected a dictionary of weights, or one under 'model'"
+    )
 
 
-def _tensor(file: HashedFile, name: str, ref: TensorRef, locate: Locate, swap: bool) -> Tensor:
+def _tensor(
+    file: HashedFile, name: str, ref: TensorRef, locate: LocateStorage, swap: bool
+) -> Tensor:
     where = f"{file.path}: {name}"
     storage = ref.storage
     if storage.kind not in _STORAGES:
         raise UserError(f"{where}: storage {storage.kind} is not supported")
-    stored = dtype_named(_STORAGES[storage.kind], where)
-    wanted = _ALIASES.get(ref.dtype or "", ref.dtype)
-    dtype = dtype_named(wanted, where) if wanted else stored
+    storage_dtype = dtype_named(_STORAGES[storage.kind], where)
+    name_of_dtype = _ALIASES.get(ref.dtype or "", ref.dtype)
+    dtype = dtype_named(name_of_dtype, where) if name_of_dtype else storage_dtype
     start, length = locate(storage)
     count = span(ref.shape, ref.stride)
     if count == 0:
         return strided(file, start, dtype, ref.shape, ref.stride)
-    shift = 0
+    offset = ref.offset * dtype.itemsize
     if storage.view is not None:
-        shift = int(storage.view[1]) * stored.itemsize
-    if shift + (ref.offset + count) * dtype.itemsize > length:
+        offset += int(storage.view[1]) * storage_dtype.itemsize
+    if offset + count * dtype.itemsize > length:
         raise UserError(f"{where}: the tensor reaches past its storage of {length} bytes")
-    return strided(
-        file, start + shift + ref.offset * dtype.itemsize, dtype, ref.shape, ref.stride, swap
-    )
+    return strided(file, start + offset, dtype, ref.shape, ref.stride, swap)
 
 
 # --- zip -------------------------------------------------------------------------------------
 
 
-def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
+def _open_zip(file: HashedFile) -> tuple[Any, LocateStorage, bool]:
     try:
         archive = zipfile.ZipFile(file.path)
         entries = {e.filename: e for e in archive.infolist()}
@@ -87,7 +89,8 @@ def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
             )
         prefix = found[0][: -len("data.pkl")]
         index = archive.read(found[0])
-        order = archive.read(prefix + "byteorder") if prefix + "byteorder" in entries else b"little"
+        has_order = prefix + "byteorder" in entries
+        byte_order = archive.read(prefix + "byteorder") if has_order else b"little"
     except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as e:
         raise UserError(f"{file.path} is truncated or damaged ({e}): download it again") from e
     except OSError as e:
@@ -106,7 +109,7 @@ def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
         return start, entry.file_size
 
     content = read_pickle(io.BytesIO(index), str(file.path))
-    return content, locate, order.strip() == b"big"
+    return content, locate, byte_order.strip() == b"big"
 
 
 # --- the format before torch 1.6 --------------------------------------------------------------
@@ -115,43 +118,43 @@ def _open_zip(file: HashedFile) -> tuple[Any, Locate, bool]:
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def _open_legacy(file: HashedFile) -> tuple[Any, Locate, bool]:
+def _open_legacy(file: HashedFile) -> tuple[Any, LocateStorage, bool]:
     where = str(file.path)
     with open(file.path, "rb") as stream:
         if read_pickle(stream, where) != _LEGACY_MAGIC:
             raise UserError(f"{where} is a plain pickle, not a checkpoint made by torch.save")
         read_pickle(stream, where)  # protocol version
-        system = read_pickle(stream, where)
+        machine = read_pickle(stream, where)
         content = read_pickle(stream, where)
         keys = read_pickle(stream, where)
         at = stream.tell()
-    swap = isinstance(system, dict) and system.get("little_endian") is False
+    swap = isinstance(machine, dict) and machine.get("little_endian") is False
     sizes = _storage_sizes(content)
     if not isinstance(keys, list) or any(str(k) not in sizes for k in keys):
-        raise UserError(f"{where} is damaged: its list of storages does not fit its tensors")
-    places: dict[str, tuple[int, int]] = {}
+        raise UserError(f"{where} is damaged: its list of storages does not match its tensors")
+    located: dict[str, tuple[int, int]] = {}
     for key in map(str, keys):
         count = int(np.frombuffer(file.peek(at, 8), ">i8" if swap else "<i8")[0])
         length = count * sizes[key]
         if count < 0 or at + 8 + length > file.size:
             raise UserError(f"{where} is truncated: storage {key} ends past the end of the file")
-        places[key] = (at + 8, length)
+        located[key] = (at + 8, length)
         at += 8 + length
 
     def locate(storage: StorageRef) -> tuple[int, int]:
-        if storage.key not in places:
+        if storage.key not in located:
             raise UserError(f"{where} is damaged: storage {storage.key!r} is missing")
-        return places[storage.key]
+        return located[storage.key]
 
     return content, locate, swap
 
 
 def _storage_sizes(content: Any) -> dict[str, int]:
-    """Storage key -> bytes an element, from every tensor in the object."""
+    """Storage key -> bytes per element, from all tensors of the object."""
     sizes: dict[str, int] = {}
-    todo, seen = [content], set()
-    while todo:
-        item = todo.pop()
+    stack, seen = [content], set()
+    while stack:
+        item = stack.pop()
         if id(item) in seen:
             continue
         seen.add(id(item))
@@ -159,7 +162,7 @@ def _storage_sizes(content: Any) -> dict[str, int]:
             kind = item.storage.kind
             sizes[item.storage.key] = dtype_named(_STORAGES.get(kind, kind), "storage").itemsize
         elif isinstance(item, dict):
-            todo += list(item.values())
+            stack += list(item.values())
         elif isinstance(item, list | tuple):
-            todo += list(item)
+            stack += list(item)
     return sizes
