@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convert.sources import MappedCheckpoint
-from minigpt4_jax.config import SUPPORTED_LLMS, LlmConfig
+from minigpt4_jax.config import REQUIRED_LLM_FIELDS, SUPPORTED_LLMS, LlmConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.utils.text import one_line
 
@@ -18,9 +18,6 @@ _HARMLESS = {
     "rope_interleaved", "rope_parameters", "head_dim", "sliding_window", "transformers.js_config",
     "task_specific_params", "num_labels", "license",
 }  # fmt: skip
-_NEEDED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-)  # fmt: skip
 
 
 def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfig:
@@ -32,7 +29,7 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
     from transformers import AutoConfig
 
     model_type = values.get("model_type")
-    if model_type not in SUPPORTED_LLMS or any(key not in values for key in _NEEDED):
+    if model_type not in SUPPORTED_LLMS or any(key not in values for key in REQUIRED_LLM_FIELDS):
         return LlmConfig.from_hf(values)  # raises
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "an unknown method")

@@ -272,6 +272,11 @@ def text_branch(q: QFormerConfig) -> LlmConfig:
 # Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
 SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3")
 
+# fields that a config.json must have
+REQUIRED_LLM_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+)  # fmt: skip
+
 
 def _from_hf(c: dict[str, Any]) -> LlmConfig:
     kind = c.get("model_type")
@@ -280,14 +285,7 @@ def _from_hf(c: dict[str, Any]) -> LlmConfig:
             f"language model: model_type {kind!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_LLMS)} (LLaMA 1/2/3, Vicuna, SmolLM2 are 'llama')"
         )
-    needed = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-    )
-    if missing := [k for k in needed if k not in c]:
+    if missing := [k for k in REQUIRED_LLM_FIELDS if k not in c]:
         raise UserError(f"language model config.json: missing {', '.join(missing)}")
     if (act := c.get("hidden_act", "silu")) != "silu":
         raise UserError(f"language model: hidden_act {act!r} is not supported; expected 'silu'")

@@ -1,5 +1,6 @@
 """Opens checkpoints of any format as lazy tensors with a name, shape and dtype."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from convert.formats.files import HashedFile, detect_format
 from convert.formats.tensors import Tensor
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.hub import source_record
+from minigpt4_jax.storage.hub_files import WEIGHT_FILES, WEIGHT_INDEXES, WEIGHT_SHARDS
 from minigpt4_jax.storage.paths import parse_local_path
 
 
@@ -55,25 +57,21 @@ def open_file(path: Path) -> Reader:
     return Reader(str(path), torch_file.open_tensors(file, file_format), [file])
 
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin", "model.bin")
-
-
 def open_directory(folder: Path) -> Reader:
     """Open a Hugging Face model directory: one file, or the shards named in an index."""
-    for name in _INDEXES:
+    for name in WEIGHT_INDEXES:
         if (folder / name).is_file():
             return _open_shards(folder, folder / name)
-    for name in _SINGLES:
+    for name in itertools.chain(*WEIGHT_FILES):
         if (folder / name).is_file():
             return open_file(folder / name)
-    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        raise UserError(
-            f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or shards "
-            f"with {' or '.join(_INDEXES)}"
-        )
-    return _join(folder, [open_file(path) for path in shards])
+    for pattern in WEIGHT_SHARDS:
+        if shards := sorted(folder.glob(pattern)):
+            return _join(folder, [open_file(path) for path in shards])
+    raise UserError(
+        f"{folder} has no weights: expected model.safetensors, pytorch_model.bin, or shards "
+        f"with {' or '.join(WEIGHT_INDEXES)}"
+    )
 
 
 def _open_shards(folder: Path, index: Path) -> Reader:

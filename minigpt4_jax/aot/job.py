@@ -109,7 +109,7 @@ class Job:
     def initial_rows(self, program: str) -> int:
         """The configured batch rounded up to a power of two times the number of chips."""
         c, num_chips = self.train_config, len(self.devices)
-        rows = c.batch_size // c.accumulate if program == "train" else self.batch_size
+        rows = c.micro_batch_size if program == "train" else self.batch_size
         return num_chips << max(0, math.ceil(math.log2(rows / num_chips)))
 
     def min_rows(self, program: str) -> int:

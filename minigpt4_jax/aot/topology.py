@@ -3,7 +3,7 @@
 Sources, read in November 2026: the key specifications on Google's pages docs.cloud.google.com/tpu/docs/v4,
 /v5e, /v5p and /v6e. Their bidirectional interchip bandwidth is 400 GB/s on v5e, 1200 on v5p and 800
 on v6e, over 4, 6 and 4 links. v4: the TPU v4 paper (Jouppi et al. 2023, "An optically reconfigurable
-supercomputer"), table 4: 6 links of 50 GB/s. int8 of v5p: Google's announcement of December 2023.
+supercomputer"), table 4: 6 links of 50 GB/s.
 Latency per hop: "How To Scale Your Model" (Austin et al. 2025, part 3), about 1 microsecond.
 """
 
@@ -26,7 +26,6 @@ class Chip:
 
     name: str
     flops: float  # bfloat16 FLOP/s
-    int8_ops: float  # int8 x int8 OP/s; int8 weights here are multiplied in bfloat16
     hbm_bytes: int
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # of one interchip link (ICI) in one direction, bytes/s
@@ -46,10 +45,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4096),
-    "v5e": Chip("v5e", 197e12, 393e12, 16 * GIB, 819e9, 50e9, 4, 2, 256),
-    "v5p": Chip("v5p", 459e12, 918e12, 95 * GIB, 2765e9, 100e9, 6, 3, 8960),
-    "v6e": Chip("v6e", 918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 4, 2, 256),
+    "v4": Chip("v4", 275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4096),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 50e9, 4, 2, 256),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 100e9, 6, 3, 8960),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1638e9, 100e9, 4, 2, 256),
 }
 
 

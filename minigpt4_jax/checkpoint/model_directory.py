@@ -125,7 +125,7 @@ def _recorded_base(folder: Path, recorded: str) -> Path:
         except UserError as e:
             raise UserError(
                 f"{folder} holds only what was trained on {recorded}, which is not available: {e}"
-                f"{_ways_out(folder)}"
+                f"{_missing_base_advice(folder)}"
             ) from e
     path = join_path(folder, recorded)
     with bucket_errors_as_user_errors(path):
@@ -133,12 +133,12 @@ def _recorded_base(folder: Path, recorded: str) -> Path:
     if not exists:
         raise UserError(
             f"{folder} holds only what was trained on {path} (recorded as {recorded!r}), which does not "
-            f"exist{_ways_out(folder)}"
+            f"exist{_missing_base_advice(folder)}"
         )
     return path
 
 
-def _ways_out(folder: Path) -> str:
+def _missing_base_advice(folder: Path) -> str:
     """The end of a message about a directory whose base is missing."""
     copy = _find_base(folder, read_model_json(folder).get("base_fingerprint"))
     found = "" if copy is None else f" ({copy} has the recorded fingerprint)"

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from minigpt4_jax.errors import UserError
 
 _CONFIGS = ("config.json", "generation_config.json")
-# as convert.formats.readers looks for them; safetensors first, so that no pickle is fetched needlessly
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = (("model.safetensors",), ("pytorch_model.bin", "model.bin"))
-_LOOSE_FILES = ("*.safetensors", "pytorch_model*.bin")
+# Weights of a Hugging Face directory. Safetensors come first, so that no pickle is downloaded needlessly.
+WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (("model.safetensors",), ("pytorch_model.bin", "model.bin"))  # if there is one
+WEIGHT_SHARDS = ("*.safetensors", "pytorch_model*.bin")  # without an index
 _GGUF_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -132,7 +132,7 @@ def _gguf_files(listing: Listing) -> list[str]:
 
 def _weight_files(listing: Listing) -> list[str]:
     """The files of one format that hold the weights, with their index; [] if there are none."""
-    for index, single, loose in zip(_INDEXES, _SINGLE_FILES, _LOOSE_FILES, strict=True):
+    for index, single, loose in zip(WEIGHT_INDEXES, WEIGHT_FILES, WEIGHT_SHARDS, strict=True):
         if index in listing.files:
             return [index, *_shards(listing, index)]
         for name in single:

@@ -112,3 +112,8 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 3
     heartbeat_timeout: float = 100.0
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that are processed at a time."""
+        return self.batch_size // self.accumulate

@@ -102,7 +102,7 @@ class Validation:
         examples = ExampleList("", self._examples[: c.eval_examples])
         return make_loader(
             [MixtureComponent("", examples, prompts=data.prompts, exif=data.exif)], data, self._config,
-            self._tokenizer, batch_size=max(1, c.batch_size // c.accumulate), seed=c.seed,
+            self._tokenizer, batch_size=c.micro_batch_size, seed=c.seed,
             epochs=1, keep_remainder=True,
             shard=partial(process_shard, self._mesh) if is_multiprocess() else None,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def choose_mesh_sizes(
 
     memory: bytes per device, None if unknown.
     """
-    rows = c.batch_size // c.accumulate
+    rows = c.micro_batch_size
     if c.mesh not in ("", "auto"):
         return _parse_sizes(c, rows, devices), "as configured"
     row_shards = math.gcd(rows, devices)

@@ -134,44 +134,9 @@ def make_step(
     the seed, the step, the micro-batch and the layer.
     """
 
-    def loss_share(
-        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
-    ) -> jax.Array:
-        """This micro-batch's share of the batch's mean loss."""
-        dropout = NO_DROPOUT
-        if key is not None:
-            keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
-            dropout = Dropout(**{part: keys[part] for part in dropout_in})
-        nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
-        mean: jax.Array = nll.sum() / num_tokens
-        return mean
-
-    def loss_and_grads(
-        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
-    ) -> tuple[jax.Array, Trainable]:
-        value_and_grad = jax.value_and_grad(loss_share)
-        if accumulate == 1:
-            result: tuple[jax.Array, Trainable] = value_and_grad(
-                trainable, frozen, batch, num_tokens, key
-            )
-            return result
-
-        def to_micro_batches(a: jax.Array) -> jax.Array:
-            # no -1 for the size: it is ambiguous for rows without images
-            micro = a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:])
-            return constrain(micro, None, BATCH_AXES)
-
-        def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, micro_batch = numbered
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            term = value_and_grad(trainable, frozen, micro_batch, num_tokens, micro_key)
-            return jax.tree.map(jnp.add, total, term), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-        micro_batches = jax.tree.map(to_micro_batches, batch)
-        total: tuple[jax.Array, Trainable]
-        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micro_batches))
-        return total
+    loss_and_grads = _accumulated(
+        jax.value_and_grad(_loss_share(split, remat, dropout_in)), accumulate
+    )
 
     def step(
         trainable: Trainable,
@@ -196,6 +161,53 @@ def make_step(
 
     compiled: TrainStep = jax.jit(with_mesh(step, mesh), donate_argnums=(0, 1))
     return compiled
+
+
+def _loss_share(split: Split, remat: bool, dropout_in: Collection[str]) -> Callable[..., jax.Array]:
+    """(trainable, frozen, batch, labelled tokens of the whole batch, dropout key or None) -> the share of
+    this micro-batch in the batch's mean loss."""
+
+    def loss_share(
+        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
+    ) -> jax.Array:
+        dropout = NO_DROPOUT
+        if key is not None:
+            keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
+            dropout = Dropout(**{part: keys[part] for part in dropout_in})
+        nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
+        mean: jax.Array = nll.sum() / num_tokens
+        return mean
+
+    return loss_share
+
+
+def _accumulated(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[..., Any]:
+    """The sum of value_and_grad(trainable, frozen, batch, num_tokens, key) over `accumulate` micro-batches
+    of the batch. Each has its own dropout key."""
+    if accumulate == 1:
+        return value_and_grad
+
+    def to_micro_batches(a: jax.Array) -> jax.Array:
+        # no -1 for the size: it is ambiguous for rows without images
+        micro = a.reshape(accumulate, a.shape[0] // accumulate, *a.shape[1:])
+        return constrain(micro, None, BATCH_AXES)
+
+    def loss_and_grads(
+        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
+    ) -> tuple[jax.Array, Trainable]:
+        def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, micro_batch = numbered
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            term = value_and_grad(trainable, frozen, micro_batch, num_tokens, micro_key)
+            return jax.tree.map(jnp.add, total, term), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+        micro_batches = jax.tree.map(to_micro_batches, batch)
+        total: tuple[jax.Array, Trainable]
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micro_batches))
+        return total
+
+    return loss_and_grads
 
 
 def make_evaluation(split: Split, mesh: Mesh | None) -> EvalStep:

@@ -1,0 +1,47 @@
+"""Every option that a command's --help lists is in the documentation."""
+
+import contextlib
+import io
+import re
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+import convert.cli
+from minigpt4_jax.cli import batch, chat, check_data
+from minigpt4_jax.cli import compile as compile_cli
+from minigpt4_jax.data import tfds_build
+from minigpt4_jax.demos import quickstart, tiny_v2
+from minigpt4_jax.shapes import dataset
+
+CONVERT = ("build", "export", "merge", "unmerge", "pack", "inspect")
+COMMANDS = {
+    "chat": chat.main, "batch": batch.main, "check-data": check_data.main, "compile": compile_cli.main,
+    "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "tfds_build": tfds_build.main,
+}  # fmt: skip
+
+
+def options(help_text: str) -> set[str]:
+    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", help_text, re.MULTILINE)) - {"--help"}
+
+
+@pytest.fixture(scope="module")
+def documented():
+    pages = (ROOT / "docs").rglob("*.md")
+    return set(re.findall(r"--[\w-]+", " ".join(page.read_text() for page in pages)))
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *CONVERT, "shapes"])
+def test_options_are_documented(command, documented, monkeypatch):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        if command == "shapes":  # reads sys.argv
+            monkeypatch.setattr(sys, "argv", ["shapes", "--help"])
+            dataset.main()
+        elif command in CONVERT:
+            convert.cli.main([command, "--help"])
+        else:
+            COMMANDS[command](["--help"])
+    found = options(out.getvalue())
+    assert found and not found - documented
