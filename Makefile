@@ -1,7 +1,7 @@
 # make quickstart   a model that describes images, from nothing, in about twelve minutes
 # make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
 # make test         all tests       make lint   style and types       make clean
-# make tpu-check    compiles the full-size training step for a TPU slice, without one
+# make tpu-check    compiles full-size programs for TPUs, without one
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -88,6 +88,9 @@ def _grouped_product(
     rows = x.reshape(-1, groups, x.shape[-1] // groups)
     if _is_few_rows_on_cpu(x):
         return _scan_groups(rows, levels, scale, offset).reshape(*x.shape[:-1], n_out)
+    if _is_few_rows_on_tpu(rows):
+        # Otherwise XLA would convert the scales to float32 before a decoding loop and keep them all.
+        rows, scale, offset = jax.lax.optimization_barrier((rows, scale, offset))
     parts = [(rows, levels)]
     if levels.dtype == jnp.uint8:
         zero = 8 if offset is None else 0
@@ -178,8 +181,31 @@ def _product_by_groups(x: jax.Array, weight: jax.Array) -> jax.Array:
     n = len(x)
     if n == 1 and weight.dtype == jnp.bfloat16 and backend() == "cpu":  # as in _product_bf16
         x = jnp.pad(x, ((0, 1), (0, 0), (0, 0)))
+    if _is_few_rows_on_tpu(x):
+        return _convolve_groups(x, weight)
     # Contract both axes at once: if they are merged first, XLA on TPU materializes the weights.
     return _einsum_groups("ngi,gio->no", x, weight)[:n]
+
+
+def _is_few_rows_on_tpu(x: jax.Array) -> bool:
+    """Whether x [N, groups, size] has 2 to 64 rows on one TPU chip. Not on a mesh of several, where
+    XLA would have to split the convolution over its window."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 < len(x) <= FEW_ROWS and backend() == "tpu" and (mesh.empty or mesh.size == 1)
+
+
+def _convolve_groups(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`_product_by_groups` as a convolution with one output position, whose window is all groups.
+
+    XLA on TPU turns the product into a convolution too, but one with the groups among the channels. It
+    needs the packed weights in another layout, and XLA keeps such a copy of every matrix beside a
+    decoding loop.
+    """
+    y = jax.lax.conv_general_dilated(
+        x, weight, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"),
+        precision=precision(weight.dtype), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return y[:, 0]
 
 
 def _einsum_groups(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.quantization import layout, matmul, schemes
 from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.training.train_step import split_model
+from minigpt4_jax.utils import platform
 
 SCHEMES = ("int8", "int4")
 ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
@@ -324,3 +325,19 @@ def test_parameters_of_vicuna_7b(scheme, gigabytes):
             dtype = parameter_dtype(path, jnp.dtype(jnp.bfloat16))
         total += math.prod(leaf.shape) * dtype.itemsize
     assert total == pytest.approx(gigabytes * 1e9, rel=0.002)
+
+
+def test_few_rows_of_int4_are_a_convolution_on_a_tpu():
+    """It needs no copy of the packed weights in another layout, as a product would."""
+    x = jax.random.normal(jax.random.key(0), (8, 12, 32))
+    weight = jax.random.normal(jax.random.key(1), (12, 32, 40))
+    expected = matmul._einsum_groups("ngi,gio->no", x, weight)
+    np.testing.assert_allclose(matmul._convolve_groups(x, weight), expected, rtol=1e-4, atol=1e-4)
+
+    def operations(rows):
+        with platform.compiling_for("tpu"):
+            text = jax.jit(matmul._product_by_groups).lower(x[:rows], weight).as_text()
+        return "stablehlo.convolution" in text, "stablehlo.dot_general" in text
+
+    assert operations(8) == (True, False)
+    assert operations(1) == (False, True)
