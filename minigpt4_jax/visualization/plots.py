@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import write_error
-from minigpt4_jax.visualization.drawing import load_font, save_picture, wrap_text
+from minigpt4_jax.visualization.drawing import save_picture, truncate_text, wrap_text
+from minigpt4_jax.visualization.fonts import load_font
 
 _RIGHT, _WRONG, _NEUTRAL = (22, 140, 70), (205, 42, 42), (150, 150, 150)
 _INK, _FAINT, _PAPER, _CARD = (28, 28, 32), (105, 105, 112), (240, 241, 244), (255, 255, 255)
@@ -61,7 +62,13 @@ def contact_sheet(
     top = 58 if heading else gap
     sheet = Image.new("RGB", (width, top + sum(h + gap for h in heights)), _PAPER)
     if heading:
-        ImageDraw.Draw(sheet).text((gap + 4, 18), heading, _INK, load_font(22))
+        font = load_font(22)
+        font.draw(
+            ImageDraw.Draw(sheet),
+            (gap + 4, 16),
+            truncate_text(heading, width - 3 * gap, font),
+            _INK,
+        )
     for row, height in zip(rows, heights, strict=True):
         for i, card in enumerate(row):
             at = (gap + i * (card.width + gap), top)
@@ -77,9 +84,9 @@ def _card(
     """One image with a coloured frame, its caption to the right."""
     color = _NEUTRAL if right is None else _RIGHT if right else _WRONG
     verdict = "" if right is None else "right" if right else "wrong"
-    lines = [(line, _INK) for line in wrap_text(caption or "(nothing)", words, load_font(17))[:9]]
+    lines = [(line, _INK) for line in wrap_text(caption or "(nothing)", words, load_font(17), 9)]
     if truth:
-        lines += [(line, _FAINT) for line in wrap_text(f"true: {truth}", words, load_font(15))[:4]]
+        lines += [(line, _FAINT) for line in wrap_text(f"true: {truth}", words, load_font(15), 4)]
     gap = 8 if truth else 0
     frame, pad, pitch = 4, 10, 22
     text_top = pad + 4 + (26 if verdict else 0)
@@ -91,10 +98,10 @@ def _card(
     x, y = side + 2 * frame + pad + 2, pad
     if verdict:
         _mark(draw, x, y + 3, bool(right), color)
-        draw.text((x + 22, y), verdict, color, load_font(16))
+        load_font(16).draw(draw, (x + 22, y), verdict, color)
     for i, (line, ink) in enumerate(lines):
         y = text_top + i * pitch + (gap if ink == _FAINT else 0)
-        draw.text((x, y), line, ink, load_font(17 if ink == _INK else 15))
+        load_font(17 if ink == _INK else 15).draw(draw, (x, y), line, ink)
     return card
 
 
