@@ -57,8 +57,8 @@ def draw_labels(picture: Image.Image, labels: Sequence[Label], size: int, line: 
         texts = [_layout(label, picture.width, font) for label in labels]
     placed: list[Rectangle] = []
     for label, text in zip(labels, texts, strict=True):
-        size = (text.width, text.height)
-        where = place_label(size, label.box, boxes, placed, picture.size, line)
+        extent = (text.width, text.height)
+        where = place_label(extent, label.box, boxes, placed, picture.size, line)
         if where is not None:  # None: a picture of a few pixels
             _draw_label(picture, where, text.lines, label.color, font)
             placed.append(where)
