@@ -91,14 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = check(name, open_source, args.look, args.samples, c.seed, exif=exif)
         report.turns = turns
         reports.append(report)
-    print(_table(reports))
+    print(format_reports(reports))
+    write_sheet(reports, args.sheet)
+    return int(any(report.error for report in reports))
+
+
+def write_sheet(reports: Sequence[Report], path: Path) -> None:
+    """Save the samples as one image, if there are any, and print its path."""
     samples = [sample for report in reports for sample in report.samples]
     if samples:
         from minigpt4_jax.visualization.plots import contact_sheet  # matplotlib
 
         images, texts = [s.image for s in samples], [s.text for s in samples]
-        print(f"samples: {contact_sheet(images, texts, [None] * len(samples), args.sheet)}")
-    return int(any(report.error for report in reports))
+        print(f"samples: {contact_sheet(images, texts, [None] * len(samples), path)}")
 
 
 def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source], bool]]:
@@ -205,7 +210,7 @@ def _shorten(text: str) -> str:
     return textwrap.shorten(text, _MAX_TEXT, placeholder=" ...")
 
 
-def _table(reports: Sequence[Report]) -> str:
+def format_reports(reports: Sequence[Report]) -> str:
     """One line per dataset, followed by what is wrong with it."""
     width = max(len(report.name) for report in reports)
     head = (

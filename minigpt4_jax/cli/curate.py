@@ -23,6 +23,10 @@ COMMANDS = {
         "minigpt4_jax.cli.curation.review", "accept, edit or reject rows in a browser"
     ),
     "export": Command("minigpt4_jax.cli.curation.export", "write rows as a dataset for training"),
+    "captions": Command(
+        "minigpt4_jax.cli.curation.captions", "stage 1: a caption list as a table for img2dataset"
+    ),
+    "shards": Command("minigpt4_jax.cli.curation.shards", "stage 1: check downloaded shards"),
 }
 
 
@@ -33,7 +37,7 @@ def usage() -> str:
         [
             "usage: minigpt4 curate COMMAND [OPTION]...",
             "",
-            "Make the data of the second training stage from images.",
+            "Make the data of the second training stage from images; prepare that of the first.",
             "",
             *lines,
             "",
