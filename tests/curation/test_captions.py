@@ -109,7 +109,7 @@ def test_pieces_of_any_size_give_what_json_gives(tmp_path_factory, rows, chunk, 
         ("url\tcaption", "starts with 'u'"),
         ("", "starts with ''"),
         ("[]", "has no row with a URL"),
-        ('[{"url": "http://a", "caption": "b"}, {"c": 1, "url": "http://a", "caption": "b"}]', "has the keys c"),
+        ('[{"url": "http://a", "caption": "b"}, {"c": 1, "url": "http://a", "caption": "b"}]', "the keys c"),
         ('[{"url": "http://a", "caption": "b", "c": []}]', '"c" is a list'),
     ],
 )  # fmt: skip
