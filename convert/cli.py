@@ -52,8 +52,7 @@ def _add_build(commands: Commands) -> None:
     b.add_argument("--llm", type=input_path, metavar="PATH",
                    help="language model: a Hugging Face directory, a .gguf file, or a Hugging Face id, see "
                    "below")  # fmt: skip
-    b.add_argument("--out", type=Path, required=True, metavar="DIR",
-                   help="the model directory to write; must not exist")  # fmt: skip
+    _add_out(b)
     b.add_argument("--vision", type=input_path, metavar="PATH",
                    help="vision encoder: eva_vit_g.pth, or a .safetensors file or model directory of "
                    "this project (default: the packaged demonstration encoder)")  # fmt: skip
@@ -114,8 +113,7 @@ def _add_export(commands: Commands) -> None:
         description="Writes the trained weights (projection, LoRA and whatever else was trained) as "
         "a .pth file that the original implementation loads.",
     )
-    e.add_argument("--model", type=input_path, required=True, metavar="DIR",
-                   help="model directory, also one that training wrote")  # fmt: skip
+    _add_model(e, "model directory, also one that training wrote")
     e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
     e.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
@@ -127,9 +125,9 @@ def _add_merge(commands: Commands) -> None:
         description="Adds LoRA to the weights it adapts: writes a model without LoRA that computes the "
         "same.",
     )
-    m.add_argument("--model", type=input_path, required=True, metavar="DIR",
-                   help="model directory with LoRA")  # fmt: skip
-    _add_output(m)
+    _add_model(m, "model directory with LoRA")
+    _add_out(m)
+    _add_dtype_of_sums(m)
 
 
 def _add_unmerge(commands: Commands) -> None:
@@ -139,16 +137,23 @@ def _add_unmerge(commands: Commands) -> None:
         description="Subtracts merged LoRA from the weights again: writes a model with LoRA that "
         "computes the same.",
     )
-    u.add_argument("--model", type=input_path, required=True, metavar="DIR",
-                   help="model directory that `merge` wrote")  # fmt: skip
+    _add_model(u, "model directory that `merge` wrote")
     u.add_argument("--lora", type=input_path, required=True, metavar="DIR",
                    help="the model directory with LoRA that was merged")  # fmt: skip
-    _add_output(u)
+    _add_out(u)
+    _add_dtype_of_sums(u)
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
+def _add_model(command: Parser, text: str) -> None:
+    command.add_argument("--model", type=input_path, required=True, metavar="DIR", help=text)
+
+
+def _add_out(command: Parser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="DIR",
                          help="the model directory to write; must not exist")  # fmt: skip
+
+
+def _add_dtype_of_sums(command: Parser) -> None:
     command.add_argument("--dtype", choices=_FLOATS, default="float32",
                          help="store the changed matrices in this dtype (default: %(default)s; "
                          "rounding to a 16-bit dtype may lose a small adapter)")  # fmt: skip
@@ -161,10 +166,8 @@ def _add_pack(commands: Commands) -> None:
         description="Copies a trained model and the model it is based on into one directory, which can "
         "be moved and published.",
     )
-    p.add_argument("--model", type=input_path, required=True, metavar="DIR",
-                   help="model directory that training wrote")  # fmt: skip
-    p.add_argument("--out", type=Path, required=True, metavar="DIR",
-                   help="the model directory to write; must not exist")  # fmt: skip
+    _add_model(p, "model directory that training wrote")
+    _add_out(p)
     p.add_argument("--base", type=input_path, metavar="DIR",
                    help="the model that --model is based on, if it is no longer where model.json "
                    "says; its fingerprint is compared")  # fmt: skip

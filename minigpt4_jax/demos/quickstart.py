@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from minigpt4_jax import errors
-from minigpt4_jax.demos.common import (
-    ProgressLog,
-    argument_parser,
-    build_base_model,
-    draw_dataset,
-    prepare_workdir,
-    train_with_config,
-    write_report,
-)
+from minigpt4_jax.demos import common
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
@@ -49,7 +41,7 @@ class Quickstart:
 
     def __init__(self, workdir: Path, seed: int, images: int, judged: int):
         self.workdir, self.seed, self.images, self.judged = workdir, seed, images, judged
-        self.log = ProgressLog()
+        self.log = common.ProgressLog()
         self.report: dict[str, Any] = {"seed": seed, "training_images": images, "results": {}}
 
     def run(self) -> None:
@@ -68,7 +60,7 @@ class Quickstart:
     def build(self, out: Path) -> None:
         self.log("converting SmolLM2-135M-Instruct and the demonstration's vision encoder")
         # SmolLM2's word embeddings are small (norm 2.5): visual tokens begin at that size.
-        build_base_model(
+        common.build_base_model(
             out,
             self.seed,
             "--variant=minigpt4-vicuna",
@@ -79,14 +71,14 @@ class Quickstart:
 
     def draw(self, out: Path) -> None:
         self.log(f"drawing {self.images} training images of coloured shapes")
-        draw_dataset(out, self.images, self.seed)
+        common.draw_dataset(out, self.images, self.seed)
         for stage in CURRICULUM:
             write_rows(out / "train", stage)
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
         self.log(f"training the projection, {stage}")
         rows = data / "train" / f"{stage}.jsonl"
-        return train_with_config(
+        return common.train_with_config(
             f"quickstart:{stage}", model, rows, self.seed, self.workdir / stage
         )
 
@@ -118,7 +110,7 @@ class Quickstart:
         )
         loss_plot({s: self.workdir / s / "metrics.jsonl" for s in ("stage1", "stage2")}, plot)
         self.report["seconds"] = round(self.log.seconds, 1)
-        write_report(self.workdir, self.report)
+        common.write_report(self.workdir, self.report)
         print_report(self.report)
         for (path, _), text in zip(shown[:3], texts, strict=False):
             print(f"\n{path}\n  {text}")
@@ -225,8 +217,10 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").splitlines()[0]
-    args = argument_parser(description, "quickstart", images=3000, judged=60).parse_args(argv)
-    prepare_workdir(args, ("base", "stage1", "stage2", "shapes"))
+    args = common.argument_parser(description, "quickstart", images=3000, judged=60).parse_args(
+        argv
+    )
+    common.prepare_workdir(args, ("base", "stage1", "stage2", "shapes"))
     Quickstart(args.workdir, args.seed, args.images, args.judged).run()
     return 0
 

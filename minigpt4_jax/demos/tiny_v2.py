@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from minigpt4_jax import errors
-from minigpt4_jax.demos.common import (
-    ProgressLog,
-    argument_parser,
-    build_base_model,
-    draw_dataset,
-    prepare_workdir,
-    train_with_config,
-    write_report,
-)
+from minigpt4_jax.demos import common
 from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,14 +68,14 @@ class TinyV2:
         self.workdir, self.images, self.judged, self.seed = workdir, images, judged, seed
         self.base, self.shapes = workdir / "base", workdir / "shapes"
         self.rows = workdir / "rows.jsonl"
-        self.log = ProgressLog()
+        self.log = common.ProgressLog()
         self.results: dict[str, dict[str, dict[str, float]]] = {}
 
     def prepare(self) -> None:
         """Make the base model, the images, and the training rows."""
         self.log("converting SmolLM2-135M-Instruct and the demonstration's patch encoder")
         # The patches' values are large (patch_encoder.GAIN), word embeddings are small.
-        build_base_model(
+        common.build_base_model(
             self.base,
             self.seed,
             "--variant=minigpt-v2",
@@ -92,7 +84,7 @@ class TinyV2:
             *(f"--set={setting}" for setting in SETTINGS),
         )
         self.log(f"drawing {self.images} training images of coloured shapes")
-        draw_dataset(self.shapes, self.images, self.seed)
+        common.draw_dataset(self.shapes, self.images, self.seed)
         write_rows(self.shapes / "train", self.rows, self.seed)
 
     def run(self) -> None:
@@ -102,7 +94,9 @@ class TinyV2:
         self.evaluate("before", self.base, {"heldout": max(1, self.judged // 5)})
         steps = read_config_file("tiny_v2")["steps"]
         self.log(f"training projection and LoRA, {steps} steps")
-        model = train_with_config("tiny_v2", self.base, self.rows, self.seed, self.workdir / "run")
+        model = common.train_with_config(
+            "tiny_v2", self.base, self.rows, self.seed, self.workdir / "run"
+        )
         splits = {"heldout": self.judged, "heldout_pairs": (self.judged + 1) // 2}
         answers = self.evaluate("after", model, splits)
         self.finish(model, answers)
@@ -132,7 +126,7 @@ class TinyV2:
             "training_images": self.images,
             "seconds": round(self.log.seconds, 1),
         }
-        write_report(self.workdir, report)
+        common.write_report(self.workdir, report)
         print_report(report)
         example = next(a for a in answers if a.task_question.task == "refer")
         phrase = example.task_question.question.rsplit(" of ", 1)[1]
@@ -279,11 +273,11 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").splitlines()[0]
-    parser = argument_parser(description, "tiny_v2", images=4000, judged=50)
+    parser = common.argument_parser(description, "tiny_v2", images=4000, judged=50)
     parser.add_argument("--prepare", action="store_true",
                         help="only make the base model and the training data")  # fmt: skip
     args = parser.parse_args(argv)
-    prepare_workdir(args, ("base", "run", "shapes"))
+    common.prepare_workdir(args, ("base", "run", "shapes"))
     demo = TinyV2(args.workdir, args.images, args.judged, args.seed)
     demo.prepare() if args.prepare else demo.run()
     return 0
