@@ -19,14 +19,15 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 MIN_WIDTH = 500  # pixels: smaller images are enlarged, so that labels can be read,
 MAX_HEIGHT = 4000  # but not to more than this height
-LINE = 2  # width of a box's line in pixels; it and the font grow with images wider than MIN_WIDTH
+# Pixels in an image MIN_WIDTH wide; both grow with the image.
+LINE_WIDTH = 2
 FONT_SIZE = 15
 
 
 def draw_boxes(image: ImageSource, answer: str) -> Image.Image:
-    """The image (RGB) with all boxes of the answer, each in its phrase's color and labelled with it.
+    """The image (RGB) with the boxes of the answer, labelled with their phrases.
 
-    All boxes of a phrase have the same color. A label stands above its box if there is room, else
+    All boxes of a phrase have the same color. A label is above its box if there is room, otherwise
     where it covers as little as possible of other labels and boxes (labels.py). Images less than 500
     pixels wide are enlarged to that. UserError: the answer has no boxes, or as `open_image`.
     """
@@ -40,14 +41,14 @@ def draw_boxes(image: ImageSource, answer: str) -> Image.Image:
         raise UserError(f"the answer has no boxes to draw: {shorten(answer)!r}")
     colors = phrase_colors(answer)
     unit = picture.width / MIN_WIDTH
-    line = max(1, round(LINE * unit))
+    line_width = max(1, round(LINE_WIDTH * unit))
     labels = []
     draw = ImageDraw.Draw(picture)
     for phrase, box in found:
         corners = _pixel_box(box, size)
-        draw.rectangle(corners, outline=colors[phrase], width=line)
+        draw.rectangle(corners, outline=colors[phrase], width=line_width)
         labels.append(Label(phrase, colors[phrase], corners))
-    draw_labels(picture, labels, round(FONT_SIZE * unit), line)
+    draw_labels(picture, labels, round(FONT_SIZE * unit), line_width)
     return picture
 
 
@@ -58,7 +59,7 @@ def phrase_colors(answer: str) -> dict[str, Color]:
 
 
 def colored_text(answer: str) -> list[tuple[str, Color | None]]:
-    """The answer as people read it, without boxes: pieces of text, a phrase with its boxes' colour."""
+    """The answer without its boxes, in pieces: (text, color of its boxes or None)."""
     colors = phrase_colors(answer)
     pieces: list[tuple[str, Color | None]] = []
     for span in spans(answer):
@@ -68,12 +69,12 @@ def colored_text(answer: str) -> list[tuple[str, Color | None]]:
             pieces[-1] = (pieces[-1][0] + span.text, None)
         elif span.text:
             pieces.append((span.text, None))
-    # the boxes between leave spaces behind
+    # spaces before punctuation, where a box was
     return [(re.sub(r" +(?=[ ,.;:!?])", "", t) if c is None else t, c) for t, c in pieces]
 
 
 def _pixel_box(box: Box, size: tuple[int, int]) -> Rectangle:
-    """A box as pixels of an image of this size, which it may reach the edge of."""
+    """A box in whole pixels within an image of this size."""
     x1, y1, x2, y2 = (int(v) for v in box)
     width, height = size
     return min(x1, width - 1), min(y1, height - 1), min(x2, width - 1), min(y2, height - 1)

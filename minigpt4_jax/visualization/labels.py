@@ -21,7 +21,7 @@ _SHARE, _SMALLEST = (
     0.25,
     0.6,
 )  # of the picture: labels that take more are smaller, at most that much
-_INK, _PAPER, _OPACITY = (0, 0, 0), (255, 255, 255), 0.85
+_TEXT, _BACKGROUND, _OPACITY = (0, 0, 0), (255, 255, 255), 0.85
 
 # What a place costs, in pixels covered: another label is never covered if there is any other place.
 _LABEL, _OTHER_BOX, _OWN_BOX, _FAR = 100.0, 2.0, 0.5, 1.5
@@ -167,10 +167,10 @@ def _draw_label(
     """A stripe and a frame in the color, and the text in black on an almost white background."""
     x1, y1, x2, y2 = where
     stripe = _stripe(font)
-    paper = Image.new("RGB", (x2 - x1, y2 - y1), _PAPER)
-    picture.paste(Image.blend(picture.crop(where), paper, _OPACITY), (x1, y1))
+    background = Image.new("RGB", (x2 - x1, y2 - y1), _BACKGROUND)
+    picture.paste(Image.blend(picture.crop(where), background, _OPACITY), (x1, y1))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=color)
     draw.rectangle((x1, y1, x1 + stripe - 1, y2 - 1), fill=color)
     for i, text in enumerate(lines):
-        font.draw(draw, (x1 + stripe + _MARGIN, y1 + 1 + i * font.height), text, _INK)
+        font.draw(draw, (x1 + stripe + _MARGIN, y1 + 1 + i * font.height), text, _TEXT)

@@ -16,13 +16,18 @@ from minigpt4_jax.visualization.drawing import save_picture, truncate_text, wrap
 from minigpt4_jax.visualization.fonts import load_font
 
 _RIGHT, _WRONG, _NEUTRAL = (22, 140, 70), (205, 42, 42), (150, 150, 150)
-_INK, _FAINT, _PAPER, _CARD = (28, 28, 32), (105, 105, 112), (240, 241, 244), (255, 255, 255)
+_TEXT, _MUTED, _BACKGROUND, _CARD_COLOR = (
+    (28, 28, 32),
+    (105, 105, 112),
+    (240, 241, 244),
+    (255, 255, 255),
+)
 _CURVES = ("#1f6fb4", "#d9741a", "#2b9348", "#a03c9a", "#8c6239", "#4a4a4a")
 _VALIDATION_KEYS = ("val_loss", "valid_loss", "validation_loss", "eval_loss")
 
 Picture = np.ndarray | Image.Image | str | os.PathLike[str]
 
-# ------------------------------------------------------------------------------------ contact sheet
+# --- contact sheet ----------------------------------------------------------------------------------
 
 
 def contact_sheet(
@@ -36,12 +41,11 @@ def contact_sheet(
     columns: int = 2,
     side: int = 168,
 ) -> Path:
-    """Saves a PNG with every image, `side` pixels wide, beside its caption; returns its path.
+    """Save a PNG with every image, `side` pixels wide, beside its caption; returns its path.
 
-    `images` are uint8 arrays [H, W, 3], PIL images or files, all of any size; `right` says whether
-    a caption is right (green), wrong (red) or not judged (None, gray); under a wrong one stands
-    what is true, if `truths` are given. Raises UserError if the lists differ in length, are empty,
-    or if the file cannot be written.
+    images: uint8 arrays [H, W, 3], PIL images or files, of any size. right: whether a caption is right
+    (green frame), wrong (red) or not evaluated (None, gray). truths: the true texts, written under wrong
+    captions. UserError: the lists are empty or differ in length, or the file cannot be written.
     """
     lengths = {len(images), len(captions), len(right), len(images if truths is None else truths)}
     if lengths == {0} or len(lengths) > 1:
@@ -49,64 +53,70 @@ def contact_sheet(
             f"contact sheet: {len(images)} images, {len(captions)} captions, {len(right)} verdicts"
             f"{'' if truths is None else f', {len(truths)} truths'}: expected one of each, and some"
         )
-    words, gap = 380, 14
+    text_width, gap = 380, 14
     cards = []
     for i, picture in enumerate(images):
         truth = truths[i] if truths is not None and right[i] is False else ""
-        cards.append(_card(picture, captions[i], right[i], truth, side, words))
+        cards.append(_card(picture, captions[i], right[i], truth, side, text_width))
     columns = min(columns, len(cards))
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]
     width = columns * (cards[0].width + gap) + gap
     heading = _heading(title, right)
     top = 58 if heading else gap
-    sheet = Image.new("RGB", (width, top + sum(h + gap for h in heights)), _PAPER)
+    sheet = Image.new("RGB", (width, top + sum(h + gap for h in heights)), _BACKGROUND)
     if heading:
         font = load_font(22)
         font.draw(
             ImageDraw.Draw(sheet),
             (gap + 4, 16),
             truncate_text(heading, width - 3 * gap, font),
-            _INK,
+            _TEXT,
         )
     for row, height in zip(rows, heights, strict=True):
         for i, card in enumerate(row):
-            at = (gap + i * (card.width + gap), top)
-            sheet.paste(_CARD, (*at, at[0] + card.width, at[1] + height))
-            sheet.paste(card, at)
+            left = gap + i * (card.width + gap)
+            sheet.paste(_CARD_COLOR, (left, top, left + card.width, top + height))
+            sheet.paste(card, (left, top))
         top += height + gap
     return _save(path, lambda out: sheet.save(out, format="PNG"))
 
 
 def _card(
-    picture: Picture, caption: str, right: bool | None, truth: str, side: int, words: int
+    picture: Picture, caption: str, right: bool | None, truth: str, side: int, text_width: int
 ) -> Image.Image:
-    """One image with a coloured frame, its caption to the right."""
+    """An image in a frame of its verdict's color, with its caption at the right."""
     color = _NEUTRAL if right is None else _RIGHT if right else _WRONG
     verdict = "" if right is None else "right" if right else "wrong"
-    lines = [(line, _INK) for line in wrap_text(caption or "(nothing)", words, load_font(17), 9)]
+    lines = [
+        (line, _TEXT) for line in wrap_text(caption or "(nothing)", text_width, load_font(17), 9)
+    ]
     if truth:
-        lines += [(line, _FAINT) for line in wrap_text(f"true: {truth}", words, load_font(15), 4)]
+        lines += [
+            (line, _MUTED) for line in wrap_text(f"true: {truth}", text_width, load_font(15), 4)
+        ]
     gap = 8 if truth else 0
-    frame, pad, pitch = 4, 10, 22
+    frame, pad, line_height = 4, 10, 22
     text_top = pad + 4 + (26 if verdict else 0)
-    height = max(side + 2 * frame, text_top + len(lines) * pitch + gap + pad)
-    card = Image.new("RGB", (side + 2 * frame + 2 * pad + words, height), _CARD)
+    height = max(side + 2 * frame, text_top + len(lines) * line_height + gap + pad)
+    card = Image.new("RGB", (side + 2 * frame + 2 * pad + text_width, height), _CARD_COLOR)
     draw = ImageDraw.Draw(card)
     draw.rectangle((0, 0, side + 2 * frame - 1, side + 2 * frame - 1), color)
     card.paste(_fit(picture, side), (frame, frame))
     x, y = side + 2 * frame + pad + 2, pad
     if verdict:
-        _mark(draw, x, y + 3, bool(right), color)
+        _draw_verdict(draw, x, y + 3, bool(right), color)
         load_font(16).draw(draw, (x + 22, y), verdict, color)
-    for i, (line, ink) in enumerate(lines):
-        y = text_top + i * pitch + (gap if ink == _FAINT else 0)
-        load_font(17 if ink == _INK else 15).draw(draw, (x, y), line, ink)
+    for i, (line, text_color) in enumerate(lines):
+        y = text_top + i * line_height + (gap if text_color == _MUTED else 0)
+        load_font(17 if text_color == _TEXT else 15).draw(draw, (x, y), line, text_color)
     return card
 
 
-def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool, color: tuple[int, ...]) -> None:
-    """A tick or a cross, 14 pixels wide: the verdict for those who do not see red and green."""
+def _draw_verdict(
+    draw: ImageDraw.ImageDraw, x: int, y: int, right: bool, color: tuple[int, ...]
+) -> None:
+    """A tick or a cross, 14 pixels wide, for readers who do not tell red from green."""
     if right:
         draw.line([(x, y + 7), (x + 5, y + 13), (x + 14, y + 1)], color, 3, joint="curve")
     else:
@@ -121,7 +131,7 @@ def _heading(title: str, right: Sequence[bool | None]) -> str:
 
 
 def _fit(picture: Picture, side: int) -> Image.Image:
-    """RGB [side, side], the whole picture on gray if it is not square."""
+    """The picture as an RGB image of side x side pixels, with gray borders if it is not square."""
     if isinstance(picture, (str, os.PathLike)):
         try:
             with Image.open(picture) as opened:
@@ -149,7 +159,7 @@ def _save(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
     return out
 
 
-# ------------------------------------------------------------------------------------------- curves
+# --- curves -----------------------------------------------------------------------------------------
 
 Records = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -160,15 +170,13 @@ def loss_plot(
     *,
     title: str = "Training loss",
 ) -> Path:
-    """Saves a PNG of the loss over the steps, one smoothed curve a run over its raw values; returns
-    its path.
+    """Save a PNG of the loss by step, smoothed over the raw values; returns its path.
 
-    `runs` is one run, or a name for each of several (stages, seeds); a run is a JSONL file or
-    records {"step", "loss"}, among them, or in records of their own, validation losses under
-    "val_loss". Other records are passed over. Raises UserError if there is no loss to draw or the
+    runs: one run, or several by name (stages, seeds). A run is a JSONL file or records with "step" and
+    "loss", "val_loss" or both; other records are skipped. UserError: there is no loss to draw, or the
     file cannot be written.
     """
-    from matplotlib.figure import Figure  # heavy: only where a plot is drawn
+    from matplotlib.figure import Figure  # slow to import
 
     named = runs if isinstance(runs, Mapping) else {"loss": runs}
     curves = {name: _curves(records) for name, records in named.items()}
@@ -198,7 +206,7 @@ def loss_plot(
 
 
 def _curves(records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """(step, loss) [N, 2] of training and of validation, finite values only, in order of steps."""
+    """(step, loss) [N, 2] of training and of validation: the finite values, ordered by step."""
     if isinstance(records, (str, os.PathLike)):
         records = _read(records)
     train, validation = [], []
@@ -215,12 +223,12 @@ def _curves(records: Records) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_step(points: list[tuple[float, float]]) -> np.ndarray:
-    """[N, 2] sorted; if a step was logged twice (an interrupted and resumed run), the later value counts."""
+    """[N, 2], sorted. If a step was logged twice, by a run that was interrupted, the later value counts."""
     return np.array(sorted(dict(points).items()), float).reshape(-1, 2)
 
 
 def _read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a line that is not one, as a torn last line, is left out."""
+    """The objects of a JSONL file. Other lines, such as an incomplete last one, are skipped."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -243,9 +251,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a twentieth of the curve; narrower at the start, where the loss falls
-    fast, and at the end, where fewer values follow."""
-    reach = min(len(values) // 40, 50)
+    """The running mean over a twentieth of the curve, or over less at its ends."""
+    reach = min(len(values) // 40, 50)  # values at each side
     total = np.concatenate([[0.0], np.cumsum(values)])
     center = np.arange(len(values))
     first = np.maximum(center - reach, 0)
