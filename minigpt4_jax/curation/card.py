@@ -15,10 +15,7 @@ HASHES_FILE = "SHA256SUMS"
 USAGE = {
     "minigpt4": "python -m minigpt4_jax.train --config=stage2 --config.data.path=DIR ...",
     "jsonl": "python -m minigpt4_jax.train --config=stage2 --config.data.path=DIR/rows.jsonl ...",
-    "webdataset": (
-        "python -m minigpt4_jax.train --config=stage2 --config.data.mix.curated.reader=webdataset "
-        "--config.data.mix.curated.path='DIR/*.tar' ..."
-    ),
+    "webdataset": "python -m minigpt4_jax.train --config=DIR/stage2_config.py ...",
     "parquet": "python -m minigpt4_jax.train --config=stage2 --config.data.path=DIR ...",
 }
 

@@ -26,6 +26,22 @@ from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.processing.images import FilePart, ImageSource, open_image
 
 JPEG_QUALITY = 95
+CONFIG_FILE = "stage2_config.py"
+_CONFIG = '''"""Stage 2 on the shards beside this file: python -m minigpt4_jax.train --config=FILE ..."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.stage2 import get_config as stage2
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = stage2(arg)
+    shards = dict(reader="webdataset", path=str(Path(__file__).parent))
+    c.data.mix = ConfigDict(dict(curated=shards))
+    return c
+'''
 _ORIENTATION = 0x0112  # EXIF tag
 _KEPT_FIELDS = ("references", "original", "unconfirmed")
 
@@ -177,7 +193,7 @@ def write_jsonl(rows: Iterable[ExportedRow], folder: Path, files: Files, shard_r
 def write_webdataset(
     rows: Iterable[ExportedRow], folder: Path, files: Files, shard_rows: int
 ) -> None:
-    """00000.tar ... of KEY.jpg and KEY.json with "caption"."""
+    """00000.tar ... of KEY.jpg and KEY.json with "caption", and a configuration that reads them."""
     numbered = enumerate(files.count(rows))
     for number, shard in enumerate(_chunks(numbered, shard_rows)):
         name = f"{number:05}.tar"
@@ -187,6 +203,8 @@ def write_webdataset(
                 _add_member(tar, f"{i:09}.jpg", exported.image.data)
                 _add_member(tar, f"{i:09}.json", json_line(content).encode())
         files.add(folder, name)
+
+    files.write(folder, CONFIG_FILE, _CONFIG.encode())
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -104,9 +104,9 @@ def table(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     width = max(map(len, names))
     head = ["before", "after"][2 - len(columns) :]
-    lines = [f"{'':{width}}" + "".join(f"{title:>22}" for title in head)]
+    lines = [f"{'':{width}}" + "".join(f"{title:>24}" for title in head)]
     for name in names:
-        cells = "".join(f"{column.get(name, ''):>22}" for column in columns)
+        cells = "".join(f"  {column.get(name, ''):>22}" for column in columns)
         lines.append(f"{name:{width}}{cells}")
     return "\n".join(lines)
 

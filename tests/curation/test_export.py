@@ -11,14 +11,15 @@ from PIL import Image
 
 from minigpt4_jax import errors
 from minigpt4_jax.cli import curate
+from minigpt4_jax.curation.card import USAGE
 from minigpt4_jax.curation.decisions import Decision, Decisions
 from minigpt4_jax.curation.images import list_images
 from minigpt4_jax.curation.rows import image_fields, read_rows
-from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.data.datasets import open_dataset
 from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.data.readers import open_source
 from minigpt4_jax.processing.images import open_image
+from minigpt4_jax.training.config_cli import parse as parse_config
 
 FORMATS = ("minigpt4", "jsonl", "webdataset", "parquet")
 
@@ -80,12 +81,15 @@ def source(tmp_path):
 
 
 def read_back(out, kind):
-    """(caption, image) of every row, as training reads it."""
-    if kind == "webdataset":
-        dataset = open_source("mine", DatasetConfig(reader="webdataset", path=(str(out),)))
+    """(caption, image) of every row, as the command in the data card reads it."""
+    words = USAGE[kind].replace("DIR", str(out)).removesuffix(" ...").split()
+    assert words[:3] == ["python", "-m", "minigpt4_jax.train"]
+    c, _ = parse_config(words[3:], data_only=True)
+    if c.data.mix:
+        dataset = open_source("curated", c.data.mix["curated"])
         examples = [dataset.example(i, np.random.default_rng(0)) for i in range(len(dataset))]
     else:
-        examples = read_sources(out / "rows.jsonl" if kind == "jsonl" else out)
+        examples = read_sources(c.data.path)
     return [(e.answers[0], np.asarray(open_image(e.images[0]), int)) for e in examples]
 
 

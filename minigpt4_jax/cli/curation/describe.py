@@ -5,6 +5,7 @@ by a space; or "error". The same command continues an interrupted one.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections.abc import Sequence
@@ -157,9 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, tasks = make_rows(images, args.samples, args.output.parent)
     recorded = {k: v for k, v in vars(args).items() if k not in NOT_RECORDED}
     settings = {
-        "command": "describe", **recorded, **options,
+        "command": "describe", **recorded, **_defaults(), **options,
         "model_fingerprint": fingerprint(args.model, args.base),
     }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # as it is read back
     output = Output(
         args.output, rows, settings, retry_errors=args.retry_errors, result_keys=RESULT_KEYS
     )
@@ -175,6 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with output:
         describe_all(describer, tasks, len(rows), output, args.batch_size)
     return _finish(f"{len(output.remaining)} rows", output, args)
+
+
+def _defaults() -> dict[str, Any]:
+    """The generation options that are used unless others are given."""
+    return {k: v for k, v in common.default_options().items() if k not in BEAM_OPTIONS}
 
 
 def _finish(summary: str, output: Output, args: argparse.Namespace) -> int:
