@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": Command("minigpt4_jax.cli.chat", "talk with a model about images"),
     "batch": Command("minigpt4_jax.cli.batch", "answer the questions of a JSONL file"),
     "evaluate": Command("minigpt4_jax.cli.evaluate", "run benchmarks, score answers"),
+    "serve": Command("minigpt4_jax.cli.serve", "answer requests of OpenAI's API"),
     "convert": Command("convert.cli", "convert weights to and from a model directory"),
     "compile": Command("minigpt4_jax.cli.compile", "memory and time of a run on a TPU slice"),
     "check-data": Command(

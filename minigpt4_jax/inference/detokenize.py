@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.generation_config import GenerationOutput
-from minigpt4_jax.inference.requests import Completion, Progress
+from minigpt4_jax.inference.requests import Completion, Progress, Request
 from minigpt4_jax.inference.stop_sequences import stable_prefix
 from minigpt4_jax.processing.chat_templates import answer_ends, clean_answer, removed_text
 from minigpt4_jax.processing.tokenizer import Tokenizer
@@ -34,6 +34,28 @@ def nonfinite_error(completion: Completion) -> str | None:
     )
 
 
+class TextStream:
+    """The text of an answer that is being generated, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, request: Request):
+        self._tokenizer, self._config, self._stop_texts = tokenizer, config, request.stop_texts
+        self._removed = removed_text(config)
+        # what is removed from the text must not be shown in part either
+        removed = [self._removed] if self._removed else []
+        self._hidden = [*_all_stop_texts(config, request.stop_texts), *removed]
+        self._streamed = ""
+
+    def push(self, completion: Completion, finished: bool) -> str:
+        """The piece that an answer so far adds to the text; "" for none."""
+        text = _decode(self._tokenizer, self._config, completion.ids, self._stop_texts)
+        text = (text.replace(self._removed, "") if self._removed else text).lstrip()
+        text = text.rstrip() if finished else stable_prefix(text, self._hidden)
+        if not text.startswith(self._streamed):
+            return ""
+        piece, self._streamed = text[len(self._streamed) :], text
+        return piece
+
+
 def stream_text(
     tokenizer: Tokenizer, config: ModelConfig, steps: Iterable[Progress]
 ) -> Iterator[str]:
@@ -41,19 +63,11 @@ def stream_text(
 
     UserError, after the last piece: the answer ended because logits were NaN or infinite.
     """
-    streamed, removed = "", removed_text(config)
+    stream = None
     for step in steps:
-        stop_texts = step.request.stop_texts
-        text = _decode(tokenizer, config, step.completion.ids, stop_texts)
-        text = (text.replace(removed, "") if removed else text).lstrip()
-        if step.finished:
-            text = text.rstrip()
-        else:  # what is removed from the text must not be shown in part either
-            hidden = [*_all_stop_texts(config, stop_texts), *([removed] if removed else [])]
-            text = stable_prefix(text, hidden)
-        if text.startswith(streamed) and len(text) > len(streamed):
-            yield text[len(streamed) :]
-            streamed = text
+        stream = stream or TextStream(tokenizer, config, step.request)
+        if piece := stream.push(step.completion, step.finished):
+            yield piece
         if error := nonfinite_error(step.completion):
             raise UserError(error)
 

@@ -26,7 +26,7 @@ from helpers.doc_blocks import Block, blocks, commands
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data, train
+from minigpt4_jax.cli import batch, chat, check_data, serve, train
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import model
@@ -275,6 +275,8 @@ def check_module(module: str, args: list[str]) -> None:
         chat.parse(args)
     elif module == "minigpt4_jax.batch":
         batch.parse(args)
+    elif module == "minigpt4_jax.serve":
+        serve.parse(args)
     elif module == "minigpt4_jax.compile":
         _, rest = compile_cli._parser().parse_known_args(args)
         parse_config(

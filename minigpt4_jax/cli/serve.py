@@ -1,0 +1,182 @@
+"""python -m minigpt4_jax.serve --model=DIR: an OpenAI-compatible server.
+
+POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/rank; GET /v1/models, /health, /ready,
+/metrics.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from minigpt4_jax import errors
+from minigpt4_jax.cli import common
+from minigpt4_jax.cli.chat import generation_options
+from minigpt4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt4_jax.inference.model import Model
+    from minigpt4_jax.serving.service import Service
+
+log = logging.getLogger("minigpt4_jax.serving")
+KEY_VARIABLE = "MINIGPT4_JAX_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NOT_FOR_A_SERVER = [
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "num_return_sequences",
+    "seed",
+    "context",
+]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    p = common.make_parser(
+        "serve", "Answer requests of OpenAI's API. Needs pip install 'minigpt4_jax[serve]'."
+    )
+    network = p.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1",
+                         help="address to listen on; 0.0.0.0 is every network of this machine")  # fmt: skip
+    network.add_argument("--port", type=int, default=8000, help="0 chooses a free one")
+    network.add_argument("--api-key-file", type=Path, metavar="FILE",
+                         help="keys, one on a line, of which every request must have one; also "
+                         f"from the environment variable {KEY_VARIABLE}")  # fmt: skip
+    network.add_argument("--served-name", metavar="NAME",
+                         help="the model's name in the API, by default the directory's")  # fmt: skip
+    network.add_argument("--allow-image-urls", action="store_true",
+                         help="download images from http(s) addresses of public hosts")  # fmt: skip
+    network.add_argument("--log-prompts", action="store_true", help="log questions and answers")
+    network.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS",
+                         help="for answering what runs, after SIGTERM")  # fmt: skip
+    limits = p.add_argument_group("limits")
+    limits.add_argument("--max-batch", type=int, default=32, help="answers generated together")
+    limits.add_argument("--max-queue", type=int, default=128,
+                        help="requests that wait; more get status 429")  # fmt: skip
+    limits.add_argument("--max-context", type=int, metavar="TOKENS",
+                        help="of a prompt and its answer; by default the model's, at most 4096")  # fmt: skip
+    limits.add_argument("--max-answer", type=int, default=1024, metavar="TOKENS",
+                        help="of an answer")  # fmt: skip
+    limits.add_argument("--cache-tokens", type=int,
+                        help="of all running answers; by default as memory allows")  # fmt: skip
+    limits.add_argument("--prefill-tokens", type=int, metavar="TOKENS",
+                        help="of new prompts, processed between two steps of the running answers; fewer "
+                        "make their tokens come more evenly")  # fmt: skip
+    limits.add_argument("--request-timeout", type=float, default=300.0, metavar="SECONDS",
+                        help="until an answer must be complete")  # fmt: skip
+    limits.add_argument("--max-body-mb", type=float, default=32.0, help="of a request")
+    limits.add_argument("--max-image-mb", type=float, default=10.0, help="of an image file")
+    limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of an image")
+    limits.add_argument("--max-images", type=int, default=16, help="of a request")
+    limits.add_argument("--max-choices", type=int, default=16, help="answers to one request (n)")
+    p.add_argument("--no-warm-up", dest="warm_up", action="store_false",
+                   help="be ready at once, and compile programs when they are first needed")  # fmt: skip
+    common.add_generation_options(
+        p, "defaults of requests: the original's chat", excluded=NOT_FOR_A_SERVER
+    )
+    args = p.parse_args(argv)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError: a number out of range."""
+    for name in (
+        "max_batch", "max_queue", "max_context", "max_answer", "cache_tokens", "prefill_tokens",
+        "request_timeout", "max_body_mb", "max_image_mb", "max_image_pixels", "max_images", "max_choices",
+        "shutdown_timeout",
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')}={value}: expected more than 0")
+    if not 0 <= args.port < 1 << 16:
+        raise UserError(f"--port={args.port}: expected 0 to 65535")
+    generation_options("", args)
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The API keys of a file and of the environment. UserError: no such file, or no key in it."""
+    keys = [key for key in os.environ.get(KEY_VARIABLE, "").split() if key]
+    if file is None:
+        return keys
+    try:
+        found = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--api-key-file={file}: cannot be read ({e})") from None
+    if not found:
+        raise UserError(
+            f"--api-key-file={file}: has no key; write one, for instance of `openssl rand -hex 32`"
+        )
+    return found + keys
+
+
+def _require_packages() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"the server needs the package {e.name}: pip install 'minigpt4_jax[serve]'"
+        ) from None
+
+
+def make_service(model: "Model", args: argparse.Namespace) -> "Service":
+    """The model and its scheduler, with the limits of the command line. UserError: they do not fit."""
+    from minigpt4_jax.serving.config import Limits, scheduler_config
+    from minigpt4_jax.serving.scheduler import Scheduler
+    from minigpt4_jax.serving.service import Service
+
+    config = scheduler_config(
+        model, max_batch=args.max_batch, max_queue=args.max_queue, context=args.max_context,
+        max_tokens=args.max_answer, cache_tokens=args.cache_tokens,
+        prefill_tokens=args.prefill_tokens,
+    )  # fmt: skip
+    limits = Limits(
+        body_bytes=int(args.max_body_mb * 1e6), image_bytes=int(args.max_image_mb * 1e6),
+        pixels=args.max_image_pixels, images=args.max_images, choices=args.max_choices,
+        seconds=args.request_timeout, open_requests=2 * (args.max_batch + args.max_queue),
+    )  # fmt: skip
+    options = generation_options(model.config.variant, args)
+    defaults = {name: v for name, v in options.items() if name not in NOT_FOR_A_SERVER}
+    return Service(
+        model, Scheduler(model, config), args.served_name or Path(args.model.rstrip("/")).name,
+        template=args.template, system=args.system, limits=limits,
+        defaults=defaults | {"extra_bos": args.extra_bos},
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    begin = time.monotonic()
+    args = parse(argv)
+    _require_packages()
+    keys = read_keys(args.api_key_file)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("minigpt4_jax").setLevel(logging.INFO)
+    if args.host not in LOOPBACK and not keys:
+        log.warning("no --api-key-file: anyone who reaches %s may use this server", args.host)
+    model = common.load_model(args)
+    log.info("loaded %s in %.1f s", args.model, time.monotonic() - begin)
+    from minigpt4_jax.serving.app import create_app
+    from minigpt4_jax.serving.server import make_server
+    from minigpt4_jax.serving.server import run as run_server
+
+    service = make_service(model, args)
+    app = create_app(
+        service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts
+    )
+    server = make_server(
+        app, service, args.host, args.port,
+        shutdown_seconds=args.shutdown_timeout, compiled=args.warm_up,
+    )  # fmt: skip
+    run_server(server)
+    return 0
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process; a UserError is one line on stderr."""
+    errors.run(lambda: main(argv))

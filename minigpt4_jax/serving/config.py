@@ -1,0 +1,94 @@
+"""The limits of a server, and how they follow from the model and the memory of the device."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from minigpt4_jax.inference.model import Model
+from minigpt4_jax.serving.scheduler import SchedulerConfig
+
+MEMORY_SHARE = 0.45  # of the free memory for the cache of the running answers; resizing copies it
+PREFIX_SHARE = 0.1  # of the free memory for the caches of earlier prompts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one request.
+
+    Attributes:
+        body_bytes: of a request's JSON, with its images in base64.
+        image_bytes: of one image file.
+        pixels: of one image.
+        images: of one request, in all turns.
+        choices: answers to one request (n), and texts of one completion request.
+        candidates: of one ranking request.
+        seconds: until a request must be answered.
+        body_seconds: until a request's body must have arrived.
+        open_requests: that are read, waiting or running; more are refused before they are read.
+    """
+
+    body_bytes: int = 32 << 20
+    image_bytes: int = 10 << 20
+    pixels: int = 40_000_000
+    images: int = 16
+    choices: int = 16
+    candidates: int = 256
+    seconds: float = 300.0
+    body_seconds: float = 60.0
+    open_requests: int = 256
+
+
+def cache_bytes_per_token(model: Model) -> float:
+    """Bytes of keys and values of one position, on one device."""
+    llm = model.config.llm
+    vectors = 2 * llm.layers * llm.kv_heads
+    int8 = model.int8_cache
+    itemsize = 1 if int8 else 4 if jax.default_backend() == "cpu" else 2
+    split = 1 if model.mesh is None else model.mesh.shape["model"]
+    return vectors * (llm.head_dim * itemsize + (4 if int8 else 0)) / split
+
+
+def free_memory() -> float:
+    """Free bytes of the first device, or of the machine if the devices are its processors."""
+    stats = None if jax.default_backend() == "cpu" else jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def scheduler_config(
+    model: Model,
+    *,
+    max_batch: int,
+    max_queue: int,
+    context: int | None,
+    max_tokens: int,
+    cache_tokens: int | None = None,
+    prefill_tokens: int | None = None,
+) -> SchedulerConfig:
+    """The scheduler's limits; None is a default that fits the model and the memory.
+
+    context: at most the model's, by default 4096 tokens of it.
+    """
+    context = min(context or 4096, model.config.llm.max_length)
+    per_token, free = cache_bytes_per_token(model), free_memory()
+    if cache_tokens is None:
+        cache_tokens = min(int(MEMORY_SHARE * free / per_token), max_batch * _padded(context))
+    on_cpu = jax.default_backend() == "cpu"
+    if prefill_tokens is None:
+        prefill_tokens = 256 if on_cpu else 1024
+    return SchedulerConfig(
+        max_rows=max_batch,
+        max_queue=max_queue,
+        context=context,
+        max_new_tokens=min(max_tokens, context),
+        cache_tokens=cache_tokens,
+        prefix_tokens=min(int(PREFIX_SHARE * free / per_token), 16 * _padded(context)),
+        prefill_tokens=prefill_tokens,
+        encode_images=2 if on_cpu else 8,
+    )
+
+
+def _padded(context: int) -> int:
+    return -(-context // 64) * 64

@@ -1,0 +1,95 @@
+"""The process of a server: uvicorn, start-up, signals."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.serving.service import Service
+from minigpt4_jax.serving.warm_up import warm_up
+
+log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Ends normally after SIGTERM and SIGINT; uvicorn itself would raise the signal once more."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for sock in server.sockets:
+                log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+
+
+def make_server(
+    app: FastAPI,
+    service: Service,
+    host: str,
+    port: int,
+    *,
+    shutdown_seconds: float = 30.0,
+    compiled: bool = True,
+) -> Server:
+    """A server whose `run` returns after SIGTERM or SIGINT, once everything has been answered.
+
+    shutdown_seconds: for answering it. compiled: compile all programs after the start; until then
+    /ready says no.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.scheduler.start()
+        warming = asyncio.create_task(_get_ready(app, service, compiled))
+        yield
+        warming.cancel()
+        # uvicorn has waited for the open requests already
+        await asyncio.to_thread(service.scheduler.stop, 0)
+
+    app.router.lifespan_context = lifespan
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
+    )  # fmt: skip
+    return Server(config)
+
+
+async def _get_ready(app: FastAPI, service: Service, compiled: bool) -> None:
+    if compiled:
+        try:
+            summary = await warm_up(service.scheduler)
+        except Exception:
+            log.exception("the programs cannot be compiled; the server never gets ready")
+            raise
+        log.info("ready: %s", summary)
+    app.state.ready = True
+
+
+def run(server: Server) -> None:
+    """Run a server until a signal ends it. UserError: the address cannot be used."""
+    with contextlib.suppress(SystemExit):  # uvicorn has logged why
+        server.run()
+    if not server.started:
+        address = f"{server.config.host}:{server.config.port}"
+        raise UserError(f"cannot listen on {address}; is another server running there?")

@@ -1,0 +1,101 @@
+"""Compile what a server needs before it is ready, or read it from the cache on disk."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from minigpt4_jax.inference.decode_state import DecodeState
+from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.serving.jobs import DeviceCall
+from minigpt4_jax.serving.scheduler import Scheduler
+
+SECONDS = 3600.0  # for one program
+
+
+async def warm_up(scheduler: Scheduler) -> str:
+    """Run every program once, between the requests that come already. Returns what was done."""
+    begin, count = time.monotonic(), 0
+    for program in _programs(scheduler):
+        call = DeviceCall(partial(_run, program), client="warm-up", timeout=SECONDS)
+        scheduler.submit(call)
+        await call.result()
+        count += 1
+    seconds = time.monotonic() - begin
+    scheduler.metrics.ready_seconds.set(seconds)
+    return f"{count} sets of programs in {seconds:.1f} s"
+
+
+def _run(program: Callable[[], object], _: list[np.ndarray]) -> None:
+    program()
+
+
+def _programs(scheduler: Scheduler) -> Iterator[Callable[[], object]]:
+    """Functions that run the programs of one set of array sizes each."""
+    warmer, shapes = _Warmer(scheduler), scheduler.shapes
+    for images in sorted({1, scheduler.config.encode_images}):
+        yield partial(warmer.encode, images)
+    for size in shapes.prompts:
+        yield partial(warmer.prefill, size)
+    for length in shapes.cache_lengths:
+        yield partial(warmer.resume, length)
+    for rows in shapes.rows:
+        for length in shapes.cache_lengths:
+            if rows * length <= scheduler.config.cache_tokens:
+                yield partial(warmer.decode, rows, length)
+
+
+class _Warmer:
+    """Runs the engine's programs on a made-up prompt."""
+
+    def __init__(self, scheduler: Scheduler):
+        self._model, self._shapes = scheduler.model, scheduler.shapes
+        self._engine = scheduler.model.engine
+        self._limit = scheduler.config.cache_tokens
+
+    def encode(self, images: int) -> None:
+        size = self._model.config.vision.image_size
+        self._model.encode_pixels([np.zeros((size, size, 3), np.uint8)] * images)
+
+    def prefill(self, size: int) -> DecodeState:
+        request = Request(tokens=[0] * size, max_new_tokens=1)
+        sizes, stages = self._shapes.with_cache(size), self._shapes.stages[-1]
+        state = self._engine.prefill([request], sizes, stages, size)
+        self._engine.snapshot(state)
+        return state
+
+    def resume(self, length: int) -> None:
+        for size in self._shapes.pieces:
+            if size <= length:
+                cache = self.prefill(self._shapes.prompts[0]).cache
+                request = Request(tokens=[0] * (1 + size), max_new_tokens=1)
+                sizes, stages = self._shapes.with_cache(length), self._shapes.stages[-1]
+                start = min(1, length - size)
+                self._engine.resume(cache, start, request, sizes, stages, size)
+
+    def decode(self, rows: int, length: int) -> None:
+        new = self.prefill(self._shapes.prompts[0])
+        sizes = self._shapes.with_cache(length)
+        state = self._engine.resize(new, [0, *[None] * (rows - 1)], sizes)
+        for stages in self._shapes.stages:
+            state = self._engine.decode(state, stages, 1)
+            self._engine.snapshot(state)
+        for size in self._shapes.prompts:
+            if size <= length:
+                state = self._engine.insert(state, self.prefill(size), 0)
+        state = self._engine.finish_rows(state, np.zeros(rows, bool))
+        for stored in self._shapes.cache_lengths:
+            if stored <= length:
+                self._engine.take_cache_row(state, 0, stored)
+        self._grow(state, rows, length)
+
+    def _grow(self, state: DecodeState, rows: int, length: int) -> None:
+        """To more rows, or to a longer cache."""
+        for more in [n for n in self._shapes.rows if n > rows][:1]:
+            if more * length <= self._limit:
+                slots = [*range(rows), *[None] * (more - rows)]
+                self._engine.resize(state, slots, self._shapes.with_cache(length))
+        for longer in [n for n in self._shapes.cache_lengths if n > length][:1]:
+            if rows * longer <= self._limit:
+                self._engine.resize(state, range(rows), self._shapes.with_cache(longer))
