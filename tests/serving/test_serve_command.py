@@ -58,10 +58,6 @@ def test_a_server_from_start_to_sigterm(folder, tmp_path):
             process.send_signal(signal.SIGTERM)
             *_, last = stream
             assert last.usage.completion_tokens == 80
-            with pytest.raises(openai.APIConnectionError):
-                openai.OpenAI(
-                    base_url=f"{url}/v1", api_key="from-file", max_retries=0
-                ).models.list()
             assert process.wait(timeout=60) == 0
         finally:
             process.kill()
