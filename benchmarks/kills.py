@@ -2,9 +2,9 @@
 
     python benchmarks/kills.py --kills=500
 
-A run of 40 steps that saves after each one is killed with SIGKILL and restarted until it ends; then the
+A run of 20 steps that saves after each one is killed with SIGKILL and restarted until it ends; then the
 next run begins. Prints whether each run ended with the same batches, records and parameters as an
-undisturbed one, and what the kills hit. Exit code 1 if one differs. The tests do the same with 50 kills
+undisturbed one, and what the kills hit. Exit code 1 if one differs. The tests do the same with 12 kills
 (tests/training/test_train_kills.py).
 """
 

@@ -50,6 +50,13 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             f"{label}: layer_types has {', '.join(map(str, sorted(other)))}, which a {model_type} model "
             "without a sliding window cannot have; expected full_attention"
         )
+    if model_type == "mistral" and values.get("layer_types"):
+        resolved["sliding_window"] = None  # transformers reads it as Ministral: layer_types decide
+    if "head_dim" in values and resolved.get("head_dim") is None:
+        raise UserError(
+            f"{label}: head_dim is null, which transformers' {model_type} models do not take; "
+            "expected a number, or no head_dim"
+        )
     known = AutoConfig.for_model(model_type).to_dict()
     if unused := sorted(key for key in values if key not in known and key not in _HARMLESS):
         notes.append(

@@ -315,7 +315,7 @@ def _from_hf(c: dict[str, Any]) -> LlmConfig:
 
 
 def _rope_scaling(s: dict[str, Any], c: dict[str, Any]) -> RopeScaling | None:
-    kind = s.get("rope_type") or s.get("type") or "default"
+    kind = s.get("rope_type", s.get("type", "default"))  # as in transformers, None is no default
     if (partial := s.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))) != 1.0:
         raise UserError(
             f"language model: partial_rotary_factor {partial} is not supported; expected 1"

@@ -11,11 +11,11 @@ from helpers.virtual_devices import quick_codegen_flags
 from PIL import Image
 
 # The slowest files start first, so that no worker is left with one of them at the end. (By default
-# xdist starts with the files of most tests, but a single test may run a training fifty times.)
+# xdist starts with the files of most tests, but a single test may restart a training many times.)
 LONGEST = (
-    "test_train_kills.py", "test_sharding.py", "test_multihost.py", "test_prefix_cache.py",
+    "test_sharding.py", "test_multihost.py", "test_train_kills.py", "test_prefix_cache.py",
     "test_buckets.py", "test_train_survive.py", "test_train_resume.py", "test_engine.py",
-    "test_int8_cache.py", "test_beam_search.py", "test_smollm2.py",
+    "test_keep.py", "test_gguf.py", "test_int8_cache.py", "test_beam_search.py",
 )  # fmt: skip
 
 
@@ -29,8 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Processes that tests start import `helpers` too, and compile with the same flags.
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    # Processes that tests start import `helpers` too, do without PyTorch, and compile with the same flags.
+    # The workers of xdist, which the main process starts, need PyTorch.
+    folder = Path(__file__).parent
+    is_main_process = getattr(config.option, "numprocesses", None) is not None
+    paths = [str(folder), None if is_main_process else str(folder / "helpers" / "without_torch")]
+    paths.append(os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if config.getoption("quick_codegen") and "PYTEST_XDIST_WORKER" not in os.environ:
         flags = [os.environ.get("XLA_FLAGS"), quick_codegen_flags()]

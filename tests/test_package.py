@@ -1,4 +1,4 @@
-"""The wheel works where the repository is not: it holds every package, its data and its configs."""
+"""The wheel works without the repository: it contains every package, its data and its configs."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def pip(*args):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of what git does not ignore, so that nothing lying about gets in."""
+    """The wheel, built from a copy of the files that git does not ignore."""
     folder = tmp_path_factory.mktemp("wheel")
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -38,8 +38,8 @@ def wheel(tmp_path_factory):
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
     pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(folder / "src"))
-    (made,) = folder.glob("*.whl")
-    return made
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,22 @@ def installed(wheel, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_module_and_asset(wheel):
+def test_wheel_contains_every_module_and_asset(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        held = set(archive.namelist())
-    wanted = {
+        contained = set(archive.namelist())
+    expected = {
         str(path.relative_to(ROOT))
         for top in ("minigpt4_jax", "convert", "configs")
         for path in (ROOT / top).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert wanted - held == set()
-    assert not [name for name in held if name.startswith(("tests/", "benchmarks/"))]
-    assert any(name.endswith("LICENSE") for name in held)
+    assert expected - contained == set()
+    assert not [name for name in contained if name.startswith(("tests/", "benchmarks/"))]
+    assert any(name.endswith("LICENSE") for name in contained)
 
 
 @pytest.mark.slow
-def test_training_finds_its_config_elsewhere(installed, tmp_path):
+def test_training_finds_its_config_in_the_wheel(installed, tmp_path):
     done = command(
         "-m", "minigpt4_jax.train", "--config=stage2", f"--workdir={tmp_path / 'run'}",
         "--config.model=absent", "--config.data.path=absent", cwd=tmp_path, path=installed,
@@ -77,7 +77,7 @@ def test_training_finds_its_config_elsewhere(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_say_what_they_do_elsewhere(installed, tmp_path):
+def test_commands_of_the_wheel_have_a_help(installed, tmp_path):
     for module in ("convert", "minigpt4_jax.train", "minigpt4_jax.chat"):
         done = command("-m", module, "--help", cwd=tmp_path, path=installed)
         assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def test_commands_say_what_they_do_elsewhere(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_library_loads_elsewhere(installed, tmp_path):
+def test_library_is_imported_from_the_wheel(installed, tmp_path):
     code = "import minigpt4_jax, configs, convert; print(minigpt4_jax.__file__); minigpt4_jax.load"
     done = command("-c", code, cwd=tmp_path, path=installed)
     assert done.returncode == 0, done.stderr

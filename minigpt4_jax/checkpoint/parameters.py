@@ -34,7 +34,11 @@ def part_of(name: str) -> str:
 
 def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
     """The model with shapes instead of arrays. stacked=False: the language model's layers in a list."""
+    return nnx.merge(*_abstract_parts(config, stacked))
 
+
+@functools.cache  # tracing the initialization takes a quarter of a second or more
+def _abstract_parts(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef[MiniGpt], Any]:
     def make() -> MiniGpt:
         if config.is_stage1:
             return Stage1(config, nnx.Rngs(0))
@@ -43,7 +47,7 @@ def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
             model.llm = unstack(model.llm)
         return model
 
-    return nnx.eval_shape(make)
+    return nnx.split(nnx.eval_shape(make))
 
 
 @functools.cache

@@ -34,6 +34,7 @@ VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4
 GRID = VISION.image_size // VISION.patch_size
 DATA_SEED = 11
 UNNAMED_SHARE = 0.4  # of the training images: objects in colors without a name
+CHUNK = 500  # images that a process draws at a time
 
 Model = TypeVar("Model", bound=nnx.Module)
 Split = dict[str, np.ndarray]  # "image" uint8 [N, S, S, 3], and labels [N, ...]
@@ -82,14 +83,17 @@ def draw_range(draw_example: DrawExample, split: str, begin: int, end: int) -> S
 
 
 def draw_split(draw_example: DrawExample, split: str, count: int) -> Split:
-    """The first `count` examples of a split, drawn in one process per CPU.
+    """The first `count` examples of a split, drawn in one process per CPU if they are many.
 
     draw_example: a function at the top of a module.
     """
-    begins = range(0, count, 500)
-    ends = [min(begin + 500, count) for begin in begins]
+    if count <= CHUNK:
+        return draw_range(draw_example, split, 0, count)
+    begins = range(0, count, CHUNK)
+    ends = [min(begin + CHUNK, count) for begin in begins]
     draw = functools.partial(draw_range, draw_example, split)
-    with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool:
+    workers = min(os.cpu_count() or 1, len(begins))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(draw, begins, ends), f"drawing {split}", len(ends)))
     return _collate(np.concatenate, parts)
 

@@ -1,4 +1,4 @@
-"""LoRA through `python -m convert`: given to any variant, read, merged, exported, never lost."""
+"""LoRA in `python -m convert`: added to any variant, read, merged and exported."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def every_kind(files, middle=""):
 
 
 @pytest.mark.parametrize("middle", ["", "default."])
-def test_minigpt4_with_lora_comes_back_bit_for_bit(files, command, refused, middle):
+def test_exported_lora_is_bit_exact(files, command, refused, middle):
     state = projection_state(12) | every_kind(files, middle)
     path, out = save_pth(files.folder / "l.pth", state), files.folder / "m"
     line = refused(*files.arguments("minigpt4-vicuna", checkpoint=path, out=out))
@@ -35,7 +35,9 @@ def test_minigpt4_with_lora_comes_back_bit_for_bit(files, command, refused, midd
     back = files.folder / "back.pth"
     assert command("export", f"--model={out}", f"--out={back}")[0] == 0
     got = open_file(back)
-    assert set(got.tensors) == {key.replace("default.", "") for key in state}  # peft 0.2, as theirs
+    assert set(got.tensors) == {
+        key.replace("default.", "") for key in state
+    }  # peft 0.2, as the original
     for key, want in state.items():
         assert got.read(key.replace("default.", "")).tobytes() == want.tobytes()
 
@@ -53,7 +55,7 @@ def test_a_model_directory_as_checkpoint_brings_its_alpha(files, command):
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_new_adapters_for_a_variant_without(files, command, checkpoint):
+def test_new_adapters_for_a_variant_without_lora(files, command, checkpoint):
     changes = {} if checkpoint else {"checkpoint": None}
     line = files.arguments("minigpt4-vicuna", **changes)
     line += ["--set=lora.rank=3", "--set=lora.targets=k,up"]
@@ -74,7 +76,7 @@ def test_new_adapters_for_a_variant_without(files, command, checkpoint):
     assert "rank 3, alpha 16, on k, up, dropout 0.05" in table and "new, not trained" in table
 
 
-def test_what_does_not_fit_is_named(files, refused):
+def test_settings_that_do_not_fit_are_named(files, refused):
     path = save_pth(files.folder / "l.pth", projection_state(12) | every_kind(files))
     build = files.arguments("minigpt4-vicuna", checkpoint=path)
     assert "lora_A" in refused(*build, "--set=lora.targets=q")

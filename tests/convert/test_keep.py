@@ -1,4 +1,4 @@
-"""convert build --quantize=keep: the blocks of a GGUF file, to the bit."""
+"""convert build --quantize=keep: the quantized blocks of a GGUF file, bit for bit."""
 
 import importlib.util
 from pathlib import Path
@@ -35,7 +35,7 @@ def random_blocks(kind, rows, n_in, seed):
 
 @pytest.mark.smoke
 def test_blocks_keep_every_value():
-    """Also in a kind that holds other types besides."""
+    """Also in a format that has room for other types."""
 
     @settings(max_examples=60, deadline=None)
     @given(
@@ -81,7 +81,7 @@ def mixed(name):
     )
 
 
-def test_a_kept_model_is_the_dequantized_one(files, command, tmp_path):
+def test_kept_blocks_equal_the_dequantized_weights(files, command, tmp_path):
     write_gguf(tmp_path / "x.gguf", WIDE, llm_state(WIDE), quantize=mixed)
     given = {"llm": tmp_path / "x.gguf", "checkpoint": None}
     floats, kept = tmp_path / "floats", tmp_path / "kept"
@@ -110,7 +110,7 @@ def test_a_kept_model_is_the_dequantized_one(files, command, tmp_path):
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_scores_of_a_kept_model(files, command, tmp_path, stacked):
-    """The same but for the order of sums; embedding and output matrix are one."""
+    """Equal up to the order of sums. Embedding and output matrix are tied."""
     tied = WIDE | {"tie_word_embeddings": True}
     state = {k: v for k, v in llm_state(tied).items() if k != "lm_head.weight"}
     write_gguf(tmp_path / "x.gguf", tied, state, quantize=TYPES.Q4_1)
@@ -131,7 +131,7 @@ def test_scores_of_a_kept_model(files, command, tmp_path, stacked):
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-4 * scores[0].std())
 
 
-def test_nothing_to_keep(files, refused, tmp_path):
+def test_a_file_without_quantized_blocks_is_refused(files, refused, tmp_path):
     line = refused(*files.arguments("minigpt4-vicuna"), "--quantize=keep")
     assert "has no matrix of type Q4_0" in line and "--quantize=int8" in line
     save_hf(tmp_path / "hf", WIDE, llm_state(WIDE))

@@ -1,4 +1,4 @@
-"""Key tables: strict both ways, and reversible."""
+"""Key tables are strict in both directions, and reversible."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_a_misspelt_key_is_reported(name, data):
 
 
 @pytest.mark.parametrize("state", [vit_state(), blip2_state()], ids=["vit", "blip2"])
-def test_original_keys_come_back(state):
+def test_keys_are_mapped_back_to_the_original_ones(state):
     prefix = "visual_encoder." if "cls_token" in state else ""
     found, _ = map_keys(FINE_TUNED, [prefix + k for k in state])
     assert found

@@ -1,4 +1,4 @@
-"""convert pack: a trained model and its base as one directory, and bases that have moved."""
+"""convert pack: a trained model and its base in one directory; bases that were moved."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_merged_lora_is_in_the_weights(base, trained, command, tmp_path):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_dtype_is_of_the_matrices_of_frozen_parts(trained, command, tmp_path, merge):
+def test_dtype_applies_to_matrices_of_frozen_parts(trained, command, tmp_path, merge):
     out = tmp_path / "packed"
     options = ["--merge-lora"] if merge else []
     code, _, err = command(
@@ -101,7 +101,7 @@ def test_dtype_is_of_the_matrices_of_frozen_parts(trained, command, tmp_path, me
     assert all(d == "F32" for n, d in dtypes.items() if ".lora_" in n)
 
 
-def test_a_base_that_has_moved(base, trained, command, refused, tmp_path):
+def test_a_base_that_was_moved(base, trained, command, refused, tmp_path):
     recorded = read_model_json(trained)
     assert recorded["base"] == "../../models/base"
     assert recorded["base_fingerprint"] == fingerprint(base)

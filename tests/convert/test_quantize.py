@@ -1,4 +1,4 @@
-"""convert build --quantize: what it stores is what loading would have made of the floats."""
+"""convert build --quantize stores what quantizing while loading gives."""
 
 import json
 
@@ -11,7 +11,7 @@ from minigpt4_jax.checkpoint.loader import load_model
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_build_is_what_loading_makes(files, command, scheme):
+def test_stored_weights_equal_those_quantized_while_loading(files, command, scheme):
     plain, rounded = files.folder / "plain", files.folder / "rounded"
     wide = llm_config(hidden_size=64, intermediate_size=96)  # groups of 64 and of 32
     save_hf(files.folder / "wide", wide, llm_state(wide))
@@ -21,12 +21,12 @@ def test_a_build_is_what_loading_makes(files, command, scheme):
     code, _, err = command(*line)
     assert code == 0, err
     stored, config = load_model(rounded)
-    made, _ = load_model(plain, quantize=scheme)
+    quantized, _ = load_model(plain, quantize=scheme)
     assert config.quantize == scheme
-    same = dict(nnx.to_flat_state(nnx.state(made)))
+    expected = dict(nnx.to_flat_state(nnx.state(quantized)))
     for path, leaf in nnx.to_flat_state(nnx.state(stored)):
-        assert leaf.dtype == same[path].dtype
-        np.testing.assert_array_equal(leaf.get_value(), same[path].get_value())
+        assert leaf.dtype == expected[path].dtype
+        np.testing.assert_array_equal(leaf.get_value(), expected[path].get_value())
     floats, found = (json.loads(command("inspect", d, "--json")[1]) for d in (plain, rounded))
     assert found["parameters"] == floats["parameters"]
     assert found["bytes"] < floats["bytes"]

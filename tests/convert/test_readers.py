@@ -1,4 +1,4 @@
-"""safetensors, hashing, and what files are taken for."""
+"""Readers of safetensors, and hashes of files."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from convert.formats.readers import open_directory, open_file
 from minigpt4_jax.errors import UserError
 
 TYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
-unhurried = settings(
+no_deadline = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-@unhurried
+@no_deadline
 @given(
     shapes=st.dictionaries(
         st.text("abcdef.", min_size=1),
@@ -29,7 +29,7 @@ unhurried = settings(
         max_size=5,
     )
 )
-def test_safetensors_read_as_the_library_reads_them(tmp_path, shapes):
+def test_safetensors_equal_those_read_by_the_library(tmp_path, shapes):
     state = {k: np.arange(int(np.prod(s))).reshape(s).astype(t) for k, (s, t) in shapes.items()}
     save_file(state, tmp_path / "x.safetensors", metadata={"a": "b"})
     reader = open_file(tmp_path / "x.safetensors")
@@ -40,7 +40,7 @@ def test_safetensors_read_as_the_library_reads_them(tmp_path, shapes):
 
 
 @pytest.mark.smoke
-def test_the_hash_is_the_files_whatever_was_read(tmp_path):
+def test_the_hash_is_of_the_whole_file_whatever_was_read(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
     path = tmp_path / "x"
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Files that are damaged, wrong, or do not belong together: one line each, nothing written."""
+"""Files that are damaged, wrong or do not fit together: one error line each, nothing written."""
 
 import io
 import json
@@ -220,14 +220,14 @@ def test_every_key_is_used_ignored_or_named(files, refused):
     assert "the same parameter" in refused(*files.arguments("minigpt-v2"))
 
 
-def test_all_problems_come_at_once(files, refused):
+def test_all_problems_are_in_one_message(files, refused):
     odd = {k: v for k, v in files.vit.items() if "norm2" not in k} | {"x.y": np.ones(2, np.float32)}
     path = save_pth(files.folder / "odd.pth", odd)
     line = refused(*files.arguments("minigpt4-vicuna", vision=path))
     assert "x.y" in line and "no blocks.0.norm2.weight" in line and "no blocks.1.norm2.bias" in line
 
 
-def test_heads_are_asked_for_where_shapes_do_not_tell(files, refused):
+def test_numbers_of_heads_must_be_given(files, refused):
     heads = ("--set", "vision.heads=2", "--set=qformer.heads=3")
     arguments = [a for a in files.arguments("minigpt4-vicuna") if a not in heads]
     line = refused(*arguments)
@@ -260,7 +260,7 @@ def test_vision_without_its_q_former(files, refused):
     assert "width 16" in line and "20" in line
 
 
-def test_delta_that_does_not_belong(files, refused, tmp_path):
+def test_a_delta_of_another_model(files, refused, tmp_path):
     config = llm_config(num_hidden_layers=1)
     save_hf(tmp_path / "delta", config, llm_state(config))
     line = refused(*files.arguments("minigpt4-vicuna", llm_delta=tmp_path / "delta"))

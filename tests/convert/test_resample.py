@@ -1,4 +1,4 @@
-"""Position embeddings for another image size, against torch's bicubic and the original's."""
+"""Position embeddings for another image size, compared with torch and with the original."""
 
 import numpy as np
 import pytest

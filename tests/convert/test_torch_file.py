@@ -1,4 +1,4 @@
-"""Reading .pth and .bin without torch: equal to torch.load for every dtype, stride and sharing."""
+"""Reading .pth and .bin without torch: equal to torch.load for all dtypes, strides and shared storages."""
 
 import contextlib
 import io
@@ -15,13 +15,13 @@ from convert.formats.readers import open_file
 from minigpt4_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
-ZIP = (True, False)  # torch's format since 1.6, and the one before
+ZIP = (True, False)  # the format of torch since 1.6, and the older one
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 ]  # fmt: skip
-unhurried = settings(
+no_deadline = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
@@ -64,19 +64,19 @@ def tensors(draw):
     return x
 
 
-@unhurried
+@no_deadline
 @given(
     state=st.dictionaries(st.text(min_size=1, max_size=8), tensors(), min_size=1, max_size=4),
     new=st.booleans(),
 )
-def test_any_state_dict_reads_as_torch_reads_it(tmp_path, state, new):
+def test_state_dicts_equal_those_read_by_torch(tmp_path, state, new):
     path = tmp_path / "x.pth"
     torch.save({"model": state}, path, _use_new_zipfile_serialization=new)
     check(path, state)
 
 
 @pytest.mark.parametrize("new", ZIP)
-def test_shared_storages_parameters_and_what_lies_beside_weights(tmp_path, new):
+def test_shared_storages_parameters_and_other_values_beside_weights(tmp_path, new):
     big = torch.arange(24.0).reshape(4, 6)
     linear = torch.nn.Linear(3, 2)
     state = {"a": big, "b": big[1:3, ::2], "c": big.T, "tied": big, "p": torch.nn.Parameter(big[0])}
@@ -116,7 +116,7 @@ def test_a_saved_module_names_its_class_and_is_not_built(tmp_path, new):
         open_file(tmp_path / "x.pth")
 
 
-class Evil:
+class RunsCommand:
     def __init__(self, path):
         self.path = path
 
@@ -129,14 +129,14 @@ class Evil:
 @pytest.mark.parametrize("new", ZIP)
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_code_is_not_run(tmp_path, new, protocol):
-    torch.save({"model": {"w": torch.ones(2)}, "x": Evil(tmp_path / "ran")}, tmp_path / "x.pth",
+    torch.save({"model": {"w": torch.ones(2)}, "x": RunsCommand(tmp_path / "ran")}, tmp_path / "x.pth",
                _use_new_zipfile_serialization=new, pickle_protocol=protocol)  # fmt: skip
     with pytest.raises(UserError, match=r"posix\.system"):
         open_file(tmp_path / "x.pth")
     assert not (tmp_path / "ran").exists()
 
 
-SNEAKY = [
+MALICIOUS = [
     b"cbuiltins\neval\n(V1\ntR.", b"c__builtin__\nexec\n(V1\ntR.", b"(S'id'\nios\nsystem\n.",
     b"cos\nsystem\n(S'id'\ntR.", b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R.",
     b"ctorch\nload\n(V1\ntR.", b"ctorch.storage\n_load_from_bytes\n(V1\ntR.",
@@ -146,15 +146,15 @@ SNEAKY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("data", SNEAKY)
+@pytest.mark.parametrize("data", MALICIOUS)
 def test_other_ways_to_run_code_are_refused(data):
     with pytest.raises(UserError):
         read_pickle(io.BytesIO(data), "x")
 
 
-@unhurried
+@no_deadline
 @given(data=st.binary(max_size=80))
-def test_garbage_is_a_user_error_or_plain_data(data):
+def test_random_bytes_are_a_user_error_or_plain_data(data):
     with contextlib.suppress(UserError):
         read_pickle(io.BytesIO(b"\x80\x02" + data + b"."), "x")
 
@@ -171,9 +171,9 @@ plain = st.recursive(
 )
 
 
-@unhurried
+@no_deadline
 @given(value=plain, protocol=st.integers(0, 5))
-def test_plain_data_reads_as_pickle_reads_it(value, protocol):
+def test_plain_data_equals_that_read_by_pickle(value, protocol):
     if protocol < 3 and b"" in _leaves(value):
         return  # bytes go through _codecs.encode there, as text
     assert read_pickle(io.BytesIO(pickle.dumps(value, protocol)), "x") == value

@@ -1,4 +1,4 @@
-"""Lists in JSON files, read a row at a time."""
+"""Lists in JSON files, read one row at a time."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ def read(text, key=""):
 
 
 @given(rows, st.sampled_from([None, 0, 2, "\t"]), st.booleans(), st.sampled_from(["", " ", "\n\n"]))
-def test_every_list_is_read_as_json_reads_it(value, indent, ascii, around):
+def test_lists_are_read_as_by_the_json_module(value, indent, ascii, around):
     assert read(around + json.dumps(value, indent=indent, ensure_ascii=ascii) + around) == value
     assert read(json.dumps({"info": {}, "data": value}, indent=indent), "data") == value
 
 
 @given(rows, st.data())
-def test_a_damaged_list_is_one_error(value, data):
+def test_a_damaged_list_is_a_user_error(value, data):
     text = json.dumps(value)
     at = data.draw(st.integers(0, len(text)))
     text = text[:at] + data.draw(st.sampled_from(["", "[", "]", ",", "x", '"'])) + text[at + 1 :]
@@ -43,7 +43,7 @@ def test_a_damaged_list_is_one_error(value, data):
         assert "is not JSON at line" in str(e) or "expected" in str(e)
 
 
-def test_where_a_row_stands(tmp_path):
+def test_rows_and_errors_have_positions(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('\ufeff[{"a": 1},\n {"a": 2}]', encoding="utf-8")
     assert list(read_list(path)) == [

@@ -1,11 +1,11 @@
-"""Published datasets, each on a miniature of its files: prompt, answer and image of known rows."""
+"""Published datasets, read from miniatures of their files: prompt, answer and image of known rows."""
 
 import logging
 import pickle
 
 import numpy as np
 import pytest
-from helpers.published_layouts import Disk, EachInTurn, choices, first_draw
+from helpers.published_layouts import Disk, FixedDraws, choices, first_draw
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def coco(disk):
-    """Paths of a cat's and a dog's picture."""
+    """Paths of the images of a cat and a dog."""
     return disk.picture(f"coco/{CAT}"), disk.picture(f"coco/{DOG}")
 
 
@@ -58,7 +58,7 @@ def test_coco_caption(disk, coco):
     asks = f"{IMAGE_SLOT} [caption] Briefly describe this image."
     assert examples(source) == [Example((coco[0],), (asks,), ("a cat",))]
     assert choices(source, 0, 1) == [17]
-    photo = source.example(0, EachInTurn(6))
+    photo = source.example(0, FixedDraws(6))
     assert photo.questions == (f"{IMAGE_SLOT} [caption] A photo of ",)  # one more space comes later
     assert source.left_out == {"with an image that is not of train2014": 1}
     assert source.dropped == {}
@@ -97,7 +97,7 @@ def test_questions_about_coco(disk, coco, name, file, key):
     source = disk.open(name, "ann", "coco")
     asks = f"{IMAGE_SLOT} [vqa] what animal is this?"
     assert first_draw(source) == Example((coco[0],), (asks,), ("cat",))
-    assert source.example(0, EachInTurn(1, 2)) == Example(
+    assert source.example(0, FixedDraws(1, 2)) == Example(
         (coco[0],),
         (f"{IMAGE_SLOT} [vqa] Based on the image, respond to this question with a short answer: "
          "what animal is this?",),
@@ -118,10 +118,10 @@ def test_aok_vqa_as_its_authors_publish_it(disk, coco):
 
 
 @given(st.lists(st.sampled_from(["yes", "no", "2", "a red cup"]), min_size=1, max_size=10))
-def test_an_answer_is_drawn_as_often_as_it_was_given(answers):
+def test_answers_are_drawn_in_proportion_to_their_frequency(answers):
     for prompt in range(len(VQA_PROMPTS)):
         drawn = [
-            make_answered((), ["q?", answers], EachInTurn(prompt, n)).answers[0]
+            make_answered((), ["q?", answers], FixedDraws(prompt, n)).answers[0]
             for n in range(len(answers))
         ]
         assert sorted(drawn) == sorted(answers)
@@ -248,13 +248,13 @@ def test_unnatural_instruction(disk):
 # --- every dataset ---------------------------------------------------------------------------
 
 
-def test_an_example_depends_on_index_and_generator_alone(disk, coco):
+def test_an_example_depends_only_on_its_index_and_the_generator(disk, coco):
     row = {"image": f"train2014/{CAT}", "question": "What?", "answer": ["a", "b", "c"]}
     disk.json("okvqa_train.json", [{**row, "question": f"{n}?"} for n in range(20)])
     source = disk.open("ok_vqa", ".", "coco")
-    there = pickle.loads(pickle.dumps(source))  # as a worker process gets it
+    copy = pickle.loads(pickle.dumps(source))  # as a worker process receives it
     drawn = [source.example(n, np.random.default_rng(n)) for n in range(20)]
-    again = [there.example(n, np.random.default_rng(n)) for n in reversed(range(20))]
+    again = [copy.example(n, np.random.default_rng(n)) for n in reversed(range(20))]
     assert again[::-1] == drawn
     assert len({example.answers for example in drawn}) == 3
     with pytest.raises(IndexError):
@@ -262,12 +262,12 @@ def test_an_example_depends_on_index_and_generator_alone(disk, coco):
 
 
 def test_missing_images_are_counted_and_named(disk, coco, caplog):
-    gone = [{"image": f"{n}.jpg", "question": "What?", "answer": ["a"]} for n in range(3)]
-    here = [{"image": CAT, "question": "What?", "answer": ["a"]}]
-    disk.json("okvqa_train.json", gone)
+    missing = [{"image": f"{n}.jpg", "question": "What?", "answer": ["a"]} for n in range(3)]
+    present = [{"image": CAT, "question": "What?", "answer": ["a"]}]
+    disk.json("okvqa_train.json", missing)
     with pytest.raises(UserError, match=r"no example .* 3 without their image .*coco/0\.jpg"):
         disk.open("ok_vqa", ".", "coco")
-    disk.json("okvqa_train.json", gone + here)
+    disk.json("okvqa_train.json", missing + present)
     with caplog.at_level(logging.INFO):
         assert len(disk.open("ok_vqa", ".", "coco")) == 1
     assert "1 examples; rows not used: 3 without their image (the first: " in caplog.text
@@ -309,7 +309,7 @@ def test_malformed_rows_are_named(disk, coco, name, file, content, message):
     assert "\n" not in str(e.value)
 
 
-def test_what_is_not_there_is_named(disk, coco):
+def test_missing_files_and_unknown_names_are_named(disk, coco):
     with pytest.raises(
         UserError, match=r"no such dataset; did you mean coco_vqa\? known are cc_sbu"
     ):
@@ -325,7 +325,7 @@ def test_what_is_not_there_is_named(disk, coco):
         open_dataset("ok_vqa", ())
 
 
-def test_every_dataset_of_the_published_mixture_is_known():
+def test_all_datasets_of_the_published_mixture_are_known():
     assert {*DATASETS} == {
         "cc_sbu_align", "coco_caption", "textcaps_caption", "coco_vqa", "ok_vqa", "aok_vqa", "gqa",
         "ocrvqa", "refcoco", "refcocop", "refcocog", "invrefcoco", "invrefcocop", "invrefcocog",

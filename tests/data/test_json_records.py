@@ -1,4 +1,4 @@
-"""Datasets on disk: every layout is read, every mistake is one line that says where."""
+"""Datasets on disk: every layout is read, and an error is one line that says where."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_stage2_layout(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_rows_of_every_kind(folder, ending):
+def test_all_kinds_of_rows(folder, ending):
     rows = [
         {"image": "a.png", "caption": "A dog.", "box": [1, 2]},
         {"image": "a.png", "question": "What?", "answer": "a cat"},
@@ -228,7 +228,7 @@ def test_random_files_raise_user_errors_only(tmp_path_factory, data, ending):
         read_sources(path)
 
 
-def talk(*texts):
+def conversation(*texts):
     return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
 
 
@@ -244,8 +244,8 @@ def talk(*texts):
         ([], ["What?", "Red."], ["What?"]),
     ],
 )  # fmt: skip
-def test_images_stand_where_their_marks_are(tmp_path, images, texts, questions):
-    row = {"image": images, "conversations": talk(*texts)}
+def test_images_are_where_their_marks_are(tmp_path, images, texts, questions):
+    row = {"image": images, "conversations": conversation(*texts)}
     path = write_rows_and_images(tmp_path, [row])
     (example,) = read_sources(path)
     assert list(example.questions) == [q.replace("{}", IMAGE_SLOT) for q in questions]
@@ -268,7 +268,9 @@ def test_images_stand_where_their_marks_are(tmp_path, images, texts, questions):
     ],
 )
 def test_marks_and_images_that_do_not_agree_name_the_row(tmp_path, images, texts, message):
-    path = write_rows_and_images(tmp_path, [{"image": images, "conversations": talk(*texts)}])
+    path = write_rows_and_images(
+        tmp_path, [{"image": images, "conversations": conversation(*texts)}]
+    )
     with pytest.raises(UserError, match=f"line 1: .*{message}"):
         read_sources(path)
 

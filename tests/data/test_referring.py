@@ -1,4 +1,4 @@
-"""RefCOCO both ways and Visual Genome: boxes, words, and pickles that are data alone."""
+"""RefCOCO in both directions and Visual Genome: boxes, texts, and pickles that contain only data."""
 
 import io
 import pickle
@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from helpers.published_layouts import Disk, EachInTurn, choices, first_draw
+from helpers.published_layouts import Disk, FixedDraws, choices, first_draw
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,11 +32,11 @@ def disk(tmp_path):
 
 
 def ref(**changes):
-    said = [{"tokens": ["the", "ear"], "raw": "The Ear!", "sent": "the ear", "sent_id": 0},
+    sentences = [{"tokens": ["the", "ear"], "raw": "The Ear!", "sent": "the ear", "sent_id": 0},
             {"tokens": ["it"], "raw": "left one", "sent": "left one", "sent_id": 1}]  # fmt: skip
     return {"ref_id": 0, "ann_id": 4, "image_id": 7, "category_id": 1, "split": "train",
             "file_name": "COCO_train2014_000000000007_4.jpg", "sent_ids": [0, 1],
-            "sentences": said, **changes}  # fmt: skip
+            "sentences": sentences, **changes}  # fmt: skip
 
 
 def python2(value):
@@ -58,18 +58,18 @@ def write_refs(disk, refs, folder="refcoco", split="unc", data=None):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_refcoco_both_ways(disk, name):
-    cat = disk.picture(f"coco/{CAT}", (20, 10))  # the size that counts is that of instances.json
+def test_refcoco_in_both_directions(disk, name):
+    cat = disk.picture(f"coco/{CAT}", (20, 10))  # the size in instances.json is used
     write_refs(disk, [ref(), ref(split="testA"), ref(ann_id=5), ref(sentences=[])], *FOLDERS[name])
     refer, identify = disk.open(name, "refs", "coco"), disk.open(f"inv{name}", "refs", "coco")
     box = "{<10><29><35><100>}"
     assert first_draw(refer) == Example((cat,), (f"{IMAGE_SLOT} [refer] the ear",), (box,))
-    assert refer.example(0, EachInTurn(2, 1)) == Example(
+    assert refer.example(0, FixedDraws(2, 1)) == Example(
         (cat,), (f"{IMAGE_SLOT} [refer] where is left one ?",), (box,)
     )
     asks = f"{IMAGE_SLOT} [identify] {box}"
     assert first_draw(identify) == Example((cat,), (asks,), ("the ear",))
-    assert identify.example(0, EachInTurn(5, 1)) == Example(
+    assert identify.example(0, FixedDraws(5, 1)) == Example(
         (cat,), (f"{IMAGE_SLOT} [identify] this {box} is",), ("left one",)
     )
     for source in (refer, identify):
@@ -87,7 +87,7 @@ def test_refs_of_every_protocol(disk, protocol):
     assert first_draw(disk.open("refcoco", "refs", "coco")).answers == ("{<10><29><35><100>}",)
 
 
-class Harm:
+class CreatesFile:
     def __init__(self, path):
         self.path = path
 
@@ -95,18 +95,22 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_that_would_run_something_is_refused(disk):
+def test_a_pickle_that_would_run_code_is_refused(disk):
     (disk.root / "coco").mkdir()
-    harmed = disk.root / "harmed"
-    for refs in (Harm(harmed), [ref(split=Harm(harmed))], [ref(**{"ann_id": range(3)})]):
+    created = disk.root / "created"
+    for refs in (
+        CreatesFile(created),
+        [ref(split=CreatesFile(created))],
+        [ref(**{"ann_id": range(3)})],
+    ):
         write_refs(disk, None, data=pickle.dumps(refs))
         with pytest.raises(UserError, match=r"refs\(unc\)\.p: asks to run .*; nothing was run"):
             disk.open("refcoco", "refs", "coco")
-    assert not harmed.exists()
+    assert not created.exists()
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
-def test_damaged_pickles_are_one_error(place, byte):
+def test_damaged_pickles_are_user_errors(place, byte):
     data = bytearray(pickle.dumps([ref()]))
     data[place % len(data)] = byte
     with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +162,7 @@ def test_refvg(disk):
     source = disk.open("refvg", "vg")
     asks = f"{IMAGE_SLOT} [refer] the clock is green"
     assert first_draw(source) == Example((first,), (asks,), ("{<52><9><62><32>}",))
-    assert first_draw(source, 1).answers == ("{<0><98><2><100>}",)  # cut at the picture's edge
+    assert first_draw(source, 1).answers == ("{<0><98><2><100>}",)  # clipped to the image
     assert source.left_out == {"of 16384 pixels or more": 1}
     assert source.dropped == {
         "with an empty box or one outside its image": 1, "without words": 1,
@@ -170,16 +174,16 @@ def test_refvg(disk):
     *[st.integers(-50, 700)] * 2, *[st.integers(1, 700)] * 2, *[st.integers(1, 640)] * 2,
     st.integers(0, 6), st.integers(0, 6),
 )  # fmt: skip
-def test_boxes_are_hundredths_of_the_picture(x, y, width, height, W, H, refer, identify):
+def test_boxes_are_in_hundredths_of_the_image(x, y, width, height, W, H, refer, identify):
     row = _row("1.jpg", ["it"], [x, y, width, height], (W, H))
     if x >= W or y >= H or x + width <= 0 or y + height <= 0:
         assert row.fault
         return
     corners = [(x, W), (y, H), (x + width, W), (y + height, H)]
     expected = [int(100 * Fraction(min(max(v, 0), size), size)) for v, size in corners]
-    (box,) = make_refer(("1.jpg",), row.fields, EachInTurn(refer, 0)).answers
+    (box,) = make_refer(("1.jpg",), row.fields, FixedDraws(refer, 0)).answers
     assert [
         int(n) for n in re.fullmatch(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\}", box).groups()
     ] == expected
-    (asks,) = make_identify(("1.jpg",), row.fields, EachInTurn(identify, 0)).questions
+    (asks,) = make_identify(("1.jpg",), row.fields, FixedDraws(identify, 0)).questions
     assert asks.count(box) == 1

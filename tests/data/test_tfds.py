@@ -1,4 +1,4 @@
-"""TFDS datasets as sources, and the builders; without TensorFlow."""
+"""TFDS datasets as sources, and the TFDS builders, without TensorFlow."""
 
 import json
 import pickle
@@ -21,7 +21,7 @@ from minigpt4_jax.shapes.drawing import render
 RNG = np.random.default_rng(0)
 
 
-def test_missing_tfds_is_said(monkeypatch):
+def test_missing_tfds_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match=r"pip install 'minigpt4_jax\[tfds\]'"):
         TfdsSource("mine", "shapes", "train", None, False)
@@ -49,14 +49,14 @@ def test_shapes(tfds, tmp_path, monkeypatch):
     source = pickle.loads(pickle.dumps(TfdsSource("mine", "shapes", "train", str(tmp_path), False)))
     scenes = [render(scene.scene_at(0, n, "train")).tobytes() for n in range(4)]
     found = [np.asarray(open_image(source.example(n, RNG).images[0])).tobytes() for n in range(4)]
-    assert sorted(found) == sorted(scenes)  # TFDS has an order of its own
+    assert sorted(found) == sorted(scenes)  # TFDS shuffles
     assert source.example(0, RNG).questions[0].startswith("<Img><ImageHere></Img>")
     assert "tensorflow" not in sys.modules
     with pytest.raises(UserError, match="TFDS cannot open shapes, split validation"):
         TfdsSource("mine", "shapes", "validation", str(tmp_path), False)
 
 
-def write_stage_2_set(folder, photos):
+def write_stage2_data(folder, photos):
     (folder / "image").mkdir(parents=True)
     for n, photo in enumerate(photos):
         open_image(photo).save(folder / "image" / f"{n}.png")
@@ -64,11 +64,11 @@ def write_stage_2_set(folder, photos):
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": rows}))
 
 
-def open_stage_2_set(folder):
+def open_stage2_data(folder):
     return TfdsSource("mine", "cc_sbu_align", "train", str(folder), True)
 
 
-def check_stage_2_set(source, photos):
+def check_stage2_data(source, photos):
     assert len(source) == len(photos)
     for index in range(len(photos)):
         example = source.example(index, RNG)
@@ -77,23 +77,23 @@ def check_stage_2_set(source, photos):
         np.testing.assert_array_equal(picture, np.asarray(open_image(photos[number])))
 
 
-def test_the_stage_2_set_and_that_a_run_over_it_resumes(tfds, tmp_path, photos):
-    write_stage_2_set(tmp_path / "set", photos[:5])
+def test_stage_2_data_and_resuming_on_it(tfds, tmp_path, photos):
+    write_stage2_data(tmp_path / "set", photos[:5])
     build(tfds, "cc_sbu_align", tmp_path / "tfds", manual_dir=str(tmp_path / "set"))
-    check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:5])
+    check_stage2_data(open_stage2_data(tmp_path / "tfds"), photos[:5])
 
     def opened(**changes):
-        return loader([MixtureComponent("mine", open_stage_2_set(tmp_path / "tfds"))], **changes)
+        return loader([MixtureComponent("mine", open_stage2_data(tmp_path / "tfds"))], **changes)
 
-    made, states = uninterrupted(opened(), 6)
+    expected, states = uninterrupted(opened(), 6)
     for stop, state in enumerate(states):
-        check_resumed(state, made[stop:], opened())
-    check_resumed(states[1], made[1:], *[opened(shard=partial(half, n)) for n in (0, 1)])
-    check_resumed(states[4], made[4:], opened(workers=2, threads=1))
+        check_resumed(state, expected[stop:], opened())
+    check_resumed(states[1], expected[1:], *[opened(shard=partial(half, n)) for n in (0, 1)])
+    check_resumed(states[4], expected[4:], opened(workers=2, threads=1))
 
 
-def test_the_command_builds_both(tfds, tmp_path, photos):
-    write_stage_2_set(tmp_path / "set", photos[:3])
+def test_the_command_builds_both_datasets(tfds, tmp_path, photos):
+    write_stage2_data(tmp_path / "set", photos[:3])
     command = [
         sys.executable, "-m", "minigpt4_jax.data.tfds_build", "shapes", "cc_sbu_align",
         f"--data_dir={tmp_path / 'tfds'}", f"--manual_dir={tmp_path / 'set'}",
@@ -102,12 +102,12 @@ def test_the_command_builds_both(tfds, tmp_path, photos):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "shapes: train 3, heldout 3, heldout_pairs 3; in " in done.stdout
-    check_stage_2_set(open_stage_2_set(tmp_path / "tfds"), photos[:3])
+    check_stage2_data(open_stage2_data(tmp_path / "tfds"), photos[:3])
     for split in ("train", "heldout", "heldout_pairs"):
         assert len(TfdsSource("mine", "shapes", split, str(tmp_path / "tfds"), False)) == 3
 
 
-def test_a_set_that_is_not_named_or_not_there(tfds, tmp_path):
+def test_missing_source_data(tfds, tmp_path):
     with pytest.raises(UserError, match="--manual_dir=SET"):
         tfds_build.main(["cc_sbu_align"])
     with pytest.raises(UserError, match=r"has no filter_cap\.json"):

@@ -57,6 +57,7 @@ def test_the_shipped_encoder_describes_words_and_boxes():
 def test_a_few_steps_write_an_encoder_that_converts(tmp_path, monkeypatch, capsys):
     from helpers.released_files import llm_config, llm_state, save_hf
 
+    monkeypatch.setattr(encoder_training, "CHUNK", 4)  # the training images are drawn in a pool
     out = tmp_path / "vision.safetensors"
     trainer.train(out, steps=4, batch=4, lr=1e-3, images=8, judged=4)
     assert "step 4/4  loss" in capsys.readouterr().out

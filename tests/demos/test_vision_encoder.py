@@ -92,7 +92,7 @@ def test_unnamed_colors_are_not_labels():
 
 
 @pytest.mark.slow
-def test_a_few_steps_write_an_encoder_that_converts(tmp_path, monkeypatch, capsys):
+def test_a_few_steps_write_an_encoder_that_converts(tmp_path, capsys):
     from helpers.released_files import llm_config, llm_state, save_hf
 
     out = tmp_path / "vision.safetensors"

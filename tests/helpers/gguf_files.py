@@ -12,7 +12,7 @@ gguf = pytest.importorskip("gguf")
 
 
 def permute_as_llama_cpp(w: np.ndarray, heads: int) -> np.ndarray:
-    """conversion script of llama.cpp: halves -> pairs."""
+    """Query or key weights as the conversion script of llama.cpp stores them: halves -> pairs."""
     return (
         w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
     )
@@ -72,8 +72,11 @@ def write_gguf(
     path: Path, config: dict, state: dict, arch="llama", quantize=None, extra=None, drop=(),
     tokenizer: Path | None = None,
 ):  # fmt: skip
-    """What llama.cpp's conversion script makes of a Hugging Face model. quantize: a type, or a
-    function of a tensor's name. tokenizer: a directory, instead of the small sentencepiece model."""
+    """Write a Hugging Face model as llama.cpp's conversion script does.
+
+    quantize: a type, or a function from a tensor's name to one. drop: tensors to leave out, or
+    "tokenizer". tokenizer: a directory, instead of the small sentencepiece model.
+    """
     w = gguf.GGUFWriter(path, arch)
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     w.add_block_count(config["num_hidden_layers"])

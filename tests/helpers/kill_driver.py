@@ -1,8 +1,8 @@
-"""A driver that kills training processes at random moments and looks at what the runs end with.
+"""Kills training processes at random moments, restarts them, and compares what the runs leave.
 
-A process that imports everything once is forked for each life of a run, and compiled programs come
-from JAX's cache, so that a life starts in a second. A life is an ordinary `train` in a process of
-its own; SIGKILL ends it, in its start or between two steps as often as in a checkpoint.
+A fork server imports everything once, and compiled programs come from JAX's cache, so a process starts
+in seconds. Each process is an ordinary `train`. SIGKILL ends it before its first step, between two
+steps, or while it writes a checkpoint.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from safetensors.numpy import load_file
 
 from helpers import tiny
 
-STEPS = 40
-STARTING = 0.2  # share of the lives that are killed so soon that many are only starting
-LONGEST = 1.0  # seconds that a life has at most, these from their beginning, others from a step on
+STEPS = 20
+EARLY = 4  # every fourth process is killed before its first step
+MAX_SECONDS = 1.0  # until a kill: from the start of the process, or else from its first step
 IMPORTED = [
     "minigpt4_jax.training.trainer",
     "orbax.checkpoint",
@@ -37,30 +38,30 @@ class Outcome(NamedTuple):
 
     tensors: dict[str, bytes]
     records: list[dict]  # of metrics.jsonl, without the speed
-    batches: dict[int, set[str]]  # number of a batch -> digests of what was given under it
+    batches: dict[int, set[str]]  # number of a batch -> digests of all batches with that number
 
 
-class Count(NamedTuple):
-    """Kills, and what they hit."""
+class KillCount(NamedTuple):
+    """Kills so far, and what they hit."""
 
     all: int = 0
-    starting: int = 0
+    starting: int = 0  # before the first step of a process
     writing: int = 0  # while a checkpoint was being written
 
 
-def values(home: Path) -> dict[str, Any]:
-    """A run whose every step is saved, so that much of its time is the writing of checkpoints."""
+def config_values(home: Path) -> dict[str, Any]:
+    """A run that saves after every step, so that it spends much of its time writing checkpoints."""
     prompts = ("<Img><ImageHere></Img> What?", "<Img><ImageHere></Img> Where is it?")
     return {
         "model": str(tiny.write_model(home / "model")),
-        "data": {"path": (str(tiny.write_data(home / "data", rows=61)),), "prompts": prompts},
+        "data": {"path": (str(tiny.write_data(home / "data", rows=31)),), "prompts": prompts},
         "steps": STEPS, "batch_size": 2, "init_lr": 0.01, "warmup_steps": 2, "dtype": "float32",
         "freeze_qformer": False, "save_every": 1, "keep": 2, "log_every": 1,
     }  # fmt: skip
 
 
-def live(given: dict[str, Any], workdir: Path, output: Path) -> None:
-    """One life of the run in `workdir`; the process's output goes to a file."""
+def train_in_process(values: dict[str, Any], workdir: Path, output: Path) -> None:
+    """Start or continue the run in `workdir`. The output of this process goes to a file."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -71,20 +72,18 @@ def live(given: dict[str, Any], workdir: Path, output: Path) -> None:
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     journal = os.open(journal_of(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    following = Loader.__next__
+    original_next = Loader.__next__
 
-    def noted(loader: Loader) -> Any:
-        number, batch = loader.state()["step"], following(loader)
-        digest = hashlib.sha256(b"".join(a.tobytes() for a in batch if a is not None)).hexdigest()[
-            :16
-        ]
-        os.write(journal, f"{number} {digest}\n".encode())
+    def recorded_next(loader: Loader) -> Any:
+        number, batch = loader.state()["step"], original_next(loader)
+        data = b"".join(array.tobytes() for array in batch if array is not None)
+        os.write(journal, f"{number} {hashlib.sha256(data).hexdigest()[:16]}\n".encode())
         return batch
 
-    Loader.__next__ = noted
+    Loader.__next__ = recorded_next
     steps = os.open(steps_of(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
-        trainer.train(given, workdir, on_metrics=lambda record: os.write(steps, b"."))
+        trainer.train(values, workdir, on_metrics=lambda record: os.write(steps, b"."))
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -93,16 +92,17 @@ def live(given: dict[str, Any], workdir: Path, output: Path) -> None:
 
 
 def journal_of(workdir: Path) -> Path:
+    """A file with a line for each batch that any process of the run read."""
     return workdir.with_suffix(".batches")
 
 
 def steps_of(workdir: Path) -> Path:
-    """A file as long as there were steps in all lives."""
+    """A file with a byte for each step that any process of the run did."""
     return workdir.with_suffix(".steps")
 
 
 def outcome(workdir: Path) -> Outcome:
-    """What is compared. AssertionError when the run left something that it should not."""
+    """What a finished run left. AssertionError: there are other checkpoints than the last two."""
     tensors: dict[str, bytes] = {}
     for path in sorted((workdir / "model").glob("*.safetensors")):
         tensors |= {name: array.tobytes() for name, array in load_file(path).items()}
@@ -122,62 +122,62 @@ class Driver:
     """Runs with the same configuration in one folder, with and without kills."""
 
     def __init__(self, home: Path, seed: int = 0):
-        self._home, self._values, self._random = home, values(home), random.Random(seed)
+        self._home, self._values, self._random = home, config_values(home), random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(IMPORTED)
-        self.count = Count()
+        self.count = KillCount()
 
     def undisturbed(self) -> Outcome:
         """The run without a kill."""
         workdir = self._home / "undisturbed"
-        self._end(self._begin(workdir), workdir)
+        self._wait(self._start(workdir), workdir)
         return outcome(workdir)
 
     def killed(self, name: str, kills: int) -> Outcome:
-        """A run that is killed so often, if it does not end before, and then left to end."""
+        """A run whose processes are killed up to `kills` times before it is left to finish."""
         workdir = self._home / name
         last = self.count.all + kills
         while self.count.all < last:
-            process = self._begin(workdir)
+            process = self._start(workdir)
             if not self._kill(process, workdir):
                 return outcome(workdir)
-        self._end(self._begin(workdir), workdir)
+        self._wait(self._start(workdir), workdir)
         return outcome(workdir)
 
-    def _begin(self, workdir: Path) -> Any:
+    def _start(self, workdir: Path) -> BaseProcess:
         args = (self._values, workdir, workdir.with_suffix(".log"))
-        process = self._context.Process(target=live, args=args)
+        process = self._context.Process(target=train_in_process, args=args)
         process.start()
         return process
 
-    def _end(self, process: Any, workdir: Path) -> None:
+    def _wait(self, process: BaseProcess, workdir: Path) -> None:
+        """Wait for a process that finishes the run."""
         process.join()
         text = workdir.with_suffix(".log").read_text()
         assert process.exitcode == 0, f"exit code {process.exitcode}: {text[-3000:]}"
         assert "damaged" not in text, text[-3000:]
 
-    def _kill(self, process: Any, workdir: Path) -> bool:
-        """Kill a life at a random moment; False when it had ended before."""
-        seen, unfinished = self._steps(workdir), self._unfinished(workdir)
-        if self._random.random() > STARTING:
-            while self._steps(workdir) == seen and process.exitcode is None:
+    def _kill(self, process: BaseProcess, workdir: Path) -> bool:
+        """Kill a process at a random moment; False if it finished the run before."""
+        steps, unfinished = self._num_steps(workdir), self._unfinished(workdir)
+        if self.count.all % EARLY:
+            while self._num_steps(workdir) == steps and process.exitcode is None:
                 time.sleep(0.01)
-        process.join(self._random.uniform(0, LONGEST))
+        process.join(self._random.uniform(0, MAX_SECONDS))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode != -signal.SIGKILL:
-            self._end(process, workdir)
+            self._wait(process, workdir)
             return False
-        begun = self._steps(workdir) > seen
-        written = bool(self._unfinished(workdir) - unfinished)
-        self.count = Count(
-            self.count.all + 1, self.count.starting + (not begun), self.count.writing + written
-        )
+        starting = self._num_steps(workdir) == steps
+        writing = bool(self._unfinished(workdir) - unfinished)
+        count = self.count
+        self.count = KillCount(count.all + 1, count.starting + starting, count.writing + writing)
         return True
 
     @staticmethod
-    def _steps(workdir: Path) -> int:
+    def _num_steps(workdir: Path) -> int:
         path = steps_of(workdir)
         return path.stat().st_size if path.exists() else 0
 

@@ -40,8 +40,8 @@ def run_jobs(folder: Path, count: int, devices: int, jobs: dict) -> list[dict]:
             for other in processes:
                 other.kill()
             raise
-        (folder / f"{index}-of-{count}.log").write_text(out)
-        assert process.returncode == 0, f"process {index}: {out[-2000:]}{err[-4000:]}"
+        log = (folder / f"{index}-of-{count}.log").read_text()
+        assert process.returncode == 0, f"process {index}: {log[-2000:]}{out[-2000:]}{err[-4000:]}"
     return read_results(folder, count)
 
 

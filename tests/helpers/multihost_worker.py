@@ -1,9 +1,11 @@
 """Run by multihost_harness in each of several processes: `multihost_worker.py FOLDER ADDRESS COUNT INDEX`.
 
 Reads the jobs from FOLDER/jobs.json: {"runs": [arguments of `train`], "answers": arguments of
-`answer`, "checkpoints": [arguments of `restore`]}. Writes the results to FOLDER/INDEX-of-COUNT.json.
+`answer`, "checkpoints": [arguments of `restore`]}. Writes the results to FOLDER/INDEX-of-COUNT.json, and
+what Python prints to FOLDER/INDEX-of-COUNT.log: the Gloo library prints to the same file descriptor.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -139,8 +141,7 @@ def np_max(array: Any) -> float:
     return float(np.max(np.asarray(array)))
 
 
-if __name__ == "__main__":
-    folder, address, count, index = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+def main(folder: Path, address: str, count: int, index: int) -> None:
     if count > 1:
         distributed.initialize(distributed.ProcessOptions(address, count, index, 60), 30)
     jobs = json.loads((folder / "jobs.json").read_text())
@@ -150,3 +151,9 @@ if __name__ == "__main__":
     restored = [restore(**job) for job in jobs.get("checkpoints", [])]
     results = {"rows": ROWS, "answers": answers, "checkpoints": restored}
     (folder / f"{index}-of-{count}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    folder, address, count, index = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+    with (folder / f"{index}-of-{count}.log").open("w") as log, contextlib.redirect_stdout(log):
+        main(folder, address, count, index)

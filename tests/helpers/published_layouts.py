@@ -1,4 +1,4 @@
-"""Miniatures of published datasets, written as their authors lay them out."""
+"""Miniatures of published datasets, in the layout that their authors use."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from minigpt4_jax.data.datasets import open_dataset
 
 
 class Disk:
-    """A folder that files and pictures are put in."""
+    """A folder in which tests write annotations and images."""
 
     def __init__(self, root):
         self.root = root
@@ -38,7 +38,7 @@ class Disk:
         return str(path)
 
     def tar(self, name, rows):
-        """A tar of rows {member ending: bytes}, in webdataset's layout."""
+        """A tar in webdataset's layout. rows: {extension of a member: content} each."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w:gz" if name.endswith(".gz") else "w") as tar:
@@ -55,8 +55,8 @@ class Disk:
         )
 
 
-class EachInTurn:
-    """Stands for a generator: `integers` gives the numbers it was made with."""
+class FixedDraws:
+    """Replaces a random generator: `integers` returns the given numbers in turn."""
 
     def __init__(self, *numbers):
         self.numbers = list(numbers)
@@ -70,20 +70,20 @@ class EachInTurn:
 
 
 def first_draw(source, index=0, draws=8):
-    """The example where the first of everything is drawn."""
-    return source.example(index, EachInTurn(*[0] * draws))
+    """An example whose every draw is the first choice."""
+    return source.example(index, FixedDraws(*[0] * draws))
 
 
 def choices(source, index, draws):
-    """How many choices each of the draws of an example has."""
-    rng = EachInTurn(*[0] * draws)
+    """The number of choices of each draw of an example."""
+    rng = FixedDraws(*[0] * draws)
     source.example(index, rng)
     assert not rng.numbers
     return rng.limits
 
 
 def write_everything(disk, count=1):
-    """So many rows of each published dataset, below one folder, that differ in text and picture."""
+    """Write `count` rows of each published dataset below one folder; texts and images differ."""
     ids = range(7, 7 + count)
     for n in ids:
         color = (40 * n % 256, 90 * n % 256, 10 * n)
@@ -104,8 +104,8 @@ def _coco(n):
 
 
 def _write_captions(disk, ids):
-    told = [{"image_id": str(n), "caption": f"A cat, {n}."} for n in ids]
-    disk.json("cc_sbu_align/filter_cap.json", {"annotations": told})
+    captions = [{"image_id": str(n), "caption": f"A cat, {n}."} for n in ids]
+    disk.json("cc_sbu_align/filter_cap.json", {"annotations": captions})
     disk.json(
         "coco_captions/annotations/coco_karpathy_train.json",
         [{**_coco(n), "caption": f"A cat {n}"} for n in ids],
@@ -142,8 +142,8 @@ def _write_boxes(disk, ids):
         disk.json(f"{folder}/instances.json", {"images": sizes, "annotations": boxes})
         disk.bytes(f"{folder}/refs({split}).p", pickle.dumps(refs))
     region = {"x": 1, "y": 1, "width": 40, "height": 40}
-    told = [{"id": n, "regions": [{**region, "phrase": f"it {n}"}]} for n in ids]
-    disk.json("visual_genome/region_descriptions.json", told)
+    captions = [{"id": n, "regions": [{**region, "phrase": f"it {n}"}]} for n in ids]
+    disk.json("visual_genome/region_descriptions.json", captions)
     sizes = [
         {"image_id": n, "width": 80, "height": 60, "url": f"http://a/VG_100K/{n}.jpg"} for n in ids
     ]
@@ -158,10 +158,10 @@ def _write_dialogues(disk, ids):
     def turns(n):
         return [{"from": "human", "value": f"What {n}?"}, {"from": "gpt", "value": f"A cat {n}."}]
 
-    talk = [{"id": f"{n:012d}", "conversations": turns(n)} for n in ids]
+    dialogues = [{"id": f"{n:012d}", "conversations": turns(n)} for n in ids]
     for name in ("detail_23k", "complex_reasoning_77k", "conversation_58k"):
-        disk.json(f"llava/{name}.json", talk)
-    disk.json("multitask_conversation/multi_task_conversation.json", talk)
+        disk.json(f"llava/{name}.json", dialogues)
+    disk.json("multitask_conversation/multi_task_conversation.json", dialogues)
     task = {"constraints": None, "output": "a"}
     tasks = [{"instances": [{**task, "instruction_with_input": f"Say {n}."}]} for n in ids]
     disk.json("unnatural_instructions/filtered_unnatural_instruction.json", tasks)

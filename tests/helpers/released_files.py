@@ -122,7 +122,7 @@ def projection_state(n_in: int, n_out: int = 16) -> State:
 
 
 def save_pth(path: Path, state: State) -> Path:
-    """A .pth with the tensors under "model", by this project's own writer (int64 left out)."""
+    """A .pth with the tensors under "model", written by `convert export`; int64 tensors are left out."""
     write_torch(path, {k: partial(np.asarray, v) for k, v in state.items() if v.dtype != np.int64})
     return path
 
@@ -139,7 +139,7 @@ def save_hf(folder: Path, config: dict, state: State, tokenizer: bool | Path = T
 
 
 def save_sharded(folder: Path, state: State, suffix: str) -> None:
-    """The weights of an HF directory again as two shards and an index; the single file goes."""
+    """Replace the weights file of a Hugging Face directory by two shards and an index."""
     (folder / "model.safetensors").unlink()
     names = sorted(state)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
@@ -158,7 +158,7 @@ def save_sharded(folder: Path, state: State, suffix: str) -> None:
 
 @dataclass
 class Files:
-    """One set of small sources in a folder, and how to build from it."""
+    """Small inputs of `convert build` in a folder."""
 
     folder: Path
     llm_config: dict
@@ -167,7 +167,7 @@ class Files:
     llm: State
 
     def arguments(self, variant: str, out: Path | None = None, **changes) -> list[str]:
-        """`convert build` arguments; a change replaces one, None leaves it out."""
+        """Arguments of `convert build`. changes: other values of options; None leaves an option out."""
         letter = CHECKPOINTS[variant]
         options = {
             "variant": variant,
@@ -183,6 +183,7 @@ class Files:
 
 
 def make_files(folder: Path) -> Files:
+    """Write the inputs of all three variants."""
     config = llm_config()
     files = Files(folder, config, vit_state(), blip2_state(), llm_state(config))
     save_pth(folder / "eva.pth", files.vit)

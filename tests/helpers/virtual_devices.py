@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 
-# The older code generator of fusions takes half the time; a program is not worth several threads.
+# The older code generator of fusions takes half the time; programs are too small to split among threads.
 QUICK_CODEGEN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def environment(devices: int) -> dict[str, str]:
-    """The environment variables of a process with this many devices."""
+    """Environment variables for a process with this many virtual CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices} {quick_codegen_flags()}"
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | quick | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -18,7 +18,7 @@ def environment(devices: int) -> dict[str, str]:
 
 @functools.cache
 def quick_codegen_flags() -> str:
-    """QUICK_CODEGEN; empty if this version of XLA does not know these flags, which ends a process."""
+    """QUICK_CODEGEN, or "" if this version of XLA does not know the flags: it ends the process then."""
     if QUICK_CODEGEN in os.environ.get("XLA_FLAGS", ""):
         return QUICK_CODEGEN
     variables = os.environ | {"XLA_FLAGS": QUICK_CODEGEN, "JAX_PLATFORMS": "cpu"}

@@ -1,8 +1,8 @@
 """Conversation: the prompt of the next turn, images encoded once, retry and undo, errors, cuts."""
 
-import numpy as np
 import pytest
 from helpers import tiny
+from helpers.model_calls import picture
 
 import minigpt4_jax
 from minigpt4_jax.errors import UserError
@@ -13,10 +13,6 @@ from minigpt4_jax.processing.chat_templates import (
 )
 
 FEW = {"max_new_tokens": 6}
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

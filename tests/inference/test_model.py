@@ -1,48 +1,19 @@
 """The Python interface: inputs of its calls, independence of rows, and errors."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers.model_calls import ASK, TWO_IMAGES, picture
+from helpers.user_errors import refused
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
-import minigpt4_jax
 from minigpt4_jax import GenerationConfig
-from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates as texts
-from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.default_compiler
 
-ASK = "###Human: <Img><ImageHere></Img> what is it ###Assistant: "
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def picture(seed):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_random_model(tmp_path_factory.mktemp("api") / "model", max_text_length=12)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return minigpt4_jax.load(folder, dtype="float32")
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "model")
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -84,7 +55,7 @@ def test_more_images_than_one_batch_stay_in_order(model):
 # --- rows ----------------------------------------------------------------------------------------
 
 # one image, two images, text only, image only (score only)
-PROMPTS = [ASK, "<ImageHere> or <ImageHere> then", "no image here", None]
+PROMPTS = [ASK, TWO_IMAGES, "no image here", None]
 IMAGES = [[picture(0)], [picture(1), picture(2)], None, picture(3)]
 ANSWERS = ["a red car", "a dog", "yes", "a much longer answer that goes on " * 3]
 
@@ -215,21 +186,6 @@ def test_square_candidates_need_their_layout(model):
     assert len(model.multi_select(None, prompts, same)) == 2  # equal in both layouts
 
 
-@pytest.mark.parametrize(
-    ("candidates", "options", "message"),
-    [
-        ([], {}, "0 lists of candidates (of no texts) for 2 prompts"),
-        ([["a"], ["b", "c"], ["d"]], {}, "3 lists of candidates (of 1, 2, 1 texts) for 2 prompts"),
-        ([["a", "b"]], {"counts": [1]}, "1 counts for 2 prompts"),
-        ([["a"], ["b"]], {"counts": [1, 1]}, "2 lists of candidates"),
-        ([["a"], ["b"]], {"layout": "rows"}, "layout 'rows'"),
-        ([["a"], ["b", 3]], {}, "got int; expected text"),
-    ],
-)
-def test_candidates_that_do_not_fit_are_named(model, candidates, options, message):
-    assert message in refused(model.multi_select, None, ["x", "y"], candidates, **options)
-
-
 def test_candidates_with_the_training_template(model):
     images, question, rows = [picture(0)], "what is it", [["a dog", "a red car", "b"]]
     spelled = model.config.prompt_template.replace("{}", texts.with_images(question, 1))
@@ -257,211 +213,10 @@ def test_exif_orientation_is_applied_on_request(model, monkeypatch, tmp_path):
 # --- errors -----------------------------------------------------------------------------
 
 
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as e:
-        call(*args, **options)
-    assert "\n" not in str(e.value)
-    return str(e.value)
-
-
-@pytest.mark.parametrize("name", ["generate", "score"])
-def test_images_and_tags_must_agree(model, name):
-    one = picture(0)
-
-    def line(images, prompts):
-        answers = (["x"] * len(prompts),) if name == "score" else ()
-        return refused(getattr(model, name), images, prompts, *answers)
-
-    message = line([one, one], [ASK, "no tag"])
-    assert "prompt 1" in message and "0 <ImageHere> and 1 images" in message
-    assert "1 <ImageHere> and 0 images" in line(None, [ASK])
-    assert "1 <ImageHere> and 2 images" in line([[one, one]], [ASK])
-    assert "1 images for 2 prompts" in line([one], [ASK, ASK])
-    assert "3 images for 1 prompts" in line([one] * 3, [ASK])
-    assert "prompt 1 is empty" in line(None, ["x", " \n"])
-    assert "prompt 0: got int" in line(None, [3])
-    long = line(None, ["short", "a b c d " * 1000])
-    assert "prompt 1" in long and str(model.config.llm.max_length) in long
-
-
-def test_different_numbers_of_inputs(model):
-    assert "1 answers for 2 prompts" in refused(model.score, None, ["a", "b"], ["c"])
-    assert "answer 0: got NoneType" in refused(model.score, None, ["a"], [None])
-    assert "1 seeds for 2 prompts" in refused(model.generate, None, ["a", "b"], seed=[1])
-    assert "prompt 0: got NoneType" in refused(model.generate, [picture(0)], [None])
-    assert "prompt 1: " in refused(model.generate, None, ["x", "\ud83d"])
-
-
-def test_unknown_options_name_the_nearest(model):
-    line = refused(model.generate, None, ["x"], temprature=1)
-    assert line == "option 'temprature' is not known; did you mean temperature?"
-    assert "known are max_new_tokens, " in refused(model.generate, None, ["x"], zzz=1)
-    assert "did you mean top_k" in refused(model.stream, None, "x", topk=1)
-    assert "did you mean seed" in refused(model.conversation().ask, "x", sed=1)
-    line = refused(model.generate, None, ["x"], {"seed": 1})
-    assert line.startswith("config: got dict; expected a GenerationConfig")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1}, "temperature -1"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"top_p": 0}, "top_p 0"),
-        ({"top_k": -1}, "top_k -1"),
-        ({"top_k": 2.5}, "top_k 2.5: expected a whole number"),
-        ({"top_k": 1 << 40}, "expected less than 2^31"),
-        ({"temperature": "warm"}, "temperature 'warm': expected a number"),
-        ({"context": "long"}, "context 'long'"),
-        ({"seed": 1.5}, "seed 1.5: expected a whole number"),
-        ({"seed": ["a"]}, "seed ['a']"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"repetition_penalty": 0}, "repetition_penalty 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
-        ({"max_new_tokens": 10**6}, "max_new_tokens 1000000"),
-    ],
-)
-def test_options_out_of_range(model, options, message):
-    assert message in refused(model.generate, None, ["x"], **options)
-
-
-def test_an_unreadable_image_is_named(model, tmp_path):
-    bad, good = tmp_path / "bad.png", picture(0)
-    bad.write_bytes(b"<html>no</html>")
-    message = refused(model.encode_images, [good, bad])
-    assert message.startswith("image 1: ") and "bad.png" in message and "web page" in message
-    assert "image 2: " in refused(model.encode_images, [good, good, tmp_path / "none.png"])
-    assert "image 1: " in refused(model.generate, [good, bad], [ASK, ASK])
-    message = refused(model.score, [good, [good, bad]], [ASK, PROMPTS[1]], ["x", "y"])
-    assert message.startswith("image 1 of prompt 1: ")
-    assert "float64 [4, 4, 3]" in refused(model.encode_images, [np.full((4, 4, 3), 2.0)])
-    assert "image 0: got int" in refused(model.encode_images, [3])
-
-
 # --- weights and logits that are not finite -----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def poisoned(folder, tmp_path_factory):
-    """(directory, prompt): the model with NaN in the embedding of a token that this prompt ends with."""
-    copy = shutil.copytree(folder, tmp_path_factory.mktemp("poisoned") / "model")
-    token = load_tokenizer(copy / "tokenizer").encode("what is zq")[-1]
-    (path,) = (p for p in copy.glob("llm-*") if "llm.embed" in load_file(p))
-    tensors = load_file(path)
-    tensors["llm.embed"][token] = np.nan
-    save_file(tensors, path)
-    return copy, "what is zq"
-
-
-def test_weights_that_are_not_finite_load_only_on_request(poisoned):
-    assert "llm.embed: 24 of" in refused(minigpt4_jax.load, poisoned[0])
-    minigpt4_jax.load(poisoned[0], "float32", allow_nonfinite=True)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_logits_that_are_not_finite_are_one_answers_error(model, poisoned, options):
-    bad_model, bad = minigpt4_jax.load(poisoned[0], "float32", allow_nonfinite=True), poisoned[1]
-    options |= {"max_new_tokens": 4}
-    prompts = ["a dog", bad, "the red car"]
-    details = bad_model.generate_details(None, prompts, **options)
-    assert {output.finish_reason for output in details[1]} == {"error"}
-    assert all("NaN or infinite" in output.error for output in details[1])
-    good = [outputs for i, outputs in enumerate(details) if i != 1]
-    assert all(output.error is None for outputs in good for output in outputs)
-    expected = model.generate(None, prompts[::2], **options)
-    assert [output.text for outputs in good for output in outputs] == expected
-    message = refused(bad_model.generate, None, prompts, **options)
-    assert message.startswith("prompt 1: ") and "NaN or infinite" in message
-
-
-def test_streams_and_conversations_say_that_logits_are_not_finite(poisoned):
-    model, bad = minigpt4_jax.load(poisoned[0], "float32", allow_nonfinite=True), poisoned[1]
-    assert "NaN or infinite" in refused(lambda: list(model.stream(None, bad)))
-    talk = model.conversation(template=texts.ChatTemplate("{}", "{}"))
-    assert "NaN or infinite" in refused(talk.ask, bad, max_new_tokens=4)
-    assert talk.turns == []
-    answer = talk.ask("a dog", max_new_tokens=4)
-    assert answer == model.conversation(template=talk.template).ask("a dog", max_new_tokens=4)
 
 
 # --- compiled programs -----------------------------------------------------------------------------
 
 
-def test_load_keeps_compiled_programs_on_disk(folder, tmp_path):
-    """In the folder of the variable, unless that is "off" or the user has set one up."""
-    program = (
-        "import sys, jax, minigpt4_jax\n"
-        "minigpt4_jax.load(sys.argv[1])\n"
-        "print(jax.config.jax_compilation_cache_dir)"
-    )
-    own = str(tmp_path / "own")
-    for variables, expected in (
-        ({"MINIGPT4_JAX_CACHE": str(tmp_path)}, str(tmp_path / "xla-")),
-        ({"MINIGPT4_JAX_CACHE": "off"}, "None"),
-        ({"MINIGPT4_JAX_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": own}, own),
-    ):
-        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-        done = subprocess.run(
-            [sys.executable, "-c", program, folder],
-            env=environment | variables, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout.startswith(expected)
-
-
 # --- model directories ---------------------------------------------------------------------------
-
-
-def test_not_a_model_directory(tmp_path):
-    line = refused(minigpt4_jax.load, tmp_path)
-    assert str(tmp_path) in line and "not a model directory" in line and "convert build" in line
-    assert "not a model directory" in refused(minigpt4_jax.load, tmp_path / "absent")
-    (tmp_path / "file").write_text("")
-    assert "file" in refused(minigpt4_jax.load, tmp_path / "file")
-
-
-def test_unknown_dtype(folder):
-    line = refused(minigpt4_jax.load, folder, "float16")
-    assert "float16" in line and "float32, bfloat16" in line
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_weights(copy, share):
-    path = copy / "llm-00001.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    line = refused(minigpt4_jax.load, copy)
-    assert path.name in line and "damaged" in line and "convert the model again" in line
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "<html>"])
-def test_damaged_document(copy, text):
-    (copy / "model.json").write_text(text)
-    assert "model.json is damaged" in refused(minigpt4_jax.load, copy)
-
-
-def test_documents_that_do_not_fit_the_files(copy):
-    document = json.loads((copy / "model.json").read_text())
-
-    def line(**changes):
-        (copy / "model.json").write_text(json.dumps(document | changes))
-        return refused(minigpt4_jax.load, copy)
-
-    assert "format 9" in line(format=9)
-    assert "'new'" in line(config=document["config"] | {"new": 1})
-    assert "minigpt5" in line(config=document["config"] | {"variant": "minigpt5"})
-    assert "does not exist" in line(base="../gone")
-    assert "is a cycle" in line(base=".")
-    wider = document["config"]["llm"] | {"ffn": 48}
-    message = line(config=document["config"] | {"llm": wider})
-    assert str(copy) in message and "llm.blocks.0.mlp.up.weight" in message
-
-
-def test_missing_files(copy):
-    projection = copy / "projection-00001.safetensors"
-    data = projection.read_bytes()
-    projection.unlink()
-    message = refused(minigpt4_jax.load, copy)
-    assert str(copy) in message and "projection.weight: missing" in message
-    shutil.rmtree(copy / "tokenizer")
-    projection.write_bytes(data)
-    assert "has no tokenizer/" in refused(minigpt4_jax.load, copy)

@@ -15,7 +15,7 @@ from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.sampling import SamplingParams
 
-# Few combinations of stages, lengths and images, as each is compiled.
+# Few combinations of stages, lengths and images, as each is compiled: sampling with the float cache only.
 SAMPLING = [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, repetition_penalty=1.3)]
 
 
@@ -32,6 +32,7 @@ def test_random_conversations_have_the_ids_of_a_full_prefill(window, stacked, in
     monkeypatch.setattr(
         cached_engine, "_resume", lambda *a: resumed.append(a[2].tokens.shape) or resume(*a)
     )
+    sampling = SAMPLING[:1] if int8 or window else SAMPLING
 
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(st.integers(0, 10_000))
@@ -41,7 +42,7 @@ def test_random_conversations_have_the_ids_of_a_full_prefill(window, stacked, in
         for _ in range(5):
             stop_check = (lambda ids: 3 if len(ids) >= 3 else None) if rng.random() < 0.2 else None
             request = Request(
-                tokens, visual, 8, SAMPLING[rng.integers(2)], int(rng.integers(9)),
+                tokens, visual, 8, sampling[rng.integers(len(sampling))], int(rng.integers(9)),
                 stop_check=stop_check,
             )  # fmt: skip
             expected = cached_engine.answer([request])[0][0]

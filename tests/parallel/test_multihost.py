@@ -29,7 +29,7 @@ MODELS = {
     "v2": {"scale": 0.15, "qformer": False, "variant": "minigpt-v2", "lora": LORA},
 }
 MESHES = {  # for two processes with two devices each; the second, if any, for four with one each
-    "qformer": ("data:2,model:2", "auto"),
+    "qformer": ("auto",),
     "patches": ("fsdp:4",),
     "packed": ("data:2,fsdp:2",),
     "v2": ("model:4", "data:2,model:2"),
@@ -127,8 +127,6 @@ def test_each_process_reads_its_own_rows_of_the_batch(home):
 
     for batch, (a, b) in shares(two, "patches", 2):  # rows are sharded over both
         assert a + b == batch
-    for batch, (a, b, c, d) in shares(four, "qformer", 6):
-        assert [*a, *b, *c, *d] == batch and len(d) == 2
     for batch, (a, b) in shares(two, "v2", 2):  # the model is sharded over both, rows are not
         assert a == b == batch
     for batch, (a, b, c, d) in shares(four, "v2", 6):
@@ -137,10 +135,8 @@ def test_each_process_reads_its_own_rows_of_the_batch(home):
 
 
 def log(home: Path, process: int, count: int) -> list[str]:
-    """The output of a process, without that of the Gloo library."""
-    lines = (home / f"{process}-of-{count}.log").read_text().splitlines()
-    # Its lines may be torn where several threads print.
-    return [line for line in lines if "[Gloo]" not in line and "peer ranks" not in line]
+    """What a process printed, by lines."""
+    return (home / f"{process}-of-{count}.log").read_text().splitlines()
 
 
 @pytest.mark.slow
@@ -149,7 +145,7 @@ def test_all_processes_stop_when_one_is_signalled_and_only_process_0_prints(home
     stopped = (
         "stopped by a signal to another process; step 6 is saved: start the same command again"
     )
-    assert two.count(stopped) == four.count("continuing at step 6: ") == 2
+    assert two.count(stopped) == four.count("continuing at step 6: ") == 1
     assert two.count("continuing at step 2: ") == len(MODELS)
     assert "device cpu, 2 processes; log in" in two
     assert "mesh fsdp:4 of 4 devices, as configured" in two
@@ -205,14 +201,16 @@ def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
     code, err = wait_for(alone)
     assert code == 2 and f"error: process 0 does not answer at {absent[1]} within 2 s" in err
     assert not (tmp_path / "w").exists()
-    for name, pair, lost, number, cause in (
+    runs = (
         ("killed", killed, 1, signal.SIGKILL, "a connection to another of the 2 processes broke"),
         ("stopped", stopped, 0, signal.SIGSTOP, "another process of this run is lost or cannot"),
-    ):
+    )
+    for name, pair, lost, number, _ in runs:
         while not (tmp_path / name / "checkpoints" / "00000002").exists():
             assert pair[0].poll() is None, wait_for(pair[0])
             time.sleep(0.05)
         os.kill(training_pid(pair[lost]), number)
+    for name, pair, lost, _, cause in runs:
         code, err = wait_for(pair[1 - lost])
         pair[lost].kill()
         pair[lost].communicate()

@@ -31,14 +31,14 @@ def all_splits(count, **kwargs):
 
 # -------------------------------------------------------------------------------- scenes and splits
 
-SIGNATURES = [  # of scenes 0, 1, 2 of seed 0: written down, so that a change of the stream is seen
+SIGNATURES = [  # of scenes 0, 1 and 2 of seed 0: a change of the random numbers is noticed
     "black|large,purple,circle,center;large,purple,star,top right;small,yellow,triangle,right",
     "striped|large,pink,square,bottom left;small,green,square,top;small,red,square,right",
     "gray|large,green,cross,top left",
 ]
 
 
-def test_a_seed_means_the_same_scenes_everywhere():
+def test_a_seed_gives_the_same_scenes_in_any_order():
     assert [shapes_scene.signature(shapes_scene.scene_at(0, i)) for i in range(3)] == SIGNATURES
     forward = scenes(20)
     backward = [shapes_scene.scene_at(7, i) for i in reversed(range(20))][::-1]
@@ -64,7 +64,7 @@ def test_splits_never_share_a_scene():
         assert not any((o.color, o.shape) in held for o in scene.objects)
 
 
-def test_split_follows_from_content_alone():
+def test_the_split_depends_only_on_the_content():
     scene = shapes_scene.scene_at(0, 0)
     moved = dataclasses.replace(
         scene,
@@ -90,7 +90,7 @@ def _single(attributes):
     return shapes_scene.Scene((thing,), background)
 
 
-def test_training_shows_every_attribute_often():
+def test_every_attribute_is_frequent_in_training():
     things = [o for s in scenes(3000) for o in s.objects]
     for name, values in (
         ("color", COLOR_NAMES),
@@ -111,7 +111,7 @@ def test_unknown_split_is_named():
         shapes_scene.random_scene(np.random.default_rng(0), "test")
 
 
-def test_objects_stand_in_raster_order_in_cells_of_their_own():
+def test_objects_are_in_raster_order_in_different_cells():
     for scene in all_splits(300):
         cells = [CELLS.index(o.cell) for o in scene.objects]
         assert cells == sorted(set(cells)) and 1 <= len(cells) <= 3
@@ -125,7 +125,7 @@ def test_objects_stand_in_raster_order_in_cells_of_their_own():
             assert low <= max(x2 - x1, y2 - y1) <= high
 
 
-def test_a_scene_survives_json():
+def test_scenes_as_json_and_back():
     for scene in all_splits(30):
         back = shapes_scene.scene_from_dict(
             json.loads(json.dumps(shapes_scene.scene_to_dict(scene)))
@@ -139,7 +139,7 @@ def test_a_scene_survives_json():
 
 
 @pytest.mark.parametrize("size", [112, 224, 100])
-def test_boxes_are_tight_and_colours_right(size):
+def test_boxes_are_tight_and_colors_as_named(size):
     for scene in all_splits(60, image_size=size):
         image, owners = drawing.render_with_owners(scene)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
@@ -152,7 +152,7 @@ def test_boxes_are_tight_and_colours_right(size):
             assert np.abs(color - COLORS[o.color]).max() <= 11
 
 
-def test_centre_pixels():
+def test_pixels_at_the_center_of_objects():
     for scene in all_splits(150):
         image = drawing.render(scene).astype(int)
         for o in scene.objects:
@@ -161,7 +161,7 @@ def test_centre_pixels():
             assert difference > 40 if o.shape == "ring" else difference <= 1, o
 
 
-def test_no_colour_is_near_another_or_vanishes_in_a_background():
+def test_colors_are_far_from_each_other_and_from_backgrounds():
     colors = np.array(list(COLORS.values()))
     distance = np.abs(colors[:, None] - colors[None]).max(-1) + 255 * np.eye(len(colors))
     assert distance.min() > 4 * 10  # twice the jitter of both
@@ -196,7 +196,7 @@ def test_another_size_shows_the_same_scene():
 
 
 @pytest.mark.parametrize("grid", [7, 8, 14, 16])
-def test_labels_say_what_the_patches_show(grid):
+def test_patch_labels_are_those_of_the_objects_in_them(grid):
     for scene in all_splits(40):
         owners = drawing.render_with_owners(scene)[1]
         labels = scene_labels(scene, grid)
@@ -239,7 +239,7 @@ def _write(out, **kwargs):
     return shapes_dataset.write_dataset(out, **(settings | kwargs))
 
 
-def test_files_hold_what_the_scenes_say(tmp_path):
+def test_files_describe_their_scenes(tmp_path):
     out = _write(tmp_path / "new" / "shapes", stage2=20)
     assert os.listdir(tmp_path / "new") == ["shapes"]
     for split, total in (("train", 60), ("heldout", 5), ("heldout_pairs", 4)):
@@ -267,7 +267,7 @@ def test_files_hold_what_the_scenes_say(tmp_path):
         assert {"phrase", "box", "shape", "color", "size", "place"} <= set(row["objects"][0])
 
 
-def test_files_depend_on_the_seed_alone(tmp_path):
+def test_files_depend_only_on_the_seed(tmp_path):
     one, two = _write(tmp_path / "one"), _write(tmp_path / "two", workers=2)
     assert _files(one) == _files(two)
     other = _write(tmp_path / "other", seed=4)

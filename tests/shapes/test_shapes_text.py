@@ -1,4 +1,4 @@
-"""The words of the dataset `shapes`: what is said of a scene, and how text is read and judged."""
+"""Texts of the dataset `shapes`: descriptions of scenes, and how answers are parsed and scored."""
 
 import dataclasses
 

@@ -6,14 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers import tiny
-from helpers.hub_server import files_in, hub_server, use_endpoint
+from helpers.hub_server import files_in, use_endpoint
+from helpers.user_errors import refused
 
-from minigpt4_jax.checkpoint import model_directory
-from minigpt4_jax.checkpoint.parameters import parameter_shapes
-from minigpt4_jax.checkpoint.writer import write_model
-from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage import hub as hub_module
 from minigpt4_jax.storage.hub import (
     HubId,
     fetch_checkpoint,
@@ -45,34 +40,13 @@ UNUSED_FILES = {
 }
 
 
-@pytest.fixture
-def hub(tmp_path):
-    with hub_server(tmp_path / "cache") as server:
-        yield server
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Calling it sets HF_HUB_OFFLINE, as in a new process."""
-    from huggingface_hub import constants
-
-    def switch():
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        hub_module._model_directory.cache_clear()
-
-    return switch
-
-
 def fetch(hub_id: str):
     return fetch_language_model("--llm", hub_id, TOKENIZER_FILES)
 
 
 def refusal(hub_id: str, function=fetch) -> str:
     """The one line with which a download is refused."""
-    with pytest.raises(UserError) as error:
-        function(hub_id)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refused(function, hub_id)
 
 
 # --- ids ------------------------------------------------------------------------------------------
@@ -292,6 +266,19 @@ def test_a_failed_download_leaves_nothing_half_used(hub, monkeypatch):
     assert hub.downloaded() == sorted(LLM_FILES)  # each once
 
 
+def test_where_a_file_came_from(hub):
+    commit = hub.publish("org/llm", LLM_FILES)
+    folder = fetch("org/llm")
+    uri = f"hf://org/llm@{commit}"
+    assert source_uri(folder) == uri
+    assert source_uri(folder / "model.safetensors") == f"{uri}/model.safetensors"
+    assert parse_hub_id(f"{uri}/model.safetensors") == HubId("org/llm", commit, "model.safetensors")
+    assert source_uri("/data/models/llm") is None
+    assert source_record([folder / "config.json"]) == {"hub": f"{uri}/config.json"}
+    assert source_record([folder / "config.json", folder / "model.safetensors"]) == {"hub": uri}
+    assert source_record(["/data/x"]) == {}
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -357,77 +344,3 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, error, message):
     hub.publish("org/llm", LLM_FILES)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert message in refusal("org/llm")
-
-
-# --- model directories ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def test_load_by_id(hub, offline, tiny_model):
-    from minigpt4_jax import load
-
-    needed = files_in(tiny_model)
-    others = {"README.md": b"x", "optimizer.bin": b"y", "checkpoints/1/x.safetensors": b"z"}
-    hub.publish("org/tiny", needed | others)
-    model = load("org/tiny", "float32")
-    assert hub.downloaded() == sorted(needed)
-    assert model.config == model_directory.read_config(tiny_model)
-    offline()
-    hub.requests.clear()
-    again = load("org/tiny", "float32")
-    assert again.tokenizer.vocab_size == model.tokenizer.vocab_size and hub.requests == []
-
-
-def test_a_model_trained_from_an_id_names_the_commit_as_its_base(
-    hub, offline, tiny_model, tmp_path
-):
-    commit = hub.publish("org/tiny", files_in(tiny_model))
-    config = model_directory.read_config(tiny_model)
-    name = "projection.bias"
-    trained = {name: model_directory.Tensors(tiny_model)[name] + 1}
-    out = write_model(tmp_path / "run", config, trained.items(), base="org/tiny")
-    assert model_directory.read_model_json(out)["base"] == f"hf://org/tiny@{commit}"
-
-    hub.publish("org/tiny", files_in(tiny_model) | {"model.json": b"{}"})  # main moves on
-    hub.publish("org/tuned", files_in(out))
-    assert [p.name for p in model_directory.model_chain(out)] == ["run", commit]
-    tensors = model_directory.Tensors("org/tuned")
-    assert set(tensors) == set(parameter_shapes(config))
-    assert (tensors[name] == trained[name]).all()
-    offline()
-    assert model_directory.tokenizer_dir("org/tuned").parent.name == commit
-
-
-def test_a_base_that_is_not_there_any_more(hub, tiny_model, tmp_path):
-    hub.publish("org/tiny", files_in(tiny_model))
-    config = model_directory.read_config(tiny_model)
-    out = write_model(tmp_path / "run", config, [], base="org/tiny")
-    path = out / "model.json"
-    path.write_text(path.read_text().replace("hf://org/tiny@", "hf://org/gone@"))
-    assert "no such model on" in refusal(out, model_directory.model_chain)
-
-
-def test_where_a_file_came_from(hub):
-    commit = hub.publish("org/llm", LLM_FILES)
-    folder = fetch("org/llm")
-    uri = f"hf://org/llm@{commit}"
-    assert source_uri(folder) == uri
-    assert source_uri(folder / "model.safetensors") == f"{uri}/model.safetensors"
-    assert parse_hub_id(f"{uri}/model.safetensors") == HubId("org/llm", commit, "model.safetensors")
-    assert source_uri("/data/models/llm") is None
-    assert source_record([folder / "config.json"]) == {"hub": f"{uri}/config.json"}
-    assert source_record([folder / "config.json", folder / "model.safetensors"]) == {"hub": uri}
-    assert source_record(["/data/x"]) == {}
-
-
-def test_a_cached_copy_of_a_model_directory_that_is_incomplete(hub, offline, tiny_model):
-    hub.publish("org/tiny", files_in(tiny_model))
-    hub.failing.add("tokenizer/tokenizer.model")
-    with pytest.raises(UserError):
-        fetch_model_directory("org/tiny")
-    offline()
-    assert "is incomplete" in refusal("org/tiny", fetch_model_directory)

@@ -1,4 +1,4 @@
-"""A run that was started before a setting existed goes on as it was."""
+"""A run that was started before a setting existed continues without it."""
 
 import json
 
@@ -25,6 +25,6 @@ def test_images_of_a_run_without_exif_in_its_configuration_are_not_rotated(tmp_p
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"config": 3}', '{"config": {"data": null}}'])
-def test_a_damaged_configuration_is_left_to_the_check_behind(tmp_path, text):
+def test_a_damaged_configuration_is_left_to_the_later_check(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     assert keep_old_defaults(tmp_path, TrainConfig()) == TrainConfig()

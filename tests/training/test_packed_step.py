@@ -89,7 +89,7 @@ def test_micro_batches_of_packed_rows_add_up(split, expected):
     assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_micro_batches_of_text_alone(split):
+def test_micro_batches_without_images(split):
     """Rows without images have arrays of no size, packed or not."""
     one = arrays(images=0)
     tx = optimizer.adamw(split.decay_mask)
@@ -102,7 +102,7 @@ def test_micro_batches_of_text_alone(split):
 
 
 def test_an_example_does_not_see_its_neighbours(tmp_path):
-    """Also in a model with a window, and whatever lies in the rest of its row."""
+    """Also with a sliding window, and with anything in the rest of the row."""
     model, config = load_model(tiny.write_random_model(tmp_path / "m"))
     model.llm.blocks.attn.config = dataclasses.replace(config.llm, window=4)
     batch = packed(arrays())

@@ -1,4 +1,4 @@
-"""A run on a mixture, broken rows in it: counted in the log, and continued exactly."""
+"""A run on a mixture with broken rows, which are counted in the log, and its exact continuation."""
 
 import json
 

@@ -38,7 +38,7 @@ def values(home) -> dict:
 
 
 def outcome(workdir) -> tuple[dict[str, bytes], list[dict]]:
-    """(trained parameters, what metrics.jsonl says of every step)"""
+    """(trained parameters, the records of metrics.jsonl without the speed)"""
     tensors = {}
     for path in sorted((workdir / "model").glob("*.safetensors")):
         from safetensors.numpy import load_file

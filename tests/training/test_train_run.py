@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, and what they refuse in one line."""
+"""Whole runs of a tiny model: their output, and the errors of wrong input."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_validation_loss_is_what_the_written_model_scores(home, finished):
     assert [s["text"] for s in samples] == texts
 
 
-def test_what_else_a_run_leaves(finished):
+def test_other_files_of_a_run(finished):
     _, workdir = finished
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (workdir / "checkpoints").glob("0*")) == ["00000002", "00000004"]

@@ -108,7 +108,7 @@ def test_everything_unfrozen_learns_with_dropout_from_seed_and_step():
     assert len({float(m.loss) for m in (first, other, without)}) == 3
 
 
-def test_weight_decay_is_for_matrices_alone_also_where_layers_are_stacked():
+def test_only_matrices_decay_also_where_layers_are_stacked():
     parts = split(freeze_vit=False, freeze_qformer=False)
     decayed = {n for n, d in parts.decay_mask.items() if d}
     assert {"vit.blocks.attn.qkv.weight", "vit.pos", "vit.cls", "projection.weight"} <= decayed
@@ -119,7 +119,7 @@ def test_weight_decay_is_for_matrices_alone_also_where_layers_are_stacked():
     assert not is_decayed(("llm", "blocks", "norm1", "scale"), (2, 24))
 
 
-def test_every_parameter_of_a_whole_model_decays_as_its_layer_has_dimensions():
+def test_parameters_decay_if_those_of_a_single_layer_are_matrices():
     from minigpt4_jax.checkpoint.parameters import parameter_shapes
 
     config = tiny.config()

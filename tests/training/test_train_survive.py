@@ -1,4 +1,4 @@
-"""What goes wrong around a run: each has one behaviour, and a line that says what was kept."""
+"""Runs whose environment fails: damaged checkpoints, signals, storage and data that go away."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def uninterrupted(home):
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def harm(checkpoint: Path) -> None:
+def damage(checkpoint: Path) -> None:
     for path in checkpoint.rglob("d/*"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -100,13 +100,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     with pytest.raises(Crash):
         train(config(home), tmp_path / "w", on_metrics=crash_at(6))
     checkpoints = tmp_path / "w" / "checkpoints"
-    harm(checkpoints / "00000004")
+    damage(checkpoints / "00000004")
     seen = []
     train(config(home), tmp_path / "w", on_metrics=lambda r: seen.append(r["step"]))
     lines = capsys.readouterr().out.splitlines()
-    (said,) = [line for line in lines if "is damaged (" in line]
-    assert said.startswith(f"checkpoint {checkpoints / '00000004'} is damaged (")
-    assert "kept as damaged-00000004; continuing from the one before, of step 2" in said
+    (message,) = [line for line in lines if "is damaged (" in line]
+    assert message.startswith(f"checkpoint {checkpoints / '00000004'} is damaged (")
+    assert "kept as damaged-00000004; continuing from the one before, of step 2" in message
     assert seen == [3, 4, 5, 6]
     assert outcome(tmp_path / "w") == uninterrupted
     assert (checkpoints / "damaged-00000004").is_dir()
@@ -116,14 +116,14 @@ def test_no_whole_checkpoint_is_left(home, tmp_path):
     with pytest.raises(Crash):
         train(config(home), tmp_path / "w", on_metrics=crash_at(3))
     log = (tmp_path / "w" / "metrics.jsonl").read_bytes()
-    harm(tmp_path / "w" / "checkpoints" / "00000002")
+    damage(tmp_path / "w" / "checkpoints" / "00000002")
     message = refused(config(home), tmp_path / "w")
     assert f"every checkpoint in {tmp_path / 'w' / 'checkpoints'} is damaged (00000002: " in message
     assert "remove that directory to start the run again" in message
     assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == log
 
 
-# --- told to stop ------------------------------------------------------------------------------
+# --- signals -----------------------------------------------------------------------------------
 
 
 def terminate(*_) -> None:
@@ -152,6 +152,13 @@ def with_validation(home: Path) -> TrainConfig:
     return dataclasses.replace(c, data=dataclasses.replace(c.data, val_path=c.data.path))
 
 
+@pytest.fixture(scope="module")
+def validated(home):
+    """The outcome of an uninterrupted run with validations."""
+    train(with_validation(home), home / "validated")
+    return outcome(home / "validated")
+
+
 def test_before_the_first_step(home, uninterrupted, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("minigpt4_jax.training.setup.load_model", terminating(load_model))
@@ -171,10 +178,9 @@ def test_while_the_step_is_compiled(home, uninterrupted, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("method", ["loss", "captions"])
-def test_during_validation(home, tmp_path, monkeypatch, method):
+def test_during_validation(home, validated, tmp_path, monkeypatch, method):
     """What was cut short is done by the next start; nothing is missing in the logs, or twice."""
     c = with_validation(home)
-    train(c, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(Validation, method, terminating(getattr(Validation, method)))
         for _ in range(5):  # each start gets as far as the next validation
@@ -184,9 +190,7 @@ def test_during_validation(home, tmp_path, monkeypatch, method):
                 assert e.code == 143
     train(c, tmp_path / "w")
     tensors, records = outcome(tmp_path / "w")
-    expected, theirs = outcome(tmp_path / "whole")
-    assert tensors == expected
-    assert records == theirs
+    assert (tensors, records) == validated
     assert [r["step"] for r in records if "val_loss" in r] == [2, 4, 6]
     assert [r["step"] for r in records if "text" in r] == [3, 6]
 
@@ -219,7 +223,7 @@ def test_again_while_the_state_is_saved(home, uninterrupted, tmp_path, monkeypat
     assert outcome(tmp_path / "w") == uninterrupted
 
 
-# --- where it is kept --------------------------------------------------------------------------
+# --- storage --------------------------------------------------------------------------
 
 
 def test_a_store_that_goes_away(home, uninterrupted, tmp_path):
@@ -261,7 +265,7 @@ def test_an_address_is_refused_and_makes_no_folder(home, tmp_path, monkeypatch, 
 
 
 def test_data_that_fails_in_the_middle(home, tmp_path):
-    """The steps before it are saved; once it is mended the run goes on behind them."""
+    """The steps before it are saved. Once the file is repaired the run continues after them."""
     data = tiny.write_data(tmp_path / "data", rows=8)
     broken = tmp_path / "data" / "6.png"  # of the fourth batch
     good = broken.read_bytes()
