@@ -5,8 +5,8 @@ import math
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -158,7 +158,7 @@ def _load_parameter(
     shape: Shape,
     dtype: jnp.dtype,
     sharding: NamedSharding,
-) -> Any:
+) -> jax.Array:
     """One parameter of the model as an array on its devices."""
     read = partial(_read_shard, tensors, path, shape, dtype)
     if is_stacked(path) and devices_have_own_memory():

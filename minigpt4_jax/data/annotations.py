@@ -113,7 +113,7 @@ def _not_json(where: str, e: json.JSONDecodeError) -> UserError:
 # Each raises UserError with the location, the key and what was expected.
 
 
-def expect_object(row: Any, where: str) -> dict[str, Any]:
+def expect_object(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is {kind(row)}; expected an object")
     return row
@@ -169,7 +169,7 @@ def keys(row: dict[str, Any]) -> str:
     return "the keys " + ", ".join(map(repr, list(row)[:8])) if row else "no keys"
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """What a JSON value is, for messages: "a list", "int 3"."""
     names = {list: "a list", dict: "an object", str: "a string", type(None): "null"}
     return names.get(type(value), f"{type(value).__name__} {value!r:.40}")

@@ -66,6 +66,7 @@ def _columns(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _split_images(cell: str, where: str) -> Any:
+    """The paths in a cell, or whatever JSON list it holds."""
     if not cell.lstrip().startswith("["):
         return [name.strip() for name in cell.split(";") if name.strip()]
     try:

@@ -65,7 +65,7 @@ class Shards:
         image = FilePart(shard.tar, int(row["image"]), int(row["image_size"]))
         return Example((image,), (), (caption,))
 
-    def _caption(self, shard: Shard, row: Any) -> str:
+    def _caption(self, shard: Shard, row: np.void) -> str:
         where = f"{shard.tar} at byte {row['text']}"
         try:
             with open(shard.tar, "rb", buffering=0) as file:

@@ -48,7 +48,7 @@ def summarize_sharding(
 
 
 def _axes(a: Any) -> list[str]:
-    """The mesh axes that an array is sharded over."""
+    """The mesh axes that an array with a NamedSharding is sharded over."""
     axes: list[str] = []
     for axis in a.sharding.spec:
         axes += [axis] if isinstance(axis, str) else axis or ()

@@ -143,8 +143,8 @@ def make_step(
         opt_state: OptState,
         frozen: Frozen,
         batch: Batch,
-        learning_rate: Any,
-        step_number: Any,
+        learning_rate: jax.Array,
+        step_number: jax.Array,
     ) -> tuple[Trainable, OptState, Metrics]:
         num_tokens = (batch.label_positions >= 0).sum()
         key = None
@@ -168,7 +168,11 @@ def _loss_share(split: Split, remat: bool, dropout_in: Collection[str]) -> Calla
     this micro-batch in the batch's mean loss."""
 
     def loss_share(
-        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
+        trainable: Trainable,
+        frozen: Frozen,
+        batch: Batch,
+        num_tokens: jax.Array,
+        key: jax.Array | None,
     ) -> jax.Array:
         dropout = NO_DROPOUT
         if key is not None:
@@ -193,7 +197,11 @@ def _accumulated(value_and_grad: Callable[..., Any], accumulate: int) -> Callabl
         return constrain(micro, None, BATCH_AXES)
 
     def loss_and_grads(
-        trainable: Trainable, frozen: Frozen, batch: Batch, num_tokens: Any, key: Any
+        trainable: Trainable,
+        frozen: Frozen,
+        batch: Batch,
+        num_tokens: jax.Array,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, Trainable]:
         def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, micro_batch = numbered

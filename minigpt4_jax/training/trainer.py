@@ -131,7 +131,9 @@ class _PendingStep(NamedTuple):
 
     step: int
     metrics: Metrics
-    sums: Any  # int32 [3] over processes: with a stop signal; rows read and skipped so far
+    sums: (
+        jax.Array | np.ndarray
+    )  # int32 [3] over processes: with a stop signal; rows read and skipped so far
 
 
 class Trainer:
