@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.hf_config import REQUIRED_LLM_FIELDS, SUPPORTED_LLMS, llm_config_from_hf
 from convert.sources import MappedCheckpoint
-from minigpt4_jax.config import REQUIRED_LLM_FIELDS, SUPPORTED_LLMS, LlmConfig
+from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.utils.text import one_line
 
@@ -30,7 +31,7 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
 
     model_type = values.get("model_type")
     if model_type not in SUPPORTED_LLMS or any(key not in values for key in REQUIRED_LLM_FIELDS):
-        return LlmConfig.from_hf(values)  # raises
+        return llm_config_from_hf(values)  # raises
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "an unknown method")
         raise UserError(
@@ -67,7 +68,7 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
     if model_type in ("llama", "mistral"):  # whose classes have no such fields
         for key in {"sliding_window", "layer_types", "attention_bias", "mlp_bias"} - known.keys():
             resolved.pop(key, None)
-    return LlmConfig.from_hf(resolved)
+    return llm_config_from_hf(resolved)
 
 
 def resolve_tied_embeddings(

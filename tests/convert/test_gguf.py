@@ -12,9 +12,9 @@ from helpers.released_files import llm_config, llm_state
 
 from convert.formats.gguf import Gguf
 from convert.formats.gguf_tokenizer import PRE_TOKENIZERS, sentencepiece_model, tokenizer_files
+from convert.hf_config import llm_config_from_hf
 from minigpt4_jax import load
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
-from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.errors import UserError
 
 gguf = pytest.importorskip("gguf")
@@ -85,7 +85,7 @@ def test_llama3_rope_scaling_is_found_again(tmp_path):
     )
     extra = {"rope_freqs.weight": divisors.astype(np.float32)}
     write_gguf(tmp_path / "x.gguf", config, llm_state(config), extra=extra)
-    scaling = LlmConfig.from_hf(Gguf(tmp_path / "x.gguf").hf_config()).rope_scaling
+    scaling = llm_config_from_hf(Gguf(tmp_path / "x.gguf").hf_config()).rope_scaling
     assert (scaling.kind, scaling.factor, scaling.original_max_length) == ("llama3", 32.0, 8192)
     assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1.0, 4.0)
     extra = {"rope_freqs.weight": np.linspace(1, 9, 32, dtype=np.float32)}

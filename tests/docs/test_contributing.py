@@ -13,12 +13,12 @@ from helpers.paths import ROOT
 CHECK = """
 import json
 import numpy
-from minigpt4_jax.config import LlmConfig
+from convert.hf_config import llm_config_from_hf
 from minigpt4_jax.data.datasets import open_dataset
 
 sizes = dict(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56)
 biases = {"attention_bias": True, "attention_out_bias": False}
-llm = LlmConfig.from_hf({"model_type": "seed_oss"} | biases | sizes)
+llm = llm_config_from_hf({"model_type": "seed_oss"} | biases | sizes)
 assert llm.qkv_bias and not llm.o_bias
 
 source = open_dataset("vizwiz", "vizwiz")
@@ -34,7 +34,7 @@ ROWS = """[{"image": "1.png", "question": "What is this?", "answers": [{"answer"
 def patched(tmp_path_factory) -> Path:
     """A copy of the code with every diff applied, and small inputs."""
     folder = tmp_path_factory.mktemp("patched")
-    for part in ("minigpt4_jax", "benchmarks", "tests/models"):
+    for part in ("minigpt4_jax", "convert", "benchmarks", "tests/models"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     diffs = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block.language == "diff"]
     assert len(diffs) == 3

@@ -10,8 +10,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from convert.hf_config import llm_config_from_hf  # noqa: E402
 from convert.key_mapping import LLM, map_keys  # noqa: E402
-from minigpt4_jax.config import LlmConfig  # noqa: E402
 from minigpt4_jax.errors import UserError  # noqa: E402
 from minigpt4_jax.models.llm import Llm  # noqa: E402
 
@@ -57,7 +57,7 @@ def build(family):
         for path, p in theirs.named_parameters():
             p.normal_(0, 0.3).add_(1.0 if "norm" in path else 0.0)
     values = config.to_dict()
-    c = LlmConfig.from_hf(values)
+    c = llm_config_from_hf(values)
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if c.tie:
         tensors.pop("lm_head.weight", None)
@@ -113,7 +113,7 @@ def test_right_padding_changes_nothing():
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi3", None])
 def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(kind):
     with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3"):
-        LlmConfig.from_hf(SIZES | {"model_type": kind})
+        llm_config_from_hf(SIZES | {"model_type": kind})
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(kind
 )  # fmt: skip
 def test_unsupported_options_are_errors(changes):
     with pytest.raises(UserError):
-        LlmConfig.from_hf(SIZES | {"model_type": "llama"} | changes)
+        llm_config_from_hf(SIZES | {"model_type": "llama"} | changes)
