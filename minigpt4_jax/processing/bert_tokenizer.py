@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.tokenizer import read_json_object
+from minigpt4_jax.processing.tokenizer_files import read_json_object
 from minigpt4_jax.utils.text import one_line
 
 VOCABULARY = "vocab.txt"

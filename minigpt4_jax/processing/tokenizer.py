@@ -5,7 +5,6 @@ treat leading and double spaces differently, so `SentencePieceTokenizer` impleme
 Models with a chat template of their own are read by `transformers.AutoTokenizer`.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.tokenizer_files import read_added_tokens, tokens_that_keep_space
 from minigpt4_jax.utils.text import one_line
 
 PAD_PIECE = "$$"  # the original's pad_token: id 3997 in LLaMA's vocabulary
@@ -122,10 +122,10 @@ class SentencePieceTokenizer:
             PAD_PIECE
         )  # unk if there is no such piece, as originally
         self._special = {self._model.id_to_piece(i): i for i in (bos, eos, unk) if i >= 0}
-        self._added = _read_added_tokens(directory, pieces)
+        self._added = read_added_tokens(directory, pieces)
         self._added_by_id = {i: token for token, i in self._added.items()}
         self.vocab_size = max([pieces, *(i + 1 for i in self._added.values())])
-        self._keep_space = _tokens_that_keep_space(directory / "special_tokens_map.json")
+        self._keep_space = tokens_that_keep_space(directory / "special_tokens_map.json")
         split_out = sorted([*self._special, *self._added], key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, split_out)) + ")")
         # skip_special skips the pad piece too, since pad_token is a special token
@@ -256,57 +256,3 @@ class HfTokenizer:
             raise UserError(
                 f"the tokenizer's chat template cannot render the messages {roles}: {one_line(e)}"
             ) from None
-
-
-def _read_added_tokens(directory: Path, pieces: int) -> dict[str, int]:
-    """Tokens beyond the sentencepiece model's pieces, such as Vicuna v0's [PAD] = 32000.
-
-    They are listed in added_tokens.json, tokenizer_config.json or tokenizer.json, in some directories in one
-    of them only.
-    """
-    path = directory / "added_tokens.json"
-    added: dict[Any, Any] = dict(read_json_object(path))
-    for token, i in added.items():
-        if not token or type(i) is not int or i < 0:
-            raise UserError(f"tokenizer: {path}: {token!r}: {i!r} is not a token with its id")
-    by_id = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(by_id, dict):
-        for i, token in by_id.items():
-            content = token.get("content") if isinstance(token, dict) else token
-            if str(i).isdigit():
-                added.setdefault(content, int(i))
-    entries = read_json_object(directory / "tokenizer.json").get("added_tokens")
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict):
-            added.setdefault(entry.get("content"), entry.get("id"))
-    return {
-        token: i
-        for token, i in added.items()
-        if isinstance(token, str) and token and type(i) is int and i >= pieces
-    }
-
-
-def _tokens_that_keep_space(path: Path) -> set[tuple[str, str]]:
-    """(token, side) pairs where white space is kept: a token written as an object sets it by lstrip and
-    rstrip; for a plain string, or a token not in the file, both sides are stripped (tokenize() of 4.30)."""
-    kept = set()
-    for value in read_json_object(path).values():
-        if isinstance(value, dict) and isinstance(value.get("content"), str):
-            kept |= {
-                (value["content"], side)
-                for side, strip in (("left", "lstrip"), ("right", "rstrip"))
-                if not value.get(strip, False)
-            }
-    return kept
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"tokenizer: {path} is not JSON ({one_line(e)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"tokenizer: {path} holds a {type(values).__name__}; expected an object")
-    return values
