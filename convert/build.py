@@ -112,9 +112,7 @@ def _tensors(
                     # a language model's transforms move whole rows, of scales and offsets as well
                     yield name + suffix, transform.apply(array, array.shape)
             else:
-                with np.errstate(
-                    over="ignore"
-                ):  # an overflow is an infinity, which is refused by name
+                with np.errstate(over="ignore"):  # infinities are refused by name
                     array = transform.apply(tensor.load(), shape).astype(dtypes[name], copy=False)
                 if not request.allow_nonfinite:
                     check_finite(array, f"{source.checkpoint.label}: {source.key}")

@@ -17,8 +17,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.config_file_path).parent
     for page, source in PAGES.items():
         text = (root / source).read_text()
-        text = re.sub(
-            r"\]\(docs/", "](../", text
-        )  # links as a reader of the repository follows them
+        text = re.sub(r"\]\(docs/", "](../", text)  # in the repository, links begin at its root
         files.append(File.generated(config, page, content=text))
     return files

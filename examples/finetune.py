@@ -28,9 +28,7 @@ config.batch_size = 4
 
 try:
     result = minigpt4_jax.train(config, args.workdir)
-except (
-    minigpt4_jax.UserError
-) as error:  # one line that says what is wrong with the model or the data
+except minigpt4_jax.UserError as error:  # what is wrong with the model or the data
     raise SystemExit(f"error: {error}") from None
 print(f"{result.steps} steps, loss {result.metrics['loss']:.3f}, model {result.model}")
 

@@ -30,15 +30,11 @@ class Batch(NamedTuple):
     pixels: HostOrDeviceArray
     tokens: HostOrDeviceArray  # [B, T] int32; IMAGE at the position of a visual token
     lengths: HostOrDeviceArray  # [B] int32; tokens of each row without padding
-    label_positions: (
-        HostOrDeviceArray  # [B, A] int32; positions of the labelled tokens, -1: padding
-    )
+    label_positions: HostOrDeviceArray  # [B, A] int32; of the labelled tokens, -1: padding
     # Packed rows only (data/packing.py); their images are in pixels [N, 1, S, S, 3]:
     segments: HostOrDeviceArray | None = None  # [B, T] int32; a token attends to its own segment
     positions: HostOrDeviceArray | None = None  # [B, T] int32
-    visual_index: HostOrDeviceArray | None = (
-        None  # [B, T] int32; index into the N * P visual tokens
-    )
+    visual_index: HostOrDeviceArray | None = None  # [B, T] int32; among the N * P visual tokens
 
 
 class Dropout(NamedTuple):

@@ -172,9 +172,8 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
 def normalize(image: np.ndarray) -> np.ndarray:
     """uint8 [..., 3] -> float32 (x / 255 - mean) / std, bit-identical to torchvision."""
     x = image.astype(np.float32, order="C")
-    rows = x.reshape(
-        -1, 3 * (x.shape[-2] if x.ndim > 1 else 1)
-    )  # long rows: NumPy is slow on an axis of 3
+    # Long rows, because NumPy is slow on an axis of 3.
+    rows = x.reshape(-1, 3 * (x.shape[-2] if x.ndim > 1 else 1))
     rows /= np.float32(255)
     rows -= np.tile(np.array(IMAGE_MEAN, np.float32), rows.shape[1] // 3)
     rows /= np.tile(np.array(IMAGE_STD, np.float32), rows.shape[1] // 3)

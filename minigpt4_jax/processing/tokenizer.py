@@ -118,9 +118,7 @@ class SentencePieceTokenizer:
         self.bos_id = bos if bos >= 0 else None
         self.eos_id = eos
         self.bos = self._model.id_to_piece(bos) if bos >= 0 else ""
-        self.pad_id = self._model.piece_to_id(
-            PAD_PIECE
-        )  # unk if there is no such piece, as originally
+        self.pad_id = self._model.piece_to_id(PAD_PIECE)  # unk without it, as in the original
         self._special = {self._model.id_to_piece(i): i for i in (bos, eos, unk) if i >= 0}
         self._added = read_added_tokens(directory, pieces)
         self._added_by_id = {i: token for token, i in self._added.items()}

@@ -18,9 +18,8 @@ def _polygon(shape: str) -> np.ndarray:
         turns, radius = np.arange(10) / 10, np.where(np.arange(10) % 2, 0.45, 1.0)
         return np.stack([radius * np.sin(turns * math.tau), -radius * np.cos(turns * math.tau)], 1)
     arm = 0.34  # half the width of a cross's arms
-    quarter = np.array(
-        [(arm, -1), (arm, -arm), (1, -arm)], float
-    )  # of the cross; rotated three times
+    # a quarter of the cross, to be rotated three times
+    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)], float)
     turn = np.array([(0, 1), (-1, 0)], float)  # 90 degrees clockwise, row vectors, y down
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 

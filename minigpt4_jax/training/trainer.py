@@ -131,9 +131,8 @@ class _PendingStep(NamedTuple):
 
     step: int
     metrics: Metrics
-    sums: (
-        jax.Array | np.ndarray
-    )  # int32 [3] over processes: with a stop signal; rows read and skipped so far
+    # int32 [3] over processes: with a stop signal; rows read and skipped so far
+    sums: jax.Array | np.ndarray
 
 
 class Trainer:

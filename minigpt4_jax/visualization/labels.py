@@ -17,10 +17,8 @@ _WIDTH = 0.4  # of the picture that a label may take, or as much as its box
 _MARGIN = 3  # pixels beside the text
 _MIN_SIZE = 6  # pixels of the smallest font
 _LINE_HEIGHT = 1.4  # of a label with one line, in sizes of its font
-_SHARE, _SMALLEST = (
-    0.25,
-    0.6,
-)  # of the picture: labels that take more are smaller, at most that much
+_MAX_SHARE = 0.25  # of the picture: more labels get a smaller font,
+_MIN_SCALE = 0.6  # but not smaller than this share of the size
 _TEXT, _BACKGROUND, _OPACITY = (0, 0, 0), (255, 255, 255), 0.85
 
 # What a place costs, in pixels covered: another label is never covered if there is any other place.
@@ -51,8 +49,8 @@ def draw_labels(picture: Image.Image, labels: Sequence[Label], size: int, line: 
     font = load_font(max(_MIN_SIZE, min(size, int(picture.height / _LINE_HEIGHT))))
     texts = [_layout(label, picture.width, font) for label in labels]
     share = sum(text.width * text.height for text in texts) / (picture.width * picture.height)
-    if share > _SHARE:
-        smaller = font.size * max(_SMALLEST, (_SHARE / share) ** 0.5)
+    if share > _MAX_SHARE:
+        smaller = font.size * max(_MIN_SCALE, (_MAX_SHARE / share) ** 0.5)
         font = load_font(max(_MIN_SIZE, round(smaller)))
         texts = [_layout(label, picture.width, font) for label in labels]
     placed: list[Rectangle] = []
