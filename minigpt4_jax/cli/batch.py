@@ -12,15 +12,11 @@ import codecs
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 from tqdm import tqdm
 
 from minigpt4_jax import errors
@@ -28,19 +24,13 @@ from minigpt4_jax.cli import common
 from minigpt4_jax.cli.batch_output import OUTPUT_KEYS, BatchRow, Output
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates
-from minigpt4_jax.processing.images import load_pixels
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
     from minigpt4_jax.inference.model import Model
-    from minigpt4_jax.inference.requests import Request
 
-ROW_GROUP = 8  # rows whose images are read ahead and encoded together
-READER_THREADS = 8
 # options that answers do not depend on
 NOT_RECORDED = ("input", "output", "batch_size", "retry_errors", "base", "allow_nonfinite")
-
-Encoded: TypeAlias = dict[str, np.ndarray | UserError]  # visual tokens [P, D] of each image path
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -157,7 +147,7 @@ def prepare(
     template: chat_templates.ChatFormat,
     config: "GenerationConfig",
 ) -> None:
-    """Set the row's request, still without visual tokens, or its error."""
+    """Set the row's prompt, or its error."""
     if row.error is not None:
         return
     try:
@@ -170,61 +160,12 @@ def prepare(
                 [(question, None)], system=args.system, extra_bos=args.extra_bos
             )
         config = replace(config, seed=config.seed_of_prompts(1)[0] + row.number)
-        (row.request,) = model.prepare_requests([list(row.images)], [prompt], config, [None])
+        (prepared,) = model.prepare_prompts([list(row.images)], [prompt], config)
+        if isinstance(prepared, UserError):
+            raise prepared
+        row.prompt = prepared
     except UserError as e:
-        row.error = str(e).removeprefix("prompt 0: ")
-
-
-# --- images -----------------------------------------------------------------------------------
-
-
-def with_visual(rows: Sequence[BatchRow], model: "Model") -> Iterator[BatchRow]:
-    """Yield the rows in order, their requests with visual tokens.
-
-    Threads read the images of the next group meanwhile. Visual tokens are kept for two groups,
-    because questions about one image are usually next to each other.
-    """
-    groups = [rows[start : start + ROW_GROUP] for start in range(0, len(rows), ROW_GROUP)]
-    read = partial(load_pixels, size=model.config.vision.image_size, exif=model.exif)
-    encoded: Encoded = {}
-    with ThreadPoolExecutor(READER_THREADS) as pool:
-        reading: dict[str, Future[np.ndarray]] = {}
-        for group, next_group in zip([[], *groups], [*groups, []], strict=True):
-            pixels = reading
-            needed = {image for row in next_group if row.request for image in row.images}
-            reading = {
-                image: pool.submit(read, image) for image in needed - encoded.keys() - pixels.keys()
-            }
-            reused = needed.union(*(row.images for row in group))
-            encoded = {image: v for image, v in encoded.items() if image in reused}
-            encoded |= _encode(model, pixels)
-            yield from (_add_visual(row, encoded) for row in group)
-
-
-def _encode(model: "Model", pixels: dict[str, Future[np.ndarray]]) -> Encoded:
-    """Visual tokens [P, D] of each image, or its error."""
-    failed: Encoded = {}
-    readable: dict[str, np.ndarray] = {}
-    for image, future in pixels.items():
-        try:
-            readable[image] = future.result()
-        except UserError as e:
-            failed[image] = e
-    visual = model.encode_pixels(list(readable.values()))
-    return failed | dict(zip(readable, visual, strict=True))
-
-
-def _add_visual(row: BatchRow, encoded: Encoded) -> BatchRow:
-    if row.request is None:
-        return row
-    visual: list[np.ndarray] = []
-    for image in row.images:
-        value = encoded[image]
-        if isinstance(value, UserError):
-            return replace(row, request=None, error=str(value))
-        visual.append(value)
-    joined = np.concatenate(visual) if visual else None
-    return replace(row, request=replace(row.request, visual=joined))
+        row.error = str(e)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -233,34 +174,23 @@ def _add_visual(row: BatchRow, encoded: Encoded) -> BatchRow:
 def answer_all(model: "Model", num_rows: int, output: Output, batch_size: int) -> None:
     """Answer the remaining rows of an output. num_rows: of the whole file."""
     remaining = output.remaining
-    taken: list[BatchRow] = []  # in the order of the requests
     interval = 0.5 if sys.stderr.isatty() else 30.0
     initial = num_rows - len(remaining)
-    bar = tqdm(total=num_rows, initial=initial, unit="row", mininterval=interval)
-
-    def put(row: BatchRow, result: dict[str, Any]) -> None:
-        output.put(row, result)
-        bar.update()
-
-    def requests() -> Iterator["Request"]:
-        for row in with_visual(remaining, model):
-            if row.request is None:
-                put(row, {"error": row.error})
-            else:
-                taken.append(row)
-                yield row.request
-
-    sized_for = [row.request for row in remaining if row.request]
-    with bar:
-        if any(request.beam_search.num_beams > 1 for request in sized_for):
-            waiting = requests()
-            while group := list(islice(waiting, batch_size)):
-                first = len(taken) - len(group)
-                for i, outputs in enumerate(model.answer_requests(group, batch_size), first):
-                    put(taken[i], _result(outputs))
-            return
-        for i, answer in model.run_requests(requests(), batch_size, sized_for=sized_for):
-            put(taken[i], _result([answer]))
+    with tqdm(total=num_rows, initial=initial, unit="row", mininterval=interval) as bar:
+        for row in remaining:
+            if row.prompt is None:
+                output.put(row, {"error": row.error})
+                bar.update()
+        rows = [row for row in remaining if row.prompt is not None]
+        prompts = [row.prompt for row in rows if row.prompt is not None]
+        # A search sorts its prompts by length: in groups, so that answers are written soon.
+        searched = any(prompt.request.beam_search.num_beams > 1 for prompt in prompts)
+        group = batch_size if searched else max(1, len(prompts))
+        for start in range(0, len(prompts), group):
+            some = prompts[start : start + group]
+            for i, answers in model.answer_prompts(some, batch_size, on_error="return"):
+                output.put(rows[start + i], _result(answers))
+                bar.update()
 
 
 def _result(outputs: Sequence["GenerationOutput"]) -> dict[str, Any]:

@@ -12,19 +12,19 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_text_atomically
 
 if TYPE_CHECKING:
-    from minigpt4_jax.inference.requests import Request
+    from minigpt4_jax.inference.preprocess import PreparedPrompt
 
 OUTPUT_KEYS = ("response", "finish_reason", "tokens", "error")  # not allowed in the input
 
 
 @dataclass
 class BatchRow:
-    """A line of the input with the request made from it, or the error why there is none."""
+    """A line of the input with the prompt made from it, or the error why there is none."""
 
     number: int  # from 0
     fields: dict[str, Any]
     images: tuple[str, ...] = ()
-    request: "Request | None" = None
+    prompt: "PreparedPrompt | None" = None
     error: str | None = None
 
 

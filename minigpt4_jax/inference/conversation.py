@@ -5,20 +5,19 @@ import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import jax
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.preprocess import image_key
 from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.text_generator import TextGenerator
+from minigpt4_jax.inference.visual_tokens import VisualTokens, concatenate_visual
 from minigpt4_jax.processing import chat_templates, sequences
 from minigpt4_jax.processing.images import ImageSource, is_image
-
-if TYPE_CHECKING:
-    from minigpt4_jax.inference.model import Model
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: "Model",
+        model: TextGenerator,
         system: str | None = None,
         template: str | chat_templates.ChatTemplate | None = None,
     ):
@@ -59,7 +58,7 @@ class Conversation:
         self._last_config = _with_chat_context(None, {})
         self._prefix_cache = PrefixCache()
         # Visual tokens [P, D] by image_key. The image is kept too, so that its id stays unique.
-        self._encoded: dict[str | int, tuple[ImageSource, np.ndarray]] = {}
+        self._encoded: dict[str | int, tuple[ImageSource, jax.Array]] = {}
 
     # --- questions --------------------------------------------------------------------------
 
@@ -242,15 +241,13 @@ class Conversation:
                 stacklevel=5,  # the caller of ask or stream
             )
 
-    def _visual_tokens(self, images: Sequence[ImageSource]) -> np.ndarray | None:
-        """Visual tokens [I * P, D] of the images; only new ones are encoded."""
+    def _visual_tokens(self, images: Sequence[ImageSource]) -> VisualTokens | None:
+        """Visual tokens [I * P, D] of the images, on the device; only new ones are encoded."""
         new = {image_key(image): image for image in images if image_key(image) not in self._encoded}
-        if new:
-            encoded = self.model.encode_images(list(new.values()))
-            for (key, image), visual in zip(new.items(), encoded, strict=True):
-                self._encoded[key] = (image, visual)
-        visual_tokens = [self._encoded[image_key(image)][1] for image in images]
-        return np.concatenate(visual_tokens) if visual_tokens else None
+        encoded = self.model.visual_tokens(list(new.values()))
+        for (key, image), visual in zip(new.items(), encoded, strict=True):
+            self._encoded[key] = (image, visual)
+        return concatenate_visual([self._encoded[image_key(image)][1] for image in images])
 
 
 def _with_chat_context(

@@ -25,7 +25,7 @@ class BatchInputs(NamedTuple):
 
     tokens: Array  # [B, T] int32
     lengths: Array  # [B] int32
-    visual: Array  # [B, I * P, D]
+    visual: Array  # [B, I * P, D] float32
     max_new_tokens: Array  # [B] int32
     stop_sequences: Array  # [B, R, W] int32, right-aligned, -1 before
     keys: Array  # [B] PRNG keys

@@ -24,6 +24,11 @@ def completion_output(
     )
 
 
+def failed_output(message: str) -> GenerationOutput:
+    """The answer to a prompt that could not be used."""
+    return GenerationOutput("", [], [], "error", 0.0, message)
+
+
 def nonfinite_error(completion: Completion) -> str | None:
     """What is wrong with a completion that ended because the model computed NaN or infinity."""
     if not completion.nonfinite:

@@ -1,7 +1,7 @@
 """The generation engine: token ids in, token ids out, by continuous batching or beam search."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -97,22 +97,29 @@ class Engine(ModelRunner):
 
         batch_size: beams at a time, of all requests together.
         """
-        # Requests with equally many beams share a program.
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (requests[i].beam_search.num_beams, len(requests[i].tokens)),
-        )
         completions: list[list[Completion]] = [[] for _ in requests]
-        while order:
-            num_beams = requests[order[0]].beam_search.num_beams
-            same = [i for i in order if requests[i].beam_search.num_beams == num_beams]
-            batch = same[: max(1, batch_size // num_beams)]
-            order = order[len(batch) :]
+        for batch in self.search_batches(requests, batch_size):
             best, nonfinite = self._search_batch([requests[i] for i in batch])
             for row, i in enumerate(batch):
                 num_answers = requests[i].beam_search.num_return_sequences
                 completions[i] = _completions(best, row, bool(nonfinite[row]))[:num_answers]
         return completions
+
+    @staticmethod
+    def search_batches(
+        requests: Sequence[Request], batch_size: int = BATCH_SIZE
+    ) -> list[list[int]]:
+        """The indices of the requests that `search` searches together, in its order."""
+        # Requests with equally many beams share a program.
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (requests[i].beam_search.num_beams, len(requests[i].tokens)),
+        )
+        batches: list[list[int]] = []
+        for num_beams, same in groupby(order, lambda i: requests[i].beam_search.num_beams):
+            indices, size = list(same), max(1, batch_size // num_beams)
+            batches += [indices[n : n + size] for n in range(0, len(indices), size)]
+        return batches
 
     def _search_batch(self, requests: Sequence[Request]) -> tuple[Hypotheses, np.ndarray]:
         # The search takes num_stops more candidates of every beam, so this size is not rounded up much.

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,23 @@ from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.conversation import Conversation
-from minigpt4_jax.inference.detokenize import completion_output, stream_text
-from minigpt4_jax.inference.engine import BATCH_SIZE, Engine
+from minigpt4_jax.inference.encode_ahead import ImageFailure
+from minigpt4_jax.inference.engine import BATCH_SIZE
 from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
-from minigpt4_jax.inference.image_encoder import ImageEncoder
-from minigpt4_jax.inference.prefix_cache import PrefixCache
-from minigpt4_jax.inference.preprocess import Images, make_requests, match_images
-from minigpt4_jax.inference.requests import Completion, Request
+from minigpt4_jax.inference.preprocess import ImageGroups, Images, match_images
 from minigpt4_jax.inference.scoring import Scorer, answer_rows, candidates_by_prompt, padded_mean
+from minigpt4_jax.inference.text_generator import TextGenerator, raise_failure
+from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import inference_mesh
-from minigpt4_jax.processing.chat_templates import ChatTemplate
-from minigpt4_jax.processing.images import ImageSource, is_image
+from minigpt4_jax.processing.chat_templates import ChatTemplate, chat_format
+from minigpt4_jax.processing.images import ImageSource
 from minigpt4_jax.processing.sequences import TokenSequence
 from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
 
-STREAM_CHUNK = 4  # decoding steps between two pieces of a streamed answer
+SCORE_BLOCK = 32  # prompts whose images are encoded before their answers are scored
 
 
 def load(
@@ -83,10 +83,14 @@ def load(
         raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's dtype")
     enable_compilation_cache()
     config = read_config(model_dir)
+    if config.is_stage1 and kv_cache is not None:
+        raise UserError(f"kv_cache {kv_cache!r}: {model_dir} has no language model")
     if isinstance(mesh, str):
         mesh = inference_mesh(mesh, config)
     if dtype is None:
         dtype = _default_dtype(config)
+    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
+    chat_format(config, tokenizer)  # an unknown one is an error before the weights are read
     module, config = load_model(
         model_dir,
         dtype,
@@ -99,18 +103,15 @@ def load(
     if merge_lora:
         for layer in lora_layers(module):
             layer.merge()
-    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
     if config.is_stage1:
         from minigpt4_jax.inference.qformer_model import QFormerModel  # a subclass of Model
 
-        if kv_cache is not None:
-            raise UserError(f"kv_cache {kv_cache!r}: {model_dir} has no language model")
         return QFormerModel(module, config, tokenizer, mesh, exif=exif)
     module.llm.int8_cache = kv_cache == "int8"
     return Model(module, config, tokenizer, mesh, exif=exif)
 
 
-class Model:
+class Model(TextGenerator):
     """A model with its tokenizer.
 
     Images are paths, PIL images or uint8 arrays [H, W, 3]. `images` beside prompts is a list with
@@ -122,8 +123,8 @@ class Model:
         tokenizer: the language model's tokenizer.
         engine: the generation engine, for token ids instead of text.
         mesh: the mesh that the parameters lie on; None for one device.
-        exif: whether images are rotated as their EXIF orientation says.
         int8_cache: whether keys and values are stored in 8 bits.
+        exif: whether images are rotated as their EXIF orientation says.
     """
 
     def __init__(
@@ -136,31 +137,8 @@ class Model:
         exif: bool = False,
     ):
         """mesh: the mesh that the module's parameters lie on; None for one device. exif: see `load`."""
-        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
-        self.engine = Engine(module, mesh)
-        self._state = nnx.state(module)
-        graphdef = nnx.graphdef(module)
-        self._encoder = ImageEncoder(graphdef, config, mesh)
-        self.exif = exif
-        self.int8_cache = module.llm.int8_cache
-        self._scorer = Scorer(graphdef, config, mesh)
-
-    def set_module(self, module: MiniGpt) -> None:
-        """Use other parameters of the same shapes and sharding; nothing is compiled again."""
-        self.engine.set_parameters(module)
-        self._state = nnx.state(module)
-
-    # --- images -----------------------------------------------------------------------------
-
-    def encode_images(self, images: Iterable[ImageSource] | ImageSource) -> np.ndarray:
-        """Projected visual tokens of B images: [B, P, D] float32. UserError: an unreadable image."""
-        flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
-        names = [f"image {i}" for i in range(len(flat))]
-        return self._encoder.encode(self._state, flat, names, exif=self.exif)
-
-    def encode_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """As `encode_images`, for images [S, S, 3] that `load_pixels` returned."""
-        return self._encoder.encode_pixels(self._state, pixels)
+        super().__init__(module, config, tokenizer, mesh, exif=exif)
+        self._scorer = Scorer(nnx.graphdef(module), config, mesh)
 
     # --- generation -------------------------------------------------------------------------
 
@@ -171,6 +149,7 @@ class Model:
         config: GenerationConfig | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        on_error: str = "raise",
         **overrides: Any,
     ) -> list[str]:
         """The answers to prompts, in order.
@@ -181,16 +160,28 @@ class Model:
                 with template=True plain questions.
             config: how to generate, by default `GenerationConfig()`.
             batch_size: rows decoded together.
+            on_error: "return": a prompt that cannot be used (an unreadable image, too long, empty), or
+                whose logits are NaN or infinite, gets the answer "" with a warning, and the others
+                are answered. By default the first such prompt is an error.
             overrides: single options of `GenerationConfig` by name, which replace those of `config`:
                 `model.generate(images, prompts, max_new_tokens=20, temperature=0.7)`.
 
         UserError: an option out of range, beam search with sampling, `<ImageHere>` and images that do
         not agree, an empty or too long prompt, an unreadable image, logits that are NaN or infinite.
         """
-        details = self.generate_details(images, prompts, config, batch_size=batch_size, **overrides)
-        for i, outputs in enumerate(details):
-            if outputs[0].error is not None:
-                raise UserError(f"prompt {i}: {outputs[0].error}; generate_details has the others")
+        details = self.generate_details(
+            images, prompts, config, batch_size=batch_size, on_error=on_error, **overrides
+        )
+        failed = {i: answers[0].error for i, answers in enumerate(details) if answers[0].error}
+        for i, error in failed.items():
+            if on_error == "raise":
+                raise UserError(f"prompt {i}: {error}; generate_details has the others")
+            warnings.warn(
+                f"{len(failed)} of {len(details)} prompts have no answer (generate_details says why); "
+                f"prompt {i}: {error}",
+                stacklevel=2,
+            )
+            break
         return [output.text for outputs in details for output in outputs]
 
     def generate_details(
@@ -200,16 +191,23 @@ class Model:
         config: GenerationConfig | None = None,
         *,
         batch_size: int = BATCH_SIZE,
+        on_error: str = "raise",
         **overrides: Any,
     ) -> list[list[GenerationOutput]]:
         """As `generate`: for each prompt its num_return_sequences answers, with their ids,
-        log-probabilities, and why they ended. An answer that ended because logits were NaN or
-        infinite has finish_reason "error"; the others are complete."""
+        log-probabilities, and why they ended.
+
+        An answer that ended because logits were NaN or infinite has finish_reason "error"; the others
+        are complete. With on_error="return" this holds for prompts that cannot be used, too.
+        """
         config = GenerationConfig.merge(config, overrides)
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: expected at least 1")
-        requests = self.prepare_requests(images, prompts, config)
-        return self.answer_requests(requests, batch_size)
+        prepared = self.prepare_prompts(images, prompts, config)
+        details: list[list[GenerationOutput]] = [[] for _ in prepared]
+        for i, outputs in self.answer_prompts(prepared, batch_size, on_error=on_error):
+            details[i] = outputs * (config.num_return_sequences // len(outputs))
+        return details
 
     def stream(
         self,
@@ -239,64 +237,6 @@ class Model:
         `chat_templates.CHAT_TEMPLATES`; by default the model's. UserError: unknown, or without `{}`.
         """
         return Conversation(self, system, template)
-
-    # --- requests: the steps of `generate` one by one -----------------------------------------
-
-    def prepare_requests(
-        self,
-        images: Images | None,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        visual: Sequence[np.ndarray | None] | None = None,
-    ) -> list[Request]:
-        """Check and tokenize prompts, encode their images. UserError: as `generate`.
-
-        visual: visual tokens [I * P, D] of each prompt if they are known, so that no image is read;
-        None for those that will be added to the request later.
-        """
-        return make_requests(
-            self.tokenizer, self.config, images, prompts, config,
-            lambda groups: self._encode_groups(groups) if visual is None else list(visual),
-        )  # fmt: skip
-
-    def answer_requests(
-        self,
-        requests: Sequence[Request],
-        batch_size: int = BATCH_SIZE,
-        prefix_cache: PrefixCache | None = None,
-    ) -> list[list[GenerationOutput]]:
-        """The answers to each request, in order. prefix_cache: see `Engine.answer`."""
-        completions = self.engine.answer(requests, batch_size, prefix_cache)
-        return [
-            [self._output(request, completion) for completion in of_request]
-            for request, of_request in zip(requests, completions, strict=True)
-        ]
-
-    def run_requests(
-        self,
-        requests: Iterable[Request],
-        batch_size: int = BATCH_SIZE,
-        *,
-        sized_for: Sequence[Request] | None = None,
-    ) -> Iterator[tuple[int, GenerationOutput]]:
-        """(index of a request, its answer) as requests finish. sized_for: see `Engine.run`."""
-        for step in self.engine.run(requests, batch_size, sized_for=sized_for):
-            yield step.key, self._output(step.request, step.completion)
-
-    def stream_request(
-        self, request: Request, prefix_cache: PrefixCache | None = None
-    ) -> Iterator[str]:
-        """Pieces of the answer to a request, as `stream`. prefix_cache: see `Engine.run`."""
-        steps = self.engine.run(
-            [request], chunk=STREAM_CHUNK, progress=True, prefix_cache=prefix_cache
-        )
-        return stream_text(self.tokenizer, self.config, steps)
-
-    def _output(self, request: Request, completion: Completion) -> GenerationOutput:
-        return completion_output(self.tokenizer, self.config, completion, request.stop_texts)
-
-    def _encode_groups(self, groups: list[list[ImageSource]]) -> list[np.ndarray | None]:
-        return self._encoder.encode_groups(self._state, groups, exif=self.exif)
 
     # --- scores of given answers --------------------------------------------------------------
 
@@ -346,19 +286,29 @@ class Model:
         fit or none, otherwise as `score`.
         """
         complete, groups = match_images(
-            self.tokenizer, self.config, images, prompts, template=template, allow_none=True
+            self.tokenizer, self.config, images, prompts, template=template
         )
         by_prompt = candidates_by_prompt(candidates, len(complete), counts, layout)
-        visual = self._encode_groups(groups)
-        losses = np.full((len(complete), max(map(len, by_prompt), default=0)), 9999, np.float32)
-        for k in range(losses.shape[1]):
+        # the rows of the k-th candidates, and the prompts that have one
+        subsets: list[list[int]] = []
+        rows: list[list[TokenSequence]] = []
+        for k in range(max(map(len, by_prompt), default=0)):
             subset = [i for i, answers in enumerate(by_prompt) if len(answers) > k]
-            rows = answer_rows(
+            subsets.append(subset)
+            rows.append(answer_rows(
                 self.tokenizer, self.config, [complete[i] for i in subset],
                 [len(groups[i]) for i in subset], [by_prompt[i][k] for i in subset],
-            )  # fmt: skip
-            nll = self._scorer.nll(self._state, rows, [visual[i] for i in subset])
-            losses[subset, k] = padded_mean(rows, nll)
+            ))  # fmt: skip
+        losses = np.full((len(complete), len(rows)), 9999, np.float32)
+        for block, visual in self._encoded_blocks(groups):
+            for k, subset in enumerate(subsets):
+                of_block = [n for n, i in enumerate(subset) if i in block]
+                losses[[subset[n] for n in of_block], k] = self._scorer.nll(
+                    self._state, [rows[k][n] for n in of_block],
+                    [visual[subset[n] - block.start] for n in of_block],
+                )  # fmt: skip
+        for k, subset in enumerate(subsets):
+            losses[subset, k] = padded_mean(rows[k], losses[subset, k])
         if counts is not None:
             losses[np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]] = 9999
         return [
@@ -374,11 +324,32 @@ class Model:
         template: bool,
     ) -> tuple[list[TokenSequence], np.ndarray]:
         complete, groups = match_images(
-            self.tokenizer, self.config, images, prompts, template=template, allow_none=True
+            self.tokenizer, self.config, images, prompts, template=template
         )
         num_images = [len(group) for group in groups]
         rows = answer_rows(self.tokenizer, self.config, complete, num_images, answers)
-        return rows, self._scorer.nll(self._state, rows, self._encode_groups(groups))
+        nll = np.zeros(len(rows), np.float32)
+        for block, visual in self._encoded_blocks(groups):
+            of_block = slice(block.start, block.stop)
+            nll[of_block] = self._scorer.nll(self._state, rows[of_block], visual)
+        return rows, nll
+
+    def _encoded_blocks(
+        self, groups: ImageGroups
+    ) -> Iterator[tuple[range, list[VisualTokens | None]]]:
+        """Prompts in blocks, with their visual tokens: memory does not depend on how many there are."""
+        if len(groups) > SCORE_BLOCK:
+            self._check_images(groups, raise_failure)
+        encoded = self._encoded(groups)
+        for start in range(0, len(groups), SCORE_BLOCK):
+            block = range(start, min(start + SCORE_BLOCK, len(groups)))
+            visual: list[VisualTokens | None] = []
+            for i in block:
+                tokens = next(encoded)
+                if isinstance(tokens, ImageFailure):
+                    tokens.raise_for(i)
+                visual.append(tokens)
+            yield block, visual
 
 
 def _default_dtype(config: ModelConfig) -> str:

@@ -3,7 +3,8 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.detokenize import make_stop_check
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.processing import chat_templates
 from minigpt4_jax.processing.chat_templates import ChatTemplate
 from minigpt4_jax.processing.images import ImageSource, is_image
@@ -35,31 +37,39 @@ def match_images(
     prompts: Sequence[str | None],
     *,
     template: bool,
-    extra_bos: bool = False,
-    allow_none: bool = False,
 ) -> tuple[list[str | None], ImageGroups]:
-    """Complete prompts, and the images of each as a list.
+    """Complete prompts, and the images of each as a list; a prompt may be None: the image alone.
 
-    template: put the prompts, plain questions, into the model's training template. allow_none: a
-    prompt may be None, which stands for the image alone. UserError: not text, empty, or another
-    number of images than of prompts.
+    template: put the prompts, plain questions, into the model's training template. UserError: not
+    text, empty, or another number of images than of prompts.
     """
-    complete: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts)
-    groups = _image_groups(images, len(complete))
-    for i, prompt in enumerate(complete):
-        if not isinstance(prompt, str) and not (prompt is None and allow_none):
-            raise UserError(f"prompt {i}: got {type(prompt).__name__}; expected text")
-        if prompt is not None and not prompt.strip() and not config.image_first:
-            raise UserError(f"prompt {i} is empty; expected text")
-        if template and prompt is not None:
-            complete[i] = _fill_training_template(
-                tokenizer, config, prompt, len(groups[i]), extra_bos
-            )
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    groups = _image_groups(images, len(prompts))
+    complete: list[str | None] = []
+    for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        with error_context(f"prompt {i}"):
+            text = None if prompt is None else _checked(prompt, config)
+            if template and text is not None:
+                text = _fill_training_template(tokenizer, config, text, len(group))
+        complete.append(text)
     return complete, groups
 
 
+def _checked(prompt: Any, config: ModelConfig) -> str:
+    """The prompt. UserError: not text, or empty, which is a prompt only after an image without tags."""
+    if not isinstance(prompt, str):
+        raise UserError(f"got {type(prompt).__name__}; expected text")
+    if not prompt.strip() and not config.image_first:
+        raise UserError("prompt: empty; expected text")
+    return prompt
+
+
 def _fill_training_template(
-    tokenizer: Tokenizer, config: ModelConfig, question: str, num_images: int, extra_bos: bool
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    question: str,
+    num_images: int,
+    extra_bos: bool = False,
 ) -> str:
     question = chat_templates.with_images(question, num_images)
     prompt = training_prompt(tokenizer, config, question)
@@ -88,67 +98,76 @@ def _image_groups(images: Images | None, num_prompts: int) -> ImageGroups:
     return groups
 
 
-def make_requests(
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A checked prompt, whose images are not encoded yet."""
+
+    request: Request  # still without visual tokens
+    images: tuple[ImageSource, ...]
+    num_cut: int  # visual tokens that were cut off on the left
+
+    def with_visual(self, visual: VisualTokens | None) -> Request:
+        """The request with visual tokens [I * P, D] of all the images."""
+        if visual is not None and self.num_cut:
+            visual = visual[self.num_cut :]
+        return replace(self.request, visual=visual)
+
+
+def prepare_prompts(
     tokenizer: Tokenizer,
     model_config: ModelConfig,
     images: Images | None,
     prompts: Sequence[str],
     config: GenerationConfig,
-    encode: Callable[[ImageGroups], list[np.ndarray | None]],
-) -> list[Request]:
-    """A request for each prompt. UserError as `Model.generate`.
+) -> Iterator[PreparedPrompt | UserError]:
+    """Each prompt, checked and tokenized, or what is wrong with it.
 
-    encode: image groups -> visual tokens [I * P, D] of each prompt; called once everything else is
-    checked.
+    UserError: another number of images, seeds or stops than of prompts.
     """
-    complete, groups = match_images(
-        tokenizer,
-        model_config,
-        images,
-        prompts,
-        template=config.template,
-        extra_bos=config.extra_bos,
-    )
-    seeds = config.seed_of_prompts(len(complete))
-    tokenized = []
-    for i, (prompt, group) in enumerate(zip(complete, groups, strict=True)):
-        with error_context(f"prompt {i}"):
-            tokens = _tokenize(tokenizer, model_config, prompt or "", len(group), config)
-            tokenized.append(tokens)
-    stop_texts = config.stop_of_prompts(len(complete))
-    stop_ids = config.stop_ids_of_prompts(len(complete))
-    # prompts usually share their stop texts
-    sequences = {
-        texts: _stop_sequences(tokenizer, (model_config.end_symbol, *texts))
-        for texts in set(stop_texts)
-    }
-    # The end symbol needs a check of the text only if it is no single token.
-    end = model_config.end_symbol
-    always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()
-    checks = {
-        texts: make_stop_check(tokenizer, (*always, *texts)) if always or texts else None
-        for texts in set(stop_texts)
-    }
-    return [
-        Request(
-            tokens,
-            None if visual is None else visual[num_cut:],
-            config.max_new_tokens,
-            config.sampling_params(tokenizer.bos_id),
-            seeds[i],
-            [*sequences[stop_texts[i]], *([token] for token in stop_ids[i])],
-            config.beam_search(),
-            stop_texts[i],
-            checks[stop_texts[i]],
-        )
-        for i, ((tokens, num_cut), visual) in enumerate(zip(tokenized, encode(groups), strict=True))
-    ]
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    groups = _image_groups(images, len(prompts))
+    seeds = config.seed_of_prompts(len(prompts))
+    stop_texts = config.stop_of_prompts(len(prompts))
+    stop_ids = config.stop_ids_of_prompts(len(prompts))
+    rules = {texts: _StopRules.make(tokenizer, model_config, texts) for texts in set(stop_texts)}
+    sampling, beam_search = config.sampling_params(tokenizer.bos_id), config.beam_search()
+    for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        try:
+            text = _checked(prompt, model_config)
+            if config.template:
+                text = _fill_training_template(
+                    tokenizer, model_config, text, len(group), config.extra_bos
+                )
+            tokens, num_cut = _tokenize(tokenizer, model_config, text, len(group), config)
+        except UserError as e:
+            yield e
+            continue
+        sequences, stop_check = rules[stop_texts[i]]
+        request = Request(
+            tokens, None, config.max_new_tokens, sampling, seeds[i],
+            [*sequences, *([token] for token in stop_ids[i])],
+            beam_search, stop_texts[i], stop_check,
+        )  # fmt: skip
+        yield PreparedPrompt(request, tuple(group), num_cut)
 
 
-def _stop_sequences(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> list[list[int]]:
-    """The token sequences that end an answer at any of these texts, without duplicates."""
-    sequences = [ids for text in stop_texts for ids in stop_sequences(tokenizer, text)]
-    return [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
+class _StopRules(NamedTuple):
+    """How an answer ends at stop texts; prompts usually share them."""
+
+    sequences: list[list[int]]  # token sequences, without duplicates
+    check: Callable[[list[int]], int | None] | None
+
+    @classmethod
+    def make(
+        cls, tokenizer: Tokenizer, config: ModelConfig, texts: tuple[str, ...]
+    ) -> "_StopRules":
+        end = config.end_symbol
+        sequences = [ids for text in (end, *texts) for ids in stop_sequences(tokenizer, text)]
+        unique = [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
+        # The end symbol needs a check of the text only if it is no single token.
+        always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()
+        checked = (*always, *texts)
+        return cls(unique, make_stop_check(tokenizer, checked) if checked else None)
 
 
 def _tokenize(

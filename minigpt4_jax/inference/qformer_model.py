@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.generation_config import GenerationConfig
-from minigpt4_jax.inference.image_encoder import load_image_batches
+from minigpt4_jax.inference.image_encoder import load_image_batches, pad_images
 from minigpt4_jax.inference.model import Model
-from minigpt4_jax.inference.preprocess import Images
-from minigpt4_jax.inference.requests import Request, bucket
+from minigpt4_jax.inference.preprocess import Images, PreparedPrompt
+from minigpt4_jax.inference.requests import bucket
 from minigpt4_jax.inference.retrieval import RetrievalScores, rerank
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.models.stage1 import Stage1
@@ -75,9 +75,9 @@ class QFormerModel(Model):
         self._check_projections()
         flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
         results = []
-        for pixels, count in load_image_batches(flat, self.config, exif=self.exif):
-            features = self._programs.image(self._state, pixels)
-            results.append([np.asarray(a)[:count] for a in features])
+        for pixels in load_image_batches(flat, self.config, exif=self.exif):
+            features = self._programs.image(self._state, pad_images(pixels))
+            results.append([np.asarray(a)[: len(pixels)] for a in features])
         if not results:
             raise UserError("encode_image: there are no images; expected at least one")
         vision, queries, projected = (np.concatenate(a) for a in zip(*results, strict=True))
@@ -203,17 +203,13 @@ class QFormerModel(Model):
         )  # fmt: skip
         return self.generate(flat, [""] * len(flat), config)
 
-    def prepare_requests(
-        self,
-        images: Images | None,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        visual: Sequence[np.ndarray | None] | None = None,
-    ) -> list[Request]:
-        """As `Model.prepare_requests`. UserError: a prompt without exactly one image."""
+    def prepare_prompts(
+        self, images: Images | None, prompts: Sequence[str], config: GenerationConfig
+    ) -> list[PreparedPrompt | UserError]:
+        """As `Model.prepare_prompts`. UserError: a prompt without exactly one image."""
         if images is None:
             raise UserError("a Q-Former captions images: expected an image for each prompt")
-        return super().prepare_requests(images, prompts, config, visual)
+        return super().prepare_prompts(images, prompts, config)
 
     # --- steps -------------------------------------------------------------------------------
 

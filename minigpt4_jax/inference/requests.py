@@ -19,7 +19,7 @@ class Request:
     """One prompt to continue."""
 
     tokens: Sequence[int]  # prompt ids, IMAGE in the visual slots
-    visual: VisualTokens | None = None  # [I * P, D]: visual tokens of those slots
+    visual: VisualTokens | None = None  # [I * P, D] float32: visual tokens of those slots
     max_new_tokens: int = 20
     sampling: SamplingParams = GREEDY
     seed: int = 0

@@ -1,6 +1,7 @@
 """The likelihood of given answers: rows as in training, in batches of similar length."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.preprocess import error_context
 from minigpt4_jax.inference.requests import bucket
-from minigpt4_jax.inference.visual_tokens import stack_visual
+from minigpt4_jax.inference.visual_tokens import VisualTokens, stack_visual
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.parallel.sharding import constrain, with_mesh
 from minigpt4_jax.processing.sequences import TokenSequence, build_row
@@ -36,15 +37,13 @@ def answer_rows(
     than the model's context.
     """
     answers = [answers] if isinstance(answers, str) else list(answers)
-    for i, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise UserError(f"answer {i}: got {type(answer).__name__}; expected text")
+    texts = [_answer_text(i, answer) for i, answer in enumerate(answers)]
     if len(answers) != len(prompts):
         raise UserError(
             f"{len(answers)} answers for {len(prompts)} prompts; expected one for each prompt"
         )
     rows = []
-    for i, (prompt, answer, count) in enumerate(zip(prompts, answers, num_images, strict=True)):
+    for i, (prompt, answer, count) in enumerate(zip(prompts, texts, num_images, strict=True)):
         with error_context(f"prompt {i}"):
             row = build_row(tokenizer, config, prompt, answer, images=count)
             if len(row.tokens) > config.llm.max_length:
@@ -54,6 +53,15 @@ def answer_rows(
                 )
         rows.append(row)
     return rows
+
+
+def _answer_text(number: int, answer: object) -> str:
+    """The answer as text, also if it is a number. UserError: another type."""
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, Real) and not isinstance(answer, bool):
+        return str(answer)
+    raise UserError(f"answer {number}: got {type(answer).__name__}; expected text or a number")
 
 
 def candidates_by_prompt(
@@ -119,7 +127,7 @@ class Scorer:
         self._nll = jax.jit(with_mesh(nll, mesh))
 
     def nll(
-        self, state: Any, rows: Sequence[TokenSequence], visual: Sequence[np.ndarray | None]
+        self, state: Any, rows: Sequence[TokenSequence], visual: Sequence[VisualTokens | None]
     ) -> np.ndarray:
         """The summed negative log-likelihood of each row's labelled tokens: [B] float32.
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from minigpt4_jax.utils.rounding import next_power_of_two
 
-VisualTokens: TypeAlias = np.ndarray | jax.Array  # [I * P, D], float32 or the model's dtype
+VisualTokens: TypeAlias = np.ndarray | jax.Array  # [I * P, D] float32
 
 
 def stack_visual(
     rows: Sequence[VisualTokens | None], per_image: int, width: int, length: int | None = None
 ) -> Any:
-    """Visual tokens [I * P, D] of each row, or None -> [B, I * P, D], zero-padded.
+    """Visual tokens [I * P, D] of each row, or None -> [B, I * P, D] float32, zero-padded.
 
     per_image: P. I is rounded up to a power of two, so that few shapes are compiled. length: I * P
     instead. Arrays of the device are stacked there.
@@ -25,14 +25,14 @@ def stack_visual(
         most = max((0 if visual is None else len(visual) for visual in rows), default=0)
         num_images = -(-most // per_image)
         length = next_power_of_two(num_images) * per_image if num_images else 0
-    on_device = next((visual for visual in rows if isinstance(visual, jax.Array)), None)
-    if on_device is None:
+    on_device = [visual for visual in rows if isinstance(visual, jax.Array)]
+    if not on_device:
         stacked = np.zeros((len(rows), length, width), np.float32)
         for target, visual in zip(stacked, rows, strict=True):
             if visual is not None:
                 target[: len(visual)] = visual
         return stacked
-    batch = jnp.zeros((len(rows), length, width), on_device.dtype, device=on_device.sharding)
+    batch = jnp.zeros((len(rows), length, width), device=on_device[0].sharding)
     for i, visual in enumerate(rows):
         if visual is not None:
             batch = _put_row(batch, visual, i)
@@ -52,4 +52,4 @@ def concatenate_visual(parts: Sequence[VisualTokens]) -> VisualTokens | None:
 @partial(jax.jit, donate_argnums=(0,))
 def _put_row(batch: jax.Array, row: jax.Array, i: jax.Array) -> jax.Array:
     """batch [B, N, D] with `row` [n, D] at the beginning of row i."""
-    return jax.lax.dynamic_update_slice(batch, row.astype(batch.dtype)[None], (i, 0, 0))
+    return jax.lax.dynamic_update_slice(batch, row[None], (i, 0, 0))

@@ -41,15 +41,20 @@ class Span(NamedTuple):
 def parse_boxes(text: str, width: float, height: float) -> list[tuple[str, Box]]:
     """(phrase, box in pixels) for every box in an answer, in order; "" for a box without phrase.
 
-    width, height: of the image in pixels. Never raises for a text: swapped corners are reordered, numbers
-    are clipped to 0..100, missing braces and brackets are tolerated, unfinished boxes are skipped. A text
-    without `<p>` and with exactly four integers is one box.
+    width, height: of the image in pixels. Any text is accepted: swapped corners are reordered, numbers are
+    clipped to 0..100, missing braces and brackets are tolerated, unfinished boxes are skipped. A text
+    without `<p>` and with exactly four integers is one box. UserError: not text.
     """
     return [(span.text, _pixels(box, width, height)) for span in spans(text) for box in span.boxes]
 
 
 def spans(answer: str) -> list[Span]:
-    """The parts of an answer in order: phrases, boxes without phrase, and the texts between them."""
+    """The parts of an answer in order: phrases, boxes without phrase, and the texts between them.
+
+    UserError: not text.
+    """
+    if not isinstance(answer, str):
+        raise UserError(f"answer: got {type(answer).__name__}; expected the text of an answer")
     text = re.sub(r"\s+", " ", html.unescape(answer))
     found = _spans(text)
     if "<p>" not in text and not any(span.boxes for span in found):

@@ -125,10 +125,9 @@ def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(chat_home, monkeypatch, capsys):
-    session = chat.Session(
-        minigpt4_jax.load(chat_home / "model", "float32"),
-        chat.parse(arguments(chat_home, "--temperature=0")),
-    )
+    session_args = chat.parse(arguments(chat_home, "--temperature=0"))
+    session = chat.Session(minigpt4_jax.load(chat_home / "model", "float32"), session_args)
+    uncut = chat.Session(session.conversation.model, session_args).answer("one")
     stream = session.conversation.model.stream_request
 
     def interrupted(*args):
@@ -157,7 +156,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(chat_home, monkeypatch, caps
     assert chat.terminal(session) == 0
     out = capsys.readouterr().out.splitlines()
     assert [t.answer for t in session.conversation.turns] == [line.strip() for line in out]
-    assert len(out) == 2 and len(out[0]) < len(out[1])
+    assert len(out) == 2 and uncut.startswith(out[0]) and len(out[0]) < len(uncut)
 
 
 def test_two_images_and_none(chat_home, chat_command):
@@ -207,6 +206,15 @@ def test_errors_are_one_line(chat_home, chat_command, changed, message):
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert message in err
+
+
+@pytest.mark.parametrize("template", ["moon", "tokenizer"])
+def test_an_unknown_template_is_told_before_the_weights_are_read(
+    chat_home, chat_command, monkeypatch, template
+):
+    monkeypatch.setattr("minigpt4_jax.inference.model.load_model", None)
+    code, out, err = chat_command(*ask(chat_home, f"--template={template}"))
+    assert (code, out) == (2, "") and err.startswith(f"error: template {template!r}")
 
 
 def test_a_missing_model_is_reported(chat_command):

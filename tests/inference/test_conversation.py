@@ -23,8 +23,8 @@ def model(tmp_path_factory):
 
 def test_the_prompt_has_all_turns_and_images_are_encoded_once(model, monkeypatch):
     one, two, encoded = picture(0), picture(1), []
-    encode = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda i: encoded.extend(i) or encode(i))
+    encode = model.visual_tokens
+    monkeypatch.setattr(model, "visual_tokens", lambda i: encoded.extend(i) or encode(i))
     talk = model.conversation(system="Be brief.")
     first = talk.ask("what is it", images=[one], **FEW)
     second = talk.ask("and <ImageHere>, beside <ImageHere>?", images=[two, one], **FEW)

@@ -46,6 +46,15 @@ def test_not_a_model_directory(tmp_path):
     assert "file" in refused(minigpt4_jax.load, tmp_path / "file")
 
 
+def test_an_unknown_chat_template_is_told_before_the_weights_are_read(copy):
+    document = json.loads((copy / "model.json").read_text())
+    document["config"]["chat_template"] = "moon"
+    (copy / "model.json").write_text(json.dumps(document))
+    for path in copy.glob("*.safetensors"):
+        path.write_bytes(b"")
+    assert "template 'moon' is not known; known are vicuna0" in refused(minigpt4_jax.load, copy)
+
+
 def test_unknown_dtype(folder):
     line = refused(minigpt4_jax.load, folder, "float16")
     assert "float16" in line and "float32, bfloat16" in line

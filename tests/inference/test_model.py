@@ -74,6 +74,16 @@ def test_rows_are_scored_independently(model):
     np.testing.assert_allclose(reversed_nll[::-1], nll, rtol=1e-5)
 
 
+def test_numbers_are_answers_and_candidates(model):
+    images, prompts = [picture(0)] * 3, [ASK] * 3
+    numbers, texts = [3, 0.5, np.int64(12)], ["3", "0.5", "12"]
+    expected = model.score(images, prompts, texts)[0]
+    np.testing.assert_array_equal(model.score(images, prompts, numbers)[0], expected)
+    order = model.multi_select(images[:1], prompts[:1], [texts])
+    assert model.multi_select(images[:1], prompts[:1], [numbers]) == order
+    assert "answer 1: got bool" in refused(model.score, None, ["a", "b"], [1, True])
+
+
 def test_images_and_their_order_change_the_score(model):
     one, other = picture(1), picture(2)
     prompts, answers = [PROMPTS[1]] * 3, ["a dog"] * 3

@@ -14,7 +14,7 @@ from helpers.user_errors import refused
         ([["a", "b"]], {"counts": [1]}, "1 counts for 2 prompts"),
         ([["a"], ["b"]], {"counts": [1, 1]}, "2 lists of candidates"),
         ([["a"], ["b"]], {"layout": "rows"}, "layout 'rows'"),
-        ([["a"], ["b", 3]], {}, "got int; expected text"),
+        ([["a"], ["b", None]], {}, "got NoneType; expected text or a number"),
     ],
 )
 def test_candidates_that_do_not_fit_are_named(model, candidates, options, message):
@@ -35,7 +35,7 @@ def test_images_and_tags_must_agree(model, name):
     assert "1 <ImageHere> and 2 images" in line([[one, one]], [ASK])
     assert "1 images for 2 prompts" in line([one], [ASK, ASK])
     assert "3 images for 1 prompts" in line([one] * 3, [ASK])
-    assert "prompt 1 is empty" in line(None, ["x", " \n"])
+    assert "prompt 1: empty" in line(None, ["x", " \n"])
     assert "prompt 0: got int" in line(None, [3])
     long = line(None, ["short", "a b c d " * 1000])
     assert "prompt 1" in long and str(model.config.llm.max_length) in long

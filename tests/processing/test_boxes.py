@@ -69,6 +69,11 @@ def test_what_is_nearly_the_format_is_read_as_meant(text, found):
     assert parse_boxes(text, 100, 100) == found
 
 
+def test_no_text_is_named():
+    with pytest.raises(UserError, match="got NoneType; expected the text of an answer"):
+        parse_boxes(None, 100, 100)
+
+
 def test_boxes_are_in_pixels_of_the_image():
     assert parse_boxes("{<50><25><100><75>}", 640, 480) == [("", (320.0, 120.0, 640.0, 360.0))]
 
