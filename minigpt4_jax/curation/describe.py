@@ -43,6 +43,19 @@ class Instructions:
     system: str | None = None
 
 
+class RawPrompts:
+    """A ChatFormat of complete prompts, which are used as they are; for one turn."""
+
+    system = ""
+    stop: tuple[str, ...] = ()
+
+    def render(
+        self, turns: Sequence[Turn], *, system: str | None = None, extra_bos: bool = True
+    ) -> str:
+        ((question, _),) = turns
+        return question
+
+
 class Task(NamedTuple):
     """A description to write. number: of the row, which is added to the seed."""
 

@@ -101,6 +101,19 @@ def test_one_turn_and_the_authors_defaults(home, command, tmp_path):
     assert {len(row["turns"]) for row in read(tmp_path / "a")} == {1}
 
 
+def test_complete_prompts_are_used_as_they_are(home, model, command, tmp_path):
+    prompt = "say <ImageHere> now"
+    code, _, err = command(
+        *arguments(home, tmp_path / "a", "--raw", f"--prompt={prompt}", "--seed=3")
+    )
+    assert code == 0, err
+    row = read(tmp_path / "a")[1]
+    options = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": LIMIT, "seed": 3 + 1}
+    assert row["turns"] == model.generate([tmp_path / row["image"]], [prompt], **options)
+    code, _, err = command(*arguments(home, tmp_path / "b", "--raw"))
+    assert code == 2 and "has no <ImageHere>" in err
+
+
 def test_samples_differ_and_images_are_encoded_once(home, model, command, tmp_path, monkeypatch):
     encoded = []
     encode = model.encode_pixels

@@ -9,6 +9,7 @@ is cut to two steps and answers to eight tokens; a command that several pages sh
 import configparser
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from helpers.doc_blocks import Block, blocks, commands
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data, serve, train
+from minigpt4_jax.cli import batch, chat, check_data, curate, serve, train
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import model
@@ -65,7 +66,12 @@ def sandbox(tmp_path_factory) -> Path:
 
 
 def _write_models(folder: Path) -> None:
-    for name in ("models/minigpt4-7b", "runs/stage2/model", "quickstart/stage2/model"):
+    for name in (
+        "models/minigpt4-7b",
+        "runs/stage1/model",
+        "runs/stage2/model",
+        "quickstart/stage2/model",
+    ):
         tiny.write_model(folder / name)
     tiny.write_model(
         folder / "models/minigpt-v2", qformer=False, variant="minigpt-v2",
@@ -82,6 +88,12 @@ def _write_data(folder: Path) -> None:
     rows = [{"image": f"photos/{n}.jpg", "caption": f"number {n}"} for n in range(6)]
     for name in ("my.jsonl", "held_out.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    colors = ("red", "green", "blue", "black")
+    described = [
+        {**row, "id": str(n), "caption": f"A {color} square fills the whole of picture {n}."}
+        for n, (row, color) in enumerate(zip(rows, colors, strict=False))
+    ]
+    (folder / "polished.jsonl").write_text("".join(json.dumps(row) + "\n" for row in described))
     requests = [{"image": row["image"]} for row in rows[:2]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requests))
 
@@ -148,6 +160,7 @@ def run_python_module(module: str, args: Sequence[str]) -> None:
     runners: dict[str, Callable[[list[str]], object]] = {
         "convert": _convert,
         "minigpt4_jax.batch": lambda args: batch.main([*args, "--max_new_tokens=8"]),
+        "minigpt4_jax.curate": _curate,
         "minigpt4_jax.chat": lambda args: chat.main([*args, "--max_new_tokens=8"]),
         "minigpt4_jax.data": check_data.main,
         "minigpt4_jax.train": _train,
@@ -160,6 +173,11 @@ def _convert(args: list[str]) -> None:
     if args[0] == "build":
         args = [*args, *SIZES, *(QFORMER_SIZES if option(args, "--qformer") else [])]
     convert.cli.main(args)
+
+
+def _curate(args: list[str]) -> int:
+    _remove(option(args, "--out"))
+    return curate.main([*args, *(["--max_new_tokens=8"] if args[0] == "describe" else [])])
 
 
 def _train(args: list[str]) -> int:
@@ -282,6 +300,8 @@ def check_module(module: str, args: list[str]) -> None:
         parse_config(
             [*([] if "--config" in " ".join(rest) else ["--config=stage2"]), *rest], sizes_only=True
         )
+    elif module == "minigpt4_jax.curate":
+        importlib.import_module(curate.COMMANDS[args[0]].module).parse(args[1:])
     elif module == "convert":
         convert.cli._parser().parse_args(args)
 

@@ -9,12 +9,13 @@ import pytest
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data
+from minigpt4_jax.cli import batch, chat, check_data, curate
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data import tfds_build
 from minigpt4_jax.demos import quickstart, tiny_v2
 from minigpt4_jax.shapes import dataset
 
+CURATE = ("describe", "polish", "check", "review", "export", "captions", "shards")
 CONVERT = ("build", "export", "merge", "unmerge", "pack", "inspect")
 COMMANDS = {
     "chat": chat.main, "batch": batch.main, "check-data": check_data.main, "compile": compile_cli.main,
@@ -32,13 +33,15 @@ def documented():
     return set(re.findall(r"--[\w-]+", " ".join(page.read_text() for page in pages)))
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *CONVERT, "shapes"])
+@pytest.mark.parametrize("command", [*COMMANDS, *CONVERT, *CURATE, "shapes"])
 def test_options_are_documented(command, documented, monkeypatch):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
         if command == "shapes":  # reads sys.argv
             monkeypatch.setattr(sys, "argv", ["shapes", "--help"])
             dataset.main()
+        elif command in CURATE:
+            curate.main([command, "--help"])
         elif command in CONVERT:
             convert.cli.main([command, "--help"])
         else:

@@ -24,6 +24,7 @@ from minigpt4_jax.curation.describe import (
     Describer,
     Description,
     Instructions,
+    RawPrompts,
     Task,
 )
 from minigpt4_jax.curation.images import ImageRow, list_images
@@ -54,6 +55,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                    help=f"asked after a short answer ({CONTINUE_PROMPT})")  # fmt: skip
     p.add_argument("--continue-below", type=int, default=CONTINUE_BELOW, metavar="TOKENS",
                    help=f"an answer with fewer tokens is short ({CONTINUE_BELOW}); 0: one turn")  # fmt: skip
+    p.add_argument("--raw", action="store_true", help="--prompt is complete, with <ImageHere> where the "
+                   "image goes, and there is one turn")  # fmt: skip
     p.add_argument("--samples", type=int, default=1, help="descriptions of each image (1)")
     p.add_argument("--num-images", type=int, metavar="N",
                    help="describe so many images, drawn with --seed (all)")  # fmt: skip
@@ -83,6 +86,10 @@ def _check(args: argparse.Namespace) -> None:
             f"--samples={args.samples} with --temperature=0 would be {args.samples} equal "
             "descriptions; raise the temperature"
         )
+    if args.raw and chat_templates.IMAGE_TAG not in args.prompt:
+        raise UserError(f"--raw: --prompt={args.prompt!r} has no {chat_templates.IMAGE_TAG}")
+    if args.raw and (args.system is not None or args.template is not None):
+        raise UserError("--raw: --system and --template are parts of a template; leave them out")
     for name in ("prompt", "continue_prompt"):
         if not getattr(args, name).strip():
             raise UserError(f"--{name.replace('_', '-')} is empty; expected a question")
@@ -168,11 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not output.remaining:
         return _finish(f"all {len(rows)} rows are described already", output, args)
     model = common.load_model(args)
-    template = chat_templates.chat_format(model.config, model.tokenizer, args.template)
+    template = (
+        RawPrompts()
+        if args.raw
+        else chat_templates.chat_format(model.config, model.tokenizer, args.template)
+    )
     # The model's own template ends an answer with its end symbol.
     stop = template.stop if args.template else ()
     config = GenerationConfig.merge(config, {"stop": (*stop, *config.stop)})
-    instructions = Instructions(args.prompt, args.continue_prompt, args.continue_below, args.system)
+    instructions = Instructions(
+        args.prompt, args.continue_prompt, 0 if args.raw else args.continue_below, args.system
+    )
     describer = Describer(model, template, instructions, config)
     with output:
         describe_all(describer, tasks, len(rows), output, args.batch_size)
