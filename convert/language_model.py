@@ -112,6 +112,11 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> LanguageModelFiles:
     notes = []
     if unused := source.unused_fields():
         notes.append(f"{path}: {', '.join(unused)}: metadata that is not known here and not used")
+    if source.field("tokenizer.ggml.model") == "gpt2" and not source.field("tokenizer.ggml.pre"):
+        notes.append(
+            f"{path} does not say how its tokenizer splits words (tokenizer.ggml.pre), so it may split "
+            "them otherwise than in training; --tokenizer=DIR gives the model's own"
+        )
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     table = gguf_table(heads, kv_heads, source.architecture in PERMUTED)

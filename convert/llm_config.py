@@ -1,6 +1,8 @@
 """The language model's configuration: every field of config.json is used, harmless, or named to the user."""
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,22 @@ _HARMLESS = {
     "rope_interleaved", "rope_parameters", "head_dim", "sliding_window", "transformers.js_config",
     "task_specific_params", "num_labels", "license",
 }  # fmt: skip
+# What the fields that are used may be. null is as if a field were absent, except for numbers and those
+# that are required.
+_SIZES = (
+    *REQUIRED_LLM_FIELDS, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta")
+_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
+_OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config")
+_OTHERS = ("model_type", "hidden_act", "layer_types", "max_window_layers")
+# Fields of transformers' classes that do not change the logits.
+_UNUSED_BY_MODELS = {
+    "transformers_version", "architectures", "output_hidden_states", "output_attentions",
+    "return_dict", "dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
+    "problem_type", "initializer_range", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path",
+}  # fmt: skip
 
 
 def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfig:
@@ -32,18 +50,14 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
     model_type = values.get("model_type")
     if model_type not in SUPPORTED_LLMS or any(key not in values for key in REQUIRED_LLM_FIELDS):
         return llm_config_from_hf(values)  # raises
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "an unknown method")
+    _check_values(values, label)
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "an unknown method")
         raise UserError(
             f"{label}: quantization_config: the weights are quantized by {method}, which is not read; "
             "convert the original weights, or a GGUF file, and add --quantize=int8 or int4"
         )
-    # transformers changes dictionaries that it is given
-    fields = {key: copy.deepcopy(v) for key, v in values.items() if key != "model_type"}
-    try:
-        resolved = AutoConfig.for_model(model_type, **fields).to_dict()
-    except Exception as e:  # its checks raise several types
-        raise UserError(f"{label}: transformers refuses it: {one_line(e)}") from None
+    resolved = _resolve(values, label)
     other = set(values.get("layer_types") or ()) - {"full_attention"}
     window = resolved.get("use_sliding_window") and resolved.get("sliding_window")
     if other and not window:
@@ -63,12 +77,64 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
         notes.append(
             f"{label}: {', '.join(unused)}: not used, as in transformers' {model_type} models"
         )
+    used = {*_SIZES, *_NUMBERS, *_SWITCHES, *_OBJECTS, *_OTHERS}
+    if new := sorted(
+        key
+        for key, value in values.items()
+        if key in known and key not in used | _UNUSED_BY_MODELS and value != known[key]
+    ):
+        notes.append(
+            f"{label}: {', '.join(new)}: not used here, though this version of transformers has it for "
+            f"{model_type} models; compare the answers"
+        )
     for key in ("rope_scaling", "rope_theta"):  # they are in rope_parameters
         resolved.pop(key, None)
     if model_type in ("llama", "mistral"):  # whose classes have no such fields
         for key in {"sliding_window", "layer_types", "attention_bias", "mlp_bias"} - known.keys():
             resolved.pop(key, None)
     return llm_config_from_hf(resolved)
+
+
+def _check_values(values: dict[str, Any], label: str) -> None:
+    """UserError: a field that is used has a value of another type, or one that no model has."""
+    expected: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+        (_SIZES, "a positive integer", lambda v: type(v) is int and v > 0),
+        (_NUMBERS, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
+        (_SWITCHES, "true or false", lambda v: type(v) is bool),
+        (_OBJECTS, "an object", lambda v: isinstance(v, dict)),
+        (("layer_types",), "a list", lambda v: isinstance(v, list)),
+    ]
+    for names, what, fits in expected:
+        for name in names:
+            value = values.get(name)
+            may_be_null = name not in (*REQUIRED_LLM_FIELDS, *_NUMBERS)
+            if name in values and not (value is None and may_be_null) and not fits(value):
+                raise UserError(f"{label}: {name} is {value!r}; expected {what}")
+
+
+def _resolve(values: dict[str, Any], label: str) -> dict[str, Any]:
+    """All fields, those that are absent with the defaults of transformers' configuration class.
+
+    UserError: the class refuses a value; the message names its field.
+    """
+    from transformers import AutoConfig
+
+    def resolve(values: dict[str, Any]) -> dict[str, Any]:
+        values = copy.deepcopy(values)  # transformers changes dictionaries that it is given
+        fields: dict[str, Any] = AutoConfig.for_model(values.pop("model_type"), **values).to_dict()
+        return fields
+
+    try:
+        return resolve(values)
+    except Exception as e:  # its checks raise several types
+        error = one_line(e)
+    for name in sorted(values.keys() - {"model_type"}):
+        try:
+            resolve({key: value for key, value in values.items() if key != name})
+        except Exception:
+            continue
+        raise UserError(f"{label}: {name}: transformers refuses {values[name]!r}: {error}")
+    raise UserError(f"{label}: transformers refuses it: {error}")
 
 
 def resolve_tied_embeddings(

@@ -86,18 +86,12 @@ class Gguf:
             )
         if self.field(f"{arch}.expert_count"):
             raise UserError(f"{self.path} is a mixture of experts, which is not supported")
-        self._check_fields()
         config: dict[str, Any] = {"model_type": ARCHITECTURES[arch]}
         for key, gguf_field in _FIELDS.items():
-            value = self.field(f"{arch}.{gguf_field}")
-            if isinstance(value, list):
-                if len(set(value)) != 1:
-                    raise UserError(
-                        f"{self.path}: {arch}.{gguf_field} differs between layers: not supported"
-                    )
-                value = value[0]
+            value = self._number(f"{arch}.{gguf_field}")
             if value is not None:
                 config[key] = value
+        self._check_fields()
         if window := self.field(f"{arch}.attention.sliding_window"):
             if arch != "llama":
                 raise UserError(
@@ -111,18 +105,44 @@ class Gguf:
         config["rms_norm_eps"] = _undo_float32(config["rms_norm_eps"])
         return self._add_from_tensors(config)
 
+    def _number(self, name: str) -> int | float | None:
+        """A size or a factor of the model. UserError: it is not one positive number for all layers."""
+        value = self.field(name)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise UserError(f"{self.path}: {name} differs between layers: not supported")
+            value = value[0]
+        if value is None:
+            return None
+        kinds: tuple[type, ...] = (int,)
+        expected = "a positive integer"
+        if name.endswith(_FRACTIONS):
+            kinds, expected = (int, float), "a positive number"
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise UserError(f"{self.path}: {name} is {value!r}; expected {expected}")
+        number: int | float = value
+        return number
+
     def _add_from_tensors(self, config: dict[str, Any]) -> dict[str, Any]:
         """Add the values that follow from the tensors, and the rotary embedding."""
-        arch, names = self.architecture, self.tensors
-        if "token_embd.weight" not in names:
+        arch, tensors = self.architecture, self.tensors
+        if "token_embd.weight" not in tensors:
             raise UserError(
                 f"{self.path} has no token_embd.weight: it does not hold a language model"
             )
-        config["vocab_size"] = names["token_embd.weight"].shape[0]
-        config["tie_word_embeddings"] = "output.weight" not in names
-        config["attention_bias"] = "blk.0.attn_q.bias" in names
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in names
-        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        config["tie_word_embeddings"] = "output.weight" not in tensors
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        if "head_dim" not in config:
+            width, heads = config["hidden_size"], config["num_attention_heads"]
+            if width % heads:
+                names = " and ".join(f"{arch}.{name}" for name in _WIDTH_AND_HEADS)
+                raise UserError(
+                    f"{self.path}: {names} are {width} and {heads}, which do not divide, "
+                    f"and {arch}.attention.key_length is absent"
+                )
+            config["head_dim"] = width // heads
         rotated = self.field(f"{arch}.rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:
             raise UserError(
@@ -130,7 +150,7 @@ class Gguf:
                 "not supported"
             )
         config |= self._rope_scaling(config)
-        if "rope_freqs.weight" in names:
+        if "rope_freqs.weight" in tensors:
             config["rope_scaling"] = self._llama3_scaling(config)
         return config
 
@@ -166,13 +186,15 @@ class Gguf:
             )
 
     def unused_fields(self) -> list[str]:
-        """Metadata of the architecture that is neither used nor known not to matter."""
+        """Metadata that is neither used nor known not to matter."""
         known = {*_FIELDS.values(), *_UNSUPPORTED, *_USED, *_HARMLESS}
-        prefix = f"{self.architecture}."
+        names = {f"{self.architecture}.{name}" for name in known}
+        names |= {f"tokenizer.ggml.{name}" for name in _TOKENIZER}
+        names |= {name for name in _TOKENIZER_SWITCHES if not self.field(name)}
         return sorted(
             name
             for name in self._values
-            if name.startswith(prefix) and name.removeprefix(prefix) not in known
+            if name not in names and not name.startswith(_HARMLESS_PREFIXES)
         )
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +224,7 @@ _FIELDS = {
     "rope_theta": "rope.freq_base",
     "max_position_embeddings": "context_length",
 }
+_FRACTIONS = (_FIELDS["rms_norm_eps"], _FIELDS["rope_theta"])  # the others are integers
 # Metadata (GGUF specification; llama.cpp's LLM_KV names) that is read elsewhere in this file,
 _WIDTH_AND_HEADS = ("embedding_length", "attention.head_count")
 _USED = (
@@ -224,6 +247,22 @@ _UNSUPPORTED: dict[str, Any] = {
     "leading_dense_block_count": 0, "attention.layer_norm_epsilon": None,
     "attention.group_norm_epsilon": None, "swin_norm": False,
 }  # fmt: skip
+# Metadata of the tokenizer that gguf_tokenizer.py reads, or that does not change the ids of a prompt: its
+# end follows from the chat template, and tokens for infilling, classes and masks are not used.
+_TOKENIZER = (
+    "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token",
+    "add_space_prefix", "remove_extra_whitespaces", "bos_token_id", "eos_token_id",
+    "unknown_token_id", "padding_token_id", "eot_token_id", "eom_token_id", "seperator_token_id",
+    "mask_token_id", "cls_token_id", "prefix_token_id", "suffix_token_id", "middle_token_id",
+    "fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id", "fim_pad_token_id",
+    "fim_rep_token_id", "fim_sep_token_id",
+)  # fmt: skip
+_TOKENIZER_SWITCHES = ("tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_sep_token")  # only off
+# How the file was made, what it is called, how its author samples, and other templates and tokenizers.
+_HARMLESS_PREFIXES = (
+    "GGUF.", "general.", "split.", "quantize.", "imatrix.", "tokenizer.chat_template",
+    "tokenizer.huggingface.json", "tokenizer.rwkv.",
+)  # fmt: skip
 _NEEDED = (
     "hidden_size",
     "num_hidden_layers",

@@ -21,23 +21,37 @@ def tokenizer_files(source: Gguf) -> dict[str, bytes]:
         raise UserError(f"{source.path} has no tokenizer: give --tokenizer=DIR")
     if len(set(tokens)) != len(tokens):
         raise UserError(f"{source.path}: a token is twice in its vocabulary: give --tokenizer=DIR")
-    token_types = source.field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    if model == "gpt2":
-        files = {"tokenizer.json": _byte_level(source, tokens, token_types).encode()}
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    elif model == "llama":
-        scores = source.field("tokenizer.ggml.scores") or [0.0] * len(tokens)
-        prefix = source.field("tokenizer.ggml.add_space_prefix", True)
-        files = {"tokenizer.model": sentencepiece_model(tokens, scores, token_types, bool(prefix))}
-        # legacy: a space before the text behind a special token, as in most directories of this family
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
-    else:
+    if model not in ("gpt2", "llama"):
         raise UserError(
             f"{source.path}: tokenizer {model!r} is not supported: give --tokenizer=DIR"
         )
+    token_types = _of_each_token(source, "token_type", tokens)
+    if model == "gpt2":
+        files = {"tokenizer.json": _byte_level(source, tokens, token_types).encode()}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        scores = _of_each_token(source, "scores", tokens)
+        prefix = source.field("tokenizer.ggml.add_space_prefix", True)
+        strip = source.field("tokenizer.ggml.remove_extra_whitespaces", False)
+        content = sentencepiece_model(tokens, scores, token_types, bool(prefix), bool(strip))
+        files = {"tokenizer.model": content}
+        # legacy: a space before the text behind a special token, as in most directories of this family
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
     config |= _tokenizer_config(source, tokens)
     files["tokenizer_config.json"] = json.dumps(config, indent=1, ensure_ascii=False).encode()
     return files
+
+
+def _of_each_token(source: Gguf, name: str, tokens: list[str]) -> list[Any]:
+    """A list in the metadata with a value for each token. UserError: it is absent or of another length."""
+    values = source.field(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or len(values) != len(tokens):
+        found = f"{len(values)} values" if isinstance(values, list) else "no list"
+        raise UserError(
+            f"{source.path}: tokenizer.ggml.{name} has {found} for {len(tokens)} tokens: "
+            "give --tokenizer=DIR"
+        )
+    return values
 
 
 def _tokenizer_config(source: Gguf, tokens: list[str]) -> dict[str, Any]:
@@ -48,6 +62,11 @@ def _tokenizer_config(source: Gguf, tokens: list[str]) -> dict[str, Any]:
         i = source.field(f"tokenizer.ggml.{gguf_name}_token_id")
         if i is not None and 0 <= i < len(tokens):
             config[f"{name}_token"] = tokens[i]
+        elif i is not None and name != "pad":  # padding is masked; some files say -1 for none
+            raise UserError(
+                f"{source.path}: tokenizer.ggml.{gguf_name}_token_id is {i}, but there are "
+                f"{len(tokens)} tokens: give --tokenizer=DIR"
+            )
     if (add := source.field("tokenizer.ggml.add_bos_token")) is not None:
         config["add_bos_token"] = bool(add)
     if template := source.field("tokenizer.chat_template"):
@@ -91,6 +110,8 @@ def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
             "give --tokenizer=DIR with the model's tokenizer.json"
         )
     merges = [_parse_merge(m) for m in source.field("tokenizer.ggml.merges") or []]
+    if not merges:
+        raise UserError(f"{source.path} has no tokenizer.ggml.merges: give --tokenizer=DIR")
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         bpe = models.BPE(vocab, merges, ignore_merges=pre in _IGNORE_MERGES)
@@ -120,10 +141,15 @@ def _parse_merge(text: str) -> tuple[str, str]:
 
 
 def sentencepiece_model(
-    tokens: list[str], scores: list[float], token_types: list[int], prefix: bool
+    tokens: list[str],
+    scores: list[float],
+    token_types: list[int],
+    prefix: bool,
+    strip: bool = False,
 ) -> bytes:
     """A sentencepiece ModelProto (sentencepiece_model.proto) like LLaMA's: BPE, byte fallback and no
-    normalization. prefix: whether a space is put before the text."""
+    normalization. prefix: whether a space is put before the text; strip: whether repeated spaces are
+    removed."""
     pieces = []
     for token, score, token_type in zip(tokens, scores, token_types, strict=True):
         piece = _bytes(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _int(3, token_type)
@@ -132,7 +158,7 @@ def sentencepiece_model(
     ids = {40: unknown, 41: _index(tokens, "<s>"), 42: _index(tokens, "</s>"), 43: -1}
     trainer = _int(3, 2) + _int(4, len(tokens)) + _int(35, BYTE in token_types)
     trainer += b"".join(_int(k, v) for k, v in ids.items())
-    normalizer = _bytes(1, b"identity") + _int(3, prefix) + _int(4, 0) + _int(5, 1)
+    normalizer = _bytes(1, b"identity") + _int(3, prefix) + _int(4, strip) + _int(5, 1)
     return b"".join(pieces) + _bytes(2, trainer) + _bytes(3, normalizer)
 
 

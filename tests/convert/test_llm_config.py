@@ -1,7 +1,9 @@
 """No field of config.json or GGUF metadata is lost: the logits of transformers, or one line that names it."""
 
+import copy
 import re
 import warnings
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,12 @@ from helpers.gguf_files import gguf, write_gguf
 from helpers.released_files import llm_config as hf_values
 from helpers.released_files import llm_state, save_hf
 
+import convert.formats.gguf as gguf_module
+import convert.llm_config as llm_config_module
 from convert.build import build
 from convert.build_plan import BuildRequest, make_plan
 from convert.formats.gguf import Gguf
+from convert.formats.gguf_tokenizer import tokenizer_files
 from convert.llm_config import llm_config
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.errors import UserError
@@ -28,7 +33,7 @@ BASE = {
 IDS = np.random.default_rng(0).integers(3, 700, (1, 24))
 # field -> other values that it may have
 CHANGES = {
-    "rope_theta": [700.0],
+    "rope_theta": [700.0, None],
     "rope_scaling": [
         {"type": "linear", "factor": 3.0}, {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -170,51 +175,162 @@ def test_every_field_is_used_or_refused(our_logits, model_type, tmp_path):
     assert compared > 25 and refused > 5, (compared, refused)
 
 
-GGUF_CHANGES = {
-    "llama.rope.scale_linear": 4.0, "llama.rope.scaling.type": "yarn",
-    "llama.attention.causal": False, "llama.attention.clamp_kqv": 8.0,
-    "llama.attention.max_alibi_bias": 8.0, "llama.use_parallel_residual": True,
-    "llama.logit_scale": 0.5, "llama.residual_scale": 0.5, "llama.embedding_scale": 12.0,
-    "llama.attention.scale": 0.1, "llama.expert_count": 8, "llama.rope.dimension_count": 2,
-    "llama.attention.value_length": 8, "llama.final_logit_softcapping": 30.0,
-    "llama.attention.layer_norm_epsilon": 1e-5, "llama.attention.sliding_window": 8,
-    "llama.something.new": 3, "llama.rope.freq_base": 700.0,
+WRONG = [None, "x", "", -1, 0, [], ["a"], {"a": 1}, 2.5, True, float("nan")]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_value_that_no_model_has_is_refused_by_name(model_type):
+    from transformers import AutoConfig
+
+    values = values_of(model_type)
+    plain = llm_config(values, "config.json", [])
+    fields = {*values, *AutoConfig.for_model(model_type).to_dict(), *BASE, *CHANGES}
+    accepted = set()
+    for field in sorted(fields - {"model_type"}):
+        for value in WRONG:
+            try:
+                changed = llm_config(values | {field: value}, "config.json", notes := [])
+            except UserError as e:
+                assert field in str(e) and "\n" not in str(e), (field, value, str(e))
+                continue
+            if changed != plain and value is not None:
+                accepted.add((field, value))
+            elif field not in plain_fields() and value is not None:
+                assert any(field in note for note in notes), (field, value)
+    assert accepted <= {
+        ("rms_norm_eps", 2.5), ("rope_theta", 2.5), ("attention_bias", True), ("mlp_bias", True),
+        ("tie_word_embeddings", True),
+    }  # fmt: skip
+
+
+def plain_fields():
+    """Fields that may have any value without a word: they do not change the logits."""
+    return {
+        *llm_config_module._UNUSED_BY_MODELS, *llm_config_module._HARMLESS,
+        *llm_config_module._SIZES, *llm_config_module._NUMBERS, *llm_config_module._SWITCHES,
+        *llm_config_module._OBJECTS, *llm_config_module._OTHERS, "partial_rotary_factor",
+    }  # fmt: skip
+
+
+def test_a_field_that_a_newer_transformers_has_is_named(monkeypatch):
+    known = llm_config_module._UNUSED_BY_MODELS
+    monkeypatch.setattr(llm_config_module, "_UNUSED_BY_MODELS", known - {"attention_dropout"})
+    for value, named in ((0.0, False), (0.5, True)):
+        llm_config(values_of("llama", attention_dropout=value), "config.json", notes := [])
+        assert any("attention_dropout" in note for note in notes) == named
+
+
+# key of GGUF's specification -> (value, change of config.json that says the same)
+GGUF_USED = {
+    "llama.rope.freq_base": (700.0, {"rope_theta": 700.0}),
+    "llama.rope.scale_linear": (4.0, {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama.attention.layer_norm_rms_epsilon": (0.5, {"rms_norm_eps": 0.5}),
+    "llama.attention.head_count_kv": (1, {"num_key_value_heads": 1}),
+    "llama.attention.sliding_window": (8, {"model_type": "mistral", "sliding_window": 8}),
+    "llama.context_length": (77, {"max_position_embeddings": 77}),
+    "llama.feed_forward_length": (3, {"intermediate_size": 3}),
+    "llama.block_count": (3, {"num_hidden_layers": 3}),
+}
+# What does not change logits, or says what tensors say too.
+GGUF_HARMLESS = {
+    "llama.vocab_size", "llama.tensor_data_layout", "llama.expert_used_count",
+    "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned",
+    "llama.rope.scaling.yarn_log_multiplier", "llama.attention.sliding_window_pattern",
+    # without a type and a factor of the scaling there is none
+    "llama.rope.scaling.factor",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GGUF_CHANGES)
-def test_every_field_of_gguf_is_used_refused_or_named(tmp_path, monkeypatch, name):
+@pytest.fixture(scope="module")
+def gguf_model(tmp_path_factory):
     config = hf_values(head_dim=4, hidden_size=16)
-    value = GGUF_CHANGES[name]
-    plain = Gguf(write_gguf(tmp_path / "a.gguf", config, llm_state(config))).hf_config()
+    path = tmp_path_factory.mktemp("gguf") / "a.gguf"
+    return Gguf(write_gguf(path, config, llm_state(config)))
 
-    header = gguf.GGUFWriter.write_header_to_file
-    monkeypatch.setattr(
-        gguf.GGUFWriter, "write_header_to_file", lambda w, *a: (_put(w, name, value), header(w))
+
+def with_field(source, name, value):
+    """The same file with another metadata value; None: without it."""
+    changed = copy.copy(source)
+    changed._values = {k: v for k, v in source._values.items() if k != name}
+    if value is not None:
+        changed._values[name] = SimpleNamespace(contents=lambda: value)
+    return changed
+
+
+def gguf_keys():
+    """All keys of the specification, as the gguf library lists them."""
+    for group in ("LLM", "Attention", "Rope", "SSM", "Tokenizer", "Split", "General"):
+        for key in vars(getattr(gguf.Keys, group)).values():
+            if isinstance(key, str) and "{" not in key.replace("{arch}", ""):
+                yield key.format(arch="llama")
+
+
+@pytest.mark.parametrize("name", GGUF_USED)
+def test_fields_of_gguf_say_what_those_of_config_json_say(gguf_model, name):
+    value, change = GGUF_USED[name]
+    plain = gguf_model.hf_config()
+    assert llm_config(with_field(gguf_model, name, value).hf_config(), "", []) == llm_config(
+        plain | change, "", []
     )
-    path = write_gguf(tmp_path / "b.gguf", config, llm_state(config))
-    source = Gguf(path)
-    try:
-        changed = source.hf_config()
-        resolved = llm_config(changed, str(path), [])
-    except UserError as e:
-        assert (
-            name.removeprefix("llama.") in str(e)
-            or name.split(".")[-1] in str(e)
-            or (
-                name
-                in ("llama.rope.dimension_count", "llama.expert_count", "llama.rope.scaling.type")
-            )
-        ), str(e)
-        assert "\n" not in str(e)
-        return
-    assert resolved != llm_config(plain, "", []) or name in source.unused_fields()
 
 
-def _put(writer, name, value):
-    writer.kv_data[0].pop(name, None)
-    kinds = {
-        bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32,
-        str: writer.add_string,
-    }  # fmt: skip
-    kinds[type(value)](name, value)
+@pytest.mark.parametrize("value", [3, 0.5, -1, "x", True, [1, 2]])
+def test_every_key_of_gguf_is_used_refused_or_named(gguf_model, value):
+    plain = llm_config(gguf_model.hf_config(), "", [])
+    silent = set()
+    for name in gguf_keys():
+        source = with_field(gguf_model, name, value)
+        try:
+            changed = llm_config(source.hf_config(), "a.gguf", [])
+        except UserError as e:
+            words = {name, *name.split("."), name.rpartition(".")[2].rpartition("_")[0]}
+            words |= {"mixture of experts"} if "expert_count" in name else set()
+            words |= {"dimensions rotate"} if "dimension_count" in name else set()
+            assert "\n" not in str(e) and any(word and word in str(e) for word in words), (name, e)
+            continue
+        if changed == plain and name not in source.unused_fields():
+            silent.add(name)
+    architecture = {name for name in silent if name.startswith("llama.")}
+    used = set(GGUF_USED) | {f"llama.{name}" for name in gguf_module._FIELDS.values()}
+    same = {name for name in used if gguf_model.field(name) == value}
+    neutral = {f"llama.{name}" for name, v in gguf_module._UNSUPPORTED.items() if v == value}
+    assert architecture <= GGUF_HARMLESS | same | neutral
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding_length", "block_count", "attention.head_count", "feed_forward_length",
+             "attention.layer_norm_rms_epsilon"],
+)  # fmt: skip
+def test_a_required_field_that_is_absent_or_renamed_is_named(gguf_model, name):
+    with pytest.raises(UserError, match=f"llama.{name}"):
+        with_field(gguf_model, f"llama.{name}", None).hf_config()
+
+
+def test_fields_under_another_name_are_named(gguf_model):
+    for name in ("llama.rope.base", "mistral.rope.freq_base", "rope.freq_base", "tokenizer.ggml.x"):
+        assert with_field(gguf_model, name, 3.0).unused_fields() == [name]
+    assert with_field(gguf_model, "tokenizer.ggml.add_eos_token", True).unused_fields()
+    assert not gguf_model.unused_fields()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("scores", None, "tokenizer.ggml.scores has no list"),
+        ("scores", [1.0], "tokenizer.ggml.scores has 1 values for"),
+        ("token_type", None, "tokenizer.ggml.token_type has no list"),
+        ("bos_token_id", 10**6, "tokenizer.ggml.bos_token_id is 1000000"),
+        ("eos_token_id", -1, "tokenizer.ggml.eos_token_id is -1"),
+        ("model", "t5", "tokenizer 't5' is not supported"),
+        ("model", None, "has no tokenizer"),
+        ("tokens", None, "has no tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(gguf_model, name, value, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        tokenizer_files(with_field(gguf_model, f"tokenizer.ggml.{name}", value))
+
+
+def test_byte_level_tokens_need_merges(gguf_model):
+    with pytest.raises(UserError, match=r"no tokenizer\.ggml\.merges"):
+        tokenizer_files(with_field(gguf_model, "tokenizer.ggml.model", "gpt2"))
