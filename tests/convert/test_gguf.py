@@ -191,6 +191,7 @@ def test_unknown_pre_tokenizer_lists_the_known(tmp_path):
             return {
                 "tokenizer.ggml.model": "gpt2",
                 "tokenizer.ggml.tokens": ["a"],
+                "tokenizer.ggml.token_type": [1],
                 "tokenizer.ggml.pre": "martian",
             }.get(name, default)
 
