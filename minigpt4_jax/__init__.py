@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from minigpt4_jax.errors import UserError
     from minigpt4_jax.inference.conversation import Conversation
     from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
-    from minigpt4_jax.inference.model import Model, load
+    from minigpt4_jax.inference.loading import load
+    from minigpt4_jax.inference.model import Model
     from minigpt4_jax.training.trainer import train
 
 __all__ = [
@@ -23,7 +24,7 @@ _MODULES = {
     "GenerationOutput": "minigpt4_jax.inference.generation_config",
     "Model": "minigpt4_jax.inference.model",
     "UserError": "minigpt4_jax.errors",
-    "load": "minigpt4_jax.inference.model",
+    "load": "minigpt4_jax.inference.loading",
 }
 
 

@@ -18,7 +18,7 @@ from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.parameters import named_tensors
 from minigpt4_jax.inference import engine
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
-from minigpt4_jax.inference.model import load
+from minigpt4_jax.inference.loading import load
 from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing.images import load_pixels, normalize

@@ -145,7 +145,7 @@ def _parse_value(name: str, value: str, kind: Any) -> Any:
 def load_model(args: argparse.Namespace) -> "Model":
     """Load the model that the command line names. UserError: also a chat template that it cannot use."""
     from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
-    from minigpt4_jax.inference import model
+    from minigpt4_jax.inference.loading import load
     from minigpt4_jax.processing.chat_templates import chat_format
     from minigpt4_jax.processing.tokenizer import load_tokenizer
 
@@ -153,7 +153,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         config = read_config(args.model)
         tokenizer = load_tokenizer(tokenizer_dir(args.model, args.base), config.tokenizer.kind)
         chat_format(config, tokenizer, args.template)
-    return model.load(
+    return load(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
         base=args.base, allow_nonfinite=args.allow_nonfinite, exif=args.exif,
     )  # fmt: skip

@@ -1,20 +1,13 @@
-"""The Python interface: load a model directory, encode images, score answers, generate text."""
+"""The Python interface of a model: generate text, score answers, encode images."""
 
-import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from minigpt4_jax.checkpoint.loader import load_model
-from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
-from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.conversation import Conversation
@@ -25,90 +18,13 @@ from minigpt4_jax.inference.preprocess import ImageGroups, Images, match_images
 from minigpt4_jax.inference.scoring import Scorer, answer_rows, candidates_by_prompt, padded_mean
 from minigpt4_jax.inference.text_generator import TextGenerator, raise_failure
 from minigpt4_jax.inference.visual_tokens import VisualTokens
-from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.parallel.sharding import inference_mesh
-from minigpt4_jax.processing.chat_templates import ChatTemplate, chat_format
+from minigpt4_jax.processing.chat_templates import ChatTemplate
 from minigpt4_jax.processing.images import ImageSource
 from minigpt4_jax.processing.sequences import TokenSequence
-from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
-from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
+from minigpt4_jax.processing.tokenizer import Tokenizer
 
 SCORE_BLOCK = 32  # prompts whose images are encoded before their answers are scored
-
-
-def load(
-    model_dir: str | Path,
-    dtype: str | None = None,
-    *,
-    quantize: str | None = None,
-    merge_lora: bool = False,
-    kv_cache: str | None = None,
-    mesh: str | Mesh | None = None,
-    base: str | Path | None = None,
-    allow_nonfinite: bool = False,
-    exif: bool = False,
-) -> "Model":
-    """Load a model directory (written by `python -m convert build` or by training).
-
-    Args:
-        model_dir: a local path, gs://..., or the id of a model directory on the Hugging Face hub, such
-            as "org/name" or "org/name@revision", which is downloaded into huggingface_hub's cache.
-        dtype: "float32" or "bfloat16" for the large matrices. By default bfloat16, except on a CPU
-            with enough memory for the model in float32.
-        quantize: "int8" or "int4" quantizes the matrices of the language model and the vision encoder
-            while they are read (the embedding to int8). Not needed for a directory that is
-            quantized already.
-        merge_lora: merge LoRA into the weights, which makes it free at inference. Exact up to rounding
-            in dtype; in bfloat16 a small update may be lost.
-        kv_cache: "int8" stores keys and values in 8 bits, half the size of bfloat16.
-        mesh: devices to use: sizes such as "data:2,model:4" (two groups of devices with different
-            rows of a batch, every matrix split over the four of a group; see
-            minigpt4_jax/parallel/sharding.py), "auto" for all devices, or a Mesh. By default the first
-            device.
-        base: the model that `model_dir` was trained on, if it is no longer where model.json says;
-            its fingerprint is compared.
-        allow_nonfinite: load weights that are NaN or infinite too. By default they are an error.
-        exif: rotate images as their EXIF orientation says, as a viewer shows a phone's photo. The
-            original ignores it, and so do the published datasets with boxes.
-
-    Compiled programs are kept on disk, in the folder that the environment variable MINIGPT4_JAX_CACHE
-    names, by default ~/.cache/minigpt4_jax; "off" keeps none. A jax_compilation_cache_dir of your own
-    is used instead.
-
-    UserError: not a model directory, damaged, a missing or another base, an unknown or another
-    quantization, LoRA to be merged into quantized weights, or a mesh that does not fit the devices.
-    """
-    if kv_cache not in (None, "int8"):
-        raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's dtype")
-    enable_compilation_cache()
-    config = read_config(model_dir)
-    if config.is_stage1 and kv_cache is not None:
-        raise UserError(f"kv_cache {kv_cache!r}: {model_dir} has no language model")
-    if isinstance(mesh, str):
-        mesh = inference_mesh(mesh, config)
-    if dtype is None:
-        dtype = _default_dtype(config)
-    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
-    chat_format(config, tokenizer)  # an unknown one is an error before the weights are read
-    module, config = load_model(
-        model_dir,
-        dtype,
-        stacked=False,
-        quantize=quantize,
-        mesh=mesh,
-        base=base,
-        allow_nonfinite=allow_nonfinite,
-    )
-    if merge_lora:
-        for layer in lora_layers(module):
-            layer.merge()
-    if config.is_stage1:
-        from minigpt4_jax.inference.qformer_model import QFormerModel  # a subclass of Model
-
-        return QFormerModel(module, config, tokenizer, mesh, exif=exif)
-    module.llm.int8_cache = kv_cache == "int8"
-    return Model(module, config, tokenizer, mesh, exif=exif)
 
 
 class Model(TextGenerator):
@@ -350,11 +266,3 @@ class Model(TextGenerator):
                     tokens.raise_for(i)
                 visual.append(tokens)
             yield block, visual
-
-
-def _default_dtype(config: ModelConfig) -> str:
-    if jax.default_backend() != "cpu":
-        return "bfloat16"
-    size = 4 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "float32" if size < memory / 2 else "bfloat16"

@@ -212,7 +212,7 @@ def test_errors_are_one_line(chat_home, chat_command, changed, message):
 def test_an_unknown_template_is_told_before_the_weights_are_read(
     chat_home, chat_command, monkeypatch, template
 ):
-    monkeypatch.setattr("minigpt4_jax.inference.model.load_model", None)
+    monkeypatch.setattr("minigpt4_jax.inference.loading.load_model", None)
     code, out, err = chat_command(*ask(chat_home, f"--template={template}"))
     assert (code, out) == (2, "") and err.startswith(f"error: template {template!r}")
 

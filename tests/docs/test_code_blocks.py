@@ -30,7 +30,7 @@ import convert.cli
 from minigpt4_jax.cli import batch, chat, check_data, curate, serve, train
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data.config import DatasetConfig
-from minigpt4_jax.inference import model
+from minigpt4_jax.inference import loading
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.parallel import distributed
 from minigpt4_jax.training.config import TrainConfig
@@ -138,7 +138,7 @@ def done() -> set[str]:
 def load_once() -> Iterator[None]:
     """A model directory that has not changed is loaded, and its programs traced, once."""
     loaded: dict[object, Model] = {}
-    load = model.load
+    load = loading.load
 
     def load_or_reuse(model_dir: str | Path, *args: object, **options: object) -> Model:
         changed = max(path.stat().st_mtime_ns for path in Path(model_dir).iterdir())
@@ -148,7 +148,7 @@ def load_once() -> Iterator[None]:
         return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "load", load_or_reuse)
+        patch.setattr(loading, "load", load_or_reuse)
         yield
 
 

@@ -11,7 +11,8 @@ from helpers.paths import TOKENIZER
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.inference.model import Model, load
+from minigpt4_jax.inference.loading import load
+from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import load_pixels, normalize
