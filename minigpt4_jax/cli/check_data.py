@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1024  # examples that the threads get at once
 _MAX_TEXT = 300  # characters of a question or answer on the contact sheet
+_SHEET_SIDE = 320  # pixels of an image in the contact sheet: labels of boxes can be read
 
 
 class _Sample(NamedTuple):
@@ -103,7 +104,9 @@ def write_sheet(reports: Sequence[Report], path: Path) -> None:
         from minigpt4_jax.visualization.plots import contact_sheet  # matplotlib
 
         images, texts = [s.image for s in samples], [s.text for s in samples]
-        print(f"samples: {contact_sheet(images, texts, [None] * len(samples), path)}")
+        verdicts = [None] * len(samples)
+        sheet = contact_sheet(images, texts, verdicts, path, side=_SHEET_SIDE)
+        print(f"samples: {sheet}")
 
 
 def _datasets(c: TrainConfig) -> list[tuple[str, str, Callable[[], Source], bool]]:
