@@ -19,7 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """Ends normally after SIGTERM and SIGINT; uvicorn itself would raise the signal once more."""
+    """Ends normally after SIGTERM and SIGINT; uvicorn itself would raise the signal once more.
+
+    Attributes:
+        startup_error: why it cannot serve; None if it can.
+    """
+
+    startup_error: Exception | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -58,11 +64,14 @@ def make_server(
     /ready says no.
     """
 
+    others = app.router.lifespan_context  # of what is mounted
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
-        warming = asyncio.create_task(_get_ready(app, service, compiled))
-        yield
+        warming = asyncio.create_task(_get_ready(server, app, service, compiled))
+        async with others(app):
+            yield
         warming.cancel()
         # uvicorn has waited for the open requests already
         await asyncio.to_thread(service.scheduler.stop, 0)
@@ -72,24 +81,30 @@ def make_server(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
     )  # fmt: skip
-    return Server(config)
+    server = Server(config)
+    return server
 
 
-async def _get_ready(app: FastAPI, service: Service, compiled: bool) -> None:
+async def _get_ready(server: Server, app: FastAPI, service: Service, compiled: bool) -> None:
     if compiled:
         try:
             summary = await warm_up(service.scheduler)
-        except Exception:
-            log.exception("the programs cannot be compiled; the server never gets ready")
-            raise
+        except Exception as error:
+            server.startup_error, server.should_exit = error, True
+            return
         log.info("ready: %s", summary)
     app.state.ready = True
 
 
 def run(server: Server) -> None:
-    """Run a server until a signal ends it. UserError: the address cannot be used."""
+    """Run a server until a signal ends it.
+
+    UserError: the address cannot be used. RequestError: a program cannot be compiled or run.
+    """
     with contextlib.suppress(SystemExit):  # uvicorn has logged why
         server.run()
+    if server.startup_error is not None:
+        raise server.startup_error
     if not server.started:
         address = f"{server.config.host}:{server.config.port}"
         raise UserError(f"cannot listen on {address}; is another server running there?")

@@ -69,9 +69,9 @@ class _Warmer:
         for size in self._shapes.pieces:
             if size <= length:
                 cache = self.prefill(self._shapes.prompts[0]).cache
-                request = Request(tokens=[0] * (1 + size), max_new_tokens=1)
-                sizes, stages = self._shapes.with_cache(length), self._shapes.stages[-1]
                 start = min(1, length - size)
+                request = Request(tokens=[0] * (start + size), max_new_tokens=1)
+                sizes, stages = self._shapes.with_cache(length), self._shapes.stages[-1]
                 self._engine.resume(cache, start, request, sizes, stages, size)
 
     def decode(self, rows: int, length: int) -> None:

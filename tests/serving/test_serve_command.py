@@ -16,6 +16,7 @@ import minigpt4_jax
 from minigpt4_jax.cli import serve
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.serving.app import create_app
+from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.server import make_server, run
 
 
@@ -94,6 +95,19 @@ def test_a_port_in_use(folder):
         server = make_server(create_app(service), service, "127.0.0.1", port, compiled=False)
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
             run(server)
+
+
+def test_a_program_that_cannot_be_compiled_ends_the_server(folder, monkeypatch):
+    model = minigpt4_jax.load(folder)
+
+    def failing(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "encode_pixels", failing)
+    service = make_service(model)
+    server = make_server(create_app(service), service, "127.0.0.1", 0)
+    with pytest.raises(RequestError, match="out of memory"):
+        run(server)
 
 
 def test_the_limits_follow_the_memory(folder, monkeypatch):
