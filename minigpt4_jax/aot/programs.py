@@ -195,7 +195,9 @@ class AbstractEngine(Engine):
             ShapeDtypeStruct((rows, tokens), jnp.int32), integers,
             ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), integers,
             ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
-            SamplingParams(floats, integers, floats, floats, integers, floats, integers),
+            SamplingParams(
+                floats, integers, floats, floats, integers, floats, integers, floats, floats
+            ),
         )  # fmt: skip
         requests: BatchInputs = replicate_shapes(shapes, self.mesh)
         return requests

@@ -26,6 +26,8 @@ GENERATION_OPTIONS = {
     "top_k": Option(int, "0 is off"),
     "min_p": Option(float, "0 is off"),
     "repetition_penalty": Option(float, "1 is off"),
+    "frequency_penalty": Option(float, "for each time that a token was generated; 0 is off"),
+    "presence_penalty": Option(float, "of tokens that were generated; 0 is off"),
     "min_new_tokens": Option(int, "0 is off"),
     "max_new_tokens": Option(int, "tokens of an answer at most"),
     "seed": Option(int, "of random sampling"),
@@ -40,7 +42,10 @@ GENERATION_OPTIONS = {
     ),
     "compat": Option(bool, "count the BOS before an answer in penalties, as the original"),
 }
-SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # excluded by beam search
+# excluded by beam search
+SAMPLING_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
 
 
 def make_parser(command: str, description: str, *, model_required: bool = True) -> Parser:

@@ -34,8 +34,8 @@ class BatchShapes:
         longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
         self.cache_lengths = _steps([SMALLEST_CACHE << n for n in range(16)], longest)
         greedy = SamplingStages(False, 0, False, False)
-        filtered = SamplingStages(True, CANDIDATES, True, True)
-        everything = SamplingStages(True, 0, True, True)
+        filtered = SamplingStages(True, CANDIDATES, True, True, True)
+        everything = SamplingStages(True, 0, True, True, True)
         self.stages = [greedy, *([filtered] if vocab > CANDIDATES else []), everything]
 
     @property
@@ -88,4 +88,5 @@ def _covers(stages: SamplingStages, needed: SamplingStages) -> bool:
         enough_candidates
         and stages.repetition_penalty >= needed.repetition_penalty
         and stages.min_new_tokens >= needed.min_new_tokens
+        and stages.count_penalties >= needed.count_penalties
     )

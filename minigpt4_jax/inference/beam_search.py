@@ -33,7 +33,9 @@ Array: TypeAlias = Any  # of JAX inside the programs, of NumPy where they are ca
 UNUSED_BEAM = -1e9  # score of all beams but the first before the first step, as they are equal
 
 # Sampling parameters that beam search excludes, and the values that turn them off.
-_SAMPLING_OFF = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
+_SAMPLING_OFF = {
+    "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "frequency_penalty": 0, "presence_penalty": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class GenerationConfig:
         top_k: sample from this many of the most likely tokens; 0 is off.
         min_p: drop tokens less likely than this times the most likely one; 0 is off.
         repetition_penalty: divides the scores of tokens generated before (not the prompt's); 1 is off.
+        frequency_penalty: subtracted from a token's score for each time that it was generated; 0 is off.
+        presence_penalty: subtracted once from the scores of generated tokens; 0 is off.
         min_new_tokens: no stop token before this many.
         num_beams: more than 1 is beam search, which excludes sampling.
         length_penalty: beams are ranked by log-probability / length ** length_penalty. The length
@@ -75,6 +77,8 @@ class GenerationConfig:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -160,6 +164,7 @@ class GenerationConfig:
         params = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.repetition_penalty,
             self.min_new_tokens, self.min_p,
+            frequency_penalty=self.frequency_penalty, presence_penalty=self.presence_penalty,
         )  # fmt: skip
         if not self.compat or bos_id is None:
             return params

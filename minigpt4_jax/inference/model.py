@@ -182,6 +182,13 @@ class Model(TextGenerator):
         rows, nll = self._score_rows(images, prompts, answers, template=False)
         return padded_mean(rows, nll)
 
+    def top_logprobs(self, request: Request, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The most likely tokens at each place of an answer `ids` [N] to a request, by the model itself:
+        (ids [N, 20], log-probabilities [N, 20]), most likely first."""
+        return self._scorer.top_logprobs(
+            self._state, [*request.tokens, *ids], request.visual, len(ids)
+        )
+
     def multi_select(
         self,
         images: Images | None,

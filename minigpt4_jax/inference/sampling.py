@@ -1,6 +1,7 @@
 """Logits -> the next token of each row: penalties, filters, greedy or random choice.
 
 The order is that of transformers: repetition penalty, minimum length, temperature, top-k, top-p, min-p.
+OpenAI's frequency and presence penalties come after the repetition penalty.
 Every option is an array over rows, so rows with different options share one compiled program;
 `SamplingStages` says which stages a batch needs at all.
 """
@@ -27,6 +28,10 @@ class SamplingParams(NamedTuple):
     min_new_tokens: Any = 0  # no stop token before this many
     min_p: Any = 0.0  # drops tokens less likely than min_p times the most likely one; 0 keeps all
     prior_token: Any = -1  # penalized as if it had been generated; -1 is none
+    # OpenAI's penalties: subtracted from the score of a token once for each time that it was generated,
+    # and once if it was generated at all
+    frequency_penalty: Any = 0.0
+    presence_penalty: Any = 0.0
 
     def check(self) -> "SamplingParams":
         """Return self (plain numbers). UserError names the value that is out of range."""
@@ -37,6 +42,8 @@ class SamplingParams(NamedTuple):
             (self.repetition_penalty > 0, "repetition_penalty", "more than 0 (1 is off)"),
             (self.min_new_tokens >= 0, "min_new_tokens", "0 or more"),
             (0 <= self.min_p <= 1, "min_p", "0 (off) to 1"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2 (0 is off)"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2 (0 is off)"),
         ]
         for holds, name, expected in rules:  # not `x < 0`: NaN must fail too
             if not holds:
@@ -51,6 +58,7 @@ class SamplingStages(NamedTuple):
     num_candidates: int  # most likely tokens that a random choice considers; 0 is the vocabulary
     repetition_penalty: bool
     min_new_tokens: bool
+    count_penalties: bool = False  # frequency_penalty and presence_penalty
 
 
 def required_stages(rows: list[SamplingParams], vocab: int) -> SamplingStages:
@@ -63,14 +71,16 @@ def required_stages(rows: list[SamplingParams], vocab: int) -> SamplingStages:
         num_candidates=candidates if random and candidates < vocab else 0,
         repetition_penalty=any(row.repetition_penalty != 1 for row in rows),
         min_new_tokens=any(row.min_new_tokens > 0 for row in rows),
+        count_penalties=any(row.frequency_penalty or row.presence_penalty for row in rows),
     )
 
 
 def stack_sampling_params(rows: list[SamplingParams]) -> SamplingParams:
     """Parameters of single rows -> arrays [B]."""
     dtypes = SamplingParams(
-        np.float32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int32
-    )
+        np.float32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int32, np.float32,
+        np.float32,
+    )  # fmt: skip
     columns = zip(*rows, strict=True)
     return SamplingParams(*map(np.asarray, columns, dtypes))
 
@@ -90,6 +100,18 @@ def apply_repetition_penalty(logits: jax.Array, tokens: jax.Array, penalty: jax.
     scores = jnp.where(scores < 0, scores * penalty[:, None], scores / penalty[:, None])
     out_of_range = logits.shape[1]  # dropped
     return logits.at[rows, jnp.where(tokens < 0, out_of_range, tokens)].set(scores, mode="drop")
+
+
+def apply_count_penalties(
+    logits: jax.Array, generated: jax.Array, frequency: jax.Array, presence: jax.Array
+) -> jax.Array:
+    """Subtract the penalties [B] of OpenAI's API: logits [B, V] float32, generated [B, N], -1 is none."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    ids = jnp.where(generated < 0, logits.shape[1], generated)  # out of range: dropped
+    # a repeated id is set to the same value again, but subtracted from each time
+    present = logits[rows, jnp.maximum(generated, 0)] - presence[:, None]
+    logits = logits.at[rows, ids].set(present, mode="drop")
+    return logits.at[rows, ids].add(-jnp.broadcast_to(frequency[:, None], ids.shape), mode="drop")
 
 
 def forbid(logits: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
@@ -152,6 +174,10 @@ def sample(
     if stages.repetition_penalty:
         tokens = penalized_tokens(generated, params)
         logits = apply_repetition_penalty(logits, tokens, params.repetition_penalty)
+    if stages.count_penalties:
+        logits = apply_count_penalties(
+            logits, generated, params.frequency_penalty, params.presence_penalty
+        )
     if stages.min_new_tokens:
         logits = forbid(logits, stop_tokens, num_generated < params.min_new_tokens)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -21,6 +21,7 @@ from minigpt4_jax.processing.sequences import TokenSequence, build_row
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.rounding import next_power_of_two
 
+MAX_TOP = 20  # most likely tokens that `top_logprobs` returns
 SCORE_BATCH = 8  # rows through the language model at a time
 
 
@@ -126,6 +127,30 @@ class Scorer:
 
         self._nll = jax.jit(with_mesh(nll, mesh))
 
+        def top(
+            state: Any,
+            tokens: jax.Array,
+            visual: jax.Array,
+            length: jax.Array,
+            positions: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            return _top_logprobs(nnx.merge(graphdef, state), tokens, visual, length, positions)
+
+        self._top = jax.jit(with_mesh(top, mesh))
+
+    def top_logprobs(
+        self, state: Any, tokens: Sequence[int], visual: VisualTokens | None, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The MAX_TOP most likely tokens instead of each of the last `count` tokens of a row, by the model
+        itself: (ids [count, MAX_TOP], log-probabilities), most likely first."""
+        padded = np.zeros((1, bucket(len(tokens))), np.int32)
+        padded[0, : len(tokens)] = tokens
+        positions = np.zeros(bucket(count, 16), np.int32)  # of the tokens that predict them
+        positions[:count] = np.arange(len(tokens) - count, len(tokens)) - 1
+        stacked = stack_visual([visual], self._config.visual_tokens, self._config.visual_width)
+        ids, logprobs = self._top(state, padded, stacked, np.array([len(tokens)]), positions)
+        return np.asarray(ids)[:count], np.asarray(logprobs)[:count]
+
     def nll(
         self, state: Any, rows: Sequence[TokenSequence], visual: Sequence[VisualTokens | None]
     ) -> np.ndarray:
@@ -152,6 +177,18 @@ def _summed_nll(model: MiniGpt, batch: Batch, visual: jax.Array) -> jax.Array:
     embeds = model.merge(jnp.asarray(batch.tokens), visual)
     hidden = model.llm(embeds, jnp.asarray(batch.lengths))
     return constrain(model.label_nll(hidden, batch).sum(1))
+
+
+def _top_logprobs(
+    model: MiniGpt, tokens: jax.Array, visual: jax.Array, length: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """tokens [1, T], visual [1, I * P, D], length [1], positions [A] -> ids and log-probabilities
+    [A, MAX_TOP] of the tokens after the positions."""
+    hidden = model.llm(model.merge(tokens, visual), length)
+    logits = model.llm.logits(hidden[0, positions])
+    best, ids = jax.lax.top_k(logits, min(MAX_TOP, logits.shape[1]))
+    logprobs = best - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    return constrain(ids), constrain(logprobs)
 
 
 def _score_batch(rows: list[TokenSequence]) -> Batch:

@@ -13,7 +13,7 @@ from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.images import RequestImage
 from minigpt4_jax.serving.jobs import Generation
 from minigpt4_jax.serving.responses import DONE, Envelope, LogProbs, event
-from minigpt4_jax.serving.service import Sender, Service
+from minigpt4_jax.serving.service import Sender, Service, TopTokens
 
 
 class Shape(Protocol):
@@ -23,8 +23,10 @@ class Shape(Protocol):
     chunk_kind: str  # and of an event
     prefix: str  # of ids
 
-    def whole(self, index: int, output: GenerationOutput) -> dict[str, Any]:
-        """A finished choice."""
+    def whole(
+        self, index: int, output: GenerationOutput, top: TopTokens | None = None
+    ) -> dict[str, Any]:
+        """A finished choice. top: the most likely tokens at each place."""
         ...
 
     def first(self, index: int) -> dict[str, Any] | None:
@@ -45,13 +47,12 @@ class ChatShape:
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, service: Service, *, logprobs: bool, box_size: tuple[int, int] | None):
-        """box_size: of the image whose boxes are wanted."""
-        self._tokenizer, self._logprobs, self._box_size = (
-            service.model.tokenizer,
-            logprobs,
-            box_size,
-        )
+    def __init__(
+        self, service: Service, *, logprobs: bool, num_top: int, box_size: tuple[int, int] | None
+    ):
+        """num_top: most likely tokens at each place; box_size: of the image whose boxes are wanted."""
+        self._tokenizer, self._logprobs = service.model.tokenizer, logprobs
+        self._num_top, self._box_size = num_top, box_size
         self._of_choice: dict[int, LogProbs] = {}
 
     def _boxes(self, text: str) -> dict[str, Any]:
@@ -62,7 +63,10 @@ class ChatShape:
             return None
         return self._of_choice.setdefault(index, LogProbs(self._tokenizer)).chat(completion, sent)
 
-    def whole(self, index: int, output: GenerationOutput) -> dict[str, Any]:
+    def whole(
+        self, index: int, output: GenerationOutput, top: TopTokens | None = None
+    ) -> dict[str, Any]:
+        self._of_choice[index] = LogProbs(self._tokenizer, self._num_top, top)
         message = {"role": "assistant", "content": output.text, "refusal": None}
         logprobs = self._log_probs(index, _completion(output), len(output.text))
         return {
@@ -91,8 +95,9 @@ class TextShape:
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, service: Service, *, logprobs: bool):
+    def __init__(self, service: Service, *, logprobs: bool, num_top: int):
         self._tokenizer, self._logprobs = service.model.tokenizer, logprobs
+        self._num_top = num_top
         self._of_choice: dict[int, LogProbs] = {}
 
     def _choice(
@@ -104,7 +109,10 @@ class TextShape:
             logprobs = of_choice.legacy(completion, sent)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def whole(self, index: int, output: GenerationOutput) -> dict[str, Any]:
+    def whole(
+        self, index: int, output: GenerationOutput, top: TopTokens | None = None
+    ) -> dict[str, Any]:
+        self._of_choice[index] = LogProbs(self._tokenizer, self._num_top, top)
         text = output.text
         return self._choice(index, text, output.finish_reason, _completion(output), len(text))
 
@@ -131,12 +139,14 @@ class Question:
         requests: one for each prompt, all about the same images.
         config: the options they were made with.
         num_choices: answers to each of them.
+        num_top: most likely tokens to return for each place of an answer.
     """
 
     requests: Sequence[Request]
     images: Sequence[RequestImage]
     config: GenerationConfig
     num_choices: int
+    num_top: int
     sender: Sender
 
     def choices(self) -> list[Request]:
@@ -154,8 +164,14 @@ async def answer(service: Service, question: Question, shape: Shape) -> dict[str
     if question.config.num_beams > 1:
         return await _search(service, question, shape, envelope)
     jobs = service.start(question.choices(), question.images, question.sender)
+    tops: list[TopTokens | None] = [None] * len(jobs)
     try:
         completions = await asyncio.gather(*(job.result() for job in jobs))
+        if question.num_top:
+            tops = [
+                await service.top_logprobs(job, completion.ids, question.sender)
+                for job, completion in zip(jobs, completions, strict=True)
+            ]
     finally:
         for job in jobs:
             job.cancel()
@@ -163,7 +179,10 @@ async def answer(service: Service, question: Question, shape: Shape) -> dict[str
         service.output(job.request, completion)
         for job, completion in zip(jobs, completions, strict=True)
     ]
-    choices = [shape.whole(index, output) for index, output in enumerate(outputs)]
+    choices = [
+        shape.whole(index, output, top)
+        for index, (output, top) in enumerate(zip(outputs, tops, strict=True))
+    ]
     return envelope(choices, usage=responses.usage_of(jobs, completions))
 
 

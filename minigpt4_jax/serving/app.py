@@ -71,12 +71,14 @@ class Api:
             dialogue.turns, len(images), config, dialogue.system
         )
         self._log("prompt", dialogue.turns)
-        question = Question([prompt], images, config, self._choices(body), self._sender(request))
-        shape = ChatShape(
-            self.service,
-            logprobs=bool(body.logprobs),
-            box_size=images[-1].size if body.boxes else None,
+        num_top = body.top_logprobs or 0
+        question = Question(
+            [prompt], images, config, self._choices(body), num_top, self._sender(request)
         )
+        shape = ChatShape(
+            self.service, logprobs=bool(body.logprobs), num_top=num_top,
+            box_size=images[-1].size if body.boxes else None,
+        )  # fmt: skip
         return await self._respond(question, shape, body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -93,14 +95,23 @@ class Api:
         )
         made = [await self.service.request(text, len(images), config) for text in prompts]
         self._log("prompt", prompts)
-        question = Question(made, images, config, self._choices(body), self._sender(request))
-        shape = TextShape(self.service, logprobs=body.logprobs is not None)
+        num_top = body.logprobs or 0
+        question = Question(
+            made, images, config, self._choices(body), num_top, self._sender(request)
+        )
+        shape = TextShape(self.service, logprobs=body.logprobs is not None, num_top=num_top)
         return await self._respond(question, shape, body, request)
 
     async def _respond(
         self, question: Question, shape: answers.Shape, body: Sampling, request: Request
     ) -> Response:
         headers = _ignored(body)
+        if question.num_top and (body.stream or question.config.num_beams > 1):
+            raise invalid(
+                "the most likely tokens (top_logprobs, logprobs of completions above 0) are only known for "
+                "whole answers without beam search",
+                "top_logprobs",
+            )
         if not body.stream:
             whole = answers.answer(self.service, question, shape)
             content = await _unless_client_leaves(request, whole)

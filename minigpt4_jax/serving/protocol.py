@@ -97,6 +97,7 @@ class Sampling(Body):
             "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p, "seed": self.seed,
             "stop": None if stop is None else tuple(stop), "stop_ids": self.stop_token_ids,
             "min_new_tokens": self.min_tokens, "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty, "presence_penalty": self.presence_penalty,
             "num_beams": self.num_beams, "length_penalty": self.length_penalty,
         }  # fmt: skip
         return {name: value for name, value in options.items() if value is not None}
@@ -105,9 +106,6 @@ class Sampling(Body):
     def _check_stream_options(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported; repetition_penalty is")
         return self
 
 

@@ -12,6 +12,7 @@ from minigpt4_jax.inference.requests import Completion
 from minigpt4_jax.processing.boxes import parse_boxes
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.serving.jobs import Generation
+from minigpt4_jax.serving.service import TopTokens
 
 
 class Envelope:
@@ -68,43 +69,54 @@ def boxes(text: str, size: tuple[int, int]) -> list[dict[str, Any]]:
 class LogProbs:
     """The log-probabilities of an answer's tokens, in step with its text."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, num_top: int = 0, top: TopTokens | None = None):
+        """top: the most likely tokens at each place, of which num_top are returned."""
+        self._tokenizer, self._num_top, self._top = tokenizer, num_top, top
         self._sent = 0  # tokens
         self._offset = 0  # characters
 
-    def _take(self, completion: Completion, characters: int) -> list[tuple[int, float]]:
-        """(id, log-probability) of the next tokens, which spell the text up to some characters."""
-        ids = completion.ids
-        decode = self._tokenizer.decode
+    def _take(self, completion: Completion, characters: int) -> range:
+        """The places of the next tokens, which spell the text up to some characters."""
+        ids, decode = completion.ids, self._tokenizer.decode
         text = decode(ids)
         end = characters + len(text) - len(text.lstrip())
         count = bisect.bisect_left(range(len(ids)), end, key=lambda n: len(decode(ids[:n])))
         start, self._sent = self._sent, max(self._sent, count)
-        return list(
-            zip(ids[start : self._sent], completion.logprobs[start : self._sent], strict=True)
-        )
+        return range(start, self._sent)
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special=False)
+
+    def _best(self, place: int) -> list[tuple[str, float]]:
+        """The most likely tokens at a place."""
+        if self._top is None:
+            return []
+        ids, logprobs = (array[place, : self._num_top].tolist() for array in self._top)
+        return [(self._text(i), logprob) for i, logprob in zip(ids, logprobs, strict=True)]
 
     def chat(self, completion: Completion, characters: int) -> dict[str, Any]:
         """As in /v1/chat/completions. characters: of the text that has been sent, with this piece."""
-        taken = self._take(completion, characters)
-        return {"content": [self._token(i, logprob) for i, logprob in taken], "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([token], skip_special=False)
-        return {
-            "token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": [],
-        }  # fmt: skip
+        content = [
+            _token(self._text(completion.ids[n]), completion.logprobs[n])
+            | {"top_logprobs": [_token(*best) for best in self._best(n)]}
+            for n in self._take(completion, characters)
+        ]
+        return {"content": content, "refusal": None}
 
     def legacy(self, completion: Completion, characters: int) -> dict[str, Any]:
         """As in /v1/completions."""
-        taken = self._take(completion, characters)
-        texts = [self._tokenizer.decode([i], skip_special=False) for i, _ in taken]
+        places = self._take(completion, characters)
+        texts = [self._text(completion.ids[n]) for n in places]
         offsets = []
         for text in texts:
             offsets.append(self._offset)
             self._offset += len(text)
         return {
-            "tokens": texts, "token_logprobs": [logprob for _, logprob in taken],
-            "top_logprobs": None, "text_offset": offsets,
+            "tokens": texts, "token_logprobs": [completion.logprobs[n] for n in places],
+            "top_logprobs": [dict(self._best(n)) for n in places] if self._num_top else None,
+            "text_offset": offsets,
         }  # fmt: skip
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,11 @@ from minigpt4_jax.serving.jobs import DeviceCall, Generation
 from minigpt4_jax.serving.scheduler import Scheduler
 
 T = TypeVar("T")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # excluded by beam search
+TopTokens: TypeAlias = tuple[np.ndarray, np.ndarray]
+# excluded by beam search
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
 MAX_CHARACTERS_PER_TOKEN = 100  # a longer prompt is refused before it is tokenized
 
 
@@ -182,6 +186,15 @@ class Service:
         )  # fmt: skip
         self.scheduler.submit(call)
         return await call.result()
+
+    async def top_logprobs(self, job: Generation, ids: Sequence[int], sender: Sender) -> TopTokens:
+        """The most likely tokens at each place of a finished answer: (ids, log-probabilities) [N, 20]."""
+        if not ids:
+            return np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
+        top: TopTokens = await self.call(
+            lambda _: self.model.top_logprobs(job.request, ids), (), sender
+        )
+        return top
 
     def output(self, request: Request, completion: Completion) -> GenerationOutput:
         """The finished answer. RequestError: the model's numbers were not finite."""

@@ -10,6 +10,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.sampling import (
     SamplingParams,
     SamplingStages,
+    apply_count_penalties,
     apply_repetition_penalty,
     draw,
     filter_logits,
@@ -56,6 +57,22 @@ def test_penalty_does_not_change_other_tokens():
     logits = jnp.asarray([[2.0, -2.0, 1.0, 3.0]])
     out = apply_repetition_penalty(logits, jnp.asarray([[0, 1, 0, -1]]), jnp.asarray([2.0]))
     np.testing.assert_allclose(out, [[1.0, -4.0, 1.0, 3.0]])
+
+
+def test_penalties_of_openai():
+    """Subtracted once a time, and once if at all, from generated tokens."""
+    logits = jnp.zeros((3, 4))
+    generated = jnp.asarray([[1, 2, 1, -1]] * 3)
+    out = apply_count_penalties(
+        logits, generated, jnp.asarray([0.5, 0.0, 0.5]), jnp.asarray([0.0, 1.0, 1.0])
+    )
+    np.testing.assert_allclose(out, [[0, -1, -0.5, 0], [0, -1, -1, 0], [0, -2, -1.5, 0]])
+    params = stack_sampling_params([SamplingParams(frequency_penalty=2.0), SamplingParams()])
+    stages = required_stages([SamplingParams(frequency_penalty=2.0)], 4)
+    logits = jnp.asarray([[1.0, 3.0, 2.5, 0.0]] * 2)
+    none = jnp.full((2, 1), -1)
+    tokens = sample(logits, generated[:2], jnp.full(2, 3), none, keys(2), params, stages)
+    assert tokens.tolist() == [0, 1]
 
 
 def test_prior_token_is_penalized():
@@ -158,7 +175,7 @@ def test_only_the_required_stages_are_compiled():
     assert required_stages([SamplingParams()], 100) == SamplingStages(False, 0, False, False)
     assert required_stages([SamplingParams(temperature=1.0)], 100).num_candidates == 0
     assert required_stages([SamplingParams(temperature=1.0, top_k=50)], 100).num_candidates == 64
-    assert required_stages([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:] == (
+    assert required_stages([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:4] == (
         True,
         True,
     )

@@ -95,6 +95,25 @@ class _nothing:
     content = ()
 
 
+def test_top_logprobs_and_penalties(model, client):
+    penalties = {"frequency_penalty": -1.5, "presence_penalty": -0.5}  # repeats become likely
+    response = client.chat.completions.create(
+        messages=[user_message("what is it", noise(4))], logprobs=True, top_logprobs=5, n=2,
+        **penalties, **GREEDY,
+    )  # fmt: skip
+    expected = answer(model, [(with_images("what is it", 1), None)], [noise(4)], **penalties)
+    plain = answer(model, [(with_images("what is it", 1), None)], [noise(4)])
+    assert expected.ids != plain.ids
+    for choice in response.choices:
+        assert choice.message.content == expected.text
+        for token, logprob in zip(choice.logprobs.content, expected.logprobs, strict=False):
+            best = token.top_logprobs
+            np.testing.assert_allclose(token.logprob, logprob, atol=1e-4)
+            assert len(best) == 5 and best[0].logprob >= token.logprob - 1e-4
+            same = [b.logprob for b in best if b.token == token.token]
+            assert not same or min(abs(value - token.logprob) for value in same) < 1e-3
+
+
 def test_completions_take_raw_prompts(model, client):
     prompts = ["a red square", "a green square"]
     response = client.completions.create(prompt=prompts, max_tokens=8, logprobs=1, **GREEDY)
@@ -172,6 +191,8 @@ def _output(text):
         ({"extra_body": {"topk": 3}}, openai.BadRequestError, "topk", "did you mean top_k?"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, None, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, None, "response_format"),
+        ({"logprobs": True, "top_logprobs": 2, "stream": True}, openai.BadRequestError,
+         "top_logprobs", "whole answers"),
         ({"logit_bias": {"5": 1}}, openai.BadRequestError, None, "logit_bias"),
         ({"messages": []}, openai.BadRequestError, "messages", "at least 1 item"),
         ({"messages": [user_message("x " * 300)]}, openai.BadRequestError, "messages", "context"),
