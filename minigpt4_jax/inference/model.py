@@ -15,6 +15,7 @@ from minigpt4_jax.inference.encode_ahead import ImageFailure
 from minigpt4_jax.inference.engine import BATCH_SIZE
 from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
 from minigpt4_jax.inference.preprocess import ImageGroups, Images, match_images
+from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.scoring import Scorer, answer_rows, candidates_by_prompt, padded_mean
 from minigpt4_jax.inference.text_generator import TextGenerator, raise_failure
 from minigpt4_jax.inference.visual_tokens import VisualTokens

@@ -11,7 +11,6 @@ import numpy as np
 from minigpt4_jax.config import IMAGE
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.batch_shapes import NUM_STOPS, STOP_WIDTH
-from minigpt4_jax.inference.detokenize import completion_output
 from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.requests import Completion, Request
@@ -198,9 +197,7 @@ class Service:
 
     def output(self, request: Request, completion: Completion) -> GenerationOutput:
         """The finished answer. RequestError: the model's numbers were not finite."""
-        output = completion_output(
-            self.model.tokenizer, self.model.config, completion, request.stop_texts
-        )
+        output = self.model.output(request, completion)
         _raise_generation_error(output)
         return output
 

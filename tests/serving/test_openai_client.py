@@ -165,10 +165,8 @@ def test_models_embeddings_and_ranking(model, client):
 
 
 def test_boxes_in_pixels_of_the_last_image(server, client, monkeypatch):
-    monkeypatch.setattr(
-        "minigpt4_jax.serving.service.completion_output",
-        lambda *args: _output("<p>a cup</p> {<10><20><50><100>}"),
-    )
+    answer = _output("<p>a cup</p> {<10><20><50><100>}")
+    monkeypatch.setattr(server.service.model, "output", lambda *_: answer)
     response = client.chat.completions.create(
         messages=[user_message("[refer] cup", noise(1, width=200, height=50))],
         extra_body={"boxes": True}, **GREEDY,
