@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, ChatFormat, Turn, with_images
 from minigpt4_jax.processing.images import ImageSource, load_pixels
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imports JAX, which mistakes in the options need not wait for
+    from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.inference.requests import Request
 
@@ -67,7 +67,7 @@ class Task(NamedTuple):
 class Description:
     """The answers of one or two turns, or the error why there are none."""
 
-    outputs: tuple[GenerationOutput, ...] = ()
+    outputs: "tuple[GenerationOutput, ...]" = ()
     error: str | None = None
 
     @property
@@ -81,7 +81,7 @@ class _Row(NamedTuple):
 
     task: Task
     request: "Request"
-    first: GenerationOutput | None = None  # the answer of the first turn, in a second one
+    first: "GenerationOutput | None" = None  # the answer of the first turn, in a second one
 
 
 class Describer:
@@ -92,7 +92,7 @@ class Describer:
         model: "Model",
         template: ChatFormat,
         instructions: Instructions,
-        config: GenerationConfig,
+        config: "GenerationConfig",
     ):
         """config: of each turn; beam search is not supported. UserError: a prompt that does not fit."""
         self._model, self._template = model, template
@@ -180,7 +180,7 @@ class Describer:
             while finished:
                 yield finished.popleft()
 
-    def _continuation(self, row: _Row, output: GenerationOutput) -> _Row | Description:
+    def _continuation(self, row: _Row, output: "GenerationOutput") -> _Row | Description:
         """The second turn after a short answer, or the whole description."""
         if output.error is not None:
             return Description(error=output.error)

@@ -77,6 +77,11 @@ def only_model(client: "openai.OpenAI", url: str, key_variable: str) -> str:
         names = [model.id for model in client.models.list()]
     except openai.OpenAIError as e:
         raise _fatal(e, url, key_variable) from None
+    except (AttributeError, TypeError):  # a web page, for instance
+        raise UserError(
+            f"--endpoint={url}: its list of models is none of OpenAI's API; is the URL right? It usually "
+            "ends in /v1"
+        ) from None
     if len(names) != 1:
         shown = ", ".join(sorted(names)[:20]) or "none"
         raise UserError(f"--endpoint={url}: choose one of its models with --served-model: {shown}")
@@ -177,7 +182,13 @@ class EndpointPolisher:
                 self._limit_name = "max_completion_tokens"
                 return self._request(key, text)
             raise
-        choice, usage = completion.choices[0], completion.usage
+        choices = getattr(completion, "choices", None)
+        if not choices:  # a web page, for instance
+            raise UserError(
+                f"--endpoint={self._config.url}: its answer is no chat completion of OpenAI's API; is the "
+                "URL right? It usually ends in /v1"
+            )
+        choice, usage = choices[0], completion.usage
         return Answer(
             choice.message.content or "", choice.finish_reason or "stop",
             usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0,

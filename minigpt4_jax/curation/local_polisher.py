@@ -1,14 +1,15 @@
 """Texts polished by a model directory's language model, without a server."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from minigpt4_jax.curation.answers import Answer, AnswerCache
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, ChatFormat
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imports JAX, which a polisher on a server does not need
+    from minigpt4_jax.inference.generation_config import GenerationConfig
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.inference.requests import Request
 
@@ -23,7 +24,7 @@ class LocalPolisher:
         model: "Model",
         template: ChatFormat,
         instruction: str,
-        config: GenerationConfig,
+        config: "GenerationConfig",
         cache: AnswerCache,
         batch_size: int = BATCH_SIZE,
     ):
@@ -63,6 +64,6 @@ class LocalPolisher:
             [(text, None)], system=self._instruction, extra_bos=self._config.extra_bos
         )
         seed = self._config.seed_of_prompts(1)[0] + int(key[:7], 16)
-        config = GenerationConfig.merge(self._config, {"seed": seed})
+        config = replace(self._config, seed=seed)
         (request,) = self._model.prepare_requests(None, [prompt], config)
         return request

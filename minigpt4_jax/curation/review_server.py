@@ -26,6 +26,11 @@ from minigpt4_jax.processing.images import FilePart, ImageSource, open_image
 HOST = "127.0.0.1"
 MAX_BODY = 1 << 20  # bytes of a decision
 PAGE_ROWS = 200  # rows in one answer
+# The page has its script and its style inside; nothing comes from elsewhere.
+_POLICY = (
+    "default-src 'self'; img-src 'self' data:; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'"
+)
 _SHOWN = ("id", "sample", "caption", "original", "references", "unconfirmed")
 
 
@@ -160,8 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
-        policy = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
-        self.send_header("Content-Security-Policy", policy)
+        self.send_header("Content-Security-Policy", _POLICY)
         self.end_headers()
         self.wfile.write(data)
 

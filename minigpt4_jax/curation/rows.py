@@ -125,14 +125,18 @@ def read_history(path: Path) -> list[Row]:
     return [*settings.pop("history", []), settings]
 
 
-def check_output(path: Path, command: str) -> None:
-    """UserError: a file to write has no directory, or exists and was not written by this command."""
+def check_output(path: Path, command: str, source: Path) -> None:
+    """UserError: a file to write has no directory, or exists and was not written by this command from
+    `source`."""
     if not path.parent.is_dir():
         raise UserError(f"--output={path}: there is no directory {path.parent}")
-    if path.exists() and [step.get("command") for step in read_history(path)][-1:] != [command]:
+    if not path.exists():
+        return
+    last = (read_history(path) or [{}])[-1]
+    if last.get("command") != command or last.get("input", {}).get("file") != source.name:
         raise UserError(
-            f"--output={path}: exists already, and was not written by curate {command}; choose another "
-            "--output, or delete it"
+            f"--output={path}: exists already, and was not written by curate {command} from a file "
+            f"{source.name}; choose another --output, or delete it"
         )
 
 

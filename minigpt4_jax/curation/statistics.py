@@ -36,9 +36,10 @@ def statistics(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
         "repetition": round(float(np.mean([repetition(t) for t in texts])), 4) if texts else 0.0,
         "texts_with_repetition": sum(repetition(text) > 0 for text in texts),
         "vocabulary": len(all_words),
-        "vocabulary_per_1000_words": _words_per_thousand(words),
         "equal_texts": len(texts) - len({*texts}),
     }
+    if per_thousand := _words_per_thousand(words):
+        result["vocabulary_per_1000_words"] = per_thousand
     if openings:
         opening, count = openings.most_common(1)[0]
         result["first_words"] = {"most_frequent": opening, "share": round(count / len(texts), 4)}
@@ -58,7 +59,8 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def _words_per_thousand(words: Sequence[Sequence[str]]) -> float:
-    """Different words in a thousand, averaged over the text: comparable between sets of other sizes."""
+    """Different words in a thousand, averaged over the texts, which compares sets of other sizes; 0: there
+    are fewer words."""
     flat = [word for of_text in words for word in of_text]
     chunks = [flat[i : i + 1000] for i in range(0, len(flat) - 999, 1000)]
     return round(float(np.mean([len({*chunk}) for chunk in chunks])), 1) if chunks else 0.0

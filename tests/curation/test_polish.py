@@ -193,6 +193,15 @@ def test_a_server_with_several_models_asks_for_a_choice(source, command, tmp_pat
         assert server.bodies[0]["model"] == "a"
 
 
+def test_a_web_page_is_no_server(source, command, tmp_path):
+    with CountingServer() as server:
+        server.page = b"<html>hello</html>"
+        asks = [f"--input={source}", f"--output={tmp_path / 'o.jsonl'}", f"--endpoint={server.url}"]
+        for more in ([], ["--served-model=m"]):
+            code, _, err = command(*asks, *more)
+            assert code == 2 and "OpenAI's API; is the URL right?" in err, err
+
+
 def test_max_completion_tokens_where_max_tokens_is_refused(source, command, tmp_path):
     message = "'max_tokens' is not supported; use 'max_completion_tokens' instead"
     with CountingServer() as server:
@@ -220,6 +229,9 @@ def test_only_the_rules(source, command, tmp_path):
         (["--rules-only", "--model=x"], "expected one of"),
         (["--endpoint=localhost"], "expected a URL such as"),
         (["--endpoint=http://127.0.0.1:1", "--concurrency=0"], "--concurrency=0: expected 1 or more"),
+        (["--rules-only", "--dtype=float32"], "--dtype is an option of --model"),
+        (["--rules-only", "--served-model=m"], "--served-model is an option of --endpoint"),
+        (["--model=x", "--system=y"], "pass --instruction=FILE"),
         (["--rules-only", "--temperature=3"], "--temperature=3: expected 0 to 2"),
         (["--rules-only", "--price-in=3"], "--price-in and --price-out belong together"),
         (["--endpoint=http://127.0.0.1:1", "--instruction=none.txt"], "none.txt: cannot be read"),

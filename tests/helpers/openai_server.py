@@ -22,7 +22,7 @@ class CountingServer:
 
     asked: how often each text was asked. charged: the same without requests that repeat an
     Idempotency-Key. most: requests at a time. failures: what the next requests get instead of a reply:
-    (status, headers, body).
+    (status, headers, body). page: sent instead of everything.
     """
 
     def __init__(self, reply: Reply = polite, *, key: str = "", delay: float = 0.0):
@@ -33,6 +33,7 @@ class CountingServer:
         self.failures: list[tuple[int, dict[str, str], dict[str, Any]]] = []
         self.times: list[float] = []
         self.models = [MODEL]
+        self.page = b""
         self.most = self.running = 0
         self._seen: set[str] = set()
         self._lock = threading.Lock()
@@ -92,9 +93,10 @@ class CountingServer:
                 self._send(200, {}, {"object": "list", "data": models})
 
             def _send(self, status: int, headers: dict[str, str], content: dict[str, Any]) -> None:
-                data = json.dumps(content).encode()
+                data = outer.page or json.dumps(content).encode()
+                kind = "text/html" if outer.page else "application/json"
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
+                for name, value in {"Content-Type": kind, **headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

@@ -153,7 +153,7 @@ def _mark_objects(selection: _Selection, vocabulary: Vocabulary, limit: int | No
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     _check(args)
-    check_output(args.output, "check")
+    check_output(args.output, "check", args.input)
     vocabulary = read_vocabulary(args.objects)
     rows = read_rows(args.input)
     before = read_rows(args.before) if args.before else rows

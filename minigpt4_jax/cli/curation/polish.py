@@ -33,6 +33,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 MILLION = 1_000_000
+MODEL_OPTIONS = ("base", "dtype", "quantize", "kv_cache", "mesh", "template", "allow_nonfinite")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,6 +102,16 @@ def _check(args: argparse.Namespace) -> None:
     chosen = [args.endpoint is not None, args.model is not None, args.rules_only]
     if sum(chosen) != 1:
         raise UserError("expected one of --endpoint=URL, --model=DIR and --rules-only")
+    if args.system is not None:
+        raise UserError("--system: the instruction is the system message; pass --instruction=FILE")
+    if args.model is None:
+        given = [name for name in MODEL_OPTIONS if getattr(args, name) not in (None, False)]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is an option of --model, which is not given"
+            )
+    if args.endpoint is None and args.served_model is not None:
+        raise UserError("--served-model is an option of --endpoint, which is not given")
     for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             flag = name if name == "batch_size" else name.replace("_", "-")
@@ -195,7 +206,8 @@ def ask(
     else:
         settings = {
             "model_fingerprint": fingerprint(args.model, args.base),
-            "dtype": args.dtype, "quantize": args.quantize, "template": args.template,
+            "dtype": args.dtype, "quantize": args.quantize, "kv_cache": args.kv_cache,
+            "template": args.template, "extra_bos": args.extra_bos,
             "instruction": instruction, "temperature": args.temperature, "max_tokens": args.max_tokens,
             "seed": args.seed,
         }  # fmt: skip
@@ -245,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     _check(args)
     instruction = read_instruction(args.instruction)
-    check_output(args.output, "polish")
+    check_output(args.output, "polish", args.input)
     rows = read_rows(args.input)
     limits = Limits(args.min_characters, max_repetition=args.max_repetition)
     without = frozenset(args.no_filter)
