@@ -1,30 +1,36 @@
-"""python -m minigpt4_jax.evaluate ACTION: benchmarks, and scores of given answers."""
+"""python -m minigpt4_jax.evaluate: benchmarks of a model, and what is done with their results."""
 
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from minigpt4_jax import errors
-from minigpt4_jax.cli import evaluate_score
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.cli import evaluate_check, evaluate_run, evaluate_score
+from minigpt4_jax.utils.text import spelling_hint
 
-ACTIONS = {"score": evaluate_score.main}
+ACTIONS = {"check": evaluate_check.main, "score": evaluate_score.main}
 
-USAGE = """usage: python -m minigpt4_jax.evaluate ACTION [OPTION]...
+USAGE = """usage: python -m minigpt4_jax.evaluate --model=DIR --data.root=DATA --benchmark=NAME,...
+       python -m minigpt4_jax.evaluate ACTION [OPTION]...
 
-  score   score answers from anywhere, without a model
+Without an action: answer the questions of benchmarks, and score the answers; --model --help explains it.
+
+  check     what benchmarks need on disk, and what is missing
+  score     score answers from anywhere, without a model
 
 python -m minigpt4_jax.evaluate ACTION --help explains an action."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ACTIONS:
-        return ACTIONS[argv[0]](argv[1:])
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv in ([], ["-h"], ["--help"]):
         print(USAGE)
         return 0 if argv else 2
-    raise UserError(f"{argv[0]!r}: expected one of the actions {', '.join(ACTIONS)}")
+    if argv[0] in ACTIONS:
+        return ACTIONS[argv[0]](argv[1:])
+    if not argv[0].startswith("-"):
+        raise errors.UserError(f"{argv[0]!r} is no action; {spelling_hint(argv[0], ACTIONS)}")
+    return evaluate_run.main(argv)
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 RowId: TypeAlias = str | int
 # The text of an answer. For referring expressions also the texts of all rounds of asking again; for
-# multiple choice also the index of a choice, or the losses of all choices.
-Answer: TypeAlias = str | int | list[str] | list[float]
+# multiple choice also the index of a choice, or the losses of all choices, also several kinds of them.
+Answer: TypeAlias = str | int | list[str] | list[float] | dict[str, list[float]]
 Kind: TypeAlias = Literal["text", "box", "yes_no", "choice", "caption"]
 
 

@@ -40,24 +40,29 @@ def read(data: Path, split: str) -> list[Row]:
     return rows
 
 
-def chosen(answer: Answer, candidates: Sequence[str]) -> int | None:
+def chosen(answer: Answer, candidates: Sequence[str], losses: str = "losses") -> int | None:
     """The index of the choice that an answer means: an index, the losses of all choices (the least wins,
-    the first of equals), or the text of a choice in any case; None if it is none of them."""
+    the first of equals), or the text of a choice in any case; None if it is none of them.
+
+    losses: which of several kinds of losses counts, if the answer has them by name."""
+    if isinstance(answer, dict):
+        answer = answer.get(losses, [])
     if isinstance(answer, int):
         return answer if 0 <= answer < len(candidates) else None
     if isinstance(answer, str):
         wanted = answer.strip().lower()
         texts = [candidate.strip().lower() for candidate in candidates]
         return texts.index(wanted) if wanted in texts else None
-    losses = [loss for loss in answer if isinstance(loss, (int, float))]
-    if len(losses) < len(candidates):
-        raise UserError(f"an answer has {len(losses)} losses for {len(candidates)} choices")
-    return losses.index(min(losses[: len(candidates)]))
+    values = [loss for loss in answer if isinstance(loss, (int, float))]
+    if len(values) < len(candidates):
+        raise UserError(f"an answer has {len(values)} losses for {len(candidates)} choices")
+    return values.index(min(values[: len(candidates)]))
 
 
 def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
-    """The share of rows whose best candidate is the right one. The ranking comes with the answers: as the
-    original's, with its divisor that depends on the batch, or by the mean loss of a candidate's tokens."""
+    """The share of rows whose best candidate is the right one. original: ranked by the original's losses,
+    whose divisor depends on the batch. official: by the mean loss of a candidate's tokens, if the answers
+    have it."""
     choices = [chosen(answer, row.candidates) for row, answer in zip(rows, answers, strict=True)]
     right = [choice == row.truth for choice, row in zip(choices, rows, strict=True)]
     per_row = [
@@ -65,7 +70,16 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
         for row, answer, hit, choice in zip(rows, answers, right, choices, strict=True)
     ]
     score = mean_percent(right)
-    return Result(score, {"accuracy": score}, {}, per_row)
+    official = {}
+    if any(isinstance(answer, dict) for answer in answers):
+        by_mean = [
+            chosen(answer, row.candidates, "mean_losses") == row.truth
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        official["accuracy"] = mean_percent(by_mean)
+        for entry, hit in zip(per_row, by_mean, strict=True):
+            entry["official"] = 100.0 * hit
+    return Result(score, {"accuracy": score}, official, per_row)
 
 
 BENCHMARK = Benchmark(

@@ -1,6 +1,6 @@
 """Means, ratios and bootstrap intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,4 +30,16 @@ def bootstrap_interval(
         means[start:stop] = array[rng.integers(0, len(array), (stop - start, len(array)))].mean(1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Sequence[int]], float], rows: int, *, confidence: float = 0.95,
+    samples: int = 200, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """As `bootstrap_interval`, of a figure that is not a mean: statistic(numbers of rows)."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, rows, rows).tolist()) for _ in range(samples)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

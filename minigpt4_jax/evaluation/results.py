@@ -1,0 +1,116 @@
+"""The results of a task: answers judged, and written as scores.json beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4_jax.data.annotations import expect_object, parse, read_text
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.answers import AnswerFile, Line, given_answer
+from minigpt4_jax.evaluation.benchmark import Result
+from minigpt4_jax.evaluation.metrics.answer_form import answer_form
+from minigpt4_jax.evaluation.metrics.statistics import bootstrap_interval, bootstrap_statistic
+from minigpt4_jax.evaluation.task import Task
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
+
+SCORES = "scores.json"
+
+
+def lines_of(files: Sequence[AnswerFile], task: Task) -> list[list[Line]] | None:
+    """The lines of each row, from the files of all processes; None if a row has none yet."""
+    found = []
+    for n in range(task.num_rows):
+        lines = next((file.rounds(n) for file in files if (n, 0) in file.lines), None)
+        if lines is None:
+            return None
+        found.append(lines)
+    return found
+
+
+def score_task(
+    task: Task, lines: Sequence[Sequence[Line]], model: str, *, resample: bool
+) -> dict[str, Any]:
+    """The contents of scores.json."""
+    rows = task.used_rows
+    answers = [given_answer(of_row, resample=resample) for of_row in lines]
+    result = task.benchmark.judge(rows, answers)
+    errors = [
+        {"id": row.id, "error": line["error"]}
+        for row, of_row in zip(rows, lines, strict=True)
+        for line in of_row
+        if "error" in line
+    ]
+    per_row = [
+        {**entry, "question": row.question, "image": str(task.image(row) or ""),
+         **({"error": of_row[-1]["error"]} if "error" in of_row[-1] else {})}
+        for entry, row, of_row in zip(result.per_row, rows, lines, strict=True)
+    ]  # fmt: skip
+    low, high = interval(result)
+    return {
+        "benchmark": task.benchmark.name,
+        "split": task.split,
+        "title": task.title,
+        "kind": task.benchmark.kind,
+        "metric": task.benchmark.metric,
+        "higher_is_better": task.benchmark.higher_is_better,
+        "model": model,
+        "rows": len(rows),
+        "of_rows": len(task.rows),
+        "score": result.score,
+        "interval": [low, high],
+        "original": result.original,
+        "official": result.official,
+        **result.extra,
+        "form": answer_form([of_row[0] for of_row in lines], boxes=task.benchmark.kind == "box"),
+        "published": [p._asdict() for p in task.benchmark.published if p.split in ("", task.split)],
+        "errors": errors,
+        "per_row": per_row,
+    }
+
+
+def interval(result: Result) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the headline figure."""
+    if result.statistic is not None:
+        return bootstrap_statistic(result.statistic, len(result.per_row))
+    return bootstrap_interval([entry["score"] for entry in result.per_row])
+
+
+def write_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
+    """UserError: the file cannot be written."""
+    path = folder / SCORES
+    try:
+        text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
+        write_text_atomically(path, text, errors="replace")
+    except OSError as e:
+        raise write_error(path, e) from None
+    return path
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """A file that `write_scores` or `evaluate score --json` wrote. UserError: another file."""
+    where = f"results {path}"
+    scores = expect_object(parse(where, read_text(path)), where)
+    if not {"benchmark", "score", "per_row"} <= scores.keys():
+        raise UserError(f"{where}: has no scores of a benchmark; expected a file of `evaluate`")
+    return scores
+
+
+def find_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The scores of a results folder by the name of their task, or of one file. UserError: none."""
+    if path.is_file():
+        scores = read_scores(path)
+        return {task_name(scores): scores}
+    found = [read_scores(file) for file in sorted(path.glob(f"*/{SCORES}"))]
+    if (path / SCORES).is_file():
+        found.insert(0, read_scores(path / SCORES))
+    if not found:
+        raise UserError(
+            f"{path}: no results there; expected a folder of `evaluate`, or a scores.json"
+        )
+    return {task_name(scores): scores for scores in found}
+
+
+def task_name(scores: Mapping[str, Any]) -> str:
+    split = scores.get("split", "")
+    return f"{scores['benchmark']}_{split}" if split else str(scores["benchmark"])
