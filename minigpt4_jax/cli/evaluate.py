@@ -5,10 +5,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from minigpt4_jax import errors
-from minigpt4_jax.cli import evaluate_check, evaluate_run, evaluate_score
+from minigpt4_jax.cli import (
+    evaluate_check,
+    evaluate_compare,
+    evaluate_report,
+    evaluate_run,
+    evaluate_score,
+)
 from minigpt4_jax.utils.text import spelling_hint
 
-ACTIONS = {"check": evaluate_check.main, "score": evaluate_score.main}
+ACTIONS = {
+    "check": evaluate_check.main,
+    "score": evaluate_score.main,
+    "compare": evaluate_compare.main,
+    "report": evaluate_report.main,
+}
 
 USAGE = """usage: python -m minigpt4_jax.evaluate --model=DIR --data.root=DATA --benchmark=NAME,...
        python -m minigpt4_jax.evaluate ACTION [OPTION]...
@@ -17,6 +28,8 @@ Without an action: answer the questions of benchmarks, and score the answers; --
 
   check     what benchmarks need on disk, and what is missing
   score     score answers from anywhere, without a model
+  compare   the difference of two results, and the rows where they part
+  report    HTML and Markdown of results, with pictures, and curves over checkpoints
 
 python -m minigpt4_jax.evaluate ACTION --help explains an action."""
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.cli import common
+from minigpt4_jax.cli.evaluate_score import print_scores
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.answering import AnswerOptions, answer_task, is_complete
 from minigpt4_jax.evaluation.answers import AnswerFile
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS
-from minigpt4_jax.evaluation.results import lines_of, score_task, write_scores
+from minigpt4_jax.evaluation.report import write_report
+from minigpt4_jax.evaluation.results import SCORES, find_results, lines_of, score_task, write_scores
 from minigpt4_jax.evaluation.task import Task, open_tasks
 
 NAMED = 3  # errors that are printed
@@ -56,7 +58,10 @@ def main(argv: Sequence[str]) -> int:
             if not is_complete(task, file, options):
                 model = model or common.load_model(args)
                 answer_task(model, task, file, options)
-    return max([_finish(args, task, options) for task in tasks])
+    code = max([_finish(args, task, options) for task in tasks])
+    if any(args.out.glob(f"*/{SCORES}")):
+        print(f"report: {write_report(list(find_results(args.out).values()), args.out)}")
+    return code
 
 
 def _names(text: str) -> list[str]:
@@ -99,15 +104,8 @@ def _finish(args: argparse.Namespace, task: Task, options: AnswerOptions) -> int
         return 0
     scores = score_task(task, lines, str(args.model), resample=options.resample)
     path = write_scores(args.out / task.name, scores)
-    low, high = scores["interval"]
-    print(
-        f"{task.title}: {task.benchmark.metric} {scores['score']:.2f} "
-        f"(95 % interval {low:.2f} to {high:.2f}) over {scores['rows']} rows: {path}"
-    )
-    for name, figures in (("original", scores["original"]), ("official", scores["official"])):
-        shown = {k: v for k, v in figures.items() if isinstance(v, float)}
-        if shown:
-            print(f"  {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    print_scores(scores)
+    print(f"  written to {path}")
     errors = scores["errors"]
     for error in errors[:NAMED]:
         print(f"  error in row {error['id']}: {error['error']}")

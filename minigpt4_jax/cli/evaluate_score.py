@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import Parser, UserError
-from minigpt4_jax.evaluation.benchmark import Benchmark, Result
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
-from minigpt4_jax.evaluation.scoring import as_json, score_file
+from minigpt4_jax.evaluation.scoring import score_file
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
+
+PRINTED = ("original", "official", "lavis", "metrics", "domains", "files", "versions", "note")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
     benchmark = find(args.benchmark)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json={args.json}: there is no directory {args.json.parent}")
-    result = score_file(benchmark, args.data, args.predictions, args.split)
+    scores = score_file(benchmark, args.data, args.predictions, args.split)
     if args.json:
-        write_json(args.json, as_json(benchmark, result))
-    print_result(benchmark, result, args.split)
+        write_json(args.json, scores)
+    print_scores(scores)
     return 0
 
 
@@ -47,13 +48,15 @@ def write_json(path: Path, value: Any) -> None:
         raise write_error(path, e) from None
 
 
-def print_result(benchmark: Benchmark, result: Result, split: str) -> None:
+def print_scores(scores: Mapping[str, Any]) -> None:
     """The figures, a line each; tables of question types and of single questions are left out."""
-    name = f"{benchmark.title}{f' {split}' if split else ''}"
-    print(f"{name}: {benchmark.metric} {result.score:.2f} over {len(result.per_row)} rows")
-    parts = {"original": result.original, "official": result.official, **result.extra}
-    for part, figures in parts.items():
-        for line in _lines(part, figures):
+    low, high = scores["interval"]
+    print(
+        f"{scores['title']}: {scores['metric']} {scores['score']:.2f} "
+        f"(95 % interval {low:.2f} to {high:.2f}) over {scores['rows']} rows"
+    )
+    for part in PRINTED:
+        for line in _lines(part, scores.get(part)):
             print(f"  {line}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from minigpt4_jax.data.annotations import expect_object, parse, read_text
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.answers import AnswerFile, Line, given_answer
-from minigpt4_jax.evaluation.benchmark import Result
+from minigpt4_jax.evaluation.benchmark import Benchmark, Result, Row
 from minigpt4_jax.evaluation.metrics.answer_form import answer_form
 from minigpt4_jax.evaluation.metrics.statistics import bootstrap_interval, bootstrap_statistic
 from minigpt4_jax.evaluation.task import Task
@@ -28,45 +28,50 @@ def lines_of(files: Sequence[AnswerFile], task: Task) -> list[list[Line]] | None
     return found
 
 
+def describe(
+    benchmark: Benchmark, split: str, rows: Sequence[Row], result: Result
+) -> dict[str, Any]:
+    """What every file of scores has: the figures with their interval, published ones, and each row."""
+    low, high = interval(result)
+    return {
+        "benchmark": benchmark.name,
+        "split": split,
+        "title": f"{benchmark.title} {split}".strip(),
+        "kind": benchmark.kind,
+        "metric": benchmark.metric,
+        "higher_is_better": benchmark.higher_is_better,
+        "rows": len(rows),
+        "score": result.score,
+        "interval": [low, high],
+        "original": result.original,
+        "official": result.official,
+        **result.extra,
+        "published": [p._asdict() for p in benchmark.published if p.split in ("", split)],
+        "per_row": [
+            {**entry, "question": row.question}
+            for entry, row in zip(result.per_row, rows, strict=True)
+        ],
+    }
+
+
 def score_task(
     task: Task, lines: Sequence[Sequence[Line]], model: str, *, resample: bool
 ) -> dict[str, Any]:
     """The contents of scores.json."""
     rows = task.used_rows
     answers = [given_answer(of_row, resample=resample) for of_row in lines]
-    result = task.benchmark.judge(rows, answers)
-    errors = [
-        {"id": row.id, "error": line["error"]}
-        for row, of_row in zip(rows, lines, strict=True)
-        for line in of_row
-        if "error" in line
-    ]
-    per_row = [
-        {**entry, "question": row.question, "image": str(task.image(row) or ""),
-         **({"error": of_row[-1]["error"]} if "error" in of_row[-1] else {})}
-        for entry, row, of_row in zip(result.per_row, rows, lines, strict=True)
-    ]  # fmt: skip
-    low, high = interval(result)
+    scores = describe(task.benchmark, task.split, rows, task.benchmark.judge(rows, answers))
+    errors = []
+    for entry, row, of_row in zip(scores["per_row"], rows, lines, strict=True):
+        entry["image"] = str(task.image(row) or "")
+        if "error" in of_row[-1]:
+            entry["error"] = of_row[-1]["error"]
+            errors.append({"id": row.id, "error": entry["error"]})
+    form = answer_form([of_row[0] for of_row in lines], boxes=task.benchmark.kind == "box")
     return {
-        "benchmark": task.benchmark.name,
-        "split": task.split,
-        "title": task.title,
-        "kind": task.benchmark.kind,
-        "metric": task.benchmark.metric,
-        "higher_is_better": task.benchmark.higher_is_better,
-        "model": model,
-        "rows": len(rows),
-        "of_rows": len(task.rows),
-        "score": result.score,
-        "interval": [low, high],
-        "original": result.original,
-        "official": result.official,
-        **result.extra,
-        "form": answer_form([of_row[0] for of_row in lines], boxes=task.benchmark.kind == "box"),
-        "published": [p._asdict() for p in task.benchmark.published if p.split in ("", task.split)],
-        "errors": errors,
-        "per_row": per_row,
-    }
+        "model": model, "of_rows": len(task.rows), **scores, "form": form, "errors": errors,
+        "per_row": scores["per_row"],
+    }  # fmt: skip
 
 
 def interval(result: Result) -> tuple[float, float]:

@@ -1,0 +1,123 @@
+"""The report of results: one HTML file without anything outside of it, and a table in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from minigpt4_jax.evaluation.report_curves import Curve
+from minigpt4_jax.evaluation.report_rows import ShownRow, sample, show, worst
+from minigpt4_jax.storage.atomic import write_error, write_text_atomically
+
+TEMPLATE = "evaluation_report.html"
+SHOWN = 8  # worst rows, and random ones, of each benchmark
+Scores = Mapping[str, Any]
+
+
+class Confusion(NamedTuple):
+    """Answers to questions with yes or no. cells: label -> reading -> rows."""
+
+    readings: tuple[str, ...]
+    cells: Mapping[str, Mapping[str, int]]
+
+
+class Section(NamedTuple):
+    """One benchmark in the report."""
+
+    scores: Scores
+    figures: list[tuple[str, str]]
+    confusion: Confusion | None
+    worst: list[ShownRow]
+    sample: list[ShownRow]
+
+
+def write_report(
+    results: Sequence[Scores], folder: Path, *, curves: Sequence[Curve] = (), shown: int = SHOWN
+) -> Path:
+    """Write report.html and report.md into a folder; returns the HTML file.
+
+    UserError: they cannot be written."""
+    sections = [_section(scores, shown) for scores in results]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = (files("minigpt4_jax") / "assets" / TEMPLATE).read_text(encoding="utf-8")
+    models = [str(scores["model"]) for scores in results if scores.get("model")]
+    title = ", ".join(dict.fromkeys(models))
+    html = environment.from_string(text).render(
+        title=title or "results",
+        sections=sections,
+        curves=curves,
+        published=published,
+        number=_number,
+    )
+    try:
+        write_text_atomically(folder / "report.html", html, errors="replace")
+        write_text_atomically(folder / "report.md", markdown(results), errors="replace")
+    except OSError as e:
+        raise write_error(folder, e) from None
+    return folder / "report.html"
+
+
+def markdown(results: Sequence[Scores]) -> str:
+    """The table of all results in Markdown."""
+    lines = [
+        "| benchmark | metric | score | 95 % interval | rows | published |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for scores in results:
+        low, high = scores["interval"]
+        lines.append(
+            f"| {scores['title']} | {scores['metric']} | {scores['score']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {scores['rows']} | {published(scores)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def published(scores: Scores) -> str:
+    """The published figures: "MiniGPT-v2 7B 88.69"."""
+    return ", ".join(f"{p['model']} {p['score']:g}" for p in scores.get("published", ()))
+
+
+def _section(scores: Scores, shown: int) -> Section:
+    rows = scores["per_row"]
+    better = scores.get("higher_is_better", True)
+    chosen = worst(rows, shown, higher_is_better=better)
+    return Section(
+        scores, _figures(scores), _confusion(scores), [show(row) for row in chosen],
+        [show(row) for row in sample(rows, shown)],
+    )  # fmt: skip
+
+
+def _figures(scores: Scores) -> list[tuple[str, str]]:
+    """All figures but the headline, by the name of their group."""
+    found = []
+    for group in ("original", "official", "metrics", "files", "domains", "form"):
+        for name, value in _flat(scores.get(group, {})):
+            found.append((f"{group}: {name}", _number(value)))
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and not name.startswith("per_"):
+            found += _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, (int, float)):
+            found.append((prefix + name, value))
+    return found
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _confusion(scores: Scores) -> Confusion | None:
+    rows = [row for row in scores["per_row"] if "label" in row]
+    if not rows:
+        return None
+    readings = ("yes", "no") + (("neither",) if any(row["reading"] is None for row in rows) else ())
+    cells = {label: dict.fromkeys(readings, 0) for label in ("yes", "no")}
+    for row in rows:
+        cells[row["label"]][row["reading"] or "neither"] += 1
+    return Confusion(readings, cells)
