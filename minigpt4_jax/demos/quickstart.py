@@ -173,19 +173,19 @@ def evaluate_split(model: "Model", split_dir: Path, count: int, stage2: bool) ->
 
     stage2: in the chat format and with detailed texts; else from the bare image, with captions.
     """
-    from minigpt4_jax.processing.chat_templates import IMAGE_TAG, STAGE2_PROMPTS, fill_template
-    from minigpt4_jax.shapes.claims import attribute_score
+    from minigpt4_jax.evaluation.benchmarks.shapes import description_rows, judge_descriptions
+    from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template
 
-    rows = read_scenes(split_dir, count)
-    images = [path for path, _ in rows]
-    prompt = fill_template(model.config.prompt_template, STAGE2_PROMPTS[0]) if stage2 else IMAGE_TAG
-    prompts = [prompt] * len(images)
+    scenes = read_scenes(split_dir, count)
+    images, rows = [path for path, _ in scenes], description_rows(scenes)
+    question = fill_template(model.config.prompt_template, rows[0].question)
+    prompts = [question if stage2 else IMAGE_TAG] * len(images)
     texts = model.generate(images, prompts, max_new_tokens=72 if stage2 else 40, batch_size=count)
     nll, tokens = model.score(images, prompts, true_texts(split_dir, images, stage2))
-    described = [(scene, text) for (_, scene), text in zip(rows, texts, strict=True)]
+    figures = judge_descriptions(rows, texts).original
     return SplitMetrics(
-        exact=sum(is_right(s, t) for s, t in described) / len(described),
-        attributes=sum(attribute_score(s, t) for s, t in described) / len(described),
+        exact=figures["exact"] / 100,
+        attributes=figures["attributes"] / 100,
         loss=float(nll.sum() / tokens.sum()),
         texts=texts,
     )

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-import numpy as np
-
 from minigpt4_jax import errors
 from minigpt4_jax.demos import common
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.benchmarks.shapes import EVALUATED_TASKS, NEW_TOKENS, judge, rows_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from minigpt4_jax.inference.model import Model
-    from minigpt4_jax.shapes.scene import Scene
     from minigpt4_jax.shapes.tasks import TaskQuestion
 
 VISION = Path(__file__).parents[1] / "assets" / "shapes_vision_v2.safetensors"
@@ -46,9 +44,6 @@ PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (
     ),
 )  # fmt: skip
 TURNS = 3  # short questions about an image in one row
-EVALUATED_TASKS = ("refer", "identify", "vqa", "caption", "grounding")
-VQA_QUESTIONS = 4  # evaluated for each image
-NEW_TOKENS = 96
 SHOWN = 12  # answers on the contact sheet
 
 
@@ -163,59 +158,27 @@ def write_rows(train_dir: Path, out: Path, seed: int) -> int:
 
 
 def evaluate_split(model: "Model", split_dir: Path, count: int) -> list[ScoredAnswer]:
-    """Answer the evaluation questions about the first `count` images of a split, greedily."""
+    """Answer the questions of the benchmark `shapes` about the first `count` images of a split, greedily,
+    but not those about presence."""
     from minigpt4_jax.shapes.dataset import read_scenes
 
-    scenes = read_scenes(split_dir)[:count]
-    rows = [
-        (path, scene, question)
-        for i, (path, scene) in enumerate(scenes)
-        for question in evaluation_questions(scene, i)
+    found = [
+        (path, row)
+        for i, (path, scene) in enumerate(read_scenes(split_dir)[:count])
+        for row in rows_of(path, scene, i)
+        if row.group in EVALUATED_TASKS
     ]
+    rows = [row for _, row in found]
     answers = model.generate(
-        [path for path, _, _ in rows], [question.question for _, _, question in rows],
+        [path for path, _ in found], [row.question for row in rows],
         max_new_tokens=NEW_TOKENS, template=True, batch_size=32,
     )  # fmt: skip
     return [
-        ScoredAnswer(path, question, answer, score_answer(scene, question, answer))
-        for (path, scene, question), answer in zip(rows, answers, strict=True)
+        ScoredAnswer(path, row.truth.question, answer, entry["score"] / 100)
+        for (path, row), answer, entry in zip(
+            found, answers, judge(rows, answers).per_row, strict=True
+        )
     ]
-
-
-def evaluation_questions(scene: "Scene", seed: int) -> list["TaskQuestion"]:
-    """All questions of EVALUATED_TASKS about a scene, but of vqa only VQA_QUESTIONS."""
-    from minigpt4_jax.shapes.tasks import task_questions
-
-    rng = np.random.default_rng([seed, 5])
-    questions = [q for q in task_questions(scene, rng) if q.task in EVALUATED_TASKS]
-    vqa = [q for q in questions if q.task == "vqa"]
-    chosen = set(rng.permutation(len(vqa))[:VQA_QUESTIONS].tolist())
-    others = [q for q in questions if q.task != "vqa"]
-    return others + [q for i, q in enumerate(vqa) if i in chosen]
-
-
-def score_answer(scene: "Scene", question: "TaskQuestion", answer: str) -> float:
-    """1 for a right answer, 0 for a wrong one; for grounding the share of objects named and located.
-
-    refer: the first box has an IoU over 0.5 with the true one; caption: every attribute is right;
-    vqa and identify: the exact words.
-    """
-    from minigpt4_jax.processing.boxes import iou, parse_boxes
-    from minigpt4_jax.shapes.claims import matches
-
-    if question.task == "caption":
-        return float(matches(scene, answer))
-    if question.task in ("vqa", "identify"):
-        return float(answer.strip().lower() == question.answer.lower())
-    side = scene.image_size
-    boxes = parse_boxes(answer, side, side)
-    if question.task == "refer" and question.box is not None:
-        return float(bool(boxes) and iou(boxes[0][1], question.box) > 0.5)
-    true_boxes = parse_boxes(question.answer, side, side)
-    hits = sum(
-        any(p == phrase and iou(b, box) > 0.5 for p, b in boxes) for phrase, box in true_boxes
-    )
-    return hits / max(len(true_boxes), len(boxes))
 
 
 def mean_scores(answers: list[ScoredAnswer]) -> dict[str, float]:

@@ -189,17 +189,33 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     A pair that is not there shares its colour or its shape with an object of the scene. It is never one of
     HELDOUT_PAIRS, which must not occur in training texts either.
     """
-    present = {(o.color, o.shape) for o in scene.objects}
     yes = bool(rng.integers(2))
-    if yes:
-        thing = scene.objects[rng.integers(len(scene.objects))]
-        color, shape = thing.color, thing.shape
-    else:
-        thing = scene.objects[rng.integers(len(scene.objects))]
-        near = [
-            (c, s) for c in COLOR_NAMES for s in SHAPES if (c == thing.color) != (s == thing.shape)
-        ]
-        near = [pair for pair in near if pair not in present and pair not in HELDOUT_PAIRS]
-        color, shape = near[rng.integers(len(near))]
+    pair = _present_pair(scene, rng) if yes else _absent_pair(scene, rng)
+    return _existence_question(*pair), "yes" if yes else "no"
+
+
+def presence_questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Two questions such as "Is there a red circle?": one about an object of the scene, and one about an
+    object that is not there but shares its colour or its shape with one that is."""
+    return [
+        (_existence_question(*_present_pair(scene, rng)), "yes"),
+        (_existence_question(*_absent_pair(scene, rng)), "no"),
+    ]
+
+
+def _present_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    thing = scene.objects[rng.integers(len(scene.objects))]
+    return thing.color, thing.shape
+
+
+def _absent_pair(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    present = {(o.color, o.shape) for o in scene.objects}
+    thing = scene.objects[rng.integers(len(scene.objects))]
+    near = [(c, s) for c in COLOR_NAMES for s in SHAPES if (c == thing.color) != (s == thing.shape)]
+    near = [pair for pair in near if pair not in present and pair not in HELDOUT_PAIRS]
+    return near[rng.integers(len(near))]
+
+
+def _existence_question(color: str, shape: str) -> str:
     article = "an" if color == "orange" else "a"
-    return f"Is there {article} {color} {shape}?", "yes" if yes else "no"
+    return f"Is there {article} {color} {shape}?"

@@ -11,6 +11,7 @@ from PIL import Image
 from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.demos import tiny_v2
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.benchmarks import shapes as benchmark
 from minigpt4_jax.shapes.dataset import read_scenes, write_dataset
 from minigpt4_jax.shapes.scene import scene_at
 from minigpt4_jax.shapes.tasks import TaskQuestion, task_questions
@@ -63,18 +64,18 @@ def test_the_phases_fill_the_steps_of_the_configuration(shapes):
 @pytest.mark.parametrize("task", tiny_v2.EVALUATED_TASKS)
 def test_the_true_answer_is_right_and_another_is_wrong(task):
     for a in questions_of(task):
-        assert tiny_v2.score_answer(SCENE, a, a.answer) == 1
-        assert tiny_v2.score_answer(SCENE, a, "") == 0
-        assert tiny_v2.score_answer(SCENE, a, "a large thing at {<0><0><100><100>}") == 0
+        assert benchmark.score_answer(SCENE, a, a.answer) == 1
+        assert benchmark.score_answer(SCENE, a, "") == 0
+        assert benchmark.score_answer(SCENE, a, "a large thing at {<0><0><100><100>}") == 0
 
 
 def test_grounding_scores_the_share_of_located_objects():
     (a,) = questions_of("grounding")
     phrases = a.answer.split(" and ")
-    assert tiny_v2.score_answer(SCENE, a, " and ".join(phrases[:1] * 1)) == pytest.approx(1 / 3)
+    assert benchmark.score_answer(SCENE, a, " and ".join(phrases[:1] * 1)) == pytest.approx(1 / 3)
     moved = a.answer.replace(phrases[0].split("</p>")[1], " {<0><0><1><1>}")
-    assert tiny_v2.score_answer(SCENE, a, moved) == pytest.approx(2 / 3)
-    assert tiny_v2.score_answer(
+    assert benchmark.score_answer(SCENE, a, moved) == pytest.approx(2 / 3)
+    assert benchmark.score_answer(
         SCENE, a, a.answer + " <p>a cat</p> {<1><2><3><4>}"
     ) == pytest.approx(3 / 4)
 
@@ -88,16 +89,16 @@ def test_a_referred_box_needs_an_iou_over_one_half():
         hundredths = (100 * v / side for v in (x1, y1, x1 + width * (x2 - x1), y2))
         return "{" + "".join(f"<{round(v)}>" for v in hundredths) + "}"
 
-    assert tiny_v2.score_answer(SCENE, refer, box(0.7)) == 1
-    assert tiny_v2.score_answer(SCENE, refer, box(0.3)) == 0
+    assert benchmark.score_answer(SCENE, refer, box(0.7)) == 1
+    assert benchmark.score_answer(SCENE, refer, box(0.3)) == 0
 
 
 def test_evaluation_has_every_task_and_a_few_vqa_questions():
     for index in range(10):
         scene = scene_at(3, index, "heldout")
-        questions = tiny_v2.evaluation_questions(scene, index)
+        questions = benchmark.evaluation_questions(scene, index)
         counts = {task: sum(a.task == task for a in questions) for task in tiny_v2.EVALUATED_TASKS}
-        assert counts["vqa"] == tiny_v2.VQA_QUESTIONS and counts["refer"] == len(scene.objects)
+        assert counts["vqa"] == benchmark.VQA_QUESTIONS and counts["refer"] == len(scene.objects)
         assert counts["caption"] == counts["grounding"] == 1
         assert sum(counts.values()) == len(questions)
 

@@ -13,6 +13,7 @@ from minigpt4_jax.evaluation.benchmarks import (
     pope,
     refcoco,
     scienceqa,
+    shapes,
     textvqa,
     vizwiz,
     vqav2,
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         *refcoco.BENCHMARKS, okvqa.BENCHMARK, gqa.BENCHMARK, vsr.BENCHMARK, iconvqa.BENCHMARK,
         vizwiz.BENCHMARK, hateful_memes.BENCHMARK, *captions.BENCHMARKS, pope.BENCHMARK,
         *chair.BENCHMARKS, aokvqa.BENCHMARK, textvqa.BENCHMARK, scienceqa.BENCHMARK, vqav2.BENCHMARK,
+        *shapes.BENCHMARKS,
     )
 }  # fmt: skip
 
