@@ -30,6 +30,28 @@ class LoraChoice:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Benchmarks that are run during training (minigpt4_jax/evaluation).
+
+    benchmarks: names such as "refcoco" or "shapes"; (): none.
+    root: the folder of their files.
+    splits: of benchmarks that have several; (): all that are usual.
+    every: steps between; 0: after the last step alone.
+    limit: rows of each, the first ones.
+    batch_size: rows decoded together.
+    best: one of them, as "refcoco_val": WORKDIR/best has the model with its best score; "": none.
+    """
+
+    benchmarks: tuple[str, ...] = ()
+    root: str = ""
+    splits: tuple[str, ...] = ()
+    every: int = 0
+    limit: int = 100
+    batch_size: int = 32
+    best: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on besides the content of its data and its model's weights.
 
@@ -65,6 +87,7 @@ class TrainConfig:
     eval_examples: number of validation rows used.
     sample_every: steps between captions of a few validation images, all different; 0: never.
     sample_images, sample_tokens: how many images, and tokens per caption at most.
+    eval: benchmarks that are run during training.
     save_every: steps between checkpoints.
     keep: checkpoints kept on disk.
     heartbeat_timeout: with several processes: seconds without a sign of one until the others stop.
@@ -109,6 +132,7 @@ class TrainConfig:
     sample_every: int = 200
     sample_images: int = 4
     sample_tokens: int = 60
+    eval: EvalConfig = field(default_factory=EvalConfig)
     save_every: int = 100
     keep: int = 3
     heartbeat_timeout: float = 100.0

@@ -9,7 +9,7 @@ import re
 
 from minigpt4_jax.data.config import MIX_BY, DataConfig, DatasetConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.training.config import SCHEDULES, LoraChoice, TrainConfig
+from minigpt4_jax.training.config import SCHEDULES, EvalConfig, LoraChoice, TrainConfig
 
 _POSITIVE = (
     "steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "eval_examples",
@@ -36,6 +36,7 @@ def check(c: TrainConfig, *, model: bool = True, data: bool = True) -> TrainConf
             _require(f.name, value, math.isfinite(value), "a finite number")
     _check_loading(c.data)
     _check_lora(c.lora)
+    _check_eval(c.eval)
     _require("dtype", c.dtype, c.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
     _require("schedule", c.schedule, c.schedule in SCHEDULES, " or ".join(SCHEDULES))
     _require("beta1", c.beta1, 0 <= c.beta1 < 1, "0 <= beta1 < 1")
@@ -72,6 +73,17 @@ def _check_lora(lora: LoraChoice) -> None:
     _require("lora.rank", lora.rank, lora.rank >= 0, "0 or more")
     _require("lora.alpha", lora.alpha, lora.alpha >= 0, "0 or more")
     _require("lora.dropout", lora.dropout, lora.dropout < 1, "less than 1")
+
+
+def _check_eval(c: EvalConfig) -> None:
+    _require("eval.every", c.every, c.every >= 0, "0 or more")
+    for name in ("limit", "batch_size"):
+        _require(f"eval.{name}", getattr(c, name), getattr(c, name) > 0, "a number above 0")
+    named = bool(c.root) or not c.benchmarks
+    _require("eval.root", c.root, named, "the folder of the benchmarks' files")
+    _require(
+        "eval.best", c.best, not c.best or bool(c.benchmarks), "nothing without eval.benchmarks"
+    )
 
 
 def _check_mixture(data: DataConfig, batch_size: int, accumulate: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -21,11 +21,9 @@ from minigpt4_jax.processing.images import name_of, open_image
 from minigpt4_jax.processing.sequences import training_prompt
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.current_model import CurrentModel
 from minigpt4_jax.training.row_assignment import process_shard
 from minigpt4_jax.training.train_step import Split, Trainable, make_evaluation
-
-if TYPE_CHECKING:
-    from minigpt4_jax.inference.model import Model
 
 
 def read_validation(c: TrainConfig) -> list[Example]:
@@ -71,11 +69,13 @@ class Validation:
         mesh: Mesh,
         split: Split,
         examples: Sequence[Example],
+        model: CurrentModel,
     ):
+        """model: of the same run."""
         self._c, self._config, self._tokenizer = c, config, tokenizer
         self._mesh, self._split, self._examples = mesh, split, examples
         self._evaluate = make_evaluation(split, mesh)
-        self._model: Model | None = None
+        self._model = model
 
     def loss(self, trainable: Trainable, should_stop: Callable[[], bool]) -> float | None:
         """Mean negative log-likelihood per labelled token over the first `eval_examples` rows. None if
@@ -116,7 +116,7 @@ class Validation:
         names = [name_of(e.images[0]) for e in examples]
         images = [open_image(e.images[0], exif=c.data.exif) for e in examples]
         prompts = [self._prompt(e) for e in examples]
-        texts = self._update_model(trainable).generate(
+        texts = self._model.with_parameters(trainable).generate(
             images, prompts, max_new_tokens=c.sample_tokens, temperature=0.0
         )
         return [Sample(*fields) for fields in zip(names, images, prompts, texts, strict=True)]
@@ -128,14 +128,3 @@ class Validation:
         return training_prompt(
             self._tokenizer, self._config, with_images(questions[0], 1), system=example.system
         )
-
-    def _update_model(self, trainable: Trainable) -> "Model":
-        """The model for inference, with these parameters."""
-        module = self._split.join(trainable, self._split.frozen)
-        if self._model is None:
-            from minigpt4_jax.inference.model import Model
-
-            self._model = Model(module, self._config, self._tokenizer, self._mesh)
-        else:
-            self._model.set_module(module)
-        return self._model

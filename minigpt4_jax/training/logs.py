@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 SHEETS = "samples"  # directory of the contact sheets, STEP.png
 VAL_LOSS = "val_loss"
+BENCHMARKS, EVAL_PREFIX = "benchmarks", "eval/"  # scores in metrics.jsonl are eval/refcoco_val
 
 
 def import_tensorboard() -> None:
@@ -37,7 +38,7 @@ class RunLog:
     """The log in `workdir` of a run that is at `step`.
 
     What an interrupted run recorded after that step is removed: it will be recorded again.
-    pending: what will be recorded again of the step itself, VAL_LOSS or SAMPLES.
+    pending: what will be recorded again of the step itself, VAL_LOSS, SAMPLES or BENCHMARKS.
     directory: local directory with the files.
     UserError from all methods but `close`: the working directory cannot be written.
     """
@@ -62,6 +63,8 @@ class RunLog:
     def _open(self, name: str, step: int, pending: Collection[str]) -> IO[str]:
         def is_final(record: dict[str, Any]) -> bool:
             again = name in pending or (VAL_LOSS in record and VAL_LOSS in pending)
+            scores = any(key.startswith(EVAL_PREFIX) for key in record)
+            again = again or (scores and BENCHMARKS in pending)
             return bool(record["step"] < step + (not again))
 
         self._synced.download(name)

@@ -35,7 +35,7 @@ class Run:
     step: int  # updates dispatched
     trainable: Trainable
     opt_state: OptState
-    pending_evaluations: list[str]  # of this step, VAL_LOSS or SAMPLES: left undone by a stop
+    pending_evaluations: list[str]  # of this step, such as VAL_LOSS: left undone by a stop
 
     def save_checkpoint(self) -> None:
         """Flush the log, then save the state in the background. UserError: it cannot be written."""

@@ -19,9 +19,11 @@ from minigpt4_jax.data.loader import Loader, make_loader
 from minigpt4_jax.data.packing import pack
 from minigpt4_jax.data.readers import open_components
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.task import Task
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import replicated
 from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.training.benchmarks import read_tasks
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.evaluation import read_validation
 from minigpt4_jax.training.mesh_selection import choose_mesh
@@ -50,6 +52,7 @@ class RunInputs(NamedTuple):
     mesh_reason: str  # why this mesh, for the log
     loader: Loader
     validation_examples: list[Example]
+    eval_tasks: list[Task]
 
 
 def open_inputs(c: TrainConfig, exit_stack: ExitStack) -> RunInputs:
@@ -63,10 +66,12 @@ def open_inputs(c: TrainConfig, exit_stack: ExitStack) -> RunInputs:
     mesh, mesh_reason = choose_mesh(c, config)
     loader = open_loader(c, config, tokenizer, mesh)
     exit_stack.callback(loader.close)
-    validation_examples = read_validation(c)
+    validation_examples, eval_tasks = read_validation(c), read_tasks(c)
     check_trainable(c.model, config, parts)
     open_tensors(c.model, config)
-    return RunInputs(config, tokenizer, parts, mesh, mesh_reason, loader, validation_examples)
+    return RunInputs(
+        config, tokenizer, parts, mesh, mesh_reason, loader, validation_examples, eval_tasks
+    )
 
 
 # --- data -----------------------------------------------------------------------------------

@@ -28,10 +28,20 @@ from minigpt4_jax.parallel.multihost import (
 )
 from minigpt4_jax.parallel.sharding import shard_batch
 from minigpt4_jax.storage.paths import StorageError, parse_path, wrap_storage_errors
+from minigpt4_jax.training.benchmarks import Benchmarks, write_results
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import from_mapping
+from minigpt4_jax.training.current_model import CurrentModel
 from minigpt4_jax.training.evaluation import Validation
-from minigpt4_jax.training.logs import METRICS, SAMPLES, VAL_LOSS, import_tensorboard, read_metrics
+from minigpt4_jax.training.logs import (
+    BENCHMARKS,
+    EVAL_PREFIX,
+    METRICS,
+    SAMPLES,
+    VAL_LOSS,
+    import_tensorboard,
+    read_metrics,
+)
 from minigpt4_jax.training.preemption import StopAgreement, handle_signals
 from minigpt4_jax.training.progress import OnMetrics, Progress
 from minigpt4_jax.training.run import Run, open_run
@@ -39,6 +49,7 @@ from minigpt4_jax.training.run_summary import summarize_run, summarize_sharding
 from minigpt4_jax.training.setup import open_inputs
 from minigpt4_jax.training.train_step import Metrics
 from minigpt4_jax.training.workdir import (
+    BEST,
     MODEL,
     check_is_shared,
     describe_saved_state,
@@ -141,12 +152,12 @@ class Trainer:
     def __init__(self, run: Run, stop: StopAgreement, on_metrics: OnMetrics | None):
         inputs = run.inputs
         self.run, self.stop, self.loader = run, stop, inputs.loader
+        parts = inputs.model_config, inputs.tokenizer, inputs.mesh, run.program.split
+        self.model = CurrentModel(*parts)
         self.validation: Validation | None = None
         if inputs.validation_examples:
-            self.validation = Validation(
-                run.c, inputs.model_config, inputs.tokenizer, inputs.mesh, run.program.split,
-                inputs.validation_examples,
-            )  # fmt: skip
+            self.validation = Validation(run.c, *parts, inputs.validation_examples, self.model)
+        self.benchmarks = Benchmarks(run.c.eval, inputs.eval_tasks) if inputs.eval_tasks else None
         self.sum_over_processes = AllReduceSum(inputs.mesh)
         self.progress = Progress(run.c, run.log, run.count_skipped, on_metrics)
         self.pending_steps: list[_PendingStep] = []
@@ -244,7 +255,8 @@ class Trainer:
     def _is_periodic_work_due(self) -> bool:
         """Whether this step's results are needed at once, for validation, samples or a checkpoint."""
         c = self.run.c
-        return any(map(self._is_due, (c.save_every, c.eval_every, c.sample_every))) or self._is_last
+        periods = (c.save_every, c.eval_every, c.sample_every, c.eval.every)
+        return any(map(self._is_due, periods)) or self._is_last
 
     def _is_due(self, period: int) -> bool:
         return period > 0 and self.run.step % period == 0
@@ -254,8 +266,8 @@ class Trainer:
         return self.run.step == self.run.c.steps
 
     def _do_periodic_work(self) -> None:
-        """Validation, samples and a checkpoint, as far as they are due. All but a checkpoint are due
-        after the last step."""
+        """Validation, samples, benchmarks and a checkpoint, as far as they are due. All are due after the
+        last step."""
         run, c, start = self.run, self.run.c, time.perf_counter()
         periods = {VAL_LOSS: c.eval_every, SAMPLES: c.sample_every}
         run.pending_evaluations = [
@@ -263,27 +275,61 @@ class Trainer:
             for name, period in periods.items()
             if period and (self._is_last or self._is_due(period))
         ]
+        if self.benchmarks and (self._is_last or self._is_due(c.eval.every)):
+            run.pending_evaluations.append(BENCHMARKS)
         self._run_pending_evaluations()
         if self._is_last or self._is_due(c.save_every):
             run.save_checkpoint()
         self.progress.exclude(time.perf_counter() - start)
 
     def _run_pending_evaluations(self) -> None:
-        """Validation loss and samples; those not done when the run is to stop stay pending."""
+        """Validation loss, samples and benchmarks; those not done when the run is to stop stay pending."""
         run, validation = self.run, self.validation
         if validation is None:
-            run.pending_evaluations = []
-            return
-        if VAL_LOSS in run.pending_evaluations:
+            run.pending_evaluations = [n for n in run.pending_evaluations if n == BENCHMARKS]
+        elif VAL_LOSS in run.pending_evaluations:
             loss = validation.loss(run.trainable, self.stop.check)
             if loss is None:
                 return
             self.progress.write_metrics({"step": run.step, VAL_LOSS: loss})
             run.log.write_line(f"step {run.step}/{run.c.steps}  val_loss {loss:.4f}")
             run.pending_evaluations.remove(VAL_LOSS)
-        if SAMPLES in run.pending_evaluations and not self.stop.check():
+        if validation and SAMPLES in run.pending_evaluations and not self.stop.check():
             run.log.write_samples(run.step, validation.captions(run.trainable))
             run.pending_evaluations.remove(SAMPLES)
+        if BENCHMARKS in run.pending_evaluations and self._run_benchmarks():
+            run.pending_evaluations.remove(BENCHMARKS)
+
+    def _run_benchmarks(self) -> bool:
+        """Score the model of this step, and keep it if it is the best; False if the run is to stop."""
+        run = self.run
+        if self.benchmarks is None:  # the configuration has none any more
+            return True
+        model = self.model.with_parameters(run.trainable)
+        scores = self.benchmarks.scores(model, self.stop.check)
+        if scores is None:
+            return False
+        with raise_together():
+            if is_main_process():
+                self._keep_if_best(scores)
+                write_results(run.log.directory, run.step, scores)
+        values = {EVAL_PREFIX + name: float(of_task["score"]) for name, of_task in scores.items()}
+        self.progress.write_metrics({"step": run.step, **values})
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
+        run.log.write_line(f"step {run.step}/{run.c.steps}  {shown}")
+        return True
+
+    def _keep_if_best(self, scores: dict[str, dict[str, Any]]) -> None:
+        run, benchmarks = self.run, self.benchmarks
+        run.log.flush()
+        if benchmarks is None or not benchmarks.is_best(scores, read_metrics(run.log.directory)):
+            return
+        name = run.c.eval.best
+        result = {"steps": run.step, name: scores[name]["score"], "seed": run.c.seed}
+        path = write_trained_model(
+            run.workdir / BEST, run.c, run.inputs.model_config, run.trainable, result
+        )
+        run.log.write_line(f"best {name} so far: the model is in {path}")
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -327,6 +373,6 @@ class Trainer:
         loss_plot(run.log.directory / METRICS, run.log.directory / "loss.png")
         run.log.flush()
         write_trained_model(  # last: its presence marks the run as finished
-            run.workdir, run.c, run.inputs.model_config, run.trainable,
+            run.workdir / MODEL, run.c, run.inputs.model_config, run.trainable,
             {"steps": run.step, "loss": loss, "seed": run.c.seed},
         )  # fmt: skip

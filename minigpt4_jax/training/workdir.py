@@ -23,6 +23,7 @@ from minigpt4_jax.training.config_values import allowed_changes, differences, to
 from minigpt4_jax.training.train_step import Trainable
 
 CONFIG, CHECKPOINTS, MODEL = "config.json", "checkpoints", "model"
+BEST = "best"  # the model with the best score on a benchmark (config.eval.best)
 
 
 def keep_old_defaults(workdir: Path, c: TrainConfig) -> TrainConfig:
@@ -142,17 +143,21 @@ def is_finished(workdir: Path, c: TrainConfig) -> bool:
 
 
 def write_trained_model(
-    workdir: Path, c: TrainConfig, config: ModelConfig, trainable: Trainable, result: dict[str, Any]
+    directory: Path,
+    c: TrainConfig,
+    config: ModelConfig,
+    trainable: Trainable,
+    result: dict[str, Any],
 ) -> Path:
-    """Write the trained parts as the model directory WORKDIR/model, based on the run's model.
+    """Write the trained parts as a model directory, WORKDIR/model or WORKDIR/best, based on the run's
+    model.
 
     result: recorded in model.json.
     """
     sources = {"training": {"base": c.model, **result}}
     return write_model(
-        workdir / MODEL, config, _named_tensors(trainable), base=c.model, sources=sources,
-        overwrite=True,
-    )  # fmt: skip
+        directory, config, _named_tensors(trainable), base=c.model, sources=sources, overwrite=True
+    )
 
 
 def _named_tensors(trainable: Trainable) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
