@@ -59,6 +59,7 @@ def score_task(
 ) -> dict[str, Any]:
     """The contents of scores.json."""
     rows = task.used_rows
+    resample = resample and task.benchmark.kind == "box"
     answers = [given_answer(of_row, resample=resample) for of_row in lines]
     scores = describe(task.benchmark, task.split, rows, task.benchmark.judge(rows, answers))
     errors = []

@@ -22,17 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers import released_files, tiny
+from helpers import benchmark_layouts, released_files, tiny
 from helpers.doc_blocks import Block, blocks, commands
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data, curate, serve, train
+from minigpt4_jax.cli import batch, chat, check_data, curate, evaluate, serve, train
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import loading
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.parallel import distributed
+from minigpt4_jax.shapes.dataset import write_dataset
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_cli import parse as parse_config
 
@@ -61,6 +62,7 @@ def sandbox(tmp_path_factory) -> Path:
     _write_models(folder)
     _write_data(folder)
     _write_released_files(folder)
+    _write_benchmarks(folder)
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
@@ -115,6 +117,13 @@ def _write_data(folder: Path) -> None:
         (vqa / name).write_text(json.dumps([row]))
 
 
+def _write_benchmarks(folder: Path) -> None:
+    """The benchmarks' files in EVAL, and answers of another model to POPE."""
+    benchmark_layouts.write_all(folder / "EVAL")
+    lines = [json.dumps({"id": n + 1, "answer": "No, there is not."}) for n in range(4)]
+    (folder / "answers_of_another_model.jsonl").write_text("\n".join(lines))
+
+
 def _write_released_files(folder: Path) -> None:
     """The files that `convert build` reads, under the names of the released ones."""
     files = folder / "files"
@@ -163,9 +172,15 @@ def run_python_module(module: str, args: Sequence[str]) -> None:
         "minigpt4_jax.curate": _curate,
         "minigpt4_jax.chat": lambda args: chat.main([*args, "--max_new_tokens=8"]),
         "minigpt4_jax.data": check_data.main,
+        "minigpt4_jax.evaluate": evaluate.main,
+        "minigpt4_jax.shapes": _draw_shapes,
         "minigpt4_jax.train": _train,
     }
     assert runners[module](list(args)) in (0, None)
+
+
+def _draw_shapes(args: list[str]) -> None:
+    write_dataset(option(args, "--out"), train=0, heldout=1, heldout_pairs=1, progress=False)
 
 
 def _convert(args: list[str]) -> None:
@@ -364,8 +379,12 @@ def test_the_configuration_page_lists_every_key_with_its_default() -> None:
     )
     flat = {"data.mix": {}}
     c = TrainConfig()
-    for prefix, config in (("", c), ("lora.", c.lora), ("data.", c.data)):
+    for prefix, config in (("", c), ("lora.", c.lora), ("eval.", c.eval), ("data.", c.data)):
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        flat |= {prefix + key: v for key, v in values.items() if key not in ("data", "lora", "mix")}
+        flat |= {
+            prefix + key: v
+            for key, v in values.items()
+            if key not in ("data", "lora", "eval", "mix")
+        }
     mixed = {f.name: getattr(DatasetConfig(), f.name) for f in dataclasses.fields(DatasetConfig)}
     assert dict(rows) == {key: repr(value) for key, value in (flat | mixed).items()}

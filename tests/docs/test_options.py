@@ -9,7 +9,17 @@ import pytest
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data, curate
+from minigpt4_jax.cli import (
+    batch,
+    chat,
+    check_data,
+    curate,
+    evaluate_check,
+    evaluate_compare,
+    evaluate_report,
+    evaluate_run,
+    evaluate_score,
+)
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data import tfds_build
 from minigpt4_jax.demos import quickstart, tiny_v2
@@ -20,17 +30,20 @@ CONVERT = ("build", "export", "merge", "unmerge", "pack", "inspect")
 COMMANDS = {
     "chat": chat.main, "batch": batch.main, "check-data": check_data.main, "compile": compile_cli.main,
     "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "tfds_build": tfds_build.main,
+    "evaluate": evaluate_run.main, "evaluate check": evaluate_check.main,
+    "evaluate score": evaluate_score.main, "evaluate compare": evaluate_compare.main,
+    "evaluate report": evaluate_report.main,
 }  # fmt: skip
 
 
 def options(help_text: str) -> set[str]:
-    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", help_text, re.MULTILINE)) - {"--help"}
+    return set(re.findall(r"^ +(?:-\w, )?(--[\w.-]+)", help_text, re.MULTILINE)) - {"--help"}
 
 
 @pytest.fixture(scope="module")
 def documented():
     pages = (ROOT / "docs").rglob("*.md")
-    return set(re.findall(r"--[\w-]+", " ".join(page.read_text() for page in pages)))
+    return set(re.findall(r"--[\w.-]*\w", " ".join(page.read_text() for page in pages)))
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *CONVERT, *CURATE, "shapes"])

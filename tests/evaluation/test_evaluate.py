@@ -20,8 +20,9 @@ from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
 from minigpt4_jax.evaluation.metrics import meteor
 from minigpt4_jax.evaluation.ranking import rank_rows
 from minigpt4_jax.processing.chat_templates import chat_format, with_images
+from minigpt4_jax.shapes.dataset import write_dataset
 
-NAMES = [name for name in BENCHMARKS if name != "shapes"]
+NAMES = [name for name in BENCHMARKS if not name.startswith("shapes")]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,16 @@ def test_every_benchmark_continues_after_an_exception(home, whole_run, monkeypat
     assert not repeated
 
 
+def test_the_generated_dataset_is_a_benchmark_too(home):
+    write_dataset(
+        home / "shapes_root" / "shapes", train=0, heldout=2, heldout_pairs=0, progress=False
+    )
+    command = options(home, home / "shapes", ["shapes", "shapes_description"], "--limit=2")
+    command += [f"--data.root={home / 'shapes_root'}", "--split=heldout"]
+    assert evaluate.main(command) == 0
+    assert set(scores_of(home / "shapes")) == {"shapes_heldout", "shapes_description_heldout"}
+
+
 def test_nothing_is_loaded_when_everything_is_answered(home, whole_run, monkeypatch):
     monkeypatch.setattr("minigpt4_jax.cli.common.load_model", lambda args: pytest.fail("loaded"))
     before = scores_of(whole_run)
@@ -163,7 +174,9 @@ def test_other_options_do_not_continue_a_run(home, whole_run):
 
 def test_resampling_follows_the_rounds_of_the_original(home):
     out = home / "resampled"
-    evaluate.main(options(home, out, ["refcoco"], "--split=testB", "--resample", "--limit=2"))
+    evaluate.main(
+        options(home, out, ["refcoco", "gqa"], "--split=testB", "--resample", "--limit=2")
+    )
     lines = answers_of(out)["refcoco_testB"]
     # a random model never answers with a box: the question and five rounds
     assert sorted(lines) == [(n, round) for n in range(2) for round in range(6)]
@@ -171,6 +184,7 @@ def test_resampling_follows_the_rounds_of_the_original(home):
     assert [row["accepted_in_round"] for row in scores["per_row"]] == [5, 5]
     assert set(scores["original"]) == {"resample", "no_resample"}
     assert scores["form"]["box_errors"] == 1
+    assert len(answers_of(out)["gqa"]) == 2  # other questions are asked once
 
 
 def test_shards_share_the_rows(home, whole_run, capsys):
