@@ -79,11 +79,11 @@ STAGE1 = Blip2Table(
 )
 
 
-def stage2_table(projection: str, embedding_names: Iterable[str]) -> Blip2Table:
+def stage2_table(llm: str, projection: str, embedding_names: Iterable[str]) -> Blip2Table:
     """Stage 2 in LAVIS' files. projection: "opt_proj" or "t5_proj"; embedding_names: second names of
     the language model's embedding."""
     return Blip2Table(
-        "BLIP-2, stage 2 (LAVIS)",
+        f"BLIP-2 with {llm} (LAVIS)",
         [
             *QFORMER_RULES,
             *LN_VISION_RULES,
@@ -95,8 +95,9 @@ def stage2_table(projection: str, embedding_names: Iterable[str]) -> Blip2Table:
     )
 
 
-STAGE2_OPT = stage2_table("opt_proj", ["opt_model.lm_head.weight"])
+STAGE2_OPT = stage2_table("OPT", "opt_proj", ["opt_model.lm_head.weight"])
 STAGE2_T5 = stage2_table(
+    "FlanT5",
     "t5_proj",
     [
         "t5_model.encoder.embed_tokens.weight",

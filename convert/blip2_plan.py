@@ -36,7 +36,11 @@ from minigpt4_jax.processing.bert_tokenizer import VOCABULARY, BertTokenizer
 def make_blip2_plan(request: BuildRequest) -> BuildPlan:
     """Open the inputs, derive the configuration, find a source for each parameter. UserError for files
     that are damaged, unknown, or do not belong together."""
-    return _plan_stage1(request)
+    if request.variant == "blip2-qformer":
+        return _plan_stage1(request)
+    from convert.blip2_stage2 import plan_stage2  # which uses this module's functions
+
+    return plan_stage2(request)
 
 
 def _plan_stage1(request: BuildRequest) -> BuildPlan:

@@ -5,13 +5,24 @@ from typing import Any
 from minigpt4_jax.config import LlmConfig, RopeScaling
 from minigpt4_jax.errors import UserError
 
-# Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"
-SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3")
+# Vicuna, LLaMA 1/2/3 and SmolLM2 are "llama"; FlanT5 is "t5"
+SUPPORTED_LLMS = ("llama", "mistral", "qwen2", "qwen3", "opt", "t5")
+T5_MAX_LENGTH = 2048  # relative positions have no limit of their own
 
 # fields that a config.json must have
 REQUIRED_LLM_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
 )  # fmt: skip
+_REQUIRED_OF = {
+    "opt": (*REQUIRED_LLM_FIELDS[:-1], "ffn_dim", "max_position_embeddings"),
+    "t5": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+}
+
+
+def missing_llm_fields(c: dict[str, Any]) -> list[str]:
+    """The fields that a language model's config.json must have and does not."""
+    required = _REQUIRED_OF.get(c.get("model_type") or "", REQUIRED_LLM_FIELDS)
+    return [key for key in required if key not in c]
 
 
 def llm_config_from_hf(c: dict[str, Any]) -> LlmConfig:
@@ -23,8 +34,10 @@ def llm_config_from_hf(c: dict[str, Any]) -> LlmConfig:
             f"language model: model_type {kind!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_LLMS)} (LLaMA 1/2/3, Vicuna, SmolLM2 are 'llama')"
         )
-    if missing := [k for k in REQUIRED_LLM_FIELDS if k not in c]:
+    if missing := missing_llm_fields(c):
         raise UserError(f"language model config.json: missing {', '.join(missing)}")
+    if kind in ("opt", "t5"):
+        return _opt(c) if kind == "opt" else _t5(c)
     if (act := c.get("hidden_act", "silu")) != "silu":
         raise UserError(f"language model: hidden_act {act!r} is not supported; expected 'silu'")
     heads = c["num_attention_heads"]
@@ -50,6 +63,61 @@ def llm_config_from_hf(c: dict[str, Any]) -> LlmConfig:
         window=_window(kind, c),
         max_length=c.get("max_position_embeddings", 2048),
     )
+
+
+def _expect(c: dict[str, Any], expected: dict[str, Any]) -> None:
+    """UserError for the first field of a config.json that is given and has another value."""
+    for key, value in expected.items():
+        if c.get(key, value) != value:
+            raise UserError(
+                f"language model: {key} {c[key]!r} of {c.get('model_type')} is not supported; expected "
+                f"{value!r}"
+            )
+
+
+def _opt(c: dict[str, Any]) -> LlmConfig:
+    """OPT: learned positions, LayerNorm, ReLU, biases."""
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    _expect(
+        c,
+        {
+            "activation_function": "relu", "do_layer_norm_before": True, "enable_bias": True,
+            "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True,
+            "word_embed_proj_dim": width,
+        },
+    )  # fmt: skip
+    return LlmConfig(
+        model_type="opt", vocab=c["vocab_size"], width=width, layers=c["num_hidden_layers"],
+        heads=heads, kv_heads=heads, head_dim=width // heads, ffn=c["ffn_dim"], eps=1e-5,
+        qkv_bias=True, o_bias=True, mlp_bias=True, tie=c.get("tie_word_embeddings", True),
+        max_length=c["max_position_embeddings"], norm="layer", positions="learned",
+        activation="relu", gated=False,
+    )  # fmt: skip
+
+
+def _t5(c: dict[str, Any]) -> LlmConfig:
+    """T5 1.1 and FlanT5: encoder and decoder, relative positions, gated MLP."""
+    # transformers 5 writes tie_word_embeddings true and says the same by another field
+    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
+        raise UserError(
+            "language model: a t5 with tie_word_embeddings is not supported; expected T5 1.1 or FlanT5"
+        )
+    heads, act = c["num_heads"], c.get("feed_forward_proj", "relu")
+    activation = c.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(act, act.split("-")[-1])
+    if not act.startswith("gated-") or activation not in ("gelu_new", "gelu"):
+        raise UserError(
+            f"language model: feed_forward_proj {act!r} of t5 is not supported; expected 'gated-gelu'"
+        )
+    return LlmConfig(
+        model_type="t5", vocab=c["vocab_size"], width=c["d_model"],
+        layers=c.get("num_decoder_layers") or c["num_layers"], heads=heads, kv_heads=heads,
+        head_dim=c["d_kv"], ffn=c["d_ff"], eps=c.get("layer_norm_epsilon", 1e-6),
+        max_length=max(T5_MAX_LENGTH, c.get("n_positions", 512)), positions="relative",
+        activation=activation, scaled=False, encoder_layers=c["num_layers"],
+        start_id=c.get("decoder_start_token_id", c.get("pad_token_id", 0)),
+        relative_buckets=c.get("relative_attention_num_buckets", 32),
+        relative_distance=c.get("relative_attention_max_distance", 128),
+    )  # fmt: skip
 
 
 def _rope_scaling(s: dict[str, Any], c: dict[str, Any]) -> RopeScaling | None:

@@ -12,6 +12,7 @@ from convert.formats.gguf import PERMUTED, Gguf
 from convert.formats.gguf_tokenizer import tokenizer_files
 from convert.formats.readers import Reader, combine, open_directory, read_json
 from convert.key_mapping import LLM, KeyTable, gguf_table, map_keys
+from convert.llm_keys import llm_table
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.hub import NOT_FOUND
 
@@ -142,8 +143,9 @@ def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> Language
         folders = [tokenizer]
     folder = next((f for f in folders if _has_vocabulary(f)), folders[-1])
     return LanguageModelFiles(
-        reader, LLM, config, find_tokenizer(folder), str(folder), str(config_file)
-    )
+        reader, llm_table(config.get("model_type")), config, find_tokenizer(folder), str(folder),
+        str(config_file),
+    )  # fmt: skip
 
 
 def _has_vocabulary(folder: Path) -> bool:

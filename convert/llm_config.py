@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import REQUIRED_LLM_FIELDS, SUPPORTED_LLMS, llm_config_from_hf
+from convert.hf_config import (
+    REQUIRED_LLM_FIELDS,
+    SUPPORTED_LLMS,
+    llm_config_from_hf,
+    missing_llm_fields,
+)
 from convert.sources import MappedCheckpoint
 from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.errors import UserError
@@ -19,7 +24,8 @@ _HARMLESS = {
     "_attn_implementation_autoset", "_flash_attn_2_enabled", "unsloth_version", "unsloth_fixed",
     "use_mrope", "max_sequence_length", "tokenizer_class", "model_max_length", "is_llama_config",
     "rope_interleaved", "rope_parameters", "head_dim", "sliding_window", "transformers.js_config",
-    "task_specific_params", "num_labels", "license",
+    "task_specific_params", "num_labels", "license", "prefix", "output_past", "is_gated_act",
+    "dense_act_fn", "decoder_start_token_id", "n_positions",
 }  # fmt: skip
 # What the fields that are used may be. null is as if a field were absent, except for numbers and those
 # that are required.
@@ -30,12 +36,25 @@ _NUMBERS = ("rms_norm_eps", "rope_theta")
 _SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 _OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config")
 _OTHERS = ("model_type", "hidden_act", "layer_types", "max_window_layers")
+# Fields that only some families have and that are used.
+_OWN = {
+    "opt": {
+        "ffn_dim", "activation_function", "do_layer_norm_before", "enable_bias", "word_embed_proj_dim",
+        "_remove_final_layer_norm", "layer_norm_elementwise_affine",
+    },
+    "t5": {
+        "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
+        "feed_forward_proj", "dense_act_fn", "layer_norm_epsilon", "relative_attention_num_buckets",
+        "relative_attention_max_distance", "scale_decoder_outputs", "decoder_start_token_id",
+    },
+}  # fmt: skip
 # Fields of transformers' classes that do not change the logits.
 _UNUSED_BY_MODELS = {
     "transformers_version", "architectures", "output_hidden_states", "output_attentions",
     "return_dict", "dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type", "initializer_range", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path",
+    "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path", "dropout", "layerdrop",
+    "init_std", "dropout_rate", "classifier_dropout", "initializer_factor", "is_decoder",
 }  # fmt: skip
 
 
@@ -48,7 +67,7 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
     from transformers import AutoConfig
 
     model_type = values.get("model_type")
-    if model_type not in SUPPORTED_LLMS or any(key not in values for key in REQUIRED_LLM_FIELDS):
+    if model_type not in SUPPORTED_LLMS or missing_llm_fields(values):
         return llm_config_from_hf(values)  # raises
     _check_values(values, label)
     if quantization := values.get("quantization_config"):
@@ -77,7 +96,7 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
         notes.append(
             f"{label}: {', '.join(unused)}: not used, as in transformers' {model_type} models"
         )
-    used = {*_SIZES, *_NUMBERS, *_SWITCHES, *_OBJECTS, *_OTHERS}
+    used = {*_SIZES, *_NUMBERS, *_SWITCHES, *_OBJECTS, *_OTHERS, *_OWN.get(model_type, ())}
     if new := sorted(
         key
         for key, value in values.items()
@@ -87,6 +106,9 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             f"{label}: {', '.join(new)}: not used here, though this version of transformers has it for "
             f"{model_type} models; compare the answers"
         )
+    if model_type == "t5":  # what transformers derives from other fields, or drops
+        for key in ("dense_act_fn", "decoder_start_token_id", "n_positions"):
+            resolved |= {key: values[key]} if values.get(key) is not None else {}
     for key in ("rope_scaling", "rope_theta"):  # they are in rope_parameters
         resolved.pop(key, None)
     if model_type in ("llama", "mistral"):  # whose classes have no such fields

@@ -20,6 +20,11 @@ def check_vocabulary(config: ModelConfig, inputs: BuildInputs, tokens: int) -> N
             f"{label}: config.json says {vocab} tokens, the embedding has {rows}: the files do not "
             f"belong together (give --set llm.vocab={rows} if they do)"
         )
+    check_tokens(vocab, tokens, label)
+
+
+def check_tokens(vocab: int, tokens: int, label: str) -> None:
+    """UserError if a tokenizer of this many tokens cannot belong to a model of `vocab` tokens."""
     if tokens > vocab:
         raise UserError(
             f"{label}: the tokenizer has {tokens} tokens, the model only {vocab}: "

@@ -71,7 +71,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """A LLaMA-like decoder. Model families differ only in these fields."""
+    """A language model. The defaults are LLaMA's; model families differ only in these fields.
+
+    With encoder_layers (T5) an encoder reads the prompt, and the answer's decoder attends to it.
+    """
 
     model_type: str = "llama"
     vocab: int = 32000
@@ -91,6 +94,15 @@ class LlmConfig:
     tie: bool = False
     window: int | None = None  # sliding attention window in tokens
     max_length: int = 2048  # context length of the training
+    norm: str = "rms"  # or "layer"
+    positions: str = "rotary"  # or "learned" (OPT), "relative" (T5)
+    activation: str = "silu"  # a key of models.layers.ACTIVATIONS
+    gated: bool = True  # the MLP has a gate
+    scaled: bool = True  # attention scores are divided by sqrt(head_dim)
+    encoder_layers: int = 0  # 0: the decoder itself reads the prompt
+    start_id: int = 0  # the token that an answer's decoder starts with, with an encoder
+    relative_buckets: int = 32  # of relative positions
+    relative_distance: int = 128  # all larger distances share a bucket
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,8 @@ class ModelConfig:
     max_text_length: int = 160
     max_context: int = 3800
     image_first: bool = False  # images come before BOS and text, without tags (BLIP-2)
+    ends_at_eos: bool = True  # EOS ends an answer besides the end symbol
+    caption_prompt: str = ""  # what captions began with in BLIP-2's training, as "a photo of"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     quantize: str | None = None  # scheme of large matrices: None (floats), "int8", "int4" or "gguf"
     # "NAME FORMAT" of each matrix of the language model for the scheme "gguf" (BlockFormat)

@@ -21,7 +21,8 @@ from minigpt4_jax.models.stage1 import Stage1
 from minigpt4_jax.quantization.layout import storage_shape, to_storage_layout
 
 ParameterPath = tuple[Any, ...]  # in an nnx state: attribute names, and layer numbers of a list
-STACKED = (("vit", "blocks"), ("llm", "blocks"))  # parameters with a leading axis of layers
+# parameters with a leading axis of layers
+STACKED = (("vit", "blocks"), ("llm", "blocks"), ("llm", "encoder_blocks"))
 
 
 def part_of(name: str) -> str:

@@ -117,7 +117,7 @@ def search(
     """The best `num_beams` continuations, and the rows [B] whose search ended early because logits
     were NaN or infinite. `max_new_tokens` is N, the most of all rows."""
     decoder = model.decoder
-    cache_length = tokens.shape[1] + max_new_tokens * num_beams
+    cache_length = model.prompt_slots(tokens.shape[1]) + max_new_tokens * num_beams
     read = model.prefill(tokens, visual, inputs.lengths, cache_length)
     logits = jnp.repeat(decoder.logits(read.last[:, None]), num_beams, axis=1)
     state = _first_state(read.cache, inputs, num_beams, max_new_tokens)
@@ -171,7 +171,13 @@ def _cache_update(
         in_answer &= lengths[:, None] + steps >= first
     answer_mask = (own & in_answer[:, None, :, None]).reshape(b, q, n * q)
     prompt_mask = jnp.broadcast_to(in_prompt[:, None], (b, q, prompt_length))
-    return CacheUpdate(slots, jnp.concatenate([prompt_mask, answer_mask], axis=2))
+    prompt_positions = jnp.broadcast_to(jnp.arange(prompt_length), (b, prompt_length))
+    answer_positions = lengths[:, None] + jnp.repeat(steps, q)
+    return CacheUpdate(
+        slots,
+        jnp.concatenate([prompt_mask, answer_mask], axis=2),
+        jnp.concatenate([prompt_positions, answer_positions], axis=1),
+    )
 
 
 def _advance(

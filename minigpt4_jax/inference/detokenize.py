@@ -9,7 +9,7 @@ from minigpt4_jax.inference.generation_config import GenerationOutput
 from minigpt4_jax.inference.requests import Completion, Progress, Request
 from minigpt4_jax.inference.stop_sequences import stable_prefix
 from minigpt4_jax.processing.chat_templates import answer_ends, clean_answer, removed_text
-from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.processing.tokenizer import SPACES_BEFORE, Tokenizer, clean_up_spaces
 
 
 def completion_output(
@@ -48,6 +48,8 @@ class TextStream:
         # what is removed from the text must not be shown in part either
         removed = [self._removed] if self._removed else []
         self._hidden = [*_all_stop_texts(config, request.stop_texts), *removed]
+        if config.image_first:  # neither what later tokens join
+            self._hidden += [apart for apart, _ in SPACES_BEFORE]
         self._streamed = ""
 
     def push(self, completion: Completion, finished: bool) -> str:
@@ -99,6 +101,8 @@ def _decode(
 ) -> str:
     """The text of ids up to the first stop text."""
     text = tokenizer.decode(ids)
+    if config.image_first:
+        text = clean_up_spaces(text)
     for stop_text in _all_stop_texts(config, stop_texts):
         text = text.split(stop_text)[0]
     return text

@@ -12,6 +12,7 @@ from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.blip2_model import Blip2Model
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.qformer_model import QFormerModel
 from minigpt4_jax.models.lora import lora_layers
@@ -90,6 +91,8 @@ def load(
     if config.is_stage1:
         return QFormerModel(module, config, tokenizer, mesh, exif=exif)
     module.llm.int8_cache = kv_cache == "int8"
+    if config.image_first:
+        return Blip2Model(module, config, tokenizer, mesh, exif=exif)
     return Model(module, config, tokenizer, mesh, exif=exif)
 
 

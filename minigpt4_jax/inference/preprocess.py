@@ -130,7 +130,9 @@ def prepare_prompts(
     stop_texts = config.stop_of_prompts(len(prompts))
     stop_ids = config.stop_ids_of_prompts(len(prompts))
     rules = {texts: _StopRules.make(tokenizer, model_config, texts) for texts in set(stop_texts)}
-    sampling, beam_search = config.sampling_params(tokenizer.bos_id), config.beam_search()
+    # the token that the original's answers begin with
+    first = model_config.llm.start_id if model_config.llm.encoder_layers else tokenizer.bos_id
+    sampling, beam_search = config.sampling_params(first), config.beam_search()
     for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         try:
             text = _checked(prompt, model_config)
@@ -163,6 +165,8 @@ class _StopRules(NamedTuple):
     ) -> "_StopRules":
         end = config.end_symbol
         sequences = [ids for text in (end, *texts) for ids in stop_sequences(tokenizer, text)]
+        if not config.ends_at_eos:
+            sequences = [ids for ids in sequences if ids != [tokenizer.eos_id]]
         unique = [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
         # The end symbol needs a check of the text only if it is no single token.
         always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()

@@ -23,7 +23,7 @@ def prefill(
     stages: SamplingStages,
 ) -> DecodeState:
     """Process the prompts and choose each row's first token. max_new_tokens: N of the bucket."""
-    read = model.prefill(inputs.tokens, inputs.visual, inputs.lengths, cache_length)
+    read = model.prefill(inputs.tokens, inputs.visual, inputs.lengths, cache_length, pad_cross=True)
     return _first_tokens(model, read.last, read.cache, inputs, read.lengths, max_new_tokens, stages)
 
 

@@ -50,7 +50,7 @@ class TextGenerator:
         """mesh: the mesh that the module's parameters lie on; None for one device. exif: see `load`."""
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.exif = exif
-        self.int8_cache = not config.is_stage1 and module.llm.int8_cache
+        self.int8_cache = module.decoder.int8_cache
         self.engine = Engine(module, mesh)
         self._state = nnx.state(module)
         self._encoder = ImageEncoder(nnx.graphdef(module), config, mesh)

@@ -31,14 +31,17 @@ def attention(
     mask: jax.Array | None = None,
     segments: jax.Array | None = None,
     window: int | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; softmax in float32.
 
     lengths [B]: keys at and after a row's length are masked. mask [B, 1, T, S]: True is attended to.
     segments [B, T = S] replaces both: a query attends to the keys of its own segment. window: with
-    causal, a query attends to itself and the window - 1 keys before it.
+    causal, a query attends to itself and the window - 1 keys before it. bias [1, N, T, S]: added to
+    the scores.
     """
-    if causal and segments is None and mask is None and q.shape[1] > CHUNKED_FROM:
+    plain = segments is None and mask is None and bias is None
+    if causal and plain and q.shape[1] > CHUNKED_FROM:
         if backend() == "tpu" and window is None and splash_supports(q):
             return splash_attention(q, k, v, scale)
         return _chunked_attention(q, k, v, scale, lengths, window)
@@ -46,7 +49,7 @@ def attention(
         mask, lengths = segments[:, None, :, None] == segments[:, None, None, :], None
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=causal,
+            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal,
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
@@ -89,9 +92,11 @@ def cached_attention(
     scale: float,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Attention to a cache: q [B, T, N, H], keys and values [B, K, S, H], mask [B, T, S] (True is
     attended to) -> [B, T, N, H]. The cache is used in its own layout, heads first, without a transpose.
+    bias [B, N, T, S]: added to the scores.
 
     key_scale, value_scale [B, K, S]: scales of a quantized cache, applied to scores and probabilities.
     """
@@ -106,6 +111,8 @@ def cached_attention(
     if key_scale is not None:
         scores *= key_scale[:, :, None, :]
     scores = (scores * scale).reshape(b, k, t, n // k, s)
+    if bias is not None:
+        scores += bias.reshape(-1, k, n // k, t, s).swapaxes(2, 3)
     scores = jnp.where(mask[:, None, :, None, :], scores, np.finfo(np.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).reshape(b, k, -1, s)
     if value_scale is not None:

@@ -33,16 +33,27 @@ class KVCache(NamedTuple):
 
     Slot t of a row holds position t. Slots beyond a row's length are masked, so padding may leave any
     values there, and decoding overwrites them.
+
+    cross: of a model with an encoder, what decoding reads of the prompt and never changes.
     """
 
     k: Any
     v: Any
+    cross: "CrossCache | None" = None
 
     @property
     def length(self) -> int:
         """S."""
         keys = self.k[0] if isinstance(self.k, list) else self.k
         return (keys.levels if isinstance(keys, QuantizedArray) else keys).shape[-2]
+
+
+class CrossCache(NamedTuple):
+    """The encoder's keys and values for each layer of the decoder, as in `KVCache`."""
+
+    k: Any
+    v: Any
+    mask: Any  # [B, 1, S, 1] bool: not padding; stacked layers: [1, B, 1, S, 1]
 
 
 def cache_axes(cache: KVCache) -> tuple[Axis, ...]:
@@ -55,6 +66,7 @@ class CacheUpdate(NamedTuple):
 
     slots: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T, S] bool
+    positions: jax.Array  # [S] or [B, S] int32: the position in the row that each slot holds
 
 
 def causal_cache_update(positions: jax.Array, length: int, window: int | None) -> CacheUpdate:
@@ -66,7 +78,7 @@ def causal_cache_update(positions: jax.Array, length: int, window: int | None) -
     mask = slots <= positions[:, :, None]
     if window is not None:
         mask &= slots > positions[:, :, None] - window
-    return CacheUpdate(positions, mask)
+    return CacheUpdate(positions, mask, slots)
 
 
 def quantize_vectors(x: jax.Array) -> QuantizedArray:
@@ -141,18 +153,24 @@ def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
 
 
 def attend_to_cache(
-    q: jax.Array, keys: Vectors, values: Vectors, mask: jax.Array, *, scale: float
+    q: jax.Array,
+    keys: Vectors,
+    values: Vectors,
+    mask: jax.Array,
+    *,
+    scale: float,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, N, H] to a cache, float or int8, of keys and values [B, K, S, H]; mask
-    [B, T, S] -> [B, T, N, H]."""
+    [B, T, S], bias [B, N, T, S] of the scores -> [B, T, N, H]."""
     if isinstance(keys, QuantizedArray) and isinstance(values, QuantizedArray):
         dtype = _storage_dtype(q.dtype)
         return cached_attention(
             q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
-            scale=scale, key_scale=keys.scale, value_scale=values.scale,
+            scale=scale, key_scale=keys.scale, value_scale=values.scale, bias=bias,
         )  # fmt: skip
     assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)
-    return cached_attention(q, keys, values, mask, scale=scale)
+    return cached_attention(q, keys, values, mask, scale=scale, bias=bias)
 
 
 def _storage_dtype(dtype: Any) -> Any:

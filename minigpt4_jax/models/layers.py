@@ -73,9 +73,24 @@ class RMSNorm(nnx.Module):
         return x * self.scale[...].astype(jnp.float32)
 
 
+def make_norm(kind: str, width: int, eps: float) -> RMSNorm | LayerNorm:
+    """A norm of the kind "rms" or "layer"."""
+    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Exact (erf) GELU, in float32, returned in x's dtype."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def gelu_new(x: jax.Array) -> jax.Array:
+    """GELU by tanh, in float32, returned in x's dtype."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": gelu, "gelu_new": gelu_new
+}  # fmt: skip
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -127,7 +142,8 @@ def run_layers(
 ) -> tuple[Any, Any]:
     """Apply layers in order: `step(layer, x) -> (x, extra)`; x is an array or a tuple of them.
 
-    part, heads: "vit" or "llm" and its number of key heads, for the sharding of parameters.
+    part, heads: what precedes the layer number in the parameters' names, such as "llm.blocks", and the
+    number of key heads, for their sharding.
 
     Stacked layers (from `stack_layers`) run as one `lax.scan` and extras are stacked [L, ...]; an
     nnx.List runs unrolled and extras are a list. For the backward pass, a stacked layer saves only the
@@ -153,7 +169,7 @@ def run_layers(
     graphdef, state = nnx.split(layers)
 
     def gather(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = ".".join(map(str, (part, "blocks", 0, *path)))
+        name = ".".join(map(str, (part, 0, *path)))
         return leaf.replace(all_gather_fsdp(leaf.get_value(), name, heads))
 
     def scan_step(x: Any, layer_state: Any) -> tuple[Any, Any]:

@@ -50,6 +50,8 @@ NO_DROPOUT = Dropout()
 class Decoder(Protocol):
     """What continues rows, token by token: a language model, or a Q-Former's text branch."""
 
+    int8_cache: bool  # whether `prefill` creates an int8 cache
+
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""
         ...
@@ -161,13 +163,31 @@ class MiniGpt(nnx.Module):
         return self.llm
 
     def prefill(
-        self, tokens: jax.Array, visual: jax.Array, lengths: jax.Array, cache_length: int
+        self,
+        tokens: jax.Array,
+        visual: jax.Array,
+        lengths: jax.Array,
+        cache_length: int,
+        *,
+        pad_cross: bool = False,
     ) -> Prefilled:
-        """Read prompts: tokens [B, T] and visual tokens [B, I * P, D], as for `merge`, lengths [B];
-        cache_length: slots for prompt and answer."""
-        hidden, cache = self.llm.prefill(self.merge(tokens, visual), lengths, cache_length)
+        """Read prompts: tokens [B, T] and visual tokens [B, I * P, D], as for `merge`, lengths [B].
+
+        cache_length: slots for `prompt_slots` and the answer. pad_cross: the encoder's keys and values,
+        if there is an encoder, get as many slots, so that rows of several batches fit together.
+        """
+        embeds = self.merge(tokens, visual)
+        if self.llm.config.encoder_layers:
+            cross_length = cache_length if pad_cross else tokens.shape[1]
+            last, cache = self.llm.start(embeds, lengths, cache_length, cross_length)
+            return Prefilled(last, cache, jnp.ones_like(lengths), 1)
+        hidden, cache = self.llm.prefill(embeds, lengths, cache_length)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return Prefilled(last, cache, lengths, tokens.shape[1])
+
+    def prompt_slots(self, tokens: int) -> int:
+        """Cache slots of prompts of T = tokens; with an encoder that of the start token."""
+        return 1 if self.config.llm.encoder_layers else tokens
 
     def token_nll(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT

@@ -60,8 +60,15 @@ class Stage1(MiniGpt):
         return packed.reshape(b, -1, packed.shape[-1])
 
     def prefill(
-        self, tokens: jax.Array, visual: jax.Array, lengths: jax.Array, cache_length: int
+        self,
+        tokens: jax.Array,
+        visual: jax.Array,
+        lengths: jax.Array,
+        cache_length: int,
+        *,
+        pad_cross: bool = False,
     ) -> Prefilled:
+        visual = visual[:, : self.config.visual_tokens]
         last, cache = self.decoder.prefill(tokens, visual, lengths, cache_length)
         return Prefilled(last, cache, lengths, tokens.shape[1])
 

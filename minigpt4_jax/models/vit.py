@@ -85,6 +85,11 @@ class Vit(nnx.Module):
         heads = self.config.heads
         tokens: jax.Array
         tokens, _ = run_layers(
-            self.blocks, x, lambda block, x: (block(x), None), part="vit", heads=heads, remat=remat
+            self.blocks,
+            x,
+            lambda block, x: (block(x), None),
+            part="vit.blocks",
+            heads=heads,
+            remat=remat,
         )
         return tokens

@@ -35,17 +35,20 @@ ReadShard = Callable[[tuple[slice, ...]], Any]  # index -> host array of that pa
 
 COLUMN_PARALLEL, ROW_PARALLEL = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
 
+STACKED_LAYERS = ("vit.blocks.", "llm.blocks.", "llm.encoder_blocks.")  # stacked unless numbered
+
 # Parameter name without its layer number -> its sharding, without the axis of stacked layers.
 PARTITION_RULES = (
-    (r".*\.blocks\.(attn|cross|mlp|text_mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
-    (r".*\.blocks\.(attn|cross|mlp|text_mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
+    (r".*blocks\.(attn|cross|mlp|text_mlp)\.(q|k|v|qkv|gate|up)\.weight", COLUMN_PARALLEL),
+    (r".*blocks\.(attn|cross|mlp|text_mlp)\.(o|out|down)\.weight", ROW_PARALLEL),
     (r"llm\.(embed|head\.weight)", COLUMN_PARALLEL),
     # trained and small parameters are replicated
     (r"projection\.(weight|bias)", P()),
     (r".*\.lora_[ab]", P()),
     (r"vit\.(cls|pos|patch\.weight)|qformer\.(query|embed|positions|temperature)", P()),
     (r"qformer\.(vision_projection|text_projection|itm_head|lm_head\.dense)\.weight", P()),
-    (r"(.*\.)?(norm\d?|[qk]_norm|ln_vision)\.(scale|bias)", P()),
+    (r"llm\.(positions|relative|encoder_relative)", P()),
+    (r"(.*\.)?(norm\d?|(encoder|cross|[qk])_norm|ln_vision)\.(scale|bias)", P()),
     (r".*(\.|_)bias", P()),
 )
 
@@ -139,8 +142,8 @@ def parameter_spec(
 
 def partition_spec(name: str, shape: Shape, dtype: Any, heads: int, sizes: Mapping[str, int]) -> P:
     """As `parameter_spec`. heads: the number of heads in an attention matrix; a head is not split."""
-    plain = re.sub(r"\.blocks\.\d+\.", ".blocks.", name)
-    stacked = plain == name and name.startswith(("vit.blocks.", "llm.blocks."))
+    plain = re.sub(r"blocks\.\d+\.", "blocks.", name)
+    stacked = plain == name and name.startswith(STACKED_LAYERS)
     dims = list(shape[stacked:])
     weight = re.sub("_(scale|offset)$", "", plain)  # scales are split as their matrix
     spec = next((spec for rule, spec in PARTITION_RULES if re.fullmatch(rule, weight)), None)

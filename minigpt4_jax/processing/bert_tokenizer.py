@@ -5,16 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.tokenizer import clean_up_spaces
 from minigpt4_jax.processing.tokenizer_files import read_json_object
 from minigpt4_jax.utils.text import one_line
 
 VOCABULARY = "vocab.txt"
 DECODE_TOKEN = "[DEC]"
-# What transformers joins again when it decodes, in its order.
-_JOINED = (
-    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-    (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
 
 
 class BertTokenizer:
@@ -72,6 +68,4 @@ class BertTokenizer:
         """As `Tokenizer.decode`."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         text = str(self._model.decode(known, skip_special_tokens=skip_special))
-        for apart, joined in _JOINED:
-            text = text.replace(apart, joined)
-        return text
+        return clean_up_spaces(text)

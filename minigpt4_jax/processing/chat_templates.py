@@ -237,6 +237,7 @@ CHAT_TEMPLATES = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
         "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     ),
+    "blip2": ChatTemplate("Question: {} ", "Answer:{}. "),  # as LAVIS joins earlier turns
     "mistral": ChatTemplate("[INST] {}", " [/INST] {}</s>", "{}\n\n", system_in_user=True),
 }  # fmt: skip
 _TRAINING = "training"

@@ -292,7 +292,7 @@ def prompt_tokens(
 def image_first_prompt(
     tokenizer: Tokenizer, config: ModelConfig, prompt: str, *, images: int
 ) -> list[int]:
-    """Ids of a prompt of BLIP-2: its images, BOS, text (which may be empty).
+    """Ids of a prompt of BLIP-2: its images, BOS, text (which may be empty); for an encoder text and EOS.
 
     `<ImageHere>` and its tags are not written: wherever they stand, images come first. UserError: as
     `build_row`.
@@ -300,7 +300,10 @@ def image_first_prompt(
     if IMAGE_TAG in prompt:
         _check_image_count(prompt, images)
         prompt = prompt.replace(IMAGE_SLOT, "").replace(IMAGE_TAG, "").lstrip()
-    return [IMAGE] * (images * config.visual_tokens) + tokenizer.encode(prompt, bos=True)
+    visual = [IMAGE] * (images * config.visual_tokens)
+    if config.llm.encoder_layers:
+        return [*visual, *tokenizer.encode(prompt), tokenizer.eos_id]
+    return visual + tokenizer.encode(prompt, bos=True)
 
 
 def cut_left(

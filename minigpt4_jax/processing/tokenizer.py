@@ -17,7 +17,25 @@ from minigpt4_jax.processing.tokenizer_files import read_added_tokens, tokens_th
 from minigpt4_jax.utils.text import one_line
 
 PAD_PIECE = "$$"  # the original's pad_token: id 3997 in LLaMA's vocabulary
-HF_FILES = ("tokenizer.json", "vocab.json")  # either makes a directory one for AutoTokenizer
+HF_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "spiece.model",
+)  # any is for AutoTokenizer
+
+
+# What older versions of transformers join when they decode (clean_up_tokenization_spaces), in its order.
+SPACES_BEFORE = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+    (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+def clean_up_spaces(text: str) -> str:
+    """Decoded text without the spaces before punctuation and contractions, as BLIP-2's code decodes."""
+    for apart, joined in SPACES_BEFORE:
+        text = text.replace(apart, joined)
+    return text
 
 
 class Tokenizer(Protocol):

@@ -76,7 +76,7 @@ def matrix_scheme(
         return formats.get(name_without_layer(name))
     if name == "llm.embed":
         return "int8"
-    if not re.fullmatch(r"((llm|vit)\.blocks\..*|llm\.head)\.weight", name):
+    if not re.fullmatch(r"((llm|vit)\.blocks\..*|llm\.encoder_blocks\..*|llm\.head)\.weight", name):
         return None
     return "int4" if scheme == "int4" and int4_group_size(n_in) else "int8"
 

@@ -20,6 +20,14 @@ BUILDS = {
     "pretrain": ("blip2-qformer", {"vision": VIT, "checkpoint": "blip2_pretrained.pth", "tokenizer": BERT}),
     "coco": ("blip2-qformer", {"checkpoint": "blip2_finetune_coco.pth", "tokenizer": BERT}),
     "hf-itm": ("blip2-qformer", {"checkpoint": "hf/itm_coco"}),
+    "opt": ("blip2-opt", {"vision": VIT, "checkpoint": "blip2_pretrained_opt.pth", "llm": "opt"}),
+    "opt-caption": ("blip2-opt", {"checkpoint": "blip2_caption_opt.pth", "llm": "opt"}),
+    "flant5": (
+        "blip2-flant5", {"vision": VIT, "checkpoint": "blip2_pretrained_flant5.pth", "llm": "flan-t5"},
+    ),
+    "flant5-caption": ("blip2-flant5", {"checkpoint": "blip2_caption_flant5.pth", "llm": "flan-t5"}),
+    "hf-opt": ("blip2-opt", {"checkpoint": "hf/opt"}),
+    "hf-flant5": ("blip2-flant5", {"checkpoint": "hf/flan-t5"}),
 }  # fmt: skip
 
 

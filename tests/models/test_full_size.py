@@ -10,7 +10,7 @@ from helpers import oracle
 
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
-from minigpt4_jax.models import llm, qformer, vit
+from minigpt4_jax.models import llm_layers, positions, qformer, vit
 
 pytestmark = pytest.mark.default_compiler
 
@@ -56,8 +56,8 @@ def test_qformer_layer():
 @pytest.mark.slow
 def test_llama_7b_layer():
     c, x = LlmConfig(), tokens(12, 4096)
-    block, tensors = random_layer(lambda r: llm.Block(c, None, r))
-    rope = llm.rotary(c, jnp.arange(12)[None])
+    block, tensors = random_layer(lambda r: llm_layers.Block(c, None, r))
+    rope = positions.rotary(c, jnp.arange(12)[None])
     ours, _ = block(jnp.asarray(x), rope, jnp.asarray([12]))
     check(ours[0], oracle.llm_block(tensors, "", oracle.f64(x[0]), c))
 

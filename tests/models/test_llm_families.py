@@ -11,9 +11,10 @@ import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from convert.hf_config import llm_config_from_hf  # noqa: E402
-from convert.key_mapping import LLM, map_keys  # noqa: E402
+from convert.key_mapping import map_keys  # noqa: E402
+from convert.llm_keys import llm_table  # noqa: E402
 from minigpt4_jax.errors import UserError  # noqa: E402
-from minigpt4_jax.models.llm import Llm  # noqa: E402
+from minigpt4_jax.models.llm import Llm, unstack  # noqa: E402
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
@@ -44,6 +45,7 @@ FAMILIES = {
     "mistral, no window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
+    "opt": ("OPT", {"ffn_dim": 56, "word_embed_proj_dim": 32}),
 }  # fmt: skip
 
 
@@ -61,20 +63,26 @@ def build(family):
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if c.tie:
         tensors.pop("lm_head.weight", None)
-    found, unknown = map_keys(LLM, tensors)  # the table that conversion uses
+    return theirs, with_weights(c, tensors, llm_table(c.model_type))
+
+
+def with_weights(c, tensors, table):
+    """Our model of a configuration, with tensors of transformers by the table that conversion uses."""
+    found, unknown = map_keys(table, tensors)
     assert not unknown
     ours = Llm(c, None, nnx.Rngs(0))
     for path, leaf in nnx.to_flat_state(nnx.state(ours)):
         name = ".".join(map(str, path[1:]))
-        if path[0] == "blocks":
-            keys = [found.pop(f"llm.blocks.{i}.{name}").key for i in range(c.layers)]
+        if path[0] in ("blocks", "encoder_blocks"):
+            layers = c.layers if path[0] == "blocks" else c.encoder_layers
+            keys = [found.pop(f"llm.{path[0]}.{i}.{name}").key for i in range(layers)]
             value = np.stack([tensors[k] for k in keys])
         else:
             value = tensors[found.pop(".".join(["llm", *map(str, path)])).key]
         assert value.shape == leaf.get_value().shape, path
         leaf.set_value(jnp.asarray(value))
     assert not found
-    return theirs, ours
+    return ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +108,53 @@ def test_logits(family):
         np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
 
 
+T5_SIZES = {
+    "vocab_size": 90, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 3, "num_decoder_layers": 2,
+    "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    "decoder_start_token_id": 0, "dropout_rate": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_t5_logits(activation):
+    config = transformers.T5Config(**T5_SIZES)
+    config.dense_act_fn = activation
+    torch.manual_seed(0)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.lm_head = torch.nn.Linear(32, 90, bias=False)  # transformers 5 ties it at first
+    with torch.no_grad():
+        for path, p in theirs.named_parameters():
+            p.normal_(0, 0.3).add_(1.0 if "norm" in path else 0.0)
+    c = llm_config_from_hf(config.to_dict() | {"dense_act_fn": activation})
+    ours = with_weights(c, {k: v.numpy() for k, v in theirs.state_dict().items()}, llm_table("t5"))
+
+    rng = np.random.default_rng(1)
+    prompts, answers = rng.integers(1, 90, (2, 170)), rng.integers(1, 90, (2, 20))
+    answers[:, 0] = c.start_id
+    lengths = np.array([170, 45])
+    mask = np.arange(170) < lengths[:, None]
+    with torch.no_grad():
+        wanted = theirs(
+            input_ids=torch.tensor(prompts), attention_mask=torch.tensor(mask).long(),
+            decoder_input_ids=torch.tensor(answers),
+        ).logits.numpy()  # fmt: skip
+    scale = np.abs(wanted).max()
+    embeds = ours.embed_tokens(jnp.asarray(prompts, jnp.int32))
+    encoded = ours.encode(embeds, jnp.asarray(lengths))
+    written = ours.embed_tokens(jnp.asarray(answers, jnp.int32))
+    hidden = ours(written, jnp.asarray([20, 20]), encoded=encoded)
+    np.testing.assert_allclose(ours.logits(hidden) / scale, wanted / scale, atol=1e-4)
+
+    for model in (ours, unstack(ours)):  # the same through caches, token by token
+        hidden, cache = model.start(embeds, jnp.asarray(lengths), 32, 192)
+        np.testing.assert_allclose(ours.logits(hidden) / scale, wanted[:, 0] / scale, atol=1e-4)
+        step = jax.jit(model.decode)
+        for t in range(1, 6):
+            hidden, cache = step(written[:, t : t + 1], jnp.full((2, 1), t), cache)
+            one = ours.logits(hidden[:, 0])
+            np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
+
+
 def test_right_padding_changes_nothing():
     _, ours = build("mistral")
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 90, (2, 30)), jnp.int32)
@@ -112,7 +167,7 @@ def test_right_padding_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi3", None])
 def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(kind):
-    with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3, opt, t5"):
         llm_config_from_hf(SIZES | {"model_type": kind})
 
 
@@ -123,6 +178,10 @@ def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(kind
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
          "max_window_layers": 1},
+        {"model_type": "opt", "ffn_dim": 56, "do_layer_norm_before": False},
+        {"model_type": "opt", "ffn_dim": 56, "word_embed_proj_dim": 16},
+        {"model_type": "t5", **T5_SIZES, "feed_forward_proj": "relu"},
+        {"model_type": "t5", **T5_SIZES, "tie_word_embeddings": True},
     ],
 )  # fmt: skip
 def test_unsupported_options_are_errors(changes):

@@ -1,0 +1,163 @@
+"""Plans the build of BLIP-2 with a language model: OPT or FlanT5."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert.blip2_keys import HF_STAGE2_RULES, STAGE1, STAGE2_OPT, STAGE2_T5, Blip2Table
+from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
+from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
+from convert.build_plan import BuildPlan, BuildRequest
+from convert.formats.readers import read_json
+from convert.infer_config import qformer_config
+from convert.key_mapping import BLIP2, NATIVE, ignore
+from convert.language_model import TokenizerFiles, find_tokenizer, open_llm
+from convert.llm_config import llm_config, resolve_tied_embeddings
+from convert.llm_keys import llm_table
+from convert.overrides import apply_settings, parse_settings
+from convert.sources import MappedCheckpoint, llm_checkpoint
+from convert.validate import check_tokens
+from minigpt4_jax.config import ModelConfig, TokenizerConfig
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
+
+_MODEL_TYPES = {"blip2-opt": "opt", "blip2-flant5": "t5"}
+_EXAMPLES = {"blip2-opt": "facebook/opt-2.7b", "blip2-flant5": "google/flan-t5-xl"}
+_END_SYMBOLS = {"blip2-opt": "\n", "blip2-flant5": "</s>"}
+_LAVIS_TABLES = {"blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5}
+
+
+def plan_stage2(request: BuildRequest) -> BuildPlan:
+    """As `make_blip2_plan`, for a variant with a language model."""
+    settings, notes = parse_settings(request.settings), list[str]()
+    checkpoints = open_vision(request)
+    if request.qformer is not None:
+        checkpoints.append(_open_qformer(request.qformer))
+    if request.checkpoint is not None and is_hf_blip2(request.checkpoint):
+        llm, whole = _open_hf_model(request, notes)
+        tokenizer = TokenizerFiles(find_tokenizer(request.tokenizer or request.checkpoint),
+                                   str(request.tokenizer or request.checkpoint))  # fmt: skip
+        checkpoints.append(whole)
+    else:
+        llm, of_llm, tokenizer = _open_language_model(request, notes)
+        checkpoints.append(of_llm)
+        if request.checkpoint is not None:
+            tables = (_LAVIS_TABLES[request.variant], NATIVE)
+            checkpoints.append(open_lavis("--checkpoint", request.checkpoint, tables))
+    sources = combine_sources(checkpoints)
+    files = _load_tokenizer(tokenizer)
+    values: dict[str, Any] = {
+        "variant": request.variant,
+        "vision": vision_values(checkpoints, sources, settings),
+        "qformer": _qformer_values(request, checkpoints, settings),
+        "llm": llm,
+        "max_text_length": 32,
+        "image_first": True,
+        "ends_at_eos": request.variant != "blip2-opt",
+        "prompt_template": "Question: {} Answer:",
+        "chat_template": "blip2",
+        "end_symbol": _END_SYMBOLS[request.variant],
+        "tokenizer": asdict(TokenizerConfig("hf", files.bos_id, files.eos_id, files.pad_id)),
+    }
+    for name in apply_settings(values, settings):
+        notes.append(f"--set {name} is not used: {request.variant} has no such part")
+    config = ModelConfig.from_dict(values).check()
+    check_tokens(config.llm.vocab, files.vocab_size, checkpoints[-1].label)
+    new = "projection" if request.checkpoint is None else ""
+    return finish_plan(request, config, checkpoints, sources, tokenizer, new, notes)
+
+
+def _open_qformer(path: Path) -> MappedCheckpoint:
+    """--qformer, without its text branch."""
+    checkpoint = open_lavis("--qformer", path, (STAGE1, BLIP2, NATIVE))
+    text = (
+        "text_mlp", "embed", "positions", "temperature", "itm_head", "lm_head", "vision_projection",
+        "text_projection",
+    )  # fmt: skip
+    checkpoint.mapped = {
+        name: key
+        for name, key in checkpoint.mapped.items()
+        if name.startswith(("qformer.", "ln_vision.", "vit."))
+        and not any(f".{part}" in name for part in text)
+    }
+    checkpoint.table = BLIP2 if checkpoint.table.name == STAGE1.name else checkpoint.table
+    return checkpoint
+
+
+def _open_hf_model(
+    request: BuildRequest, notes: list[str]
+) -> tuple[dict[str, Any], MappedCheckpoint]:
+    """(LlmConfig fields, the whole model) of a Hugging Face directory."""
+    assert request.checkpoint is not None
+    if request.llm is not None:
+        raise UserError("--llm is given, but --checkpoint is a Hugging Face directory with its own")
+    label = str(request.checkpoint / "config.json")
+    values = read_json(request.checkpoint / "config.json").get("text_config") or {}
+    _check_model_type(request, values.get("model_type"), label)
+    table = llm_table(values.get("model_type"))
+    rules = [rule.with_prefix("language_model.") for rule in table.rules]
+    ignored = ignore(*(rf"language_model\.({p.pattern})" for p in table.ignored))
+    name = "Hugging Face's Blip2ForConditionalGeneration"
+    whole = Blip2Table(name, [*HF_STAGE2_RULES, *rules], ignored)
+    checkpoint = open_hf("--checkpoint", request.checkpoint, whole)
+    llm = asdict(llm_config(values, label, notes))
+    resolve_tied_embeddings(llm, checkpoint, notes)
+    return llm, checkpoint
+
+
+def _open_language_model(
+    request: BuildRequest, notes: list[str]
+) -> tuple[dict[str, Any], MappedCheckpoint, TokenizerFiles]:
+    """(LlmConfig fields, weights, tokenizer) of --llm."""
+    if request.llm is None:
+        raise UserError(
+            f"{request.variant} needs --llm=PATH, its language model (for instance "
+            f"{_EXAMPLES[request.variant]}), or --checkpoint=DIR in Hugging Face's layout"
+        )
+    language = open_llm(request.llm, request.llm_delta, request.tokenizer)
+    _check_model_type(request, language.config.get("model_type"), language.config_label)
+    checkpoint = llm_checkpoint(language)
+    llm = asdict(llm_config(language.config, language.config_label, notes))
+    resolve_tied_embeddings(llm, checkpoint, notes)
+    if llm["activation"] == "gelu_new":  # LAVIS' rule, with which BLIP-2 was trained
+        llm["activation"] = "gelu"
+        notes.append("FlanT5 with the exact GELU, as BLIP-2 was trained (--set llm.activation)")
+    return llm, checkpoint, TokenizerFiles(language.tokenizer, language.tokenizer_origin)
+
+
+def _check_model_type(request: BuildRequest, model_type: Any, label: str) -> None:
+    if model_type != _MODEL_TYPES[request.variant]:
+        raise UserError(
+            f"{label}: a language model of type {model_type!r}; {request.variant} needs "
+            f"{_MODEL_TYPES[request.variant]!r}"
+        )
+
+
+def _qformer_values(
+    request: BuildRequest, checkpoints: list[MappedCheckpoint], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """QFormerConfig fields, of the last checkpoint that has a Q-Former."""
+    found = [c for c in checkpoints if c.shapes("qformer.query")]
+    if not found:
+        raise UserError(f"{request.variant} needs --checkpoint=PATH or --qformer=PATH")
+    recorded = found[-1].sizes.get("qformer")
+    if recorded is None:
+        recorded = qformer_config(found[-1].shapes("qformer."), found[-1].label, settings)
+    return {**recorded, "vocab": 0, "max_positions": 0, "itc_width": 0, "lm_head": False}
+
+
+def _load_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer as `load` will read it. UserError: it cannot be read."""
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.files.items():
+            if isinstance(content, bytes):
+                (Path(folder) / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, Path(folder) / name)
+        try:
+            return load_tokenizer(folder, "hf")
+        except UserError as e:
+            raise UserError(str(e).replace(folder, files.origin)) from e
