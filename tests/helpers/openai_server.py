@@ -35,7 +35,7 @@ class CountingServer:
         self.models = [MODEL]
         self.page = b""
         self.most = self.running = 0
-        self._seen: set[str] = set()
+        self._seen: set[str | None] = set()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -63,9 +63,9 @@ class CountingServer:
             self.most = max(self.most, self.running)
             self.asked[text] += 1
             self.bodies.append(body)
-            if headers["Idempotency-Key"] not in self._seen:
-                self.charged[text] += 1
-            self._seen.add(headers["Idempotency-Key"])
+            key = headers["Idempotency-Key"]
+            self.charged[text] += key is None or key not in self._seen
+            self._seen.add(key)
         time.sleep(self.delay)
         reply = self.reply(text)
         with self._lock:
