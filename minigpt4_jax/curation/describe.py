@@ -1,22 +1,17 @@
 """Descriptions of images in two turns, as MiniGPT-4's stage-1 model wrote the data of stage 2.
 
 The model describes an image; if the description is short, it is asked to continue, and both parts are joined
-(MiniGPT-4 paper, section 3.2). Images are read ahead in threads and encoded in groups; first and second turns
-share one running batch.
+(MiniGPT-4 paper, section 3.2). First and second turns share one running batch.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, ChatFormat, Turn, with_images
-from minigpt4_jax.processing.images import ImageSource, load_pixels
+from minigpt4_jax.processing.images import ImageSource
 
 if TYPE_CHECKING:  # imports JAX, which mistakes in the options need not wait for
     from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
@@ -27,8 +22,6 @@ if TYPE_CHECKING:  # imports JAX, which mistakes in the options need not wait fo
 PROMPT = "Describe this image in detail. Give as many details as possible. Say everything you see."
 CONTINUE_PROMPT = "Continue"
 CONTINUE_BELOW = 80  # tokens
-IMAGE_GROUP = 8  # images encoded together
-READER_THREADS = 8
 _SECOND_TURN = 1 << 31  # added to the seed, so that both turns draw other numbers
 _MARGIN = 16  # tokens by which a prompt may exceed the sum of its parts
 
@@ -123,7 +116,10 @@ class Describer:
             turns, system=self._instructions.system, extra_bos=self._config.extra_bos
         )
         # the image is only counted
-        (request,) = self._model.prepare_requests([["image"]], [prompt], self._config, [None])
+        try:
+            (request,) = self._model.prepare_requests([["image"]], [prompt], self._config, [None])
+        except UserError as e:
+            raise UserError(str(e).removeprefix("prompt 0: ")) from None
         return request
 
     # --- the running batch ------------------------------------------------------------------------
@@ -192,7 +188,7 @@ class Describer:
         try:
             request = self._prompt_request(self._second_turn(output.text))
         except UserError as e:
-            return Description(error=str(e).removeprefix("prompt 0: "))
+            return Description(error=str(e))
         seed = row.request.seed + _SECOND_TURN
         return _Row(row.task, replace(request, visual=row.request.visual, seed=seed), output)
 
@@ -202,50 +198,12 @@ class Describer:
         self, tasks: Sequence[Task], failed: deque[tuple[Task, Description]]
     ) -> Iterator[_Row]:
         """The first turn of each task whose image can be read; the others go to `failed`."""
-        groups = _group_by_image(tasks)
-        with ThreadPoolExecutor(READER_THREADS) as pool:
-            try:
-                reading: deque[tuple[list[Task], Future[np.ndarray]]] = deque()
-                while True:
-                    for group in islice(groups, 2 * IMAGE_GROUP - len(reading)):
-                        reading.append((group, pool.submit(self._load, group[0].image)))
-                    if not reading:
-                        return
-                    some = [reading.popleft() for _ in range(min(IMAGE_GROUP, len(reading)))]
-                    yield from self._encode(some, failed)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        from minigpt4_jax.inference.encode_ahead import ImageFailure
 
-    def _load(self, image: ImageSource) -> np.ndarray:
-        size = self._model.config.vision.image_size
-        return load_pixels(image, size, exif=self._model.exif)
-
-    def _encode(
-        self,
-        groups: Sequence[tuple[list[Task], Future[np.ndarray]]],
-        failed: deque[tuple[Task, Description]],
-    ) -> Iterator[_Row]:
-        readable: list[list[Task]] = []
-        pixels: list[np.ndarray] = []
-        for group, future in groups:
-            try:
-                pixels.append(future.result())
-                readable.append(group)
-            except UserError as e:
-                failed.extend((task, Description(error=str(e))) for task in group)
-        visual = self._model.encode_pixels(pixels)
-        for group, tokens in zip(readable, visual, strict=True):
-            for task in group:
+        encoded = self._model.encode_ahead([[task.image] for task in tasks])
+        for task, visual in zip(tasks, encoded, strict=True):
+            if isinstance(visual, ImageFailure):
+                failed.append((task, Description(error=visual.message())))
+            else:
                 seed = self._first.seed + task.number
-                yield _Row(task, replace(self._first, visual=tokens, seed=seed))
-
-
-def _group_by_image(tasks: Sequence[Task]) -> Iterator[list[Task]]:
-    group: list[Task] = []
-    for task in tasks:
-        if group and task.image != group[0].image:
-            yield group
-            group = []
-        group.append(task)
-    if group:
-        yield group
+                yield _Row(task, replace(self._first, visual=visual, seed=seed))

@@ -264,7 +264,7 @@ class Model(TextGenerator):
         """Prompts in blocks, with their visual tokens: memory does not depend on how many there are."""
         if len(groups) > SCORE_BLOCK:
             self._check_images(groups, raise_failure)
-        encoded = self._encoded(groups)
+        encoded = self.encode_ahead(groups)
         for start in range(0, len(groups), SCORE_BLOCK):
             block = range(start, min(start + SCORE_BLOCK, len(groups)))
             visual: list[VisualTokens | None] = []

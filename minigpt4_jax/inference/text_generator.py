@@ -165,15 +165,18 @@ class TextGenerator:
         self, prompts: Sequence[PreparedPrompt], order: Sequence[int], fail: OnFailure
     ) -> Iterator[tuple[int, Request]]:
         """(number, request with visual tokens) of the prompts whose images can be read."""
-        for i, visual in zip(order, self._encoded([prompts[i].images for i in order]), strict=True):
+        encoded = self.encode_ahead([prompts[i].images for i in order])
+        for i, visual in zip(order, encoded, strict=True):
             if isinstance(visual, ImageFailure):
                 fail(i, visual)
             else:
                 yield i, prompts[i].with_visual(visual)
 
-    def _encoded(
+    def encode_ahead(
         self, prompts: Sequence[Sequence[ImageSource]]
     ) -> Iterator[VisualTokens | ImageFailure | None]:
+        """Visual tokens [I * P, D] of the images of each prompt, read and encoded shortly before they are
+        needed; None without images."""
         return encode_ahead(prompts, self._load_pixels, self._encode)
 
     def _check_images(self, prompts: Sequence[Sequence[ImageSource]], fail: OnFailure) -> None:

@@ -116,9 +116,9 @@ def test_complete_prompts_are_used_as_they_are(home, model, command, tmp_path):
 
 def test_samples_differ_and_images_are_encoded_once(home, model, command, tmp_path, monkeypatch):
     encoded = []
-    encode = model.encode_pixels
+    encode = model._encode
     monkeypatch.setattr(
-        model, "encode_pixels", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+        model, "_encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels)
     )
     code, _, err = command(*arguments(home, tmp_path / "a", "--samples=3", "--seed=5"))
     assert code == 0, err
