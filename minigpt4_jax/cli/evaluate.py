@@ -21,23 +21,23 @@ ACTIONS = {
     "report": evaluate_report.main,
 }
 
-USAGE = """usage: python -m minigpt4_jax.evaluate --model=DIR --data.root=DATA --benchmark=NAME,...
-       python -m minigpt4_jax.evaluate ACTION [OPTION]...
+USAGE = """usage: python -m minigpt4_jax.evaluate [ACTION] [OPTION]...
 
-Without an action: answer the questions of benchmarks, and score the answers; --model --help explains it.
+Without an action: answer the questions of benchmarks with a model, and score the answers (options below).
 
   check     what benchmarks need on disk, and what is missing
   score     score answers from anywhere, without a model
   compare   the difference of two results, and the rows where they part
   report    HTML and Markdown of results, with pictures, and curves over checkpoints
 
-python -m minigpt4_jax.evaluate ACTION --help explains an action."""
+python -m minigpt4_jax.evaluate ACTION --help explains an action.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv in ([], ["-h"], ["--help"]):
-        print(USAGE)
+        print(USAGE + "\n" + evaluate_run.parser().format_help() if argv else USAGE)
         return 0 if argv else 2
     if argv[0] in ACTIONS:
         return ACTIONS[argv[0]](argv[1:])

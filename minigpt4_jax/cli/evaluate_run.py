@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minigpt4_jax.checkpoint.model_directory import fingerprint
 from minigpt4_jax.cli import common
 from minigpt4_jax.cli.evaluate_score import print_scores
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.errors import Parser, UserError
 from minigpt4_jax.evaluation.answering import AnswerOptions, answer_task, is_complete
 from minigpt4_jax.evaluation.answers import AnswerFile
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS
@@ -18,10 +19,10 @@ from minigpt4_jax.evaluation.task import Task, open_tasks
 
 NAMED = 3  # errors that are printed
 # options of the model that answers depend on
-RECORDED = ("model", "dtype", "quantize", "kv_cache", "exif")
+RECORDED = ("dtype", "quantize", "kv_cache", "exif")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> Parser:
     p = common.make_parser("evaluate", "Answer the questions of benchmarks, and score the answers.")
     p.add_argument("--data.root", dest="root", required=True, type=Path, metavar="DIR",
                    help="folder of the benchmarks' files (see `evaluate check`)")  # fmt: skip
@@ -39,11 +40,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                    "N processes or hosts that share --out; the last to finish writes the scores")  # fmt: skip
     # boxes are for the stored pixels
     p.set_defaults(exif=False)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str]) -> int:
-    args = parse(argv)
+    args = parser().parse_args(argv)
     for name in ("batch", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         args.batch, args.resample, args.template, args.system, args.extra_bos, _shard(args.shard)
     )
     tasks = open_tasks(_names(args.benchmark), args.root, _names(args.split), args.limit)
-    files = [_open(args, task, options) for task in tasks]
+    weights = fingerprint(args.model, args.base)
+    files = [_open(args, task, options, weights) for task in tasks]
     model = None
     for task, file in zip(tasks, files, strict=True):
         with file:
@@ -82,9 +84,9 @@ def _path(args: argparse.Namespace, task: Task, shard: tuple[int, int]) -> Path:
     return folder / name
 
 
-def _open(args: argparse.Namespace, task: Task, options: AnswerOptions) -> AnswerFile:
-    settings: dict[str, Any] = {name: getattr(args, name) for name in RECORDED}
-    settings |= options.recorded(task)
+def _open(args: argparse.Namespace, task: Task, options: AnswerOptions, weights: str) -> AnswerFile:
+    settings: dict[str, Any] = {"weights": weights}
+    settings |= {name: getattr(args, name) for name in RECORDED} | options.recorded(task)
     path = _path(args, task, options.shard)
     return AnswerFile(path, task.rows, settings, retry_errors=args.retry_errors)
 

@@ -1,17 +1,32 @@
 """Find and read the files of a benchmark's published layout."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.data.annotations import (
-    expect_object,
-    parse,
-    read_list,
-    read_text,
-)
+from minigpt4_jax.data.annotations import expect_object, parse, read_list, read_text
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.evaluation.benchmark import Benchmark, Row
+
+NAMED = 3  # ids that a message names
+
+
+def rows_of(benchmark: Benchmark, data: Path, split: str) -> list[Row]:
+    """The rows of a benchmark. UserError: as its `read`, no rows, or two rows with one id (only
+    expressions about one object share theirs)."""
+    rows = benchmark.read(data, split)
+    if not rows:
+        raise UserError(f"data {data}: {benchmark.name} has no rows there")
+    counts = Counter(str(row.id) for row in rows)
+    double = [name for name, count in counts.items() if count > 1]
+    if double and benchmark.kind != "box":
+        shown = ", ".join(double[:NAMED]) + (", ..." if len(double) > NAMED else "")
+        raise UserError(
+            f"data {data}: {len(double)} ids of {benchmark.name} are there twice ({shown})"
+        )
+    return rows
 
 
 def find_file(data: Path, names: Sequence[str], benchmark: str) -> Path:

@@ -30,10 +30,10 @@ class ShownRow(NamedTuple):
     note: str
 
 
-def worst(
-    rows: Sequence[Mapping[str, Any]], count: int, *, higher_is_better: bool
-) -> list[Mapping[str, Any]]:
-    """The rows with the worst scores; of equal ones those with an error, then with the least IoU first."""
+def worst(rows: Sequence[Row], count: int, *, higher_is_better: bool) -> list[Row]:
+    """The rows with the worst scores, without right ones; of equal ones those with an error, then with the
+    least IoU first."""
+    right = 100.0 if higher_is_better else 0.0
 
     def key(row: Row) -> tuple[float, bool, float]:
         return (
@@ -42,7 +42,8 @@ def worst(
             row.get("iou") or 0.0,
         )
 
-    return sorted(rows, key=key)[:count]
+    wrong = [row for row in rows if row["score"] != right or "error" in row]
+    return sorted(wrong, key=key)[:count]
 
 
 def sample(rows: Sequence[Row], count: int, seed: int = 0) -> list[Row]:

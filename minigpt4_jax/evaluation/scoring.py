@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Benchmark
+from minigpt4_jax.evaluation.layout import rows_of
 from minigpt4_jax.evaluation.predictions import match, read_predictions
 from minigpt4_jax.evaluation.results import describe
 
@@ -14,9 +14,7 @@ def score_file(
 ) -> dict[str, Any]:
     """The scores of a file of predictions, as `results.describe` has them. UserError: files that are
     missing or do not fit together."""
-    rows = benchmark.read(data, split)
-    if not rows:
-        raise UserError(f"--data={data}: {benchmark.name} has no rows there")
+    rows = rows_of(benchmark, data, split)
     answers = match(rows, read_predictions(predictions), f"predictions {predictions}")
     split = split or next(iter(benchmark.splits), "")
     return describe(benchmark, split, rows, benchmark.judge(rows, answers))

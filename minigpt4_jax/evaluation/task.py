@@ -9,6 +9,7 @@ from pathlib import Path
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Benchmark, Row
 from minigpt4_jax.evaluation.benchmarks import find
+from minigpt4_jax.evaluation.layout import rows_of
 from minigpt4_jax.evaluation.ranking import RANKED_BATCH
 
 
@@ -73,9 +74,7 @@ def open_tasks(
 
 
 def _open(benchmark: Benchmark, split: str, root: Path, limit: int | None) -> Task:
-    rows = benchmark.read(root / benchmark.folder, split)
-    if not rows:
-        raise UserError(f"{benchmark.name} in {root / benchmark.folder}: there are no rows")
+    rows = rows_of(benchmark, root / benchmark.folder, split)
     number = len(rows) if limit is None else min(limit, len(rows))
     if benchmark.ranked:  # losses depend on the rows of a batch
         number = min(-(-number // RANKED_BATCH) * RANKED_BATCH, len(rows))

@@ -164,9 +164,11 @@ def test_nothing_is_loaded_when_everything_is_answered(home, whole_run, monkeypa
 
 
 def test_other_options_do_not_continue_a_run(home, whole_run):
+    tiny.write_model(home / "other", qformer=False, chat_template="minigptv2")
     for more, message in {
         "--template=vicuna0": "was started with template None, now vicuna0",
         "--no-extra-bos": "was started with extra_bos True, now False",
+        f"--model={home / 'other'}": "was started with weights",
     }.items():
         with pytest.raises(UserError, match=message):
             evaluate.main(options(home, whole_run, ["gqa"], more))

@@ -70,6 +70,12 @@ def test_wrong_folder_split_and_name(tmp_path, files):
             evaluate.main([*command, option])
 
 
+def test_ids_that_are_twice_in_the_data(tmp_path, files):
+    row = {"question_id": "q1", "direct_answers": ["a"]}
+    with pytest.raises(UserError, match=r"1 ids of aokvqa are there twice \(q1\)"):
+        evaluate.main(files([row, row], [{"id": "q1", "answer": "a"}], "aokvqa"))
+
+
 def test_annotations_of_another_kind(files, tmp_path):
     refs = [{"img_id": "COCO_train2014_000000000001_0", "sents": ["a", "b"], "bbox": [0, 0, 1, 1]}]
     folder = tmp_path / "refcoco"

@@ -12,8 +12,6 @@ from minigpt4_jax.evaluation.layout import find_file, read_rows
 from minigpt4_jax.evaluation.metrics import vqa_accuracy
 from minigpt4_jax.evaluation.predictions import texts
 
-SHOWN = 3  # ids in a message
-
 
 def read_questions_and_annotations(
     data: Path,
@@ -37,7 +35,6 @@ def read_questions_and_annotations(
             raise UserError(f"{where}: question {question.id} is not in the question file")
         text = short_answer(asked.get(question.id, ""))
         rows.append(Row(question.id, text, images(image), question))
-    no_duplicates(rows, path)
     return rows
 
 
@@ -46,15 +43,6 @@ def _questions(path: Path) -> dict[str | int, str]:
         identity_of(row, "question_id", where): text_of(row, "question", where)
         for where, row in read_rows(path, "questions")
     }
-
-
-def no_duplicates(rows: Sequence[Row], path: Path) -> None:
-    """UserError: two rows with one id."""
-    seen: set[str | int] = set()
-    double = [row.id for row in rows if row.id in seen or seen.add(row.id)]  # type: ignore[func-returns-value]
-    if double:
-        shown = ", ".join(map(str, double[:SHOWN]))
-        raise UserError(f"data {path}: {len(double)} ids are there twice ({shown})")
 
 
 def original_answer(answer: str) -> str:
