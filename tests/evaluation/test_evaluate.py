@@ -184,7 +184,7 @@ def test_resampling_follows_the_rounds_of_the_original(home):
     assert sorted(lines) == [(n, round) for n in range(2) for round in range(6)]
     scores = scores_of(out)["refcoco_testB"]
     assert [row["accepted_in_round"] for row in scores["per_row"]] == [5, 5]
-    assert set(scores["original"]) == {"resample", "no_resample"}
+    assert {"resample", "no_resample"} <= set(scores["original"])
     assert scores["form"]["box_errors"] == 1
     assert len(answers_of(out)["gqa"]) == 2  # other questions are asked once
 

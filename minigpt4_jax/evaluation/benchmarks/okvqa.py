@@ -14,6 +14,7 @@ ANNOTATIONS = (
 )  # fmt: skip
 QUESTIONS = (
     "OpenEnded_mscoco_val2014_questions_clean.json", "OpenEnded_mscoco_val2014_questions.json",
+    "okvqa_test_split.json",
     "questions.json",
 )  # fmt: skip
 
@@ -33,7 +34,7 @@ BENCHMARK = Benchmark(
     name="okvqa", title="OK-VQA", kind="text", metric="VQA accuracy", folder="okvqa",
     files=(
         DataFile(tuple(f"okvqa/{name}" for name in ANNOTATIONS[:2]), "https://okvqa.allenai.org"),
-        DataFile(tuple(f"okvqa/{name}" for name in QUESTIONS[:2]), "https://okvqa.allenai.org"),
+        DataFile(tuple(f"okvqa/{name}" for name in QUESTIONS[:3]), "https://okvqa.allenai.org"),
     ),
     images=(
         DataFile(("coco/train2017", "coco/val2014"),

@@ -69,7 +69,7 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
         per_row = [_judge_row(row, r, resample=True) for row, r in zip(rows, rounds, strict=True)]
         original["resample"] = _figures(per_row)
     score = original["resample" if resampled else "no_resample"]["accuracy"]
-    return Result(score, original, {}, per_row)
+    return Result(score, {"accuracy": score, **original}, {}, per_row)
 
 
 def _figures(per_row: Sequence[dict[str, Any]]) -> dict[str, Any]:
