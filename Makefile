@@ -1,5 +1,6 @@
 # make quickstart   a model that describes images, from nothing, in about twelve minutes
 # make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
+# make demo         a web page to talk with the models of these two
 # make test         all tests       make lint   style and types       make clean
 # make tpu-check    compiles full-size programs for TPUs, without one
 
@@ -12,13 +13,16 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --d
 
 TPU_VENV ?= .venv-tpu
 
-.PHONY: quickstart tiny_v2 test smoke tpu-check lint docs clean
+.PHONY: quickstart tiny_v2 demo test smoke tpu-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
 
 tiny_v2: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.tiny_v2 $(ARGS)
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m minigpt4_jax.demo $(ARGS)
 
 # Most of a test's time is compilation, which uses one core: two workers. The first run compiles quickly; the
 # second runs the tests marked default_compiler, whose programs are compiled as for users (tests/conftest.py).
@@ -75,6 +79,11 @@ $(VENV)/.package: setup.cfg pyproject.toml $(VENV)/.created
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.package
+	@echo "installing Gradio ..."
+	$(PIP) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.package

@@ -39,7 +39,7 @@ HELP = """\
 /undo                remove the last question and its answer
 /reset               start again, without history and images
 /set NAME=VALUE ...  change options, for instance temperature=0.2; without arguments: show them
-/save FILE           write the conversation as JSON
+/save FILE           write the conversation as JSON, which --load reads
 /boxes FILE          draw the boxes of the last answer into the last image, for instance boxes.png
 /help                show this
 /quit                or Ctrl-D; Ctrl-C stops an answer, twice within a second also ends a pipe
@@ -58,6 +58,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument("--prompt", metavar="TEXT", help="print the answer to this question and exit; "
                    "without it, start a conversation (/help lists its commands)")  # fmt: skip
+    p.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save or the "
+                   "web page wrote")  # fmt: skip
     p.add_argument("--task", choices=TASKS, help="use MiniGPT-v2's prompt for this task; --prompt is the "
                    "phrase, the question, or for identify the box x1,y1,x2,y2 in pixels")  # fmt: skip
     p.add_argument("--save-image", type=Path, metavar="FILE",
@@ -93,10 +95,22 @@ class Session:
 
     def __init__(self, model: "Model", args: argparse.Namespace):
         self.conversation = model.conversation(args.system, args.template)
+        if args.load is not None:
+            self._load(args)
         self.options = generation_options(model.config.variant, args)
         self.extra_bos = args.extra_bos
         self.images: list[str] = list(args.image)  # of the next question
         self._written: set[Path] = set()  # files that may be overwritten
+
+    def _load(self, args: argparse.Namespace) -> None:
+        from minigpt4_jax.inference.conversation import Turn
+        from minigpt4_jax.inference.transcript import read_transcript
+
+        transcript = read_transcript(args.load)
+        self.conversation.turns += [Turn(*turn) for turn in transcript.turns]
+        if args.system is None:
+            self.conversation.system = transcript.system
+        note(f"loaded {len(transcript.turns)} questions and answers")
 
     def handle(self, line: str) -> bool:
         """Process a line; False when it ends the session. UserError: the session is unchanged."""
@@ -353,11 +367,14 @@ def _check_arguments(args: argparse.Namespace) -> str | None:
 
     Checks everything that can be checked before the model is loaded, which may take minutes.
     """
+    from minigpt4_jax.inference.transcript import read_transcript
     from minigpt4_jax.processing.images import open_image
 
     generation_options("", args)
     for path in args.image:
         open_image(path)
+    if args.load is not None:
+        read_transcript(args.load)
     question = None if args.prompt is None else _question(args)
     if question is None and (args.task or args.save_image):
         option, instead = "--save-image", "/boxes"

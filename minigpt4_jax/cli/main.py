@@ -24,6 +24,7 @@ COMMANDS = {
     "batch": Command("minigpt4_jax.cli.batch", "answer the questions of a JSONL file"),
     "evaluate": Command("minigpt4_jax.cli.evaluate", "run benchmarks, score answers"),
     "serve": Command("minigpt4_jax.cli.serve", "answer requests of OpenAI's API"),
+    "demo": Command("minigpt4_jax.cli.demo", "open a web page to talk with a model"),
     "convert": Command("convert.cli", "convert weights to and from a model directory"),
     "compile": Command("minigpt4_jax.cli.compile", "memory and time of a run on a TPU slice"),
     "check-data": Command(

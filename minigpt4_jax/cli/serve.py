@@ -1,7 +1,7 @@
 """python -m minigpt4_jax.serve --model=DIR: an OpenAI-compatible server.
 
 POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/rank; GET /v1/models, /health, /ready,
-/metrics.
+/metrics; with --ui a web page at /ui.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from minigpt4_jax.errors import UserError
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
     from minigpt4_jax.serving.service import Service
+    from minigpt4_jax.serving.ui.examples import Example
 
 log = logging.getLogger("minigpt4_jax.serving")
 KEY_VARIABLE = "MINIGPT4_JAX_API_KEY"
@@ -73,6 +74,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of an image")
     limits.add_argument("--max-images", type=int, default=16, help="of a request")
     limits.add_argument("--max-choices", type=int, default=16, help="answers to one request (n)")
+    page = p.add_argument_group("web page (Needs pip install 'minigpt4_jax[demo]')")
+    page.add_argument("--ui", action="store_true", help="a page to talk with the model, at /ui")
+    page.add_argument("--examples", type=Path, metavar="FILE",
+                      help='of the page: JSONL rows {"image", "question"}; by default those of the '
+                      "demonstration that made the model")  # fmt: skip
     p.add_argument("--no-warm-up", dest="warm_up", action="store_false",
                    help="be ready at once, and compile programs when they are first needed")  # fmt: skip
     common.add_generation_options(
@@ -114,14 +120,19 @@ def read_keys(file: Path | None) -> list[str]:
     return found + keys
 
 
-def _require_packages() -> None:
+def _require_packages(*, page: bool) -> None:
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
+
+        if page:
+            import gradio  # noqa: F401
+            import gradio_image_annotation  # noqa: F401
     except ImportError as e:
         raise UserError(
-            f"the server needs the package {e.name}: pip install 'minigpt4_jax[serve]'"
+            f"the server needs the package {e.name}: "
+            f"pip install 'minigpt4_jax[{'demo' if page else 'serve'}]'"
         ) from None
 
 
@@ -150,10 +161,22 @@ def make_service(model: "Model", args: argparse.Namespace) -> "Service":
     )  # fmt: skip
 
 
+def _read_examples(args: argparse.Namespace) -> "list[Example]":
+    """The page's examples. UserError: a wrong file, or one without the page."""
+    if args.examples is None and not args.ui:
+        return []
+    if not args.ui:
+        raise UserError("--examples are of the web page: add --ui")
+    from minigpt4_jax.serving.ui.examples import demonstration_examples, read_examples
+
+    return read_examples(args.examples) if args.examples else demonstration_examples(args.model)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     args = parse(argv)
-    _require_packages()
+    _require_packages(page=args.ui)
+    examples = _read_examples(args)
     keys = read_keys(args.api_key_file)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("minigpt4_jax").setLevel(logging.INFO)
@@ -167,8 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     service = make_service(model, args)
     app = create_app(
-        service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts
-    )
+        service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts,
+        unguarded=("/ui",) if args.ui else (),
+    )  # fmt: skip
+    if args.ui:
+        from minigpt4_jax.serving.ui.page import mount_page
+
+        mount_page(app, service, examples, keys=keys)
     server = make_server(
         app, service, args.host, args.port,
         shutdown_seconds=args.shutdown_timeout, compiled=args.warm_up,

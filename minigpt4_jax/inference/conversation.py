@@ -15,6 +15,7 @@ from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.preprocess import image_key
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.text_generator import TextGenerator
+from minigpt4_jax.inference.transcript import embedded_image
 from minigpt4_jax.inference.visual_tokens import VisualTokens, concatenate_visual
 from minigpt4_jax.processing import chat_templates, sequences
 from minigpt4_jax.processing.images import ImageSource, is_image
@@ -125,7 +126,7 @@ class Conversation:
         self._prefix_cache.clear()
 
     def transcript(self) -> dict[str, Any]:
-        """The history for JSON; an image that is not a file is named by its type."""
+        """The history for JSON; an image that is neither a path nor a file's bytes is named by its type."""
         turns = [
             {
                 "question": turn.question,
@@ -271,4 +272,6 @@ def _question(turn: Turn) -> str:
 
 
 def _image_name(image: ImageSource) -> str:
+    if isinstance(image, bytes):
+        return embedded_image(image)
     return str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__

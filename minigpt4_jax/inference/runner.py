@@ -5,6 +5,7 @@ arrays in `DecodeState`, so requests of any kind share a program. Sizes are roun
 so that few programs are compiled. The cache is donated, so that decoding does not copy it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -73,6 +74,14 @@ class ModelRunner:
         self._take_cache_row = jax.jit(with_mesh(take_cache_row, mesh), static_argnums=(2,))
         self._finish_rows = jax.jit(with_mesh(finish_rows, mesh), donate_argnums=(0,))
         self._snapshot = jax.jit(with_mesh(take_snapshot, mesh))
+
+    @property
+    def precision(self) -> str:
+        """The number format of most of the parameters, such as "bfloat16" or "int8"."""
+        sizes: Counter[str] = Counter()
+        for leaf in self._leaves:
+            sizes[leaf.dtype.name] += leaf.size
+        return sizes.most_common(1)[0][0]
 
     def _model(self, leaves: list[jax.Array]) -> MiniGpt:
         model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))

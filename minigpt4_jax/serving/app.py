@@ -318,13 +318,15 @@ def create_app(
     """The application, ready for a server. The caller starts and stops the service's scheduler.
 
     keys: API keys, one of which every request must have. unguarded: see `Gate`.
-    `app.state.ready` turns True when the programs are compiled.
+    `app.state.ready` turns True when the programs are compiled. `app.state.closing`: functions called when
+    the server begins to stop, to end connections that would last.
     """
     metrics = service.scheduler.metrics
     api = Api(service, metrics, allow_image_urls=allow_image_urls, log_prompts=log_prompts)
     # The documentation pages of FastAPI load scripts from elsewhere.
     app = FastAPI(title="minigpt4_jax", docs_url=None, redoc_url=None)
     app.state.ready = False
+    app.state.closing = []
     app.post("/v1/chat/completions")(api.chat)
     app.post("/v1/completions")(api.complete)
     app.post("/v1/embeddings")(api.embed)

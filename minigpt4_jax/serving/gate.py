@@ -15,7 +15,7 @@ from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
-OPEN_PATHS = ("/health", "/ready")  # without a key
+OPEN_PATHS = ("/", "/health", "/ready")  # without a key; / leads to the page, if there is one
 
 
 class Gate:

@@ -48,6 +48,11 @@ class Server(uvicorn.Server):
             for sock in server.sockets:
                 log.info("listening on http://%s:%d", *sock.getsockname()[:2])
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for close in self.config.app.state.closing:  # type: ignore[union-attr]
+            close()
+        await super().shutdown(sockets)
+
 
 def make_server(
     app: FastAPI,

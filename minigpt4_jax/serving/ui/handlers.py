@@ -1,0 +1,391 @@
+"""What happens on the page: questions, stop, retry, undo, edit, examples, files."""
+
+import asyncio
+import hashlib
+import html
+import json
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.transcript import Transcript, read_transcript
+from minigpt4_jax.serving.errors import RequestError, invalid
+from minigpt4_jax.serving.service import Service
+from minigpt4_jax.serving.ui import rendering
+from minigpt4_jax.serving.ui.answering import Settings, answer
+from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.talk import PageImage, Talk, TalkTurn
+from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
+from minigpt4_jax.visualization.drawing import save_picture
+
+BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")  # of gradio_image_annotation
+LOST = (
+    "The conversation that was here is gone: the server was restarted, or the page loaded again. "
+    "You can go on with a new one; “Save talk” keeps a copy."
+)
+
+
+class View(NamedTuple):
+    """What most handlers change: chat, question box, picture, status and table of boxes."""
+
+    chat: Any
+    box: Any
+    picture: Any
+    status: Any
+    boxes: Any
+
+
+class Handlers:
+    """The handlers of one model's page."""
+
+    def __init__(
+        self, service: Service, folder: Path, shortcuts: Sequence[Shortcut], examples: Sequence[Example],
+        *, draws_boxes: bool, has_system: bool,
+    ):  # fmt: skip
+        """folder: for the files that the page shows."""
+        self._service, self._folder, self._draws_boxes = service, folder, draws_boxes
+        self._has_system = has_system
+        self._shortcuts, self._examples = shortcuts, examples
+
+    # --- questions --------------------------------------------------------------------------------
+
+    async def ask(
+        self, talk: Talk, token: str, box: Any, picture: Any, system: str | None, *settings: Any
+    ) -> AsyncIterator[View]:
+        """Answer the question in the box."""
+        lost = token != talk.client
+        question, files = (box or {}).get("text") or "", (box or {}).get("files") or []
+        try:
+            self._check_free(talk)
+            path, drawn = await self._picture_file(picture), _drawn_box(picture)
+            images = await self._new_images(talk, [path, *files])
+            turn = await self._turn(question, images, drawn, path)
+        except (RequestError, UserError) as e:
+            yield self._view(talk, status=_problem(f"{LOST if lost else ''} {e}"))
+            return
+        if lost:
+            gr.Warning(LOST)
+        talk.system = system if self._has_system else None
+        talk.turns.append(turn)
+        shown = gr.skip() if not files else self._picture(images[-1].path)
+        async for view in self._answer(talk, _settings(settings), restored=[]):
+            yield view._replace(picture=shown)
+            shown = gr.skip()
+
+    async def retry(self, talk: Talk, token: str, *settings: Any) -> AsyncIterator[View]:
+        """Answer the last question again, with another seed."""
+        async for view in self._again(talk, token, settings, len(talk.turns) - 1, None):
+            yield view
+
+    async def edit(
+        self, talk: Talk, token: str, data: gr.EditData, *settings: Any
+    ) -> AsyncIterator[View]:
+        """Answer an edited question; what followed it is dropped."""
+        index = data.index if isinstance(data.index, int) else data.index[0]
+        owners = [owner for owner, _ in self._messages(talk)]
+        number = owners[index] if index < len(owners) else len(talk.turns)
+        async for view in self._again(
+            talk, token, settings, number, html.unescape(str(data.value))
+        ):
+            yield view
+
+    async def _again(
+        self, talk: Talk, token: str, settings: Sequence[Any], number: int, question: str | None
+    ) -> AsyncIterator[View]:
+        try:
+            self._check_free(talk)
+            if token != talk.client or not 0 <= number < len(talk.turns):
+                raise invalid(LOST if token != talk.client else "There is no question yet.")
+            turn = talk.turns[number]
+            if question is not None:
+                found = rendering.BOX_IN_QUESTION.search(turn.question)
+                if found:
+                    question = question.replace(rendering.BOX_SIGN, found[0], 1)
+                if not question.strip():
+                    raise invalid("The question is empty.")
+        except RequestError as e:
+            yield self._view(talk, status=_problem(str(e)))
+            return
+        dropped = talk.turns[number:]
+        retries = turn.retries + 1 if question is None else 0
+        again = replace(
+            turn, question=question or turn.question, answer="", marked_answer=None, note="",
+            retries=retries,
+        )  # fmt: skip
+        talk.turns[number:] = [again]
+        values = _settings(settings)
+        if values.seed is not None:
+            values = replace(values, seed=values.seed + retries)
+        async for view in self._answer(talk, values, restored=dropped):
+            yield view
+
+    async def _answer(
+        self, talk: Talk, settings: Settings, restored: list[TalkTurn]
+    ) -> AsyncIterator[View]:
+        """Answer the last turn. restored: replaces it if there is no answer."""
+        question = talk.turns[-1].question
+        talk.is_busy = True
+        running = gr.update(value=None, submit_btn=False, stop_btn=True)
+        idle = gr.update(submit_btn=True, stop_btn=False)
+        try:
+            yield self._view(talk, box=running, status="Thinking …", partial="")
+            async for update in answer(self._service, talk, settings):
+                talk.update_last(answer=update.text, note=update.note)
+                if not update.note:
+                    yield self._view(talk, status="Writing …", partial=update.text)
+            await self._finish(talk)
+            yield self._view(talk, box=idle)
+        except (RequestError, UserError) as e:
+            talk.turns[-1:] = restored
+            idle = gr.update(value={"text": question, "files": []}, submit_btn=True, stop_btn=False)
+            yield self._view(talk, box=idle, status=_problem(str(e)))
+        finally:
+            talk.is_busy = False
+
+    async def _finish(self, talk: Talk) -> None:
+        """Draw the boxes of a finished answer."""
+        turn = talk.turns[-1]
+        if not (self._draws_boxes and talk.images and turn.answer):
+            return
+        out = self._file("boxes", ".png")
+        draw = rendering.write_marked
+        exif = self._service.model.exif
+        if await asyncio.to_thread(draw, talk.images[-1].path, turn.answer, out, exif=exif):
+            talk.update_last(marked_answer=out)
+
+    async def _turn(
+        self, question: str, images: list[PageImage], drawn: Box | None, path: str | None
+    ) -> TalkTurn:
+        """The next turn, with the drawn box in its text if it asks about one."""
+        if not question.strip():
+            raise invalid("Write a question first.")
+        if not (self._draws_boxes and needs_box(question)):
+            return TalkTurn(question, tuple(images))
+        if path is None or drawn is None:
+            raise invalid("Draw a box into the picture first: press the mouse and drag.")
+        image = await self._read(path)
+        question = with_box(question, drawn, image.size)
+        out = self._file("question", ".png")
+        exif = self._service.model.exif
+        await asyncio.to_thread(rendering.write_marked, image.path, question, out, exif=exif)
+        return TalkTurn(question, tuple(images), marked_question=out)
+
+    def _check_free(self, talk: Talk) -> None:
+        if talk.is_busy:
+            raise invalid("The answer is still being written; stop it first.")
+
+    # --- images -----------------------------------------------------------------------------------
+
+    async def _new_images(self, talk: Talk, paths: Sequence[str | None]) -> list[PageImage]:
+        """The images that the talk does not have yet. RequestError: not readable, or too many."""
+        new: dict[bytes, PageImage] = {}
+        for path in paths:
+            if path is not None:
+                image = await self._read(path)
+                if not talk.has_image(image):
+                    new[image.read.input.digest] = image
+        limit = self._service.limits.images
+        if len(talk.images) + len(new) > limit:
+            raise invalid(f"More than {limit} pictures are in this talk; start a new one.")
+        return list(new.values())
+
+    async def _picture_file(self, value: Any) -> str | None:
+        """The file of the picture beside the chat."""
+        if isinstance(value, dict):
+            return await asyncio.to_thread(self._write_pixels, value["image"])
+        return value or None
+
+    def _write_pixels(self, pixels: np.ndarray | None) -> str | None:
+        if pixels is None:
+            return None
+        path = self._folder / f"{hashlib.sha256(pixels.tobytes()).hexdigest()}.png"
+        if not path.exists():
+            save_picture(path, partial(Image.fromarray(pixels).save, compress_level=1))
+        return str(path)
+
+    async def _read(self, path: str) -> PageImage:
+        try:
+            data = await asyncio.to_thread(Path(path).read_bytes)
+        except OSError:
+            raise invalid("The server does not have this picture any more; add it again.") from None
+        image = await self._service.read_image(data)
+        thumbnail = self._folder / f"{image.input.digest.hex()}.jpg"
+        if not thumbnail.exists():
+            write, exif = rendering.write_thumbnail, self._service.model.exif
+            await asyncio.to_thread(write, Path(path), thumbnail, exif=exif)
+        return PageImage(Path(path), image, thumbnail)
+
+    def _picture(self, path: Path | None) -> Any:
+        if path is None:
+            return gr.update(value=None)
+        value: Any = {"image": str(path), "boxes": []} if self._draws_boxes else str(path)
+        return gr.update(value=value)
+
+    def _file(self, name: str, suffix: str) -> Path:
+        folder = self._folder / secrets.token_hex(8)
+        folder.mkdir()
+        return folder / f"{name}{suffix}"
+
+    # --- history ----------------------------------------------------------------------------------
+
+    def stop(self, talk: Talk) -> None:
+        """End the answer that is being written; what is there is kept."""
+        if talk.stop is not None:
+            talk.stop()
+
+    def undo(self, talk: Talk) -> View:
+        """Remove the last question and its answer; the question and its images can be sent again."""
+        if talk.is_busy or not talk.turns:
+            return self._view(talk)
+        turn = talk.turns.pop()
+        paths = [image.path for image in turn.images]
+        files = [str(path) for path in paths[:-1]]
+        view = self._view(talk, box=gr.update(value={"text": turn.question, "files": files}))
+        return view._replace(picture=self._picture(paths[-1])) if paths else view
+
+    def new_talk(self, talk: Talk) -> View:
+        """Forget the history and the picture."""
+        self.stop(talk)
+        talk.turns = []
+        view = self._view(talk, box=gr.update(value=None, submit_btn=True, stop_btn=False))
+        return view._replace(picture=gr.update(value=None))
+
+    def load(self, had_talk: str, talk: Talk) -> tuple[str, str]:
+        """When the page is opened: its token, and the status. had_talk: whether it held a talk before."""
+        return talk.client, _problem(LOST) if had_talk else ""
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save_talk(self, talk: Talk) -> Any:
+        """The talk as a JSON file."""
+        if not talk.turns:
+            gr.Warning("There is nothing to save yet.")
+            return gr.skip()
+        out = self._file("talk", ".json")
+        document = talk.document(self._service.name)
+        out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return gr.update(value=str(out))
+
+    def save_picture(self, talk: Talk) -> Any:
+        """The last picture with boxes as a PNG file."""
+        marked = [turn.marked_answer or turn.marked_question for turn in talk.turns]
+        found = [path for path in marked if path is not None]
+        if not found:
+            gr.Warning("No answer has boxes yet.")
+            return gr.skip()
+        return gr.update(value=str(found[-1]))
+
+    async def open_talk(self, talk: Talk, path: str) -> View:
+        """Replace the talk by one that was saved."""
+        if talk.is_busy:
+            return self._view(talk)
+        try:
+            transcript = await asyncio.to_thread(read_transcript, Path(path), embedded_only=True)
+            turns = await self._opened(transcript)
+        except (RequestError, UserError) as e:
+            return self._view(talk, status=_problem(str(e).replace(path, Path(path).name)))
+        talk.turns = turns
+        view = self._view(talk)
+        images = talk.images
+        return view._replace(picture=self._picture(images[-1].path if images else None))
+
+    async def _opened(self, transcript: Transcript) -> list[TalkTurn]:
+        opened = Talk()
+        for turn in transcript.turns:
+            images = []
+            for data in turn.images:
+                file = self._file("image", "")
+                file.write_bytes(data)  # type: ignore[arg-type]
+                images.append(await self._read(str(file)))
+            opened.turns.append(TalkTurn(turn.question, tuple(images), turn.answer))
+            await self._finish(opened)
+        return opened.turns
+
+    # --- examples and shortcuts -------------------------------------------------------------------
+
+    def example(self, number: int) -> tuple[Any, Any]:
+        """An example's picture and question."""
+        image, question = self._examples[number]
+        return self._picture(image), gr.update(value={"text": question, "files": []})
+
+    def shortcut(self, number: int, box: Any) -> tuple[Any, str]:
+        """A button's beginning of a question; files in the box stay."""
+        files = (box or {}).get("files") or []
+        shortcut = self._shortcuts[number]
+        return gr.update(value={"text": shortcut.text, "files": files}), html.escape(shortcut.hint)
+
+    # --- the view ---------------------------------------------------------------------------------
+
+    def _view(
+        self, talk: Talk, *, box: Any = None, status: str | None = None, partial: str | None = None
+    ) -> View:
+        """partial: the last answer, which is still being written."""
+        last = talk.turns[-1] if talk.turns else None
+        if status is None:
+            status = html.escape(last.note) if last else ""
+        table = ""
+        if self._draws_boxes and last and last.marked_answer and partial is None:
+            table = rendering.box_table(last.answer, talk.images[-1].size)
+        messages = [message for _, message in self._messages(talk, partial)]
+        return View(messages, box or gr.skip(), gr.skip(), status, table)
+
+    def _messages(self, talk: Talk, partial: str | None = None) -> list[tuple[int, dict[str, Any]]]:
+        """(number of the turn, message of the chat)."""
+        messages: list[tuple[int, dict[str, Any]]] = []
+
+        def add(number: int, role: str, content: Any) -> None:
+            messages.append((number, {"role": role, "content": content}))
+
+        for number, turn in enumerate(talk.turns):
+            for image in turn.images:
+                if turn.marked_question is None or image is not turn.images[-1]:
+                    add(number, "user", _file_content(image.thumbnail, "picture"))
+            if turn.marked_question is not None:
+                add(
+                    number,
+                    "user",
+                    _file_content(turn.marked_question, "picture with the marked box"),
+                )
+            add(number, "user", rendering.question_html(turn.question))
+            if partial is not None and number == len(talk.turns) - 1:
+                add(number, "assistant", self._html(partial, finished=False) or "…")
+                continue
+            add(number, "assistant", self._html(turn.answer) or "*(no answer)*")
+            if turn.marked_answer is not None:
+                add(number, "assistant", _file_content(turn.marked_answer, "picture with boxes"))
+        return messages
+
+    def _html(self, answer: str, *, finished: bool = True) -> str:
+        if not self._draws_boxes:
+            return rendering.escape(answer)
+        return rendering.answer_html(answer) if finished else rendering.partial_html(answer)
+
+
+def _file_content(path: Path, text: str) -> dict[str, str]:
+    return {"path": str(path), "alt_text": text}
+
+
+def _drawn_box(value: Any) -> Box | None:
+    """The box drawn into the picture, in its pixels."""
+    boxes = value.get("boxes") if isinstance(value, dict) else None
+    return tuple(float(boxes[-1][key]) for key in BOX_KEYS) if boxes else None  # type: ignore[return-value]
+
+
+def _settings(values: Sequence[Any]) -> Settings:
+    temperature, top_p, num_beams, max_new_tokens, seed = values
+    return Settings(
+        float(temperature), float(top_p), int(num_beams), int(max_new_tokens),
+        None if seed is None else int(seed),
+    )  # fmt: skip
+
+
+def _problem(message: str) -> str:
+    return f"<span class='problem'>{html.escape(message)}</span>"
