@@ -28,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -108,21 +109,20 @@ def serve(args: argparse.Namespace, *options: str) -> Iterator[Server]:
     """A server that is ready."""
     command = [
         sys.executable, "-m", "minigpt4_jax.serve", f"--model={args.model}", "--port=0",
-        f"--max-context={args.context}", *(f"--dtype={args.dtype}" for _ in [0] if args.dtype), *options,
+        f"--max-context={args.context}", *options,
     ]  # fmt: skip
+    if args.dtype:
+        command.append(f"--dtype={args.dtype}")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(_read_until(process, r"listening on \S+:(\d+)"))
         print(f"# ready: {_read_until(process, r'ready: (.*)')}", flush=True)
-        # nobody reads the log from here on, and it must not fill the pipe
-        assert process.stderr is not None
-        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+        # the log must not fill the pipe
+        threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
         yield Server(process, port)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
-        with contextlib.suppress(NameError):
-            drain.wait()
 
 
 def _read_until(process: subprocess.Popen[str], pattern: str) -> str:
@@ -185,24 +185,16 @@ def batch(args: argparse.Namespace, server: Server, table: Table) -> None:
 
     answer_all()
     ratios = []
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
         alone = seconds(answer_all)
-        # other images, or the server would have them already
-        fresh = [
-            row._replace(image=new.image) for row, new in zip(rows, _new_images(rows), strict=True)
-        ]
+        # other images each time, or the server would have them already
+        images = make_rows(len(rows), seed=2000 + number)
+        fresh = [row._replace(image=new.image) for row, new in zip(rows, images, strict=True)]
         outcomes = measure(server, fresh, clients, 0.001)
         print_load(table, f"{clients} clients, beside batch", outcomes)
         table.row("  batch", len(rows), work / alone)
         ratios.append(token_rate(outcomes) / (work / alone))
     print(f"# server / batch: {statistics.median(ratios):.2f}", flush=True)
-
-
-_rounds = iter(range(2000, 1 << 30))
-
-
-def _new_images(rows: Sequence[Row]) -> list[Row]:
-    return make_rows(len(rows), seed=next(_rounds))
 
 
 def peer(args: argparse.Namespace, server: Server, table: Table) -> None:

@@ -5,19 +5,21 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.serving import answers, image_urls
 from minigpt4_jax.serving.answers import ChatShape, Question, TextShape
+from minigpt4_jax.serving.disconnects import EventStream, unless_client_leaves
 from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.gate import Gate
 from minigpt4_jax.serving.images import RequestImage, decode_data_url
@@ -35,10 +37,9 @@ from minigpt4_jax.serving.service import Sender, Service
 from minigpt4_jax.utils.text import spelling_hint
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
 RANK_GROUP = 8  # candidates scored between two steps of the running answers
-DOWNLOAD_SECONDS = 20.0
+DOWNLOAD_SECONDS, DOWNLOAD_THREADS = 20.0, 8
 CLIENT_CLOSED = 499  # nginx' status for a client that left; nobody reads it
 
 
@@ -56,6 +57,8 @@ class Api:
         self.service, self.metrics = service, metrics
         self._allow_image_urls, self._log_prompts = allow_image_urls, log_prompts
         self._created = int(time.time())
+        # threads of their own: slow hosts must not keep others from being read
+        self._downloads = ThreadPoolExecutor(DOWNLOAD_THREADS, thread_name_prefix="downloads")
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class Api:
             )
         if not body.stream:
             whole = answers.answer(self.service, question, shape)
-            content = await _unless_client_leaves(request, whole)
+            content = await unless_client_leaves(request, whole)
             if content is None:
                 return Response(status_code=CLIENT_CLOSED)
             self._log("answer", content["choices"])
@@ -125,11 +128,7 @@ class Api:
         jobs = self.service.start(choices, question.images, question.sender, streamed=True)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         events = answers.stream(self.service, question, shape, jobs, usage=with_usage)
-        return StreamingResponse(
-            events,
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
-        )
+        return EventStream(events, jobs, headers)
 
     def _returned(self, body: Sampling) -> dict[str, Any]:
         """The number of answers of a beam search, which finds them together."""
@@ -168,7 +167,7 @@ class Api:
         if not images:
             raise invalid("input is empty; expected images as data URLs", "input")
         call = self.service.call(lambda visual: visual, images, self._sender(request))
-        visual = await _unless_client_leaves(request, call)
+        visual = await unless_client_leaves(request, call)
         if visual is None:
             return Response(status_code=CLIENT_CLOSED)
         data = [
@@ -204,7 +203,7 @@ class Api:
                 ]  # fmt: skip
             return sorted(scored, key=lambda entry: -entry["score"])
 
-        results = await _unless_client_leaves(request, score())
+        results = await unless_client_leaves(request, score())
         if results is None:
             return Response(status_code=CLIENT_CLOSED)
         return JSONResponse(
@@ -249,7 +248,8 @@ class Api:
             download = partial(
                 image_urls.download, url, limits.image_bytes, DOWNLOAD_SECONDS, where
             )
-            data = await asyncio.to_thread(download)
+            loop = asyncio.get_running_loop()
+            data = await loop.run_in_executor(self._downloads, download)
         elif url[:4].lower() == "http":
             raise invalid(
                 "image URLs are not downloaded by this server (--allow-image-urls); send a data URL",
@@ -281,27 +281,6 @@ def _embedding(body: EmbeddingRequest, visual: np.ndarray) -> dict[str, Any]:
 def _ignored(body: Body) -> dict[str, str]:
     """A header that names the request's fields without effect."""
     return {"X-Ignored-Parameters": ", ".join(body.ignored)} if body.ignored else {}
-
-
-async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of the work; None, and the work is cancelled, if the client closes the connection."""
-    task = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if watcher.done():
-            return None
-        raise
-    finally:
-        watcher.cancel()
-        task.cancel()
 
 
 # --- the application ---------------------------------------------------------------------------------

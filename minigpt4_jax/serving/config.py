@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.batch_shapes import PROMPTS, SMALLEST_CACHE
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.serving.scheduler import SchedulerConfig
 
@@ -54,7 +57,11 @@ def free_memory() -> float:
     stats = None if jax.default_backend() == "cpu" else jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats["bytes_in_use"])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * int(next(x.split()[1] for x in lines if x.startswith("MemAvailable:")))
+    except (OSError, StopIteration):  # not Linux
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
 
 
 def scheduler_config(
@@ -69,7 +76,7 @@ def scheduler_config(
 ) -> SchedulerConfig:
     """The scheduler's limits; None is a default that fits the model and the memory.
 
-    context: at most the model's, by default 4096 tokens of it.
+    context: at most the model's, by default 4096 tokens of it. UserError: the cache is too small.
     """
     context = min(context or 4096, model.config.llm.max_length)
     per_token, free = cache_bytes_per_token(model), free_memory()
@@ -77,7 +84,14 @@ def scheduler_config(
         cache_tokens = min(int(MEMORY_SHARE * free / per_token), max_batch * _padded(context))
     on_cpu = jax.default_backend() == "cpu"
     if prefill_tokens is None:
-        prefill_tokens = 256 if on_cpu else 1024
+        prefill_tokens = min(512 if on_cpu else 1024, max(context, PROMPTS[0]))
+    smallest = max(SMALLEST_CACHE, prefill_tokens)
+    if cache_tokens < smallest:
+        raise UserError(
+            f"a cache of {cache_tokens} tokens is too small; expected at least {smallest} (--cache-tokens, "
+            "or more free memory)"
+        )
+    context = min(context, cache_tokens // 64 * 64)
     return SchedulerConfig(
         max_rows=max_batch,
         max_queue=max_queue,
@@ -91,4 +105,5 @@ def scheduler_config(
 
 
 def _padded(context: int) -> int:
-    return -(-context // 64) * 64
+    """Cache slots of one answer of this length."""
+    return max(-(-context // 64) * 64, SMALLEST_CACHE)

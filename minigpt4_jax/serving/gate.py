@@ -58,7 +58,7 @@ class Gate:
             self._metrics.responses.labels(path, str(status)).inc()
             seconds = time.monotonic() - begin
             log.info(
-                "%s %s %s %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
+                "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
             )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -72,7 +72,7 @@ class Sampling(Body):
     """How answers are generated. None is the server's default."""
 
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(None, le=100)
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -81,7 +81,7 @@ class Sampling(Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     num_beams: int | None = None
@@ -168,6 +168,19 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     # Whether the answer's boxes are also given in pixels of the last image.
     boxes: bool = False
+
+    @property
+    def ignored(self) -> list[str]:
+        """As in the base class, also within messages."""
+        found = set(super().ignored)
+        for message in self.messages:
+            if message.name is not None:
+                found.add("messages.name")
+            parts = message.content if isinstance(message.content, list) else []
+            urls = [part.image_url for part in parts if isinstance(part, ImagePart)]
+            if any(isinstance(url, ImageUrl) and url.detail not in (None, "auto") for url in urls):
+                found.add("messages.image_url.detail")
+        return sorted(found)
 
     def options(self) -> dict[str, Any]:
         """As in the base class; max_completion_tokens is the newer name of max_tokens."""

@@ -162,14 +162,17 @@ class Scheduler:
     # --- the thread ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._step()
-            except Exception as error:
-                self._recover(error)
-            if not self._busy():
-                self.queue.wait(1.0)
-        self._fail_all(shutting_down())
+        try:
+            while not self._stopping:
+                try:
+                    self._step()
+                except Exception as error:
+                    self._recover(error)
+                if not self._busy():
+                    self.queue.wait(1.0)
+        finally:
+            self.accepting = False
+            self._fail_all(shutting_down())
 
     def _step(self) -> None:
         self._drop_ended()

@@ -208,7 +208,10 @@ def _fit_stop_sequences(request: Request) -> Request:
     UserError: too many of them."""
     sequences = [ids for ids in request.stop_sequences if len(ids) <= STOP_WIDTH]
     if len(sequences) > NUM_STOPS:
-        raise UserError(f"stop {len(request.stop_texts)} texts are too many; expected at most 10")
+        raise UserError(
+            f"stop: {len(sequences)} sequences of tokens end the answer, with those of stop_token_ids and "
+            f"the model's own; expected at most {NUM_STOPS}"
+        )
     return replace(request, stop_sequences=sequences)
 
 

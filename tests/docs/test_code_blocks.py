@@ -51,7 +51,7 @@ SHORT = [
 SIZES = ["--set=vision.heads=2", "--set=llm.max_length=2048"]
 QFORMER_SIZES = ["--set=qformer.heads=3"]
 OTHER_PROGRAMS = {
-    "cd", "export", "gcloud", "git", "mkdocs", "pip", "python3.11", "srun", "sudo", ".",
+    "cd", "docker", "export", "gcloud", "git", "mkdocs", "pip", "python3.11", "srun", "sudo", ".",
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def encoded(data, kind="image/png"):
         (chat(user_message("x"), {"role": "assistant", "content": "y"}), 400, "no question"),
         (chat(user_message(" ")), 400, "has no text"),
         (chat(user_message("x", noise(1)) | {"role": "system"}), 400, "only the messages of the user"),
-        (chat(user_message("x"), stop=[f"s{n}" for n in range(30)]), 400, "too many"),
+        (chat(user_message("x"), stop=[f"s{n}" for n in range(30)]), 400, "expected at most 32"),
         (chat(user_message("x" * 30_000)), 400, "context of 256"),
         (chat(user_message("x"), boxes=True), 400, "there is none"),
         (chat(user_message("x"), stream_options={"include_usage": True}), 400, "needs stream"),

@@ -117,7 +117,12 @@ def test_the_limits_follow_the_memory(folder, monkeypatch):
     options = {"max_batch": 4, "max_queue": 9, "context": 100, "max_tokens": 5000}
     plenty = config.scheduler_config(model, **options)
     assert (plenty.context, plenty.max_new_tokens, plenty.cache_tokens) == (100, 100, 4 * 128)
+    assert config.free_memory() > 1e6
     monkeypatch.setattr(config, "free_memory", lambda: 1e5)
     per_token = 2 * 2 * 1 * 12 * 4  # keys and values, layers, heads, head dim, bytes
     assert config.cache_bytes_per_token(model) == per_token
-    assert config.scheduler_config(model, **options).cache_tokens == int(0.45 * 1e5 / per_token)
+    little = config.scheduler_config(model, prefill_tokens=64, **options)
+    assert little.cache_tokens == int(0.45 * 1e5 / per_token)
+    assert little.context == 100 < little.cache_tokens
+    with pytest.raises(UserError, match="a cache of 99 tokens is too small; expected at least 128"):
+        config.scheduler_config(model, cache_tokens=99, **options)
