@@ -298,7 +298,9 @@ class Scheduler:
     def _admit_suspect(self) -> None:
         """Begin the next suspect, once the one before has got further than the first tokens."""
         trial = self._on_trial
-        if trial is None or trial.ended or trial.num_tokens > 1 + self.config.decode_steps:
+        if trial is not None and (
+            trial.ended or trial.cancelled or trial.num_tokens > 1 + self.config.decode_steps
+        ):
             self._on_trial = None
         if self._on_trial is None and self._suspects:
             self._on_trial = self._suspects.pop(0)

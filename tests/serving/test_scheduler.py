@@ -229,7 +229,9 @@ def test_when_decoding_fails_the_request_to_blame_ends_and_the_others_go_on(
         for update in updates:
             await anext(update)
         bad = generation(model, "x", client="poison")
-        scheduler.submit(bad)
+        gone = generation(model, "y")  # leaves while the others are begun again
+        scheduler.submit(gone, bad)
+        gone.cancel()
         with pytest.raises(RequestError, match="a kernel failed"):
             await bad.result()
         return [[completion.ids async for completion, _ in update] for update in updates]
