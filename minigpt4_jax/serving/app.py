@@ -100,7 +100,7 @@ class Api:
         self._log("prompt", prompts)
         num_top = body.logprobs or 0
         question = Question(
-            made, images, config, self._choices(body), num_top, self._sender(request)
+            made, images, config, self._choices(body, len(made)), num_top, self._sender(request)
         )
         shape = TextShape(self.service, logprobs=body.logprobs is not None, num_top=num_top)
         return await self._respond(question, shape, body, request)
@@ -135,9 +135,10 @@ class Api:
         beams = body.num_beams or 1
         return {"num_return_sequences": body.n or 1} if beams > 1 else {}
 
-    def _choices(self, body: Sampling) -> int:
-        count = body.n or 1
-        self._check_count("n", count, self.service.limits.choices)
+    def _choices(self, body: Sampling, prompts: int = 1) -> int:
+        """The number of answers to each of some prompts; all must find a place in the queue together."""
+        count, queue = body.n or 1, self.service.scheduler.queue.limit
+        self._check_count("n", count, min(self.service.limits.choices, max(1, queue // prompts)))
         beams = body.num_beams or 1
         self._check_count("num_beams", beams, self.service.limits.choices)
         return 1 if beams > 1 else count

@@ -88,7 +88,7 @@ class Gate:
 
     def _is_allowed(self, scope: Scope) -> bool:
         path: str = scope["path"]
-        if not self._keys or path in OPEN_PATHS or path.startswith(self._unguarded or ("\0",)):
+        if not self._keys or path in OPEN_PATHS or path.startswith(self._unguarded):
             return True
         headers = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
