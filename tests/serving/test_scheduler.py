@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -93,31 +92,6 @@ def test_a_prompt_continues_from_what_another_began_with(model, scheduler):
     assert first.cached_tokens == 0 and other.cached_tokens < 10  # another image
     assert second.cached_tokens > len(first.request.tokens) - 10
     assert reused.ids == expected(model, longer, [image(0)], temperature=1.0, seed=4)
-
-
-def test_running_answers_go_on_while_a_long_prompt_is_processed(model, scheduler, monkeypatch):
-    order = []
-    for name in ("prefill", "resume", "decode"):
-        call = getattr(model.engine, name)
-        monkeypatch.setattr(
-            model.engine, name, lambda *a, n=name, call=call: order.append(n) or call(*a)
-        )
-
-    async def main():
-        running = generation(model, "a", streamed=True, max_new_tokens=64, min_new_tokens=64)
-        scheduler.submit(running)
-        updates = running.updates()
-        await anext(updates)
-        order.clear()
-        long = generation(model, "a word " * 32, max_new_tokens=4)
-        scheduler.submit(long)
-        await long.result()
-        return len(long.request.tokens)
-
-    length = asyncio.run(main())
-    pieces = [n for n, name in enumerate(order) if name != "decode"]
-    assert len(pieces) == -(-length // CONFIG.prefill_tokens) >= 3
-    assert all("decode" in order[a:b] for a, b in itertools.pairwise(pieces))
 
 
 def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
