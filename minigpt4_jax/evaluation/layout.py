@@ -80,15 +80,17 @@ def _rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def is_json_lines(path: Path, key: str = "") -> bool:
     """Whether a file has a JSON object in each line. One line alone may also be an object of rows by
     their id, or an object with a list of rows under `key`, and then is not."""
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
+    text = read_text(path).strip()
+    if not text.startswith("{"):
+        return False
+    first, _, others = text.partition("\n")
+    if key and not others:
+        return f'"{key}"' not in text  # not parsed: such a file may have hundreds of megabytes
     try:
-        first = json.loads(lines[0]) if lines else None
+        row = json.loads(first)
     except ValueError:
         return False
-    if not isinstance(first, dict) or len(lines) > 1:
-        return isinstance(first, dict)
-    is_document = key in first or all(isinstance(value, dict) for value in first.values())
-    return not is_document
+    return bool(others) or not all(isinstance(value, dict) for value in row.values())
 
 
 def coco_paths(image_id: int, *folders: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,15 +33,13 @@ class ShownRow(NamedTuple):
 
 def worst(rows: Sequence[Row], count: int, *, higher_is_better: bool) -> list[Row]:
     """The rows with the worst scores, without right ones; of equal ones those with an error, then with the
-    least IoU first."""
+    least IoU first, then in an order that mixes images."""
     right = 100.0 if higher_is_better else 0.0
 
-    def key(row: Row) -> tuple[float, bool, float]:
-        return (
-            row["score"] * (1 if higher_is_better else -1),
-            "error" not in row,
-            row.get("iou") or 0.0,
-        )
+    def key(row: Row) -> tuple[float, bool, float, int]:
+        score = row["score"] if higher_is_better else -row["score"]
+        mixed = zlib.crc32(str(row["id"]).encode())
+        return score, "error" not in row, row.get("iou") or 0.0, mixed
 
     wrong = [row for row in rows if row["score"] != right or "error" in row]
     return sorted(wrong, key=key)[:count]

@@ -27,7 +27,7 @@ COCO_FILES = {
     "val": ("coco_karpathy_val_gt.json",),
 }
 NOCAPS_FILES = {"val": ("nocaps_val_4500_captions.json",)}
-# The original's caption prompt (coco_caption.py) and that of MiniGPT-v2's demo
+# The original's question for captions (coco_caption.py)
 PROMPT = "[caption] please describe this image?"
 
 
