@@ -155,8 +155,16 @@ def _read_open_file(file: Any) -> tuple[str, bytes]:
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
-    """RGB image -> uint8 [size, size, 3], by Pillow's antialiased bicubic; the aspect ratio is not kept."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    """RGB image -> uint8 [size, size, 3], by Pillow's antialiased bicubic; the aspect ratio is not kept.
+
+    One axis after the other, in the order of Pillow 13, with which the reference was made. Earlier
+    versions always began with the rows, which rounds some pixels of tall images to a neighboring value.
+    """
+    width, height = image.size
+    columns_first = height - size > max(0, 2 * (width - size))
+    between = (width, size) if columns_first else (size, height)
+    bicubic = Image.Resampling.BICUBIC
+    return np.asarray(image.resize(between, bicubic).resize((size, size), bicubic))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,7 @@ from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
 from minigpt4_jax.demos import encoder_training
 from minigpt4_jax.demos import vision_encoder as trainer
 from minigpt4_jax.shapes import scene as scenes
+from minigpt4_jax.shapes.labels import scene_labels
 
 TRAIN = range(40)  # some images of the training split
 
@@ -47,7 +48,7 @@ def test_codes_of_the_second_phase_distinguish_the_objects():
 @pytest.mark.parametrize("index", range(6))
 def test_queries_name_size_color_shape_and_position_in_reading_order(index):
     scene = scenes.scene_at(3, index, "heldout")
-    words = trainer.query_words(scenes.scene_labels(scene, encoder_training.GRID))
+    words = trainer.query_words(scene_labels(scene, encoder_training.GRID))
     assert words.shape == (trainer.QFORMER.queries,)
     expected = []
     for o in scene.objects:

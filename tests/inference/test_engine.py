@@ -203,13 +203,12 @@ def test_slots_of_finished_rows_are_refilled():
 def test_progress_grows_to_the_final_ids():
     final = engine().generate(greedy_requests())
     ids = {i: [] for i in range(4)}
-    for i, request, completion, finished, _ in engine().run(
-        greedy_requests(), chunk=3, progress=True
-    ):
-        assert list(request.tokens) == greedy_requests()[i].tokens
+    for progress in engine().run(greedy_requests(), chunk=3, progress=True):
+        i, completion = progress.key, progress.completion
+        assert list(progress.request.tokens) == greedy_requests()[i].tokens
         assert completion.ids[: len(ids[i])] == ids[i]
         ids[i] = completion.ids
-        assert finished == (len(completion.ids) == 8)
+        assert progress.finished == (len(completion.ids) == 8)
     assert [ids[i] for i in range(4)] == final
 
 

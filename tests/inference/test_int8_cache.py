@@ -61,7 +61,8 @@ def test_batch_size_refilled_slots_and_layout_do_not_change_the_ids(options):
 
 def test_progress_grows_to_the_final_ids():
     final, ids = engine().generate(greedy_requests()), {}
-    for i, _, completion, _ in engine().run(greedy_requests(), chunk=3, progress=True):
+    for progress in engine().run(greedy_requests(), chunk=3, progress=True):
+        i, completion = progress.key, progress.completion
         assert completion.ids[: len(ids.get(i, []))] == ids.get(i, [])
         ids[i] = completion.ids
     assert [ids[i] for i in range(4)] == final
