@@ -88,10 +88,12 @@ class _Warmer:
         for stored in self._shapes.cache_lengths:
             if stored <= length:
                 self._engine.take_cache_row(state, 0, stored)
-        self._grow(state, rows, length)
+        self._resize(state, rows, length)
 
-    def _grow(self, state: DecodeState, rows: int, length: int) -> None:
-        """To more rows, or to a longer cache."""
+    def _resize(self, state: DecodeState, rows: int, length: int) -> None:
+        """To fewer rows, to more, or to a longer cache. (Two steps at a time are rare.)"""
+        for fewer in [n for n in self._shapes.rows if n < rows][-1:]:
+            self._engine.resize(state, range(fewer), self._shapes.with_cache(length))
         for more in [n for n in self._shapes.rows if n > rows][:1]:
             if more * length <= self._limit:
                 slots = [*range(rows), *[None] * (more - rows)]
