@@ -5,6 +5,7 @@ from pathlib import Path
 
 from convert.build_plan import BuildRequest
 from convert.language_model import TOKENIZER_FILES
+from minigpt4_jax.config import BLIP2_VARIANTS
 from minigpt4_jax.storage.hub import fetch_checkpoint, fetch_language_model, fetch_tokenizer
 
 
@@ -18,16 +19,18 @@ def download_inputs(request: BuildRequest) -> BuildRequest:
         delta = fetch_language_model("--llm-delta", delta, TOKENIZER_FILES)
     if tokenizer is not None:
         tokenizer = fetch_tokenizer("--tokenizer", tokenizer, TOKENIZER_FILES)
+    # of BLIP-2 there are directories as transformers writes them
+    whole = TOKENIZER_FILES if request.variant in BLIP2_VARIANTS else ()
     return replace(
         request,
         llm=llm,
         llm_delta=delta,
         tokenizer=tokenizer,
         vision=_checkpoint("--vision", request.vision),
-        qformer=_checkpoint("--qformer", request.qformer),
-        checkpoint=_checkpoint("--checkpoint", request.checkpoint),
+        qformer=_checkpoint("--qformer", request.qformer, whole),
+        checkpoint=_checkpoint("--checkpoint", request.checkpoint, whole),
     )
 
 
-def _checkpoint(option: str, path: Path | None) -> Path | None:
-    return None if path is None else fetch_checkpoint(option, path)
+def _checkpoint(option: str, path: Path | None, whole: tuple[str, ...] = ()) -> Path | None:
+    return None if path is None else fetch_checkpoint(option, path, whole)

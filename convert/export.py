@@ -13,6 +13,7 @@ from typing import IO
 
 import numpy as np
 
+from convert.blip2_keys import STAGE1, STAGE2_OPT, STAGE2_T5
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
 from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
@@ -22,6 +23,8 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_error
 from minigpt4_jax.storage.paths import parse_local_path, parse_path
 
+# the key tables of BLIP-2's variants
+_TABLES = {"blip2-qformer": STAGE1, "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5}
 Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 
@@ -41,9 +44,10 @@ def export(model_dir: Path, out: Path, *, overwrite: bool = False) -> list[str]:
         )
     config = read_config(model_dir)
     tensors = Tensors(model_dir)
+    table = _TABLES.get(config.variant, FINE_TUNED)
     trained: dict[str, Load] = {}
-    for name in sorted(_trained_names(model_dir, tensors)):
-        key = original_key(FINE_TUNED, name)
+    for name in sorted(_trained_names(model_dir, tensors, config)):
+        key = original_key(table, name)
         if key is None:
             raise UserError(
                 f"{model_dir}: {name} was trained, but the original's format has no key for it"
@@ -55,9 +59,13 @@ def export(model_dir: Path, out: Path, *, overwrite: bool = False) -> list[str]:
     return list(trained)
 
 
-def _trained_names(model_dir: Path, tensors: Tensors) -> set[str]:
-    """Projection, LoRA, and all tensors that training wrote into a directory of its own."""
-    names = {n for n in tensors if part_of(n) in ("projection", "lora")}
+def _trained_names(model_dir: Path, tensors: Tensors, config: ModelConfig) -> set[str]:
+    """Projection, LoRA, and all tensors that training wrote into a directory of its own; of BLIP-2 also
+    the Q-Former and ln_vision, which its training saves."""
+    parts = ("projection", "lora", "qformer") if config.image_first else ("projection", "lora")
+    names = {n for n in tensors if part_of(n) in parts}
+    if config.image_first:
+        names |= {n for n in tensors if n.startswith("ln_vision.")}
     base = model_chain(model_dir)[-1]
     return names | {n for n in tensors if tensors.path(n).parent != base}
 
@@ -71,6 +79,8 @@ def original_shape(name: str, shape: Shape, config: ModelConfig) -> Shape:
     leading axes of length 1."""
     if name == "vit.patch.weight":
         return (shape[0], 3, config.vision.patch_size, config.vision.patch_size)
+    if name == "qformer.temperature":
+        return ()
     leading = {"vit.cls": (1, 1), "vit.pos": (1,), "qformer.query": (1,)}
     return (*leading.get(name, ()), *shape)
 

@@ -46,6 +46,7 @@ _OWN = {
         "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
         "feed_forward_proj", "dense_act_fn", "layer_norm_epsilon", "relative_attention_num_buckets",
         "relative_attention_max_distance", "scale_decoder_outputs", "decoder_start_token_id",
+        "is_gated_act",
     },
 }  # fmt: skip
 # Fields of transformers' classes that do not change the logits.

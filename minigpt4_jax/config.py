@@ -178,6 +178,12 @@ class ModelConfig:
         return self.llm.model_type == QFORMER_LLM
 
     @property
+    def reads_in_pieces(self) -> bool:
+        """Whether a prompt can be read piece by piece, or continued from one that begins alike: not by an
+        encoder, nor by the Q-Former of stage 1."""
+        return not self.llm.encoder_layers and not self.is_stage1
+
+    @property
     def visual_width(self) -> int:
         """Width of a visual token as the language model reads it. In stage 1 these are the keys and
         values of a query in every layer of the Q-Former."""

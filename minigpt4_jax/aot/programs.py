@@ -120,7 +120,7 @@ def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Sp
 
 def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape) -> Any:
     """The lowered training step, with one image per row."""
-    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config)
     split = split_shapes(config, parts, mesh)
     tx = make_optimizer(c, split.decay_mask)
     dropout_in = parts_with_dropout(config) & parts
@@ -150,7 +150,8 @@ class AbstractEngine(Engine):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool):
         self.mesh, self.model = mesh, model_shapes(config, mesh, stacked=False)
-        self.model.llm.int8_cache = int8_cache
+        if not config.is_stage1:
+            self.model.llm.int8_cache = int8_cache
         super().__init__(self.model, mesh)
         self.plan = required_stages([SamplingParams()], config.llm.vocab)
 
@@ -193,7 +194,7 @@ class AbstractEngine(Engine):
         floats = ShapeDtypeStruct((rows,), jnp.float32)
         shapes = BatchInputs(
             ShapeDtypeStruct((rows, tokens), jnp.int32), integers,
-            ShapeDtypeStruct((rows, c.visual_tokens, c.llm.width), jnp.float32), integers,
+            ShapeDtypeStruct((rows, c.visual_tokens, c.visual_width), jnp.float32), integers,
             ShapeDtypeStruct((rows, 1, 2), jnp.int32), keys,
             SamplingParams(
                 floats, integers, floats, floats, integers, floats, integers, floats, floats

@@ -157,6 +157,7 @@ class BatchMaker:
     seed: int
     padding: Padding = PADDING
     crop: bool = False  # random resized crop instead of resizing the whole image
+    flip: bool = False  # mirror half of the images
     # batch size -> the rows that this process makes; a missing size: all rows
     shards: Mapping[int, ProcessShard] = field(default_factory=dict)
     # With packing, rows are laid out by BatchLayout: a replacement must not exceed the length of the
@@ -260,6 +261,6 @@ class BatchMaker:
     ) -> np.ndarray:
         """-> [S, S, 3] uint8."""
         opened, size = images.open_image(image, exif=exif), self.config.vision.image_size
-        if not self.crop:
-            return images.resize(opened, size)
-        return images.random_crop(opened, size, np.random.default_rng([self.seed, *crop_seed]))
+        rng = np.random.default_rng([self.seed, *crop_seed])
+        pixels = images.random_crop(opened, size, rng) if self.crop else images.resize(opened, size)
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels

@@ -56,6 +56,7 @@ class DataConfig:
     shuffle: a new order each epoch; False: the order of the file, for a curriculum.
     crop: random resized crop, the training augmentation of MiniGPT-4; not for MiniGPT-v2, as boxes in the
         texts are not adjusted.
+    flip: mirror half of the images, as BLIP-2's training does; not for texts that say left and right.
     exif: rotate the images of own files (data.path, data.val_path, reader "files") as their EXIF orientation
         says, so that boxes are for the picture as viewers show it; other datasets are read as stored.
     workers: processes that load images; 0: threads of the training process.
@@ -76,6 +77,7 @@ class DataConfig:
     clean_captions: bool = False
     shuffle: bool = True
     crop: bool = False
+    flip: bool = False
     exif: bool = True
     workers: int = 0
     threads: int = 2

@@ -52,7 +52,7 @@ def make_loader(
     all. pack: what packs a batch (see data.packing.pack); None: no packing.
 
     The batches are a function of the components, the model's configuration, batch_size, seed, pack and of
-    mix_by, shuffle, crop, pad_tokens and pad_answers of data.
+    mix_by, shuffle, crop, flip, pad_tokens and pad_answers of data.
     UserError: an empty dataset, one too small for a single batch, or rows with system messages, for which
     the model's prompts have no place.
     """
@@ -80,7 +80,7 @@ def make_loader(
             "lower batch_size"
         )
     maker = BatchMaker(
-        tuple(sized), order, tokenizer, config, seed, padding, data.crop,
+        tuple(sized), order, tokenizer, config, seed, padding, data.crop, data.flip,
         shards={size: shard(size) for size in set(order.batch_sizes)} if shard else {},
         keep_lengths=pack is not None,
     )  # fmt: skip

@@ -102,6 +102,8 @@ class RunningBatch:
         """
         self._runner, self._max_rows, self._min_rows = runner, max_rows, min_rows
         self._min_sizes, self._max_cache_tokens = min_sizes, max_cache_tokens
+        if not runner.config.reads_in_pieces:
+            prefill_tokens = prefix_cache = None
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
         self._fixed_stages, self._report_progress = stages, report_progress
         self._shapes = shapes

@@ -5,7 +5,6 @@ from numbers import Real
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -174,9 +173,7 @@ class Scorer:
 
 
 def _summed_nll(model: MiniGpt, batch: Batch, visual: jax.Array) -> jax.Array:
-    embeds = model.merge(jnp.asarray(batch.tokens), visual)
-    hidden = model.llm(embeds, jnp.asarray(batch.lengths))
-    return constrain(model.label_nll(hidden, batch).sum(1))
+    return constrain(model.answer_nll(batch, visual).sum(1))
 
 
 def _top_logprobs(

@@ -195,11 +195,50 @@ class MiniGpt(nnx.Module):
         """Negative log-likelihood of each labelled token: [B, A] float32, 0 at padding."""
         arrays: Any = jax.tree.map(jnp.asarray, batch)  # each field a jax.Array, or None
         visual = self.encode(arrays.pixels, remat=remat, dropout_key=dropout.qformer)
+        return self.answer_nll(arrays, visual, remat=remat, dropout_key=dropout.lora)
+
+    def answer_nll(
+        self,
+        batch: Batch,
+        visual: jax.Array,
+        *,
+        remat: bool = False,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """As `token_nll`, with visual tokens [B, I * P, D] instead of pixels. dropout_key: of LoRA."""
+        arrays: Any = jax.tree.map(jnp.asarray, batch)
+        if self.llm.config.encoder_layers:
+            return self._decoder_nll(arrays, visual, remat=remat, dropout_key=dropout_key)
         hidden = self.llm(
             self.merge(arrays.tokens, visual, arrays.visual_index),
-            arrays.lengths, arrays.segments, arrays.positions, remat=remat, dropout_key=dropout.lora,
+            arrays.lengths, arrays.segments, arrays.positions, remat=remat, dropout_key=dropout_key,
         )  # fmt: skip
         return self.label_nll(hidden, arrays)
+
+    def _decoder_nll(
+        self, batch: Batch, visual: jax.Array, *, remat: bool, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """As `token_nll`, with an encoder: the labelled tokens of a row are the answer's, and follow those
+        that the encoder reads."""
+        arrays: Any = batch
+        positions, tokens = arrays.label_positions, arrays.tokens
+        is_label = positions >= 0
+        lengths = jnp.where(is_label[:, 0], positions[:, 0], arrays.lengths)
+        embeds = self.merge(tokens, visual)
+        encoded = self.llm.encode(embeds, lengths, remat=remat, dropout_key=dropout_key)
+        targets = jnp.take_along_axis(tokens, jnp.maximum(positions, 0), axis=1)  # [B, A]
+        targets = jnp.where(is_label, targets, 0)
+        start = jnp.full((len(tokens), 1), self.llm.config.start_id, targets.dtype)
+        read = self.llm.embed_tokens(jnp.concatenate([start, targets[:, :-1]], axis=1))
+        counts = jnp.maximum(is_label.sum(axis=1), 1)
+        hidden = self.llm(read, counts, encoded=encoded, remat=remat, dropout_key=dropout_key)
+        return jnp.where(is_label, _nll(self.llm.logits(hidden), targets), 0.0)
+
+    def loss_sum(
+        self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
+    ) -> jax.Array:
+        """The loss of a batch times its labelled tokens."""
+        return self.token_nll(batch, remat=remat, dropout=dropout).sum()
 
     def label_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """hidden [B, T, D] -> negative log-likelihood [B, A] of the labelled tokens.
@@ -210,11 +249,7 @@ class MiniGpt(nnx.Module):
         positions = jnp.maximum(batch.label_positions, 1)
         predictors = jnp.take_along_axis(hidden, positions[:, :, None] - 1, axis=1)  # [B, A, D]
         target = jnp.take_along_axis(batch.tokens, positions, axis=1)
-        logits = self.llm.logits(predictors)
-        target_logits = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, :, None], axis=2)[
-            :, :, 0
-        ]
-        nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+        nll = _nll(self.llm.logits(predictors), target)
         return jnp.where(batch.label_positions >= 0, nll, 0.0)
 
     def loss(
@@ -223,3 +258,9 @@ class MiniGpt(nnx.Module):
         """Mean negative log-likelihood over all labelled tokens of the batch, as in the original."""
         nll = self.token_nll(batch, remat=remat, dropout=dropout)
         return nll.sum() / jnp.maximum((batch.label_positions >= 0).sum(), 1)
+
+
+def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logits [B, A, V], targets [B, A] -> negative log-likelihoods [B, A]."""
+    index = jnp.maximum(targets, 0)[:, :, None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, index, axis=2)[:, :, 0]

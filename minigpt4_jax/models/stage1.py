@@ -9,7 +9,15 @@ from flax import nnx
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.layers import LayerNorm
-from minigpt4_jax.models.minigpt import LN_VISION_EPS, MiniGpt, Prefilled, normalize_pixels
+from minigpt4_jax.models.minigpt import (
+    LN_VISION_EPS,
+    NO_DROPOUT,
+    Batch,
+    Dropout,
+    MiniGpt,
+    Prefilled,
+    normalize_pixels,
+)
 from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.qformer_decoder import TextDecoder, pack_queries
 from minigpt4_jax.models.vit import Vit
@@ -71,6 +79,16 @@ class Stage1(MiniGpt):
         visual = visual[:, : self.config.visual_tokens]
         last, cache = self.decoder.prefill(tokens, visual, lengths, cache_length)
         return Prefilled(last, cache, lengths, tokens.shape[1])
+
+    # --- training ----------------------------------------------------------------------------
+
+    def loss_sum(
+        self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
+    ) -> jax.Array:
+        from minigpt4_jax.models.stage1_losses import stage1_losses  # which uses this class
+
+        losses = stage1_losses(self, batch, remat=remat, dropout=dropout)
+        return losses.total * (jnp.asarray(batch.label_positions) >= 0).sum()
 
     # --- features ----------------------------------------------------------------------------
 

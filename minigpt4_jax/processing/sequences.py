@@ -16,13 +16,13 @@ from typing import NamedTuple
 from minigpt4_jax.config import IMAGE, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import (
-    IMAGE_SLOT,
     IMAGE_TAG,
     RenderedPrompt,
     TokenizerChatTemplate,
     chat_format,
     fill_template,
 )
+from minigpt4_jax.processing.image_first import image_first_prompt, image_first_row
 from minigpt4_jax.processing.tokenizer import HfTokenizer, Tokenizer
 from minigpt4_jax.utils.text import shorten
 
@@ -75,7 +75,12 @@ def build_row(
     images: how many images the row has; the prompt must have as many `<ImageHere>`.
     The prompt is cut on the right to config.max_context, the answer to config.max_text_length (then
     without its end symbol). UserError: empty prompt, images and `<ImageHere>` do not agree.
+    Rows of BLIP-2: see image_first.py.
     """
+    if config.image_first:
+        if prompt is not None and IMAGE_TAG in prompt:
+            _check_image_count(prompt, images)
+        return TokenSequence(*image_first_row(tokenizer, config, prompt, answer, images))
     context = _encode_prompt(tokenizer, config, prompt, images)
     bos = _adds_bos(tokenizer, config, rendered=isinstance(prompt, RenderedPrompt))
     answer_ids = tokenizer.encode(answer + config.end_symbol)
@@ -106,6 +111,12 @@ def build_conversation_row(
         )
     if system:
         check_takes_system(tokenizer, config)
+    if config.image_first:  # earlier turns are context, the last answer is labelled
+        *earlier, last = answers
+        dialogue = chat_format(config, tokenizer).render(
+            list(zip(questions, [*earlier, None], strict=True))
+        )
+        return build_row(tokenizer, config, dialogue, last, images=images)
     if config.tokenizer.chat_template:
         turns = list(zip(questions, answers, strict=True))
         return _rendered_row(tokenizer, config, turns, images, system)
@@ -281,29 +292,14 @@ def prompt_tokens(
     UserError: as `build_row`.
     """
     if config.image_first:
-        return image_first_prompt(tokenizer, config, prompt, images=images)
+        if IMAGE_TAG in prompt:
+            _check_image_count(prompt, images)
+        return image_first_prompt(tokenizer, config, prompt, images)
     bos = _adds_bos(tokenizer, config, rendered=isinstance(prompt, RenderedPrompt))
     ids = _encode_prompt(tokenizer, config, prompt, images, bos)
     if not extra_bos and ids[:2] == [tokenizer.bos_id] * 2:
         ids = ids[1:]
     return ids
-
-
-def image_first_prompt(
-    tokenizer: Tokenizer, config: ModelConfig, prompt: str, *, images: int
-) -> list[int]:
-    """Ids of a prompt of BLIP-2: its images, BOS, text (which may be empty); for an encoder text and EOS.
-
-    `<ImageHere>` and its tags are not written: wherever they stand, images come first. UserError: as
-    `build_row`.
-    """
-    if IMAGE_TAG in prompt:
-        _check_image_count(prompt, images)
-        prompt = prompt.replace(IMAGE_SLOT, "").replace(IMAGE_TAG, "").lstrip()
-    visual = [IMAGE] * (images * config.visual_tokens)
-    if config.llm.encoder_layers:
-        return [*visual, *tokenizer.encode(prompt), tokenizer.eos_id]
-    return visual + tokenizer.encode(prompt, bos=True)
 
 
 def cut_left(

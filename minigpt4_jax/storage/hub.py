@@ -25,6 +25,7 @@ from minigpt4_jax.storage.hub_files import (
     select_language_model,
     select_model_directory,
     select_tokenizer,
+    select_whole_model,
 )
 from minigpt4_jax.utils.text import one_line
 
@@ -105,9 +106,11 @@ def fetch_tokenizer(name: str, path: Path, tokenizer_files: Collection[str]) -> 
     return _fetch_if_id(name, path, functools.partial(select_tokenizer, tokenizer_files))
 
 
-def fetch_checkpoint(name: str, path: Path) -> Path:
-    """`path`, or what it is a hub id of, downloaded: a weight file, or a model directory."""
-    return _fetch_if_id(name, path, select_model_directory)
+def fetch_checkpoint(name: str, path: Path, tokenizer_files: Collection[str] = ()) -> Path:
+    """`path`, or what it is a hub id of, downloaded: a weight file, or a model directory; with
+    tokenizer_files also a directory as transformers writes it."""
+    select = functools.partial(select_whole_model, tokenizer_files)
+    return _fetch_if_id(name, path, select if tokenizer_files else select_model_directory)
 
 
 def fetch_model_directory(path: Path | str) -> Path | str:

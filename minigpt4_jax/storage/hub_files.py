@@ -119,6 +119,13 @@ def select_model_directory(listing: Listing) -> Selection:
     return Selection(["model.json", "tokenizer/*", "*.safetensors"], ["*/*.safetensors"])
 
 
+def select_whole_model(tokenizer_files: Collection[str], listing: Listing) -> Selection:
+    """A model directory of this project, or a Hugging Face model with all its parts."""
+    if "model.json" in listing.files:
+        return select_model_directory(listing)
+    return select_language_model(tokenizer_files, listing)
+
+
 def _gguf_files(listing: Listing) -> list[str]:
     """All GGUF files, of those that are split the first part, without projectors of vision models."""
     found = []

@@ -97,7 +97,14 @@ class Validation:
     def _open_loader(self) -> Loader:
         c = self._c
         data = dataclasses.replace(
-            c.data, mix={}, mix_by="step", shuffle=False, crop=False, workers=0, max_broken=0.0
+            c.data,
+            mix={},
+            mix_by="step",
+            shuffle=False,
+            crop=False,
+            flip=False,
+            workers=0,
+            max_broken=0.0,
         )
         examples = ExampleList("", self._examples[: c.eval_examples])
         return make_loader(

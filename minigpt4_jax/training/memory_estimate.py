@@ -64,7 +64,7 @@ def largest_batch(c: TrainConfig, config: ModelConfig, tokens: int | None = None
 
 def estimate_memory(c: TrainConfig, config: ModelConfig, sizes: dict[str, int]) -> MemoryEstimate:
     """What a step on `largest_batch` needs on a mesh of these sizes (axis -> devices)."""
-    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config)
     parameters = _count_parameters(c, config, parts, sizes)
     shape = largest_batch(c, config)
     rows = -(-shape.rows // (c.accumulate * sizes["data"] * sizes["fsdp"]))

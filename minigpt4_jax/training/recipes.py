@@ -41,6 +41,37 @@ def minigpt4(language_model: str) -> ConfigDict:
     return c
 
 
+# Language models of BLIP-2's second stage: variant, and width of the language model.
+BLIP2_LANGUAGE_MODELS = {
+    "opt2.7b": ("blip2-opt", 2560), "opt6.7b": ("blip2-opt", 4096),
+    "flant5xl": ("blip2-flant5", 2048), "flant5xxl": ("blip2-flant5", 4096),
+}  # fmt: skip
+
+
+def blip2() -> ConfigDict:
+    """Both stages of BLIP-2 (LAVIS' configurations): the Q-Former and ln_vision are trained on captions of
+    COCO and Visual Genome, cropped and mirrored at random, in 10 epochs."""
+    c = ConfigDict()
+    c.model = ""  # model directory
+    c.data = ConfigDict()
+    c.data.clean_captions = True
+    c.data.crop = True
+    c.data.flip = True
+    c.freeze_qformer = False
+
+    c.init_lr = 1e-4
+    c.min_lr = 1e-5
+    c.warmup_lr = 1e-6
+    c.weight_decay = 0.05
+
+    c.log_every = 50
+    c.eval_every = 1000
+    c.sample_every = 1000
+    c.sample_tokens = 30
+    c.save_every = 1000
+    return c
+
+
 class Published(NamedTuple):
     """A dataset as the released training of MiniGPT-v2 (minigptv2_finetune.yaml) mixes it."""
 

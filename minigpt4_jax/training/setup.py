@@ -62,7 +62,7 @@ def open_inputs(c: TrainConfig, exit_stack: ExitStack) -> RunInputs:
     """
     config = read_model_config(c)
     tokenizer = load_tokenizer(model_directory.tokenizer_dir(c.model), config.tokenizer.kind)
-    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
+    parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config)
     mesh, mesh_reason = choose_mesh(c, config)
     loader = open_loader(c, config, tokenizer, mesh)
     exit_stack.callback(loader.close)

@@ -44,19 +44,27 @@ class Metrics(NamedTuple):
     tokens: jax.Array  # labelled tokens in the batch
 
 
-def trained_parts(*, freeze_vit: bool, freeze_qformer: bool) -> frozenset[str]:
-    """Names of the trained parts: always the projection and LoRA, as in the original."""
+def trained_parts(
+    *, freeze_vit: bool, freeze_qformer: bool, config: ModelConfig | None = None
+) -> frozenset[str]:
+    """Names of the trained parts: always the projection and LoRA, as in the original.
+
+    config: of BLIP-2, whose ln_vision is trained together with its Q-Former.
+    """
     parts = {"projection", "lora"}
     if not freeze_vit:
-        parts.add("vit")
+        parts |= {"vit", "ln_vision"}
     if not freeze_qformer:
         parts.add("qformer")
+        if config is not None and config.image_first:
+            parts.add("ln_vision")
     return frozenset(parts)
 
 
 def is_trained(path: ParameterPath, parts: frozenset[str]) -> bool:
     """Whether the parameter at an nnx path belongs to one of these parts."""
-    return part_of(".".join(map(str, path))) in parts
+    name = ".".join(map(str, path))
+    return ("ln_vision" if path[0] == "ln_vision" else part_of(name)) in parts
 
 
 def is_decayed(path: ParameterPath, shape: tuple[int, ...]) -> bool:
@@ -101,11 +109,13 @@ def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -
 
 
 def parts_with_dropout(config: ModelConfig) -> set[str]:
-    """The parts of a model that have dropout."""
+    """The parts of a model that have dropout, or draw by its keys."""
     rates = {
         "qformer": config.qformer.dropout if config.qformer else 0.0,
         "lora": config.lora.dropout if config.lora else 0.0,
     }
+    if config.is_stage1:  # its negatives are drawn by the same key
+        return {"qformer"}
     return {part for part, rate in rates.items() if rate > 0}
 
 
@@ -178,8 +188,8 @@ def _loss_share(split: Split, remat: bool, dropout_in: Collection[str]) -> Calla
         if key is not None:
             keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
             dropout = Dropout(**{part: keys[part] for part in dropout_in})
-        nll = split.join(trainable, frozen).token_nll(batch, remat=remat, dropout=dropout)
-        mean: jax.Array = nll.sum() / num_tokens
+        total = split.join(trainable, frozen).loss_sum(batch, remat=remat, dropout=dropout)
+        mean: jax.Array = total / num_tokens
         return mean
 
     return loss_share
@@ -223,8 +233,8 @@ def make_evaluation(split: Split, mesh: Mesh | None) -> EvalStep:
     tokens). mesh: as for `make_step`."""
 
     def evaluate(trainable: Trainable, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nll = split.join(trainable, frozen).token_nll(batch)
-        return constrain(nll.sum()), constrain((batch.label_positions >= 0).sum())
+        total = split.join(trainable, frozen).loss_sum(batch)
+        return constrain(total), constrain((batch.label_positions >= 0).sum())
 
     compiled: EvalStep = jax.jit(with_mesh(evaluate, mesh))
     return compiled

@@ -32,14 +32,18 @@ BUILDS = {
 
 
 def build(name: str, out: Path) -> Path:
-    """A model directory made by `convert build`."""
+    """The model directory out/NAME, made by `convert build`."""
+    return build_from(*BUILDS[name], out / name)
+
+
+def build_from(variant: str, arguments: dict, out: Path) -> Path:
+    """A model directory made by `convert build`; paths are relative to the checkpoints."""
     from convert.build import build
     from convert.build_plan import BuildRequest
 
-    variant, arguments = BUILDS[name]
     paths = {key: CHECKPOINTS / value for key, value in arguments.items()}
-    build(BuildRequest(variant=variant, out=out / name, settings=HEADS, **({"llm": None} | paths)))
-    return out / name
+    build(BuildRequest(variant=variant, out=out, settings=HEADS, **({"llm": None} | paths)))
+    return out
 
 
 def dump(name: str) -> tuple[dict[str, np.ndarray], dict]:

@@ -8,8 +8,16 @@ import pytest
 from flax import nnx
 from helpers import oracle
 
+from convert.hf_config import llm_config_from_hf
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
-from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
+from minigpt4_jax.config import (
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    QFormerConfig,
+    VisionConfig,
+    text_branch,
+)
 from minigpt4_jax.models import llm_layers, positions, qformer, vit
 
 pytestmark = pytest.mark.default_compiler
@@ -85,3 +93,37 @@ def test_parameter_counts_of_the_papers():
     assert count(v2, "vit") == 986_975_872
     lora = sum(math.prod(s) for n, s in parameter_shapes(v2).items() if ".lora_" in n)
     assert lora == 33_554_432
+
+
+OPT_2_7B = {
+    "model_type": "opt", "vocab_size": 50272, "hidden_size": 2560, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "ffn_dim": 10240, "max_position_embeddings": 2048,
+}  # fmt: skip
+OPT_6_7B = OPT_2_7B | {"hidden_size": 4096, "ffn_dim": 16384}
+FLAN_T5_XL = {
+    "model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24,
+    "num_heads": 32, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+FLAN_T5_XXL = FLAN_T5_XL | {"d_model": 4096, "d_ff": 10240, "num_heads": 64}
+
+
+@pytest.mark.parametrize(
+    ("values", "parameters"),
+    [
+        (OPT_2_7B, 2_651_596_800),
+        (OPT_6_7B, 6_658_473_984),
+        (FLAN_T5_XL, 2_849_757_184),
+        (FLAN_T5_XXL, 11_135_332_352),
+    ],
+)
+def test_blip2_language_models(values, parameters):
+    llm = llm_config_from_hf(values)
+    assert count(ModelConfig(llm=llm), "llm") == parameters
+
+
+def test_stage1_qformer():
+    q = QFormerConfig(vocab=30523, max_positions=512, itc_width=256, lm_head=True)
+    text = 30523 * 768 + 512 * 768 + 12 * (2 * 768 * 3072 + 3072 + 3 * 768)
+    heads = 2 * (768 * 256 + 256) + (768 * 2 + 2) + (768 * 768 + 3 * 768 + 30523) + 1
+    config = ModelConfig(variant="blip2-qformer", qformer=q, llm=text_branch(q), image_first=True)
+    assert count(config, "qformer") == 105_137_664 + 24_576 + text + heads

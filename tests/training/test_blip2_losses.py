@@ -1,0 +1,175 @@
+"""Losses and gradients of both stages of BLIP-2, against LAVIS on one process and on two."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import blip2_reference as reference
+from helpers.blip2_reference import NEEDS_BLIP2
+
+from convert.blip2_keys import STAGE1, STAGE2_OPT, STAGE2_T5
+from convert.export import original_shape
+from convert.key_mapping import original_key
+from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
+from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
+from minigpt4_jax.data.batching import pad_sequences
+from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.models.stage1_losses import Negatives, stage1_losses
+from minigpt4_jax.parallel.sharding import make_mesh, replicate, shard_batch, with_mesh
+from minigpt4_jax.processing.sequences import build_row
+from minigpt4_jax.processing.tokenizer import load_tokenizer
+from minigpt4_jax.training.train_step import split_model, trained_parts
+
+pytestmark = NEEDS_BLIP2
+
+
+class Case:
+    """A converted model, split for training, its tokenizer and key table."""
+
+    def __init__(self, name, folder, table, *, freeze_vit, **settings):
+        directory = reference.build(name, folder)
+        model, self.config = load_model(directory, "float32")
+        self.config = self.config.__class__(**(vars(self.config) | settings))
+        parts = trained_parts(freeze_vit=freeze_vit, freeze_qformer=False, config=self.config)
+        self.split = split_model(model, parts, np.float32)
+        self.tokenizer = load_tokenizer(tokenizer_dir(directory), self.config.tokenizer.kind)
+        self.table = table
+
+    def batch(self, size, index, captions, prompts=None):
+        rows = [
+            build_row(self.tokenizer, self.config, prompt, caption, images=1)
+            for caption, prompt in zip(captions, prompts or [None] * len(captions), strict=True)
+        ]
+        arrays, _ = reference.dump("pixels")
+        name = "pixel_values" if size == "pretrain" else "pixel_values_coco"
+        pixels = arrays[name][index].transpose(0, 2, 3, 1)[:, None]
+        return Batch(pixels, *pad_sequences(rows, self.tokenizer.pad_id))
+
+    def original(self, gradients):
+        """Gradients by the original's names."""
+        named = {}
+        for name, value in gradients.items():
+            path = tuple(name.split("."))
+            for i, (tensor, _) in enumerate(layer_names(path, value.shape)):
+                layer = np.asarray(value[i] if is_stacked(path) else value)
+                shape = original_shape(tensor, layer.shape, self.config)
+                named[original_key(self.table, tensor)] = layer.reshape(shape)
+        return named
+
+
+def check_gradients(named, expected, prefix="grad/"):
+    keys = [key.removeprefix(prefix) for key in expected if key.startswith(prefix)]
+    assert len(keys) > 5
+    for key in keys:
+        wanted = expected[prefix + key]
+        got = named["temp"] if key == "temp" else named[key]
+        atol = 1e-4 * max(np.abs(wanted).max(), 1e-2)  # biases of keys have none but rounding
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=atol, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    folder, cases = tmp_path_factory.mktemp("stage1"), {}
+
+    def get(name):
+        if name not in cases:
+            cases[name] = Case(name, folder, STAGE1, freeze_vit=name == "pretrain")
+        return cases[name]
+
+    return get
+
+
+@pytest.mark.parametrize("dump", ["stage1_forward", "stage1_forward_b", "stage1_forward_coco"])
+def test_stage1(stage1, dump):
+    case = stage1("coco" if dump.endswith("coco") else "pretrain")
+    expected, texts = reference.dump(dump)
+    size = "coco" if dump.endswith("coco") else "pretrain"
+    batch = case.batch(size, expected["image_index"], texts["text_input"])
+    ids = None if texts["image_id"] is None else jnp.asarray(texts["image_id"])
+    negatives = Negatives(expected["neg_image_for_text"], expected["neg_text_for_image"])
+    assert batch.tokens.tolist() == expected["input_ids"].tolist()
+
+    def losses(trainable):
+        model = case.split.join(trainable, case.split.frozen)
+        found = stage1_losses(model, batch, image_ids=ids, negatives=negatives)
+        return found.total, found
+
+    (total, found), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(
+        case.split.trainable
+    )
+    for name, value in (
+        ("loss", total), ("loss_itc", found.contrastive), ("loss_itm", found.matching),
+        ("loss_lm", found.captioning),
+    ):  # fmt: skip
+        assert float(value) == pytest.approx(texts["losses"][name], abs=2e-5), name
+    named = case.original(gradients)
+    check_gradients(named, expected)
+    words = named["Qformer.bert.embeddings.word_embeddings.weight"]
+    wanted = expected["grad_word_embeddings"]
+    np.testing.assert_allclose(
+        words[expected["grad_word_embeddings_rows"]],
+        wanted,
+        rtol=1e-3,
+        atol=1e-5 * np.abs(wanted).max(),
+    )
+
+
+@pytest.mark.parametrize("name", ["pretrain", "coco"])
+def test_stage1_on_two_devices(stage1, name):
+    """What two processes of 3 rows compute, on a mesh of two devices and on one."""
+    case = stage1(name)
+    suffix = "" if name == "pretrain" else "_coco"
+    ranks = [reference.dump(f"stage1_2ranks{suffix}_rank{r}") for r in range(2)]
+
+    def both(key):
+        return np.concatenate([arrays[key] for arrays, _ in ranks])
+
+    captions = [text for _, texts in ranks for text in texts["text_input"]]
+    batch = case.batch(name, both("image_index"), captions)
+    ids = both("image_id") if name == "coco" else None
+    negatives = Negatives(both("neg_image_for_text"), both("neg_text_for_image"))
+
+    def loss(trainable, frozen, batch):
+        model = case.split.join(trainable, frozen)
+        return stage1_losses(model, batch, image_ids=ids, negatives=negatives, num_groups=2).total
+
+    mean = np.mean([texts["losses"]["loss"] for _, texts in ranks])
+    for devices in range(1, min(2, jax.device_count()) + 1):
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        run = jax.jit(with_mesh(jax.value_and_grad(loss), mesh))
+        weights = case.split.trainable, case.split.frozen
+        if devices > 1:
+            weights = replicate(jax.tree.map(np.asarray, weights), mesh)
+        total, gradients = run(*weights, shard_batch(batch, mesh))
+        assert float(total) == pytest.approx(mean, abs=2e-5)
+        check_gradients(case.original(gradients), ranks[0][0], "grad_mean_over_ranks/")
+
+
+@pytest.mark.parametrize(
+    ("name", "dump"),
+    [
+        ("opt", "opt_forward"),
+        ("opt-caption", "opt_forward_prompt"),
+        ("flant5", "flant5_forward"),
+        ("flant5-caption", "flant5_forward_prompt"),
+    ],
+)
+def test_stage2(tmp_path, name, dump):
+    expected, texts = reference.dump(dump)
+    table = STAGE2_OPT if name.startswith("opt") else STAGE2_T5
+    size = "coco" if name.endswith("caption") else "pretrain"
+    prompt = {"caption_prompt": texts["prompt"]} if name == "opt-caption" else {}
+    case = Case(name, tmp_path, table, freeze_vit=size == "pretrain", **prompt)
+    samples = texts["samples"]
+    captions = samples.get("text_output", samples["text_input"])
+    prompts = samples["text_input"] if "text_output" in samples else None
+    batch = case.batch(size, expected["image_index"], captions, prompts)
+
+    def loss(trainable):
+        model = case.split.join(trainable, case.split.frozen)
+        return model.loss_sum(batch) / (batch.label_positions >= 0).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(case.split.trainable)
+    assert float(value) == pytest.approx(texts["loss"], abs=2e-5)
+    check_gradients(case.original(gradients), expected)
