@@ -150,7 +150,7 @@ def test_invalid_override(args, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("stage3", "did you mean stage2? known are finetune"),
+        ("stage3", "did you mean stage2? known are blip2_stage1"),
         ("zzz", "known are finetune"),
         ("none/such.py", "there is no such file"),
         (
