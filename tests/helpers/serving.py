@@ -5,10 +5,11 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
 from minigpt4_jax.inference.model import Model
@@ -40,11 +41,14 @@ def make_service(
 
 
 @contextlib.contextmanager
-def running_server(service: Service, **options) -> Iterator[RunningServer]:
-    """A real uvicorn, which listens on a free port. options: of `create_app`."""
-    server = make_server(
-        create_app(service, **options), service, "127.0.0.1", 0, shutdown_seconds=5, compiled=False
-    )
+def running_server(
+    service: Service, port: int = 0, mount: Callable[[FastAPI], None] | None = None, **options
+) -> Iterator[RunningServer]:
+    """A real uvicorn. port: 0 is a free one. mount: adds to the application. options: of `create_app`."""
+    app = create_app(service, **options)
+    if mount is not None:
+        mount(app)
+    server = make_server(app, service, "127.0.0.1", port, shutdown_seconds=5, compiled=False)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

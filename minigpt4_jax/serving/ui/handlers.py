@@ -61,7 +61,7 @@ class Handlers:
         self, talk: Talk, token: str, box: Any, picture: Any, system: str | None, *settings: Any
     ) -> AsyncIterator[View]:
         """Answer the question in the box."""
-        lost = token != talk.client
+        lost = bool(token) and token != talk.client
         question, files = (box or {}).get("text") or "", (box or {}).get("files") or []
         try:
             self._check_free(talk)
@@ -73,6 +73,7 @@ class Handlers:
             return
         if lost:
             gr.Warning(LOST)
+            talk.client = token
         talk.system = system if self._has_system else None
         talk.turns.append(turn)
         shown = gr.skip() if not files else self._picture(images[-1].path)
@@ -82,49 +83,16 @@ class Handlers:
 
     async def retry(self, talk: Talk, token: str, *settings: Any) -> AsyncIterator[View]:
         """Answer the last question again, with another seed."""
-        async for view in self._again(talk, token, settings, len(talk.turns) - 1, None):
-            yield view
-
-    async def edit(
-        self, talk: Talk, token: str, data: gr.EditData, *settings: Any
-    ) -> AsyncIterator[View]:
-        """Answer an edited question; what followed it is dropped."""
-        index = data.index if isinstance(data.index, int) else data.index[0]
-        owners = [owner for owner, _ in self._messages(talk)]
-        number = owners[index] if index < len(owners) else len(talk.turns)
-        async for view in self._again(
-            talk, token, settings, number, html.unescape(str(data.value))
-        ):
-            yield view
-
-    async def _again(
-        self, talk: Talk, token: str, settings: Sequence[Any], number: int, question: str | None
-    ) -> AsyncIterator[View]:
-        try:
-            self._check_free(talk)
-            if token != talk.client or not 0 <= number < len(talk.turns):
-                raise invalid(LOST if token != talk.client else "There is no question yet.")
-            turn = talk.turns[number]
-            if question is not None:
-                found = rendering.BOX_IN_QUESTION.search(turn.question)
-                if found:
-                    question = question.replace(rendering.BOX_SIGN, found[0], 1)
-                if not question.strip():
-                    raise invalid("The question is empty.")
-        except RequestError as e:
-            yield self._view(talk, status=_problem(str(e)))
+        if talk.is_busy or not talk.turns:
+            yield self._view(talk, status=_problem("" if token == talk.client else LOST))
             return
-        dropped = talk.turns[number:]
-        retries = turn.retries + 1 if question is None else 0
-        again = replace(
-            turn, question=question or turn.question, answer="", marked_answer=None, note="",
-            retries=retries,
-        )  # fmt: skip
-        talk.turns[number:] = [again]
+        turn = talk.turns[-1]
+        retries = turn.retries + 1
+        talk.update_last(answer="", marked_answer=None, note="", retries=retries)
         values = _settings(settings)
         if values.seed is not None:
             values = replace(values, seed=values.seed + retries)
-        async for view in self._answer(talk, values, restored=dropped):
+        async for view in self._answer(talk, values, restored=[turn]):
             yield view
 
     async def _answer(

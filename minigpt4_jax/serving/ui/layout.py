@@ -54,8 +54,7 @@ class Page(NamedTuple):
     status: Any
     boxes: Any
     new_talk: Any
-    retry: Any
-    undo: Any
+    edit: Any
     save_talk: Any
     open_talk: Any
     save_picture: Any
@@ -76,21 +75,23 @@ def build(info: PageInfo) -> Page:
         title=f"{info.title}: {info.name}", analytics_enabled=False, fill_width=True,
         delete_cache=(3600, 24 * 3600),
     ) as blocks:  # fmt: skip
-        gr.HTML(_header(info), elem_id="header")
+        gr.HTML(_header(info), elem_id="header", padding=False)
         token = gr.Textbox(visible="hidden", elem_id="token")
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(scale=4, min_width=320, elem_id="side"):
-                gr.HTML(_picture_caption(info.draws_boxes), elem_id="picture-caption")
+                gr.HTML(
+                    _picture_caption(info.draws_boxes), elem_id="picture-caption", padding=False
+                )
                 picture = _picture(info.draws_boxes)
                 examples = _examples(info.examples)
                 settings, system = _settings(info)
             with gr.Column(scale=7, min_width=340, elem_id="main"):
                 chat = gr.Chatbot(
-                    elem_id="chat", show_label=False, height="max(300px, min(56vh, 620px))", editable="user",
+                    elem_id="chat", show_label=False, height="max(300px, min(56vh, 620px))",
                     buttons=["copy", "copy_all"], placeholder=PLACEHOLDER, latex_delimiters=[],
                     feedback_options=None, group_consecutive_messages=True,
                 )  # fmt: skip
-                status = gr.HTML(elem_id="status")
+                status = gr.HTML(elem_id="status", padding=False)
                 with gr.Row(elem_id="tasks"):
                     shortcuts = [
                         gr.Button(s.name, size="sm", min_width=60, elem_classes="task")
@@ -101,22 +102,21 @@ def build(info: PageInfo) -> Page:
                     placeholder="Ask about the picture; more pictures can be pasted or dropped here",
                     file_count="multiple", file_types=["image"], sources=["upload"],
                 )  # fmt: skip
-                hint = gr.HTML(elem_id="hint")
+                hint = gr.HTML(elem_id="hint", padding=False)
                 with gr.Row(elem_id="actions"):
                     new_talk = _action("New talk", "new-talk")
-                    retry = _action("Retry", "retry")
-                    undo = _action("Undo", "undo")
+                    edit = _action("Edit question", "edit")
                     save_talk = _action("Save talk", "save-talk")
                     open_talk = gr.UploadButton(
                         "Open talk", size="sm", min_width=80, file_types=[".json"],
                         file_count="single", elem_id="open-talk",
                     )  # fmt: skip
                     save_picture = _action("Save picture", "save-picture", visible=info.draws_boxes)
-                boxes = gr.HTML(elem_id="boxes", visible=info.draws_boxes)
+                boxes = gr.HTML(elem_id="boxes", padding=False, visible=info.draws_boxes)
                 download = gr.DownloadButton(visible="hidden", elem_id="download")
     return Page(
-        blocks, picture, examples, settings, system, chat, shortcuts, hint, box, status, boxes, new_talk,
-        retry, undo, save_talk, open_talk, save_picture, download, token,
+        blocks, picture, examples, settings, system, chat, shortcuts, hint, box, status, boxes,
+        new_talk, edit, save_talk, open_talk, save_picture, download, token,
     )  # fmt: skip
 
 

@@ -132,11 +132,9 @@ def connect(page: Page, handlers: Handlers) -> None:
         again = [talk, page.token, *page.settings]
         on(page.box.submit, handlers.ask, asked, view).then(**remember)
         on(page.chat.retry, handlers.retry, again, view)
-        on(page.retry.click, handlers.retry, again, view)
-        on(page.chat.edit, handlers.edit, again, view)
         on(page.box.stop, handlers.stop, talk, None, queue=False)
-        on(page.chat.undo, handlers.undo, talk, view)
-        on(page.undo.click, handlers.undo, talk, view)
+        for trigger in (page.chat.undo, page.edit.click):
+            on(trigger, handlers.undo, talk, view)
         for trigger in (page.new_talk.click, page.chat.clear):
             on(trigger, handlers.new_talk, talk, view).then(None, js=_FORGET)
         on(page.open_talk.upload, handlers.open_talk, [talk, page.open_talk], view).then(**remember)
