@@ -1,17 +1,15 @@
-"""The Python interface: inputs of its calls, independence of rows, and errors."""
+"""The Python interface: inputs of its calls, options and ranking."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.model_calls import ASK, TWO_IMAGES, picture
+from helpers.model_calls import ASK, IMAGES, PROMPTS, picture
 from helpers.user_errors import refused
 from PIL import Image
 
 from minigpt4_jax import GenerationConfig
 from minigpt4_jax.processing import chat_templates as texts
-
-pytestmark = pytest.mark.default_compiler
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -54,25 +52,6 @@ def test_more_images_than_one_batch_stay_in_order(model):
 
 # --- rows ----------------------------------------------------------------------------------------
 
-# one image, two images, text only, image only (score only)
-PROMPTS = [ASK, TWO_IMAGES, "no image here", None]
-IMAGES = [[picture(0)], [picture(1), picture(2)], None, picture(3)]
-ANSWERS = ["a red car", "a dog", "yes", "a much longer answer that goes on " * 3]
-
-
-def test_rows_are_scored_independently(model):
-    nll, tokens = model.score(IMAGES, PROMPTS, ANSWERS)
-    assert (nll.shape, nll.dtype, tokens.dtype) == ((4,), np.float32, np.int32)
-    for i, (image, prompt, answer) in enumerate(zip(IMAGES, PROMPTS, ANSWERS, strict=True)):
-        alone, count = model.score([image], [prompt], [answer])
-        np.testing.assert_allclose(alone[0], nll[i], rtol=1e-5)
-        assert count[0] == tokens[i]
-    for n in range(3):  # the fourth is cut, without its end symbol
-        assert tokens[n] == len(model.tokenizer.encode(ANSWERS[n] + "###"))
-    assert tokens[3] == model.config.max_text_length
-    reversed_nll, _ = model.score(IMAGES[::-1], PROMPTS[::-1], ANSWERS[::-1])
-    np.testing.assert_allclose(reversed_nll[::-1], nll, rtol=1e-5)
-
 
 def test_numbers_are_answers_and_candidates(model):
     images, prompts = [picture(0)] * 3, [ASK] * 3
@@ -97,17 +76,6 @@ def test_text_only_needs_no_list_of_images(model):
     np.testing.assert_allclose(model.score([None] * 2, questions, answers)[0], nll, rtol=1e-6)
     answers = model.generate(None, questions, max_new_tokens=4)
     assert answers == model.generate([None, None], questions, max_new_tokens=4)
-
-
-def test_rows_are_generated_independently(model):
-    answers = model.generate(IMAGES[:3], PROMPTS[:3], max_new_tokens=6)
-    assert all(isinstance(text, str) for text in answers)
-    alone = [
-        model.generate([image], [prompt], max_new_tokens=6)[0]
-        for image, prompt in zip(IMAGES[:3], PROMPTS[:3], strict=True)
-    ]
-    assert answers == alone
-    assert len(set(answers)) == 3 and "" not in answers  # otherwise the test would prove nothing
 
 
 def test_template_is_that_of_training(model):
@@ -218,15 +186,3 @@ def test_exif_orientation_is_applied_on_request(model, monkeypatch, tmp_path):
     assert answers[0] == answers[1]
     talks = [model.conversation().ask("what", path, max_new_tokens=6) for path in (stored, turned)]
     assert talks[0] == talks[1]
-
-
-# --- errors -----------------------------------------------------------------------------
-
-
-# --- weights and logits that are not finite -----------------------------------------------------
-
-
-# --- compiled programs -----------------------------------------------------------------------------
-
-
-# --- model directories ---------------------------------------------------------------------------
