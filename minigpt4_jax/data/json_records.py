@@ -262,6 +262,10 @@ def _merge_images(listed: list[str], parts: Sequence[str | None], where: str) ->
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
+    """A text that is not empty; a number, as answers to "how many" often are, is its digits."""
+    value = row.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
     value = text_of(row, key, where)
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty')

@@ -96,6 +96,13 @@ def test_line_separators_inside_a_row(folder):
     assert read_sources(path)[0].answers == ("one\u2028two",)
 
 
+def test_a_number_is_a_text(folder):
+    rows = [{"question": "how many?", "answer": n} for n in (0, 2.5)]
+    assert [e.answers for e in read_sources(write_lines(folder, *rows))] == [("0",), ("2.5",)]
+    with pytest.raises(UserError, match='line 1: "answer" is bool True; expected a string'):
+        read_sources(write_lines(folder, {"question": "x", "answer": True}))
+
+
 GOOD = {"image": "a.png", "caption": "x"}
 
 
