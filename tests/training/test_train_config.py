@@ -151,7 +151,7 @@ def test_invalid_override(args, message):
     ("config", "message"),
     [
         ("stage3", "did you mean stage2? known are blip2_stage1"),
-        ("zzz", "known are finetune"),
+        ("zzz", "known are blip2_stage1, blip2_stage2, finetune"),
         ("none/such.py", "there is no such file"),
         (
             "stage2:vicuna",
@@ -170,7 +170,9 @@ def test_invalid_config_file(config, message, tmp_path):
 
 
 def test_missing_flags():
-    with pytest.raises(UserError, match="--config is missing: one of finetune"):
+    with pytest.raises(
+        UserError, match="--config is missing: one of blip2_stage1, blip2_stage2, finetune"
+    ):
         config_cli.parse(BASE)
     with pytest.raises(UserError, match="--workdir is missing"):
         config_cli.parse(["--config=stage2"])
