@@ -1,7 +1,13 @@
 """Models built from the reference checkpoints of BLIP-2, and the dumps that LAVIS' code made of them."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +37,30 @@ BUILDS = {
 }  # fmt: skip
 
 
+@cache
+def _models() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="blip2-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def build(name: str, out: Path) -> Path:
     """The model directory out/NAME, made by `convert build`."""
     return build_from(*BUILDS[name], out / name)
+
+
+@cache
+def shared(name: str) -> Path:
+    """As `build`, made once in a process. Tests do not change it."""
+    return build(name, _models())
+
+
+@cache
+def load(name: str) -> Any:
+    """The float32 model of `shared`, loaded once in a process."""
+    import minigpt4_jax
+
+    return minigpt4_jax.load(shared(name), "float32")
 
 
 def build_from(variant: str, arguments: dict, out: Path) -> Path:
@@ -65,3 +92,35 @@ def pictures() -> list[np.ndarray]:
 def ended(ids: list[int], end: int) -> list[int]:
     """Ids up to the first `end`, or all of them."""
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+class _Recorded(Exception):
+    """Ends a call whose requests are known."""
+
+
+def together(model: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of calls that each ask `model.answer_requests` once.
+
+    The requests of all calls are answered at once: those with equally many beams share a program,
+    whatever their other options are, so that far fewer programs are compiled.
+    """
+    asked: list[list] = []
+
+    def record(requests, *_):
+        asked.append(list(requests))
+        raise _Recorded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "answer_requests", record)
+        for call in calls:
+            with pytest.raises(_Recorded):
+                call()
+    flat = [request for requests in asked for request in requests]
+    answers = iter(model.answer_requests(flat, batch_size=512))
+    of_calls = [[next(answers) for _ in requests] for requests in asked]
+    results = []
+    for call, found in zip(calls, of_calls, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "answer_requests", lambda *_, found=found: found)
+            results.append(call())
+    return results

@@ -1,13 +1,12 @@
 """BLIP-2 with OPT and FlanT5, from `convert build` to captions and answers, against LAVIS."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
-import minigpt4_jax
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.errors import UserError
 
@@ -18,19 +17,6 @@ QUESTIONS = [
     "is it really raining?",
     "who's there?",
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """name -> the loaded model, each built once."""
-    folder, loaded = tmp_path_factory.mktemp("stage2"), {}
-
-    def get(name):
-        if name not in loaded:
-            loaded[name] = minigpt4_jax.load(reference.build(name, folder), "float32")
-        return loaded[name]
-
-    return get
 
 
 def check(case, details, end):
@@ -48,37 +34,32 @@ def check(case, details, end):
 
 
 @NEEDS_BLIP2
-@pytest.mark.parametrize(
-    ("name", "dump"),
-    [
-        ("opt", "opt_generate"),
-        ("opt-caption", "opt_generate_caption"),
-        ("flant5", "flant5_generate"),
-        ("flant5-caption", "flant5_generate_caption"),
-    ],
-)
-def test_captions(models, name, dump):
-    model, images = models(name), reference.pictures()[:4]
-    for case in json.loads((reference.DUMPS / f"{dump}.json").read_text()):
+@pytest.mark.parametrize("name", ["opt", "opt-caption", "flant5", "flant5-caption"])
+def test_captions_and_answers(name):
+    model, images = reference.load(name), reference.pictures()[:4]
+    llm, _, kind = name.partition("-")
+    _, captions = reference.dump(f"{llm}_generate" + ("_caption" if kind else ""))
+    answers = [] if kind else reference.dump(f"{llm}_vqa")[1]
+
+    def caption(case):
         prompt = case["sample_prompt"] or case["model_prompt"]
-        details = model.caption_details(images, prompt, **case["options"])
-        check(case, details, END[name.split("-")[0]])
+        return model.caption_details(images, prompt, **case["options"])
+
+    def answer(case):
+        return model.answer_details(images, QUESTIONS, **({"prompt": ""} | case["options"]))
+
+    calls = [partial(caption, case) for case in captions]
+    calls += [partial(answer, case) for case in answers]
+    results = reference.together(model, calls)
+    for case, details in zip([*captions, *answers], results, strict=True):
+        check(case, details, END[llm])
 
 
 @NEEDS_BLIP2
 @pytest.mark.parametrize("name", ["opt", "flant5"])
-def test_answers(models, name):
-    for case in json.loads((reference.DUMPS / f"{name}_vqa.json").read_text()):
-        options = {"prompt": ""} | case["options"]
-        details = models(name).answer_details(reference.pictures()[:4], QUESTIONS, **options)
-        check(case, details, END[name])
-
-
-@NEEDS_BLIP2
-@pytest.mark.parametrize("name", ["opt", "flant5"])
-def test_streams_and_batches(models, name):
+def test_streams_and_batches(name):
     """Greedy answers one by one, streamed, and as a batch whose slots are refilled, are the same."""
-    model, images = models(name), reference.pictures()
+    model, images = reference.load(name), reference.pictures()
     prompts = ["a photo of", "", "Question: what is this? Answer:", "a", "what", "two men"]
     options = {"max_new_tokens": 6}
     together = model.generate(images, prompts, batch_size=2, **options)
@@ -92,9 +73,9 @@ def test_streams_and_batches(models, name):
 
 @NEEDS_BLIP2
 @pytest.mark.parametrize("name", ["opt", "flant5"])
-def test_hugging_face_directories_hold_the_same_model(models, name, tmp_path):
-    ours = Tensors(reference.build(name, tmp_path))
-    theirs = Tensors(reference.build(f"hf-{name}", tmp_path))
+def test_hugging_face_directories_hold_the_same_model(name):
+    ours = Tensors(reference.shared(name))
+    theirs = Tensors(reference.shared(f"hf-{name}"))
     assert set(ours) == set(theirs)
     for key in ours:
         a, b = (np.asarray(t[key], np.float32) for t in (ours, theirs))
@@ -130,8 +111,8 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 
 @NEEDS_BLIP2
-def test_wrong_input(models):
-    model, image = models("opt"), reference.pictures()[0]
+def test_wrong_input():
+    model, image = reference.load("opt"), reference.pictures()[0]
     with pytest.raises(UserError, match=r"expected \{\} where the question goes"):
         model.predict_answers(image, "what?", prompt="Question:")
     with pytest.raises(UserError, match="2 images for 1 prompts"):

@@ -1,13 +1,12 @@
 """BLIP-2's first stage, from `convert build` to features, scores and captions, against LAVIS."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
-import minigpt4_jax
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.qformer_model import caption_config
 from minigpt4_jax.inference.retrieval import recall, rerank
@@ -16,16 +15,14 @@ SEP = 102
 
 
 @pytest.fixture(scope="module", params=["pretrain", "coco", "hf-itm"])
-def case(request, tmp_path_factory):
+def case(request):
     """(name, model) of a Q-Former; two are the same weights from different files."""
-    folder = reference.build(request.param, tmp_path_factory.mktemp("stage1"))
-    return request.param, minigpt4_jax.load(folder, "float32")
+    return request.param, reference.load(request.param)
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    folder = reference.build("pretrain", tmp_path_factory.mktemp("stage1"))
-    return minigpt4_jax.load(folder, "float32")
+@pytest.fixture
+def pretrained():
+    return reference.load("pretrain")
 
 
 @NEEDS_BLIP2
@@ -72,17 +69,23 @@ def test_retrieval(case, k):
 @NEEDS_BLIP2
 def test_captions(pretrained):
     images = reference.pictures()[:4]
-    for case in json.loads((reference.DUMPS / "stage1_captions.json").read_text()):
+    _, cases = reference.dump("stage1_captions")
+
+    def answers(case):
         options = {k: v for k, v in case["options"].items() if k != "repetition_penalty"}
-        details = pretrained.generate_details(images, [""] * 4, caption_config(**options))
+        requests = pretrained.prepare_requests(images, [""] * 4, caption_config(**options))
+        return pretrained.answer_requests(requests)
+
+    results = reference.together(pretrained, [partial(answers, case) for case in cases])
+    for case, details in zip(cases, results, strict=True):
         for i, (output,) in enumerate(details):
-            assert output.ids == reference.ended(case["sequences"][i][1:], SEP), options
+            assert output.ids == reference.ended(case["sequences"][i][1:], SEP), case["options"]
             assert output.text == case["text"][i]
             if "sequences_scores" in case:
                 assert output.score == pytest.approx(case["sequences_scores"][i], abs=1e-4)
-    assert pretrained.caption(images[:2]) == pretrained.generate(
-        images[:2], ["", ""], caption_config()
-    )
+    assert cases[0]["options"] == {}
+    assert pretrained.caption(images) == cases[0]["text"]
+    assert pretrained.generate(images, [""] * 4, caption_config()) == cases[0]["text"]
     streamed = "".join(pretrained.stream(images[0], "", caption_config(num_beams=1)))
     assert streamed == pretrained.generate(images[:1], [""], caption_config(num_beams=1))[0]
 
