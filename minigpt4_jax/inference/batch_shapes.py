@@ -19,29 +19,37 @@ class BatchShapes:
     Attributes:
         rows: numbers of rows, ascending.
         cache_lengths: S, ascending.
-        prompts: tokens of a prompt, or of a piece of it, ascending; the last is the longest piece.
+        prompts: tokens of a prompt, or of a piece of it, ascending; the last is the longest piece. For a
+            model that does not read in pieces the last holds the longest prompt.
+        pieces: sizes of what follows a cached beginning of a prompt; none for such a model.
         stages: sampling stages, cheapest first: greedy; all options with a top_k of at most CANDIDATES;
             all options with the whole vocabulary.
     """
 
     def __init__(
-        self, vocab: int, *, max_rows: int, context: int, max_new_tokens: int, prefill_tokens: int
+        self,
+        vocab: int,
+        *,
+        max_rows: int,
+        context: int,
+        max_new_tokens: int,
+        prefill_tokens: int,
+        reads_in_pieces: bool = True,
     ):
-        """context: of a prompt and its answer together; prefill_tokens: of a piece of a prompt."""
+        """context: of a prompt and its answer together; prefill_tokens: of a piece of a prompt;
+        reads_in_pieces: see ModelConfig."""
         self._vocab, self._max_new_tokens = vocab, next_power_of_two(max_new_tokens)
         self.rows = _steps(ROWS, max_rows)
         self.prompts = [n for n in PROMPTS if n <= prefill_tokens] or [PROMPTS[0]]
         longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
         self.cache_lengths = _steps([SMALLEST_CACHE << n for n in range(16)], longest)
+        self.pieces = sorted({self.prompts[0], self.prompts[-1]})
+        if not reads_in_pieces:
+            self.prompts, self.pieces = _steps(PROMPTS, longest), []
         greedy = SamplingStages(False, 0, False, False)
         filtered = SamplingStages(True, CANDIDATES, True, True, True)
         everything = SamplingStages(True, 0, True, True, True)
         self.stages = [greedy, *([filtered] if vocab > CANDIDATES else []), everything]
-
-    @property
-    def pieces(self) -> list[int]:
-        """Sizes of what follows a cached beginning of a prompt."""
-        return sorted({self.prompts[0], self.prompts[-1]})
 
     def num_rows(self, count: int) -> int:
         """Rows of the arrays for some requests."""

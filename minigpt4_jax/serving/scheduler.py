@@ -82,6 +82,7 @@ class Scheduler:
         self.shapes = BatchShapes(
             model.engine.vocab, max_rows=config.max_rows, context=config.context,
             max_new_tokens=config.max_new_tokens, prefill_tokens=config.prefill_tokens,
+            reads_in_pieces=model.config.reads_in_pieces,
         )  # fmt: skip
         self.prefixes = PrefixCache(max_entries=1024, max_tokens=config.prefix_tokens)
         self.batch = RunningBatch(

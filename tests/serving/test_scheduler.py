@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import blip2_reference, tiny
 
 import minigpt4_jax
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.jobs import DeviceCall, Generation, ImageInput
 from minigpt4_jax.serving.scheduler import Scheduler, SchedulerConfig
+from minigpt4_jax.serving.warm_up import warm_up
 
 CONFIG = SchedulerConfig(
     max_rows=8, max_queue=16, context=256, max_new_tokens=64, prefill_tokens=64, cache_tokens=1024
@@ -74,6 +75,28 @@ def test_answers_equal_those_of_generate(model, scheduler):
     assert [completion.ids for completion in found] == [outputs[0].ids for outputs in together]
     prompt, _, options = PROMPTS[1]
     assert found[1].ids == expected(model, prompt, [image(1)], **options)
+
+
+@blip2_reference.NEEDS_BLIP2
+def test_an_encoder_reads_a_prompt_longer_than_a_piece():
+    model = blip2_reference.load("flant5")
+    picture = image(0, model.config.vision.image_size)
+    config = replace(CONFIG, max_rows=1, context=128, cache_tokens=128, max_new_tokens=8)
+    scheduler = Scheduler(model, config)
+    scheduler.start()
+    try:
+
+        async def main():
+            job = generation(model, "a photo of " * 20, [picture], max_new_tokens=6)
+            assert len(job.request.tokens) > config.prefill_tokens
+            await warm_up(scheduler)
+            scheduler.submit(job)
+            return await job.result()
+
+        found = asyncio.run(main())
+    finally:
+        scheduler.stop(0)
+    assert found.ids == expected(model, "a photo of " * 20, [picture], max_new_tokens=6)
 
 
 def test_a_prompt_continues_from_what_another_began_with(model, scheduler):
