@@ -12,6 +12,7 @@ from minigpt4_jax.config import LORA_TARGETS, LlmConfig, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.llm import Llm, unstack
 from minigpt4_jax.models.lora import LoraLinear, lora_layers
+from minigpt4_jax.models.positions import rotary
 from minigpt4_jax.quantization.schemes import quantize
 
 SIZES = {"vocab": 40, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24}
@@ -100,7 +101,7 @@ def test_dropout_depends_on_key_and_layer_and_is_off_without_a_key():
     nnx.update(llm.blocks, same)
     block = unstack(llm).blocks[0]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 16)), jnp.float32)
-    rope, key = llm._rope(x), jax.random.key(1)
+    rope, key = rotary(llm.config, jnp.arange(7)[None]), jax.random.key(1)
     keys = [jax.random.fold_in(key, 0)] * 2
     for k in keys:
         x, _ = block(x, rope, jnp.asarray([7, 5]), key=k)
