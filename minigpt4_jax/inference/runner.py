@@ -81,7 +81,8 @@ class ModelRunner:
         sizes: Counter[str] = Counter()
         for leaf in self._leaves:
             sizes[leaf.dtype.name] += leaf.size
-        return sizes.most_common(1)[0][0]
+        name = sizes.most_common(1)[0][0]
+        return {"uint8": "int4"}.get(name, name)  # two levels in a byte
 
     def _model(self, leaves: list[jax.Array]) -> MiniGpt:
         model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))

@@ -9,6 +9,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax.cli import chat, common
+from minigpt4_jax.inference.transcript import embedded_image
 
 
 def test_an_answer_is_one_line_and_greedy_decoding_is_repeatable(chat_home, chat_command):
@@ -223,3 +224,16 @@ def test_a_missing_model_is_reported(chat_command):
 
 
 # --- boxes ------------------------------------------------------------------------------------
+
+
+def test_a_saved_conversation_goes_on(chat_home, chat_piped, tmp_path):
+    """--load: as if it had not been interrupted; a picture may be inside the file."""
+    saved = tmp_path / "talk.json"
+    _, whole, _ = chat_piped(f"one\n/save {saved}\n/image {chat_home}/a.png\ntwo\n")
+    document = json.loads(saved.read_text())
+    document["turns"][0]["images"] = [embedded_image((chat_home / "a.png").read_bytes())]
+    saved.write_text(json.dumps(document))
+    code, out, err = chat_piped(f"two\n/save {tmp_path}/again.json\n", f"--load={saved}")
+    assert (code, out) == (0, whole.splitlines(keepends=True)[1]), err
+    first, _ = json.loads((tmp_path / "again.json").read_text())["turns"]
+    assert first == document["turns"][0]

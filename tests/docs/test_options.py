@@ -14,11 +14,13 @@ from minigpt4_jax.cli import (
     chat,
     check_data,
     curate,
+    demo,
     evaluate_check,
     evaluate_compare,
     evaluate_report,
     evaluate_run,
     evaluate_score,
+    serve,
 )
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data import tfds_build
@@ -28,6 +30,7 @@ from minigpt4_jax.shapes import dataset
 CURATE = ("describe", "polish", "check", "review", "export", "captions", "shards")
 CONVERT = ("build", "export", "merge", "unmerge", "pack", "inspect")
 COMMANDS = {
+    "demo": demo.main, "serve": serve.main,
     "chat": chat.main, "batch": batch.main, "check-data": check_data.main, "compile": compile_cli.main,
     "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "tfds_build": tfds_build.main,
     "evaluate": evaluate_run.main, "evaluate check": evaluate_check.main,

@@ -1,7 +1,9 @@
 """The web page in a real browser: a tiny MiniGPT-v2, one server, one browser."""
 
+import asyncio
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -14,13 +16,14 @@ from PIL import Image
 import minigpt4_jax
 from minigpt4_jax.processing.boxes import parse_boxes
 from minigpt4_jax.serving.app import create_app
+from minigpt4_jax.serving.service import Sender
 from minigpt4_jax.serving.ui import answering
 from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.page import mount_page
 from minigpt4_jax.visualization.boxes import PALETTE
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 24, "min_new_tokens": 24}
+SAMPLING = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 48, "min_new_tokens": 48}
 
 
 class Site:
@@ -81,7 +84,7 @@ class Visitor:
 
     def __init__(self, browser, site, size=DESKTOP):
         self.page = browser.new_page(viewport=size, accept_downloads=True)
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.goto(f"{site.url}/")
         self.box.wait_for()
 
@@ -155,7 +158,7 @@ def test_two_turns_a_retry_and_an_edited_question(site, visitor):
     )
     visitor.ask("what is this?")
     assert visitor.page.evaluate("window.seen.size") > 2  # it grew
-    assert re.search(r"24 tokens · [\d.]+ tokens/s · first token after [\d.]+ s · seed 7",
+    assert re.search(r"48 tokens · [\d.]+ tokens/s · first token after [\d.]+ s · seed 7",
                      visitor.status.inner_text())  # fmt: skip
     visitor.ask("and why?")
     first, second = visitor.saved()
@@ -223,6 +226,25 @@ def test_boxes_of_an_answer_are_shown(site, visitor, tmp_path):
     visitor.page.wait_for_function(
         "[...document.querySelectorAll('#chat [data-testid=bot] img')].some(i => i.naturalWidth == 500)"
     )
+
+
+def test_a_waiting_answer_is_stopped(site, visitor):
+    """Also while the device is busy with something else."""
+    release = threading.Event()
+
+    async def keep_busy():
+        await site.service.call(lambda _: release.wait(60), (), Sender())
+
+    busy = threading.Thread(target=lambda: asyncio.run(keep_busy()))
+    busy.start()
+    visitor.ask("a long story", wait=False)
+    visitor.page.locator("#question .stop-button").click()
+    visitor.page.locator("#status", has_text="0 tokens · seed").wait_for()
+    assert "stopped" in visitor.status.inner_text()
+    release.set()
+    busy.join()
+    visitor.ask("and now?")
+    assert [bool(turn["answer"]) for turn in visitor.saved()] == [False, True]
 
 
 def test_two_users_at_once(site, browser, visitor):

@@ -104,11 +104,11 @@ class Handlers:
         running = gr.update(value=None, submit_btn=False, stop_btn=True)
         idle = gr.update(submit_btn=True, stop_btn=False)
         try:
-            yield self._view(talk, box=running, status="Thinking …", partial="")
+            yield self._view(talk, box=running, status="<span>Thinking …</span>", partial="")
             async for update in answer(self._service, talk, settings):
                 talk.update_last(answer=update.text, note=update.note)
                 if not update.note:
-                    yield self._view(talk, status="Writing …", partial=update.text)
+                    yield self._view(talk, status="<span>Writing …</span>", partial=update.text)
             await self._finish(talk)
             yield self._view(talk, box=idle)
         except (RequestError, UserError) as e:
@@ -204,10 +204,13 @@ class Handlers:
 
     # --- history ----------------------------------------------------------------------------------
 
-    def stop(self, talk: Talk) -> None:
+    async def stop(self, talk: Talk) -> None:
         """End the answer that is being written; what is there is kept."""
-        if talk.stop is not None:
-            talk.stop()
+        while talk.is_busy:
+            if talk.stop is not None:
+                talk.stop()
+                return
+            await asyncio.sleep(0.05)  # its prompt is still being prepared
 
     def undo(self, talk: Talk) -> View:
         """Remove the last question and its answer; the question and its images can be sent again."""
@@ -221,13 +224,15 @@ class Handlers:
 
     def new_talk(self, talk: Talk) -> View:
         """Forget the history and the picture."""
-        self.stop(talk)
+        if talk.stop is not None:
+            talk.stop()
         talk.turns = []
         view = self._view(talk, box=gr.update(value=None, submit_btn=True, stop_btn=False))
         return view._replace(picture=gr.update(value=None))
 
     def load(self, had_talk: str, talk: Talk) -> tuple[str, str]:
         """When the page is opened: its token, and the status. had_talk: whether it held a talk before."""
+        talk.client = secrets.token_hex(8)
         return talk.client, _problem(LOST) if had_talk else ""
 
     # --- files ------------------------------------------------------------------------------------
@@ -288,7 +293,8 @@ class Handlers:
         """A button's beginning of a question; files in the box stay."""
         files = (box or {}).get("files") or []
         shortcut = self._shortcuts[number]
-        return gr.update(value={"text": shortcut.text, "files": files}), html.escape(shortcut.hint)
+        hint = f"<span>{html.escape(shortcut.hint)}</span>"
+        return gr.update(value={"text": shortcut.text, "files": files}), hint
 
     # --- the view ---------------------------------------------------------------------------------
 
@@ -298,7 +304,7 @@ class Handlers:
         """partial: the last answer, which is still being written."""
         last = talk.turns[-1] if talk.turns else None
         if status is None:
-            status = html.escape(last.note) if last else ""
+            status = f"<span>{html.escape(last.note)}</span>" if last and last.note else ""
         table = ""
         if self._draws_boxes and last and last.marked_answer and partial is None:
             table = rendering.box_table(last.answer, talk.images[-1].size)

@@ -119,7 +119,7 @@ def connect(page: Page, handlers: Handlers) -> None:
     view = View(page.chat, page.box, page.picture, page.status, page.boxes)
     remember = {"fn": None, "js": _REMEMBER}
     with page.blocks:
-        talk = gr.State(_new_talk, time_to_live=12 * 3600)
+        talk = gr.State(Talk(), time_to_live=12 * 3600)
 
         def on(
             trigger: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any
@@ -154,10 +154,6 @@ def connect(page: Page, handlers: Handlers) -> None:
             [page.token, page.status],
             js=_HAD_TALK,
         )
-
-
-def _new_talk() -> Talk:
-    return Talk()
 
 
 def _with_number(fn: Callable[..., Any], number: int) -> Callable[[Any], Any]:

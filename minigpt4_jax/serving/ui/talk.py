@@ -1,6 +1,5 @@
 """A conversation on the page: its turns, their images, and the answer that is being written."""
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,14 +53,14 @@ class Talk:
         system: the system message; None is the template's.
         is_busy: whether an answer is being written.
         stop: ends it; None before it has begun.
-        client: whose requests these are, for the scheduler's fair order.
+        client: whose requests these are, for the scheduler's fair order; set when the page is opened.
     """
 
     turns: list[TalkTurn] = field(default_factory=list)
     system: str | None = None
     is_busy: bool = False
     stop: Callable[[], Any] | None = None
-    client: str = field(default_factory=lambda: secrets.token_hex(8))
+    client: str = ""
 
     @property
     def images(self) -> list[PageImage]:
