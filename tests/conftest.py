@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -17,6 +18,21 @@ LONGEST = (
     "test_buckets.py", "test_train_survive.py", "test_train_resume.py", "test_engine.py",
     "test_keep.py", "test_gguf.py", "test_int8_cache.py", "test_beam_search.py",
 )  # fmt: skip
+
+# Tests that import libraries of the extra [dev] at their top; the smoke run has none of these.
+REQUIRED = {
+    "serving": "fastapi",
+    "serving/test_openai_client.py": "openai",
+    "serving/test_serve_command.py": "openai",
+    "curation/test_captions.py": "pyarrow",
+    "data/test_webdataset_members.py": "zstandard",
+    "test_deploy.py": "kubernetes_validate",
+}
+collect_ignore = [path for path, module in REQUIRED.items() if find_spec(module) is None]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out, {REQUIRED[path]} is not installed: tests/{path}" for path in collect_ignore]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
