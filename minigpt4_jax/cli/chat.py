@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt4_jax import errors
 from minigpt4_jax.cli import common
+from minigpt4_jax.cli.line_editing import line_editing
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tasks import BARE_TASKS, TASKS
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
@@ -274,7 +275,7 @@ def _split_words(text: str) -> list[str]:
 
 def terminal(session: Session) -> int:
     """Read questions from a terminal, with line editing, history and completion, until Ctrl-D."""
-    with _line_editing():
+    with line_editing(COMMANDS):
         note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D exits.")
         while True:
             try:
@@ -308,43 +309,6 @@ def pipe(session: Session) -> int:
             if last_interrupt - previous < 1:
                 raise
     return code
-
-
-@contextlib.contextmanager
-def _line_editing() -> Iterator[None]:
-    try:
-        import readline
-    except ImportError:  # Windows has no readline
-        yield
-        return
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    history = Path(state) / "minigpt4_jax" / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(history)
-    readline.set_completer_delims(" \t")
-    readline.set_completer(_complete)
-    readline.parse_and_bind("tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(history)
-
-
-def _complete(text: str, number: int) -> str | None:
-    """The completion with this number: a command at the start of the line, else a file name."""
-    import glob
-    import readline
-
-    if readline.get_begidx() == 0:
-        matches = [f"/{name} " for name in [*COMMANDS, "quit"] if f"/{name}".startswith(text)]
-    else:
-        names = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
-        matches = [name + "/" * os.path.isdir(name) for name in names]
-    return matches[number] if text and number < len(matches) else None
 
 
 def _question(args: argparse.Namespace) -> str:

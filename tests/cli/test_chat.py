@@ -153,7 +153,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(chat_home, monkeypatch, caps
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(chat, "_line_editing", contextlib.nullcontext)
+    monkeypatch.setattr(chat, "line_editing", contextlib.nullcontext)
     assert chat.terminal(session) == 0
     out = capsys.readouterr().out.splitlines()
     assert [t.answer for t in session.conversation.turns] == [line.strip() for line in out]
