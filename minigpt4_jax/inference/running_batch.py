@@ -6,53 +6,29 @@ chunk before has generated, so that the device never waits for the host.
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.batch_shapes import BatchShapes
+from minigpt4_jax.inference.batch_sizing import SMALLEST_SIZES, BatchSizing, sizes_of
 from minigpt4_jax.inference.decode_state import DecodeState, Snapshot, read_snapshot, truncate
+from minigpt4_jax.inference.prefill import NOTHING, Prefill, Row
 from minigpt4_jax.inference.prefix_cache import PrefixCache, is_deleted
-from minigpt4_jax.inference.requests import (
-    BucketSizes,
-    Completion,
-    Progress,
-    Request,
-    bucket,
-    bucket_sizes,
-    section,
-)
+from minigpt4_jax.inference.requests import BucketSizes, Progress, Request
 from minigpt4_jax.inference.runner import ModelRunner
 from minigpt4_jax.inference.sampling import SamplingStages
-from minigpt4_jax.models.kv_cache import KVCache
-from minigpt4_jax.utils.rounding import next_power_of_two
 
 CHUNK_STEPS = 16  # decoding steps between two decisions of the host, if it has any to make
-SMALLEST_SIZES = BucketSizes(1, 1, 1, 1)
-NOTHING = Completion([], [], False, 0.0)
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request on its way through the batch."""
-
-    key: Hashable
-    request: Request
-    slot: int | None = None  # while it is decoded
-    completion: Completion = NOTHING  # so far, as the host knows it
-    finished: bool = False
-    num_cached: int = 0  # tokens of the prompt in `cache`, while it is processed in pieces
-    cache: KVCache | None = None
-    num_reused: int = 0  # tokens of the prompt that were in the prefix cache
 
 
 class _Unread(NamedTuple):
     """A snapshot that the host has not read yet."""
 
     snapshot: Snapshot
-    rows: list[_Row | None]  # by slot in the snapshot
+    rows: list[Row | None]  # by slot in the snapshot
 
 
 class RunningBatch:
@@ -100,17 +76,24 @@ class RunningBatch:
                 effect. Needs prefill_tokens, the longest of its prompts.
             report_progress: also report unfinished requests.
         """
-        self._runner, self._max_rows, self._min_rows = runner, max_rows, min_rows
-        self._min_sizes, self._max_cache_tokens = min_sizes, max_cache_tokens
         if not runner.config.reads_in_pieces:
             prefill_tokens = prefix_cache = None
+        self._runner, self._max_rows = runner, max_rows
+        self._sizing = BatchSizing(
+            runner,
+            min_rows=min_rows,
+            min_sizes=min_sizes,
+            max_cache_tokens=max_cache_tokens,
+            stages=stages,
+            shapes=shapes,
+        )
+        self._prefill = Prefill(runner, self._sizing, prefill_tokens, prefix_cache)
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
-        self._fixed_stages, self._report_progress = stages, report_progress
-        self._shapes = shapes
-        self._waiting: deque[_Row] = deque()
-        self._prefilling: _Row | None = None  # a prompt of which a part is processed
+        self._report_progress = report_progress
+        self._waiting: deque[Row] = deque()
+        self._prefilling: Row | None = None  # a prompt of which a part is processed
         self._state: DecodeState | None = None
-        self._slots: list[_Row | None] = []  # the row in each slot of the state
+        self._slots: list[Row | None] = []  # the row in each slot of the state
         self._stopped: set[int] = set()  # free slots that the device still decodes
         self._unread: deque[_Unread] = deque()
 
@@ -123,13 +106,13 @@ class RunningBatch:
         """
         if request.beam_search.num_beams > 1:
             raise UserError("a running batch has no beam search; use Engine.search")
-        tokens = self._sizes([request]).cache_length
-        if self._max_cache_tokens is not None and tokens > self._max_cache_tokens:
+        tokens = self._sizing.sizes([request]).cache_length
+        if self._sizing.max_cache_tokens is not None and tokens > self._sizing.max_cache_tokens:
             raise UserError(
                 f"{len(request.tokens)} tokens and max_new_tokens {request.max_new_tokens} exceed the "
-                f"cache of {self._max_cache_tokens} tokens; shorten the prompt or lower max_new_tokens"
+                f"cache of {self._sizing.max_cache_tokens} tokens; shorten the prompt or lower max_new_tokens"
             )
-        self._waiting.append(_Row(key, request))
+        self._waiting.append(Row(key, request))
 
     def cancel(self, key: Hashable) -> bool:
         """Drop a request; it is not reported any more. False: there is none with this key."""
@@ -218,11 +201,11 @@ class RunningBatch:
 
     def _decode(self, steps: int) -> None:
         assert self._state is not None
-        stages = self._stages([row.request for row in self._running()])
+        stages = self._sizing.stages([row.request for row in self._running()])
         self._state = self._runner.decode(self._state, stages, steps)
         self._snapshot(self._state, self._slots)
 
-    def _snapshot(self, state: DecodeState, rows: Sequence[_Row | None]) -> None:
+    def _snapshot(self, state: DecodeState, rows: Sequence[Row | None]) -> None:
         self._unread.append(_Unread(self._runner.snapshot(state), list(rows)))
 
     def _read(self, unread: _Unread) -> list[Progress]:
@@ -245,7 +228,7 @@ class RunningBatch:
                 news.append(progress._replace(num_cached=row.num_reused))
         return news
 
-    def _free(self, row: _Row) -> None:
+    def _free(self, row: Row) -> None:
         row.finished = True
         if row.slot is not None:
             self._slots[row.slot] = None
@@ -265,9 +248,7 @@ class RunningBatch:
         failed: list[Progress] = []
         limit, num_tokens = self._prefill_tokens, 0
         while row := self._prefilling or self._next_waiting():
-            total = len(row.request.tokens)
-            stop = total if limit is None else min(total, row.num_cached + limit)
-            piece = self._piece_size(row, stop) or bucket(stop - row.num_cached)
+            stop, piece = self._prefill.next_piece(row)
             if limit is not None and num_tokens and num_tokens + piece > limit:
                 break
             num_tokens += piece
@@ -280,7 +261,7 @@ class RunningBatch:
 
     def _admit_together(self) -> list[Progress]:
         """The first rows of a batch, in one prefill."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         while self._waiting and len(rows) < self._max_rows:
             if rows and self._exceeds_cache([*rows, self._waiting[0]]):
                 break
@@ -289,13 +270,14 @@ class RunningBatch:
             return []
         requests = [row.request for row in rows]
         try:
-            state = self._runner.prefill(requests, self._sizes(requests), self._stages(requests))
+            sizes, stages = self._sizing.sizes(requests), self._sizing.stages(requests)
+            state = self._runner.prefill(requests, sizes, stages)
         except Exception as e:
             return [_failure(row, e) for row in rows]
         self._start(rows, state)
         return []
 
-    def _next_waiting(self) -> _Row | None:
+    def _next_waiting(self) -> Row | None:
         """The first waiting row, if there is room for it."""
         if not self._waiting or len(self._running()) >= self._max_rows:
             return None
@@ -307,31 +289,17 @@ class RunningBatch:
         ):
             return None
         self._prefilling = self._waiting.popleft()
-        if self._prefix_cache is not None:
-            cached = self._prefix_cache.take(row.request, self._runner.leaves)
-            row.num_cached, row.cache = cached or (0, None)
-            row.num_reused = row.num_cached
+        self._prefill.reuse_prefix(row)
         return row
 
-    def _process(self, row: _Row, stop: int) -> None:
+    def _process(self, row: Row, stop: int) -> None:
         """Process a row's prompt up to a token; at its end the row gets a slot."""
-        request, total = row.request, len(row.request.tokens)
-        if stop < total:
-            length = bucket(-(-total // (stop - row.num_cached)) * (stop - row.num_cached))
-            sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
-            row.cache = self._prefill(row, section(request, 0, stop), sizes).cache
-            row.num_cached = stop
+        if stop < len(row.request.tokens):
+            self._prefill.process_part(row, stop)
             return
+        new = self._prefill.finish(row, starts_batch=self._state is None)
+        self._prefilling = None
         if self._state is None:
-            sizes = self._sizes([request])
-        else:  # the rest of the arrays is filled when the row is inserted
-            sizes = bucket_sizes([request])._replace(cache_length=bucket(total), max_new_tokens=1)
-        new = self._prefill(row, request, sizes)
-        self._prefilling = row.cache = None
-        if self._state is None:
-            if self._shapes is not None:
-                slots = [0, *[None] * (self._num_rows(1) - 1)]
-                new = self._runner.resize(new, slots, self._sizes([request]))
             self._start([row], new)
             return
         if self._report_progress:
@@ -341,34 +309,7 @@ class RunningBatch:
         self._state = self._runner.insert(self._state, new, row.slot)
         self._release_visual(row)
 
-    def _piece_size(self, row: _Row, stop: int) -> int | None:
-        """The padded number of prompt tokens from what is cached to `stop`, if shapes decide it."""
-        if self._shapes is None:
-            return None
-        return self._shapes.prompt(stop - row.num_cached, resumed=row.cache is not None)
-
-    def _prefill(self, row: _Row, request: Request, sizes: BucketSizes) -> DecodeState:
-        if self._shapes is not None:
-            return self._prefill_in_shapes(self._shapes, row, request)
-        stages = self._stages([request])
-        if row.cache is None:
-            return self._runner.prefill([request], sizes, stages)
-        cache, row.cache = row.cache, None
-        return self._runner.resume(cache, row.num_cached, request, sizes, stages)
-
-    def _prefill_in_shapes(self, shapes: BatchShapes, row: _Row, request: Request) -> DecodeState:
-        """As `_prefill`. request: up to the last token of this piece."""
-        size = shapes.prompt(len(request.tokens) - row.num_cached, resumed=row.cache is not None)
-        stages = shapes.stages[-1]  # one program for all requests
-        if row.cache is None:
-            return self._runner.prefill([request], shapes.with_cache(size), stages, size)
-        cache, row.cache = row.cache, None
-        sizes = shapes.with_cache(max(len(row.request.tokens), cache.length))
-        # The padded piece must lie within the cache: it may repeat some tokens.
-        start = min(row.num_cached, sizes.cache_length - size)
-        return self._runner.resume(cache, start, request, sizes, stages, size)
-
-    def _start(self, rows: list[_Row], state: DecodeState) -> None:
+    def _start(self, rows: list[Row], state: DecodeState) -> None:
         """Begin a batch with these rows."""
         self._state = state
         self._slots = [*rows, *[None] * (state.ids.shape[0] - len(rows))]
@@ -378,37 +319,35 @@ class RunningBatch:
         if self._report_progress:
             self._snapshot(state, rows)
 
-    def _release_visual(self, row: _Row) -> None:
+    def _release_visual(self, row: Row) -> None:
         if self._prefix_cache is None:  # which compares them
             row.request = replace(row.request, visual=None)
 
     # --- sizes ------------------------------------------------------------------------------
 
-    def _free_slot(self, row: _Row) -> int:
+    def _free_slot(self, row: Row) -> int:
         """A free slot that the row fits into; the arrays grow if there is none."""
         if not self._has_room(row):
-            rows = [*self._running(), row]
-            self._resize(self._num_rows(len(rows)), self._sizes([r.request for r in rows]))
+            self._resize(*self._needed_sizes([*self._running(), row]))
         return self._slots.index(None)
 
-    def _has_room(self, row: _Row) -> bool:
+    def _has_room(self, row: Row) -> bool:
         if None not in self._slots or self._state is None:
             return False
-        needed = self._sizes([row.request])
-        return all(n <= size for n, size in zip(needed, _sizes_of(self._state), strict=True))
+        return self._sizing.fits(row.request, self._state)
 
     def _shrink(self) -> None:
         """Use smaller arrays if a quarter is enough."""
         rows = self._running()
         if self._state is None or self._waiting or not rows:
             return
-        num_rows, sizes = self._num_rows(len(rows)), self._sizes([row.request for row in rows])
+        num_rows, sizes = self._needed_sizes(rows)
         if 4 * num_rows * sizes.cache_length <= self.cache_tokens:
             self._resize(num_rows, sizes)
 
     def _resize(self, num_rows: int, sizes: BucketSizes) -> None:
         assert self._state is not None
-        current = _sizes_of(self._state)
+        current = sizes_of(self._state)
         sizes = BucketSizes(sizes.cache_length, *map(max, sizes[1:], current[1:]))
         rows = self._running()
         empty = [None] * (num_rows - len(rows))
@@ -417,36 +356,22 @@ class RunningBatch:
         for slot, row in enumerate(rows):
             row.slot = slot
 
-    def _num_rows(self, count: int) -> int:
-        if self._shapes is not None:
-            return self._shapes.num_rows(count)
-        return next_power_of_two(max(count, self._min_rows))
+    def _needed_sizes(self, rows: Sequence[Row]) -> tuple[int, BucketSizes]:
+        return self._sizing.num_rows(len(rows)), self._sizing.sizes([row.request for row in rows])
 
-    def _sizes(self, requests: Sequence[Request]) -> BucketSizes:
-        if self._shapes is not None:
-            return self._shapes.sizes(requests)
-        return BucketSizes(*map(max, bucket_sizes(requests), self._min_sizes))
-
-    def _exceeds_cache(self, rows: Sequence[_Row]) -> bool:
-        length = self._sizes([row.request for row in rows]).cache_length
-        limit = self._max_cache_tokens
-        return limit is not None and self._num_rows(len(rows)) * length > limit
-
-    def _stages(self, requests: Sequence[Request]) -> SamplingStages:
-        if self._shapes is not None:
-            return self._shapes.choose_stages(requests)
-        return self._fixed_stages or self._runner.stages(requests)
+    def _exceeds_cache(self, rows: Sequence[Row]) -> bool:
+        return self._sizing.exceeds_cache([row.request for row in rows])
 
     # --- rows -------------------------------------------------------------------------------
 
-    def _running(self) -> list[_Row]:
+    def _running(self) -> list[Row]:
         return [row for row in self._slots if row is not None]
 
-    def _rows(self) -> list[_Row]:
+    def _rows(self) -> list[Row]:
         prefilling = [] if self._prefilling is None else [self._prefilling]
         return [*self._running(), *prefilling, *self._waiting]
 
-    def _store_prefix(self, row: _Row) -> None:
+    def _store_prefix(self, row: Row) -> None:
         """Keep what is cached of a running row."""
         state, ids = self._state, row.completion.ids
         if self._prefix_cache is None or state is None or row.slot is None:
@@ -457,18 +382,12 @@ class RunningBatch:
             cache = state.cache
             self._state, self._slots, row.slot = None, [], None
         else:
-            length = len(row.request.tokens) + len(ids)
-            length = bucket(length) if self._shapes is None else self._shapes.with_cache(length)[0]
+            length = self._sizing.cache_length(len(row.request.tokens) + len(ids))
             cache = self._runner.take_cache_row(state, row.slot, length)
         self._prefix_cache.store(row.request, ids, cache, self._runner.leaves)
 
 
-def _sizes_of(state: DecodeState) -> BucketSizes:
-    num_stops, stop_width = state.stop_sequences.shape[1:]
-    return BucketSizes(state.cache.length, state.ids.shape[1], num_stops, stop_width)
-
-
-def _failure(row: _Row, error: Exception) -> Progress:
+def _failure(row: Row, error: Exception) -> Progress:
     """The news of a request whose prompt could not be processed."""
     row.finished = True
     return Progress(row.key, row.request, NOTHING, True, error)

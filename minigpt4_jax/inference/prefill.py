@@ -1,0 +1,123 @@
+"""Prefill of a running batch: one prompt at a time, whole or in pieces, possibly after a cached prefix."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from minigpt4_jax.inference.batch_shapes import BatchShapes
+from minigpt4_jax.inference.batch_sizing import BatchSizing
+from minigpt4_jax.inference.decode_state import DecodeState
+from minigpt4_jax.inference.prefix_cache import PrefixCache
+from minigpt4_jax.inference.requests import (
+    BucketSizes,
+    Completion,
+    Request,
+    bucket,
+    bucket_sizes,
+    section,
+)
+from minigpt4_jax.inference.runner import ModelRunner
+from minigpt4_jax.models.kv_cache import KVCache
+
+NOTHING = Completion([], [], False, 0.0)
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way through a running batch.
+
+    Attributes:
+        key: what its progress is reported as.
+        slot: its place in the arrays on the device, while it is decoded.
+        completion: the answer so far, as the host knows it.
+        num_cached: tokens of the prompt in `cache`, while it is processed in pieces.
+        num_reused: tokens of the prompt that were in the prefix cache.
+    """
+
+    key: Hashable
+    request: Request
+    slot: int | None = None
+    completion: Completion = NOTHING
+    finished: bool = False
+    num_cached: int = 0
+    cache: KVCache | None = None
+    num_reused: int = 0
+
+
+class Prefill:
+    """Processes the prompts of rows by the programs of a runner."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sizing: BatchSizing,
+        piece_tokens: int | None,
+        prefix_cache: PrefixCache | None,
+    ):
+        """piece_tokens: of a prompt, processed at a time; None: the whole prompt."""
+        self._runner, self._sizing = runner, sizing
+        self._piece_tokens, self._prefix_cache = piece_tokens, prefix_cache
+
+    def reuse_prefix(self, row: Row) -> None:
+        """Let a row continue from the prefix cache, if its prompt begins alike."""
+        if self._prefix_cache is not None:
+            cached = self._prefix_cache.take(row.request, self._runner.leaves)
+            row.num_cached, row.cache = cached or (0, None)
+            row.num_reused = row.num_cached
+
+    def next_piece(self, row: Row) -> tuple[int, int]:
+        """The end of a row's next piece, and how many tokens it takes with its padding."""
+        total = len(row.request.tokens)
+        limit = self._piece_tokens
+        stop = total if limit is None else min(total, row.num_cached + limit)
+        num_tokens, shapes = stop - row.num_cached, self._sizing.shapes
+        if shapes is not None:
+            return stop, shapes.prompt(num_tokens, resumed=row.cache is not None)
+        return stop, bucket(num_tokens)
+
+    def process_part(self, row: Row, stop: int) -> None:
+        """Process a row's prompt up to a token that is not its last."""
+        request, piece = row.request, stop - row.num_cached
+        length = bucket(-(-len(request.tokens) // piece) * piece)
+        sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
+        row.cache = self._run(row, section(request, 0, stop), sizes).cache
+        row.num_cached = stop
+
+    def finish(self, row: Row, *, starts_batch: bool) -> DecodeState:
+        """Process the rest of a row's prompt.
+
+        starts_batch: the state becomes the batch's, in the batch's sizes. Otherwise its row is inserted
+        into a state that exists, which also fills the rest of the arrays.
+        """
+        request, shapes = row.request, self._sizing.shapes
+        if starts_batch:
+            sizes = self._sizing.sizes([request])
+        else:
+            length = bucket(len(request.tokens))
+            sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
+        state = self._run(row, request, sizes)
+        row.cache = None
+        if starts_batch and shapes is not None:
+            slots = [0, *[None] * (self._sizing.num_rows(1) - 1)]
+            state = self._runner.resize(state, slots, self._sizing.sizes([request]))
+        return state
+
+    def _run(self, row: Row, request: Request, sizes: BucketSizes) -> DecodeState:
+        """request: the row's, up to the last token of this piece."""
+        if self._sizing.shapes is not None:
+            return self._run_in_shapes(self._sizing.shapes, row, request)
+        stages = self._sizing.stages([request])
+        if row.cache is None:
+            return self._runner.prefill([request], sizes, stages)
+        cache, row.cache = row.cache, None
+        return self._runner.resume(cache, row.num_cached, request, sizes, stages)
+
+    def _run_in_shapes(self, shapes: BatchShapes, row: Row, request: Request) -> DecodeState:
+        size = shapes.prompt(len(request.tokens) - row.num_cached, resumed=row.cache is not None)
+        stages = shapes.stages[-1]  # one program for all requests
+        if row.cache is None:
+            return self._runner.prefill([request], shapes.with_cache(size), stages, size)
+        cache, row.cache = row.cache, None
+        sizes = shapes.with_cache(max(len(row.request.tokens), cache.length))
+        # The padded piece must lie within the cache: it may repeat some tokens.
+        start = min(row.num_cached, sizes.cache_length - size)
+        return self._runner.resume(cache, start, request, sizes, stages, size)
