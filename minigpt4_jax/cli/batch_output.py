@@ -23,9 +23,14 @@ class BatchRow:
 
     number: int  # from 0
     fields: dict[str, Any]
-    images: tuple[str, ...] = ()
+    images: tuple[str | bytes, ...] = ()  # paths, or files' bytes
     prompt: "PreparedPrompt | None" = None
     error: str | None = None
+
+
+def settings_path(output: Path) -> Path:
+    """The file of the options that an output was written with."""
+    return output.with_name(output.name + ".settings.json")
 
 
 class Output:
@@ -49,14 +54,16 @@ class Output:
     ):
         """Check an existing file. UserError: it is unreadable, or of other rows or settings.
 
+        rows: consecutive ones.
         result_keys: what `put` adds to a row.
         retry_errors: rows with an error are answered again, even if the input changed them. The file
         is then replaced as a whole when the rows are answered.
         """
         self._path, self._settings, self._retry_errors = path, settings, retry_errors
         self._result_keys = result_keys
-        self._settings_path = path.with_name(path.name + ".settings.json")
+        self._settings_path = settings_path(path)
         self._pending: dict[int, bytes] = {}  # lines that wait for earlier rows
+        self._first = rows[0].number if rows else 0
         self._contexts = contextlib.ExitStack()
         self._file: BinaryIO
         if not path.parent.is_dir():
@@ -69,8 +76,10 @@ class Output:
         retried = {n for n, failed in enumerate(has_error) if failed and retry_errors}
         for n, line in enumerate(lines):
             if n >= len(rows) or not (n in retried or self._is_answer_to(line, rows[n])):
-                raise self._conflict(f"line {n + 1} is not the answer to row {n + 1} of the input")
-        self.remaining = [row for row in rows if row.number >= len(lines) or row.number in retried]
+                raise self._conflict(
+                    f"line {n + 1} is not the answer to row {self._first + n + 1} of the input"
+                )
+        self.remaining = [row for n, row in enumerate(rows) if n >= len(lines) or n in retried]
         self.num_errors = sum(has_error) - len(retried)
         self._num_written = len(lines)
         self._size = sum(len(line) + 1 for line in lines)
@@ -132,7 +141,7 @@ class Output:
 
     def put(self, row: BatchRow, result: dict[str, Any]) -> int:
         """Write a row's result as soon as all rows before it are written; how many were written now."""
-        self._pending[row.number] = _json_line(row.fields | result)
+        self._pending[row.number - self._first] = json_line(row.fields | result)
         self.num_errors += "error" in result
         try:
             return self._write_pending()
@@ -159,7 +168,7 @@ def _has_error(line: bytes) -> bool:
     return isinstance(fields, dict) and "error" in fields
 
 
-def _json_line(fields: dict[str, Any]) -> bytes:
+def json_line(fields: dict[str, Any]) -> bytes:
     try:
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and UTF-8 cannot

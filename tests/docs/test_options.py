@@ -11,6 +11,7 @@ from helpers.paths import ROOT
 import convert.cli
 from minigpt4_jax.cli import (
     batch,
+    batch_merge,
     chat,
     check_data,
     curate,
@@ -31,7 +32,8 @@ CURATE = ("describe", "polish", "check", "review", "export", "captions", "shards
 CONVERT = ("build", "export", "merge", "unmerge", "pack", "inspect")
 COMMANDS = {
     "demo": demo.main, "serve": serve.main,
-    "chat": chat.main, "batch": batch.main, "check-data": check_data.main, "compile": compile_cli.main,
+    "chat": chat.main, "batch": batch.main, "batch merge": batch_merge.main,
+    "check-data": check_data.main, "compile": compile_cli.main,
     "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "tfds_build": tfds_build.main,
     "evaluate": evaluate_run.main, "evaluate check": evaluate_check.main,
     "evaluate score": evaluate_score.main, "evaluate compare": evaluate_compare.main,
