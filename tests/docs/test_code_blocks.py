@@ -27,7 +27,7 @@ from helpers.doc_blocks import Block, blocks, commands
 from helpers.paths import ROOT
 
 import convert.cli
-from minigpt4_jax.cli import batch, chat, check_data, curate, evaluate, serve, train
+from minigpt4_jax.cli import batch, batch_merge, chat, check_data, curate, evaluate, serve, train
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import loading
@@ -51,7 +51,8 @@ SHORT = [
 SIZES = ["--set=vision.heads=2", "--set=llm.max_length=2048"]
 QFORMER_SIZES = ["--set=qformer.heads=3"]
 OTHER_PROGRAMS = {
-    "cd", "docker", "export", "gcloud", "git", "mkdocs", "pip", "python3.11", "srun", "sudo", ".",
+    "cd", "docker", "export", "gcloud", "git", "mkdocs", "pip", "python3.11", "ray", "sbatch", "srun",
+    "sudo", ".",
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def run_python_module(module: str, args: Sequence[str]) -> None:
     """Run `python -m module args` in this process; AssertionError if it does not succeed."""
     runners: dict[str, Callable[[list[str]], object]] = {
         "convert": _convert,
-        "minigpt4_jax.batch": lambda args: batch.main([*args, "--max_new_tokens=8"]),
+        "minigpt4_jax.batch": _batch,
         "minigpt4_jax.curate": _curate,
         "minigpt4_jax.chat": lambda args: chat.main([*args, "--max_new_tokens=8"]),
         "minigpt4_jax.data": check_data.main,
@@ -177,6 +178,10 @@ def run_python_module(module: str, args: Sequence[str]) -> None:
         "minigpt4_jax.train": _train,
     }
     assert runners[module](list(args)) in (0, None)
+
+
+def _batch(args: list[str]) -> int:
+    return batch.main(args if args[0] == "merge" else [*args, "--max_new_tokens=8"])
 
 
 def _draw_shapes(args: list[str]) -> None:
@@ -307,7 +312,7 @@ def check_module(module: str, args: list[str]) -> None:
     elif module == "minigpt4_jax.chat":
         chat.parse(args)
     elif module == "minigpt4_jax.batch":
-        batch.parse(args)
+        batch_merge.parse(args[1:]) if args[0] == "merge" else batch.parse(args)
     elif module == "minigpt4_jax.serve":
         serve.parse(args)
     elif module == "minigpt4_jax.compile":
