@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.lavis_tokenizers import restore_rules
 from minigpt4_jax.processing.tokenizer_files import read_added_tokens, tokens_that_keep_space
 from minigpt4_jax.utils.text import one_line
 
@@ -203,6 +204,7 @@ class HfTokenizer:
 
         try:
             self._model: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            restore_rules(self._model, directory)
             self.vocab_size = len(self._model)
         except Exception as e:  # its parsers raise many types
             raise UserError(

@@ -59,13 +59,20 @@ class Case:
 
 
 def check_gradients(named, expected, prefix="grad/"):
-    keys = [key.removeprefix(prefix) for key in expected if key.startswith(prefix)]
-    assert len(keys) > 5
-    for key in keys:
-        wanted = expected[prefix + key]
-        got = named["temp"] if key == "temp" else named[key]
-        atol = 1e-4 * max(np.abs(wanted).max(), 1e-2)  # biases of keys have none but rounding
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=atol, err_msg=key)
+    """Each tensor's largest error is at most 1e-4 of its largest gradient.
+
+    The biases of keys have no gradient, as they change all scores of a query alike: only rounding, which is
+    compared with the largest gradient of the model.
+    """
+    wanted = {key.removeprefix(prefix): a for key, a in expected.items() if key.startswith(prefix)}
+    assert len(wanted) > 5
+    largest = max(np.abs(a).max() for a in wanted.values())
+    for key, gradient in wanted.items():
+        error, size = np.abs(named[key] - gradient).max(), np.abs(gradient).max()
+        if key.endswith(".self.key.bias"):
+            assert size < 1e-6 * largest > error, key
+        else:
+            assert error <= 1e-4 * size, f"{key}: {error:.2e} of {size:.2e}"
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +109,13 @@ def test_stage1(stage1, dump):
         ("loss", total), ("loss_itc", found.contrastive), ("loss_itm", found.matching),
         ("loss_lm", found.captioning),
     ):  # fmt: skip
-        assert float(value) == pytest.approx(texts["losses"][name], abs=2e-5), name
+        assert float(value) == pytest.approx(texts["losses"][name], abs=1e-5), name
     named = case.original(gradients)
     check_gradients(named, expected)
     words = named["Qformer.bert.embeddings.word_embeddings.weight"]
     wanted = expected["grad_word_embeddings"]
-    np.testing.assert_allclose(
-        words[expected["grad_word_embeddings_rows"]],
-        wanted,
-        rtol=1e-3,
-        atol=1e-5 * np.abs(wanted).max(),
-    )
+    rows = words[expected["grad_word_embeddings_rows"]]
+    np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", ["pretrain", "coco"])
@@ -142,7 +145,7 @@ def test_stage1_on_two_devices(stage1, name):
         if devices > 1:
             weights = replicate(jax.tree.map(np.asarray, weights), mesh)
         total, gradients = run(*weights, shard_batch(batch, mesh))
-        assert float(total) == pytest.approx(mean, abs=2e-5)
+        assert float(total) == pytest.approx(mean, abs=1e-5)
         check_gradients(case.original(gradients), ranks[0][0], "grad_mean_over_ranks/")
 
 
@@ -171,5 +174,5 @@ def test_stage2(tmp_path, name, dump):
         return model.loss_sum(batch) / (batch.label_positions >= 0).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(case.split.trainable)
-    assert float(value) == pytest.approx(texts["loss"], abs=2e-5)
+    assert float(value) == pytest.approx(texts["loss"], abs=1e-5)
     check_gradients(case.original(gradients), expected)
