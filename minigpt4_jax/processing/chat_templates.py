@@ -127,7 +127,8 @@ class TokenizerChatTemplate:
     def end_symbol(self) -> str:
         """What closes an answer: the template's text after it, up to its first special token.
 
-        The tokenizer's EOS token where the template writes nothing. UserError: as `render`.
+        Where the template writes nothing, the special token that comes before the next question (GLM-4), or
+        the tokenizer's EOS token. UserError: as `render`.
         """
         *_, rest = self.pieces([("?", "!")])
         special = [
@@ -136,14 +137,39 @@ class TokenizerChatTemplate:
             if token in rest
         ]
         end = rest[: min(special)] if special else rest
-        return end.strip() or self._tokenizer.eos
+        return end.strip() or self._opening_token() or self._tokenizer.eos
+
+    def _opening_token(self) -> str:
+        """The special token that the template opens a later question with; "" if there is none, or BOS."""
+        between = self.pieces([("?", "!"), ("?", None)])[2].lstrip()
+        tokens = [t for t in self._tokenizer.special_tokens if between.startswith(t)]
+        longest = max(tokens, key=len, default="")
+        return "" if longest == self._tokenizer.bos else longest
 
     @cached_property
     def takes_system(self) -> bool:
         """Whether the template writes a system message; some refuse or drop it."""
         mark = "\ue000system\ue001"
+        try:  # before an answer: some write it into the last question
+            return mark in self._render([("?", None)], mark)
+        except UserError:
+            return False
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads the content of messages as lists of parts only."""
+        mark = "\ue000"
         try:
-            return mark in self.render([("?", "!")], system=mark)
+            if mark in self._tokenizer.apply_chat_template(
+                messages_of([(mark, None)]), add_generation_prompt=True
+            ):
+                return False
+        except UserError:
+            pass
+        try:
+            return mark in self._tokenizer.apply_chat_template(
+                _in_parts(messages_of([(mark, None)])), add_generation_prompt=True
+            )
         except UserError:
             return False
 
@@ -155,16 +181,31 @@ class TokenizerChatTemplate:
     def render(
         self, turns: Sequence[Turn], *, system: str | None = None, extra_bos: bool = True
     ) -> str:
-        """As `ChatFormat.render`; the template writes BOS where it belongs, so extra_bos is not used."""
+        """As `ChatFormat.render`; the template writes BOS where it belongs, so extra_bos is not used.
+
+        UserError also for a system message that the template drops.
+        """
         if not turns:
             raise UserError("chat: there is no question to answer")
-        text = self._tokenizer.apply_chat_template(
-            messages_of(turns, system), add_generation_prompt=turns[-1][1] is None
-        )
+        text = self._render(turns, system)
+        if system and system not in text and not self.takes_system:
+            raise UserError(
+                "the model's chat template has no place for a system message; leave it out, or put its "
+                "text into the first question"
+            )
         return RenderedPrompt(text)
 
-    def pieces(self, turns: Sequence[Turn]) -> list[str]:
+    def _render(self, turns: Sequence[Turn], system: str | None) -> str:
+        messages = messages_of(turns, system)
+        return self._tokenizer.apply_chat_template(
+            _in_parts(messages) if self._takes_parts else messages,
+            add_generation_prompt=turns[-1][1] is None,
+        )
+
+    def pieces(self, turns: Sequence[Turn], system: str | None = None) -> list[str]:
         """The template's own texts around the messages of a dialogue: one more than there are messages.
+
+        They have the system message, if there is one.
 
         UserError: the template drops, repeats or reorders messages.
         """
@@ -173,7 +214,8 @@ class TokenizerChatTemplate:
         marks = [f"\ue000{n}\ue001" for n in range(count)]
         following = iter(marks)
         text = self.render(
-            [(next(following), None if answer is None else next(following)) for _, answer in turns]
+            [(next(following), None if answer is None else next(following)) for _, answer in turns],
+            system=system,
         )
         if _MARK.findall(text) != marks:
             raise UserError(
@@ -210,6 +252,11 @@ def messages_of(turns: Sequence[Turn], system: str | None = None) -> list[dict[s
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a list with one part, as templates of multimodal models take them."""
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
 _SYSTEM = (

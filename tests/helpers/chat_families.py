@@ -21,6 +21,7 @@ class Family(NamedTuple):
     eos: str
     end_symbol: str  # what closes an answer
     takes_system: bool = True
+    history_end: str | None = None  # what closes an earlier answer, if it is something else
 
 
 def _roles(user: str, assistant: str, system: str, generation: str, head: str = "") -> str:
@@ -132,6 +133,48 @@ FAMILIES = {
         + "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{%- else %}{{ eos_token }}{%- endif %}",
         ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
         None, "<|endoftext|>", "<|end|>",
+    ),
+}  # fmt: skip
+
+_STRIPPED = "{{ m.content.strip() + '\\n\\n' }}"
+# Ways of writing dialogues that the families above do not have.
+UNUSUAL = {
+    "nothing closes an answer": Family(
+        _LOOP + "{{ '### ' + m.role.title() + ':\\n' }}" + _STRIPPED + _END
+        + "{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{%- endif %}",
+        ("<s>", "</s>"), "<s>", "</s>", "</s>", history_end="",
+    ),
+    "the next question closes an answer": Family(
+        "[gMASK]<sop>" + _LOOP + "{{ '<|' + m.role + '|>\\n' + m.content }}" + _END
+        + "{%- if add_generation_prompt %}<|assistant|>{%- endif %}",
+        ("<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
+        None, "<|endoftext|>", "<|user|>",
+    ),
+    "the last answer is closed by another token": Family(
+        _LOOP + "{{ '<|start|>' + m.role + '<|message|>' + m.content }}"
+        "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}" + _END
+        + "{%- if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{%- endif %}",
+        ("<|start|>", "<|message|>", "<|end|>", "<|return|>"), None, "<|return|>", "<|return|>",
+        history_end="",
+    ),
+    "system in the last question": Family(
+        "{%- set ns = namespace(s='') %}{{ bos_token }}" + _LOOP + "{%- if m.role == 'system' %}"
+        "{%- set ns.s = m.content + '\\n\\n' %}{%- elif m.role == 'user' %}{{ '[INST] ' + "
+        "(ns.s if loop.last else '') + m.content + '[/INST]' }}{%- else %}"
+        "{{ ' ' + m.content | trim + eos_token }}{%- endif %}" + _END,
+        ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", "</s>",
+    ),
+    "tools, dates, filters": Family(
+        "{%- if tools is defined and tools %}{{ '<|tools|>' + tools | tojson }}{%- endif %}"
+        "{%- set s = 'Knowledge until ' + strftime_now('%Y') %}{%- if messages[0]['role'] == 'system' %}"
+        "{%- set s = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}{%- endif %}"
+        "{{ '<|role|>system<|text|>' + s + eos_token + '\\n' }}" + _LOOP
+        + "{%- if (m.role == 'assistant') == (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{%- endif %}"
+        "{{ '<|role|>' + (m.role | upper) + '<|text|>' + m.content + eos_token + '\\n' }}"
+        + _END + "{%- if add_generation_prompt %}{{ '<|role|>ASSISTANT<|text|>' }}{%- endif %}",
+        ("<|role|>", "<|text|>", "<|tools|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>",
+        "<|endoftext|>",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from helpers import chat_families
-from helpers.chat_families import DIALOGUES, FAMILIES
+from helpers.chat_families import DIALOGUES, FAMILIES, UNUSUAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
         ("", chat_families.write_tokenizer),
         (" sentencepiece", chat_families.write_sentencepiece_tokenizer),
     ):
-        for name, family in FAMILIES.items():
+        for name, family in (FAMILIES | UNUSUAL).items():
             if kind and name not in WITH_SENTENCEPIECE:
                 continue
             folder = write(tmp_path_factory.mktemp("tokenizer"), family)
@@ -55,7 +55,7 @@ def models(tmp_path_factory):
     return found
 
 
-NAMES = [*FAMILIES, *(f"{name} sentencepiece" for name in WITH_SENTENCEPIECE)]
+NAMES = [*FAMILIES, *UNUSUAL, *(f"{name} sentencepiece" for name in WITH_SENTENCEPIECE)]
 
 
 def expected_ids(theirs, text):
@@ -113,18 +113,22 @@ def test_training_rows_are_rendered_dialogues_whose_answers_are_labelled(models,
         chat_families.messages(system, turns), tokenize=False, add_generation_prompt=True
     )
     whole = theirs.apply_chat_template(chat_families.messages(system, complete), tokenize=False)
-    if whole.startswith(prompt):
+    if whole.startswith(prompt) and config.end_symbol in whole[len(prompt) :]:
         assert row.tokens == expected_ids(theirs, whole)[: len(row.tokens)]
-    else:  # the template prompts for an answer by more than it writes before earlier answers
-        assert row.tokens == expected_ids(theirs, prompt + answers[-1] + config.end_symbol)
+    else:  # the template prompts for an answer by more than it writes before it, or does not close it
+        answered = whole.rstrip() if whole.startswith(prompt) else prompt + answers[-1]
+        assert row.tokens == expected_ids(theirs, answered + config.end_symbol)
     # The labelled text: every answer with its end symbol, and nothing of the questions.
     runs = []
     for before, at in zip([-2, *row.label_positions], row.label_positions, strict=False):
         runs += [[]] if at != before + 1 else []
         runs[-1].append(row.tokens[at])
     labelled = [ours.decode(run, skip_special=False).strip() for run in runs]
+    earlier = config.end_symbol if family.history_end is None else family.history_end
+    ends = [*(earlier for _ in answers[1:]), config.end_symbol]
+    expected = [answer.strip() + end for answer, end in zip(answers, ends, strict=True)]
     assert [text.replace(" ", "") for text in labelled] == [
-        (answer.strip() + config.end_symbol).replace(" ", "") for answer in answers
+        text.replace(" ", "") for text in expected if text
     ]
     assert row.label_positions[-1] == len(row.tokens) - 1
 
@@ -153,6 +157,35 @@ def test_a_question_whose_words_are_in_the_system_message(models):
     text = ours.decode([row.tokens[at] for at in row.label_positions], skip_special=False)
     assert text.replace(" ", "") == f"Acat{config.end_symbol}Adog{config.end_symbol}"
     assert "Say red, or red." in training_prompt(ours, config, "red", system="Say red, or red.")
+
+
+def test_a_template_that_drops_system_messages_refuses_them(models, tmp_path):
+    family = FAMILIES["qwen2"]._replace(
+        template="{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    ours = HfTokenizer(chat_families.write_tokenizer(tmp_path / "t", family))
+    template = chat_format(CONFIG, ours)
+    assert template.render([("Hi", None)]) == "Hi<|im_end|>"
+    with pytest.raises(UserError, match="has no place for a system message"):
+        template.render([("Hi", None)], system="Be brief.")
+
+
+def test_a_template_that_reads_lists_of_parts_gets_them(tmp_path):
+    from transformers import AutoTokenizer
+
+    family = FAMILIES["qwen2"]._replace(
+        template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    folder = chat_families.write_tokenizer(tmp_path / "t", family)
+    template = chat_format(CONFIG, HfTokenizer(folder))
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("system", "Be brief."), ("user", "Hi"))
+    ]
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert template.render([("Hi", None)], system="Be brief.") == expected
 
 
 messages_text = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12)
