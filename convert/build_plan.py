@@ -256,11 +256,18 @@ def _read_tokenizer(
                     f"prompts have the format {chat['chat_template']}: {chat['prompt_template']!r}"
                 )
                 own = False
-        elif not original and "chat_template" not in settings and "prompt_template" not in settings:
-            notes.append(
-                f"{language.tokenizer_origin} has no chat template of its own; prompts have the format "
-                f"{chat['chat_template']}: {chat['prompt_template']!r}"
-            )
+        elif not settings.keys() & {"chat_template", "prompt_template"}:
+            if named := language.unused_templates():
+                what = f"chat templates named {', '.join(named)}, but none named default"
+            elif tokenizer.kind == "hf" and not language.chat_template():
+                what = "no chat template of its own"
+            else:  # the variant's format is that of the language model
+                what = ""
+            if what:
+                notes.append(
+                    f"{language.tokenizer_origin} has {what}; prompts have the format "
+                    f"{chat['chat_template']}: {chat['prompt_template']!r}"
+                )
         config = TokenizerConfig(
             tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, own
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.formats.gguf import PERMUTED, Gguf
-from convert.formats.gguf_tokenizer import tokenizer_files
+from convert.formats.gguf_tokenizer import tokenizer_files, unsaid
 from convert.formats.readers import Reader, combine, open_directory, read_json
 from convert.key_mapping import LLM, KeyTable, gguf_table, map_keys
 from convert.llm_keys import llm_table
@@ -49,31 +49,41 @@ class LanguageModelFiles:
 
     def chat_template(self) -> str:
         """The model's own chat template (Jinja), "" if it has none."""
+        template = self._chat_templates()
+        if isinstance(template, list):  # several named templates
+            template = _named(template).get("default")
+        return template if isinstance(template, str) else ""
+
+    def unused_templates(self) -> list[str]:
+        """The names of its chat templates if it has several, none of which is the default."""
+        template = self._chat_templates()
+        named = _named(template) if isinstance(template, list) else {}
+        return [] if "default" in named else [str(name) for name in named]
+
+    def _chat_templates(self) -> Any:
         if "chat_template.jinja" in self.tokenizer:
             return _text(self.tokenizer["chat_template.jinja"])
+        return self._tokenizer_setting("chat_template")
+
+    def _tokenizer_setting(self, name: str) -> Any:
+        """A value in tokenizer_config.json, None if there is none."""
         if "tokenizer_config.json" not in self.tokenizer:
-            return ""
+            return None
         try:
-            template = json.loads(_text(self.tokenizer["tokenizer_config.json"])).get(
-                "chat_template"
-            )
+            return json.loads(_text(self.tokenizer["tokenizer_config.json"])).get(name)
         except (ValueError, AttributeError):
-            return ""
-        if isinstance(template, list):  # several named templates
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else ""
+            return None
 
     def other_eos(self) -> bool:
         """Whether tokenizer_config.json names another EOS token than LLaMA's `</s>`."""
-        if "tokenizer_config.json" not in self.tokenizer:
-            return False
-        try:
-            eos = json.loads(_text(self.tokenizer["tokenizer_config.json"])).get("eos_token")
-        except (ValueError, AttributeError):
-            return False
+        eos = self._tokenizer_setting("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         return isinstance(eos, str) and eos != "</s>"
+
+
+def _named(templates: list[Any]) -> dict[Any, Any]:
+    """Named chat templates, as tokenizer_config.json lists them: name -> template."""
+    return {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
 
 
 def _text(content: Path | bytes) -> str:
@@ -113,11 +123,10 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> LanguageModelFiles:
     notes = []
     if unused := source.unused_fields():
         notes.append(f"{path}: {', '.join(unused)}: metadata that is not known here and not used")
-    if source.field("tokenizer.ggml.model") == "gpt2" and not source.field("tokenizer.ggml.pre"):
-        notes.append(
-            f"{path} does not say how its tokenizer splits words (tokenizer.ggml.pre), so it may split "
-            "them otherwise than in training; --tokenizer=DIR gives the model's own"
-        )
+    if tokenizer is None:
+        notes += [
+            f"{path} {what}; --tokenizer=DIR gives the model's own" for what in unsaid(source)
+        ]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     table = gguf_table(heads, kv_heads, source.architecture in PERMUTED)
@@ -167,9 +176,18 @@ def find_tokenizer(folder: Path) -> dict[str, Path | bytes]:
     settings = (
         read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     )
+    if "chat_template.jinja" not in files and not settings.get("chat_template"):
+        files |= _processor_template(folder)
     if "tokenizer_class" not in settings and (folder / "config.json").is_file():
         files["config.json"] = folder / "config.json"  # its model_type names the tokenizer class
     return files
+
+
+def _processor_template(folder: Path) -> dict[str, Path | bytes]:
+    """The chat template that multimodal models have in chat_template.json, as a tokenizer's file."""
+    path = folder / "chat_template.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return {"chat_template.jinja": template.encode()} if isinstance(template, str) else {}
 
 
 def drop_added_tokens(language: LanguageModelFiles, vocab: int) -> list[str]:

@@ -36,10 +36,28 @@ def tokenizer_files(source: Gguf) -> dict[str, bytes]:
         content = sentencepiece_model(tokens, scores, token_types, bool(prefix), bool(strip))
         files = {"tokenizer.model": content}
         # legacy: a space before the text behind a special token, as in most directories of this family
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        config = {
+            "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": bool(prefix)
+        }  # fmt: skip
     config |= _tokenizer_config(source, tokens)
     files["tokenizer_config.json"] = json.dumps(config, indent=1, ensure_ascii=False).encode()
     return files
+
+
+def unsaid(source: Gguf) -> list[str]:
+    """What the file does not say about its tokenizer, so that ids may differ from the training's."""
+    model = source.field("tokenizer.ggml.model")
+    if model == "gpt2" and not source.field("tokenizer.ggml.pre"):
+        return [
+            "does not say how its tokenizer splits words (tokenizer.ggml.pre), so it may split them "
+            "otherwise than in training"
+        ]
+    if model == "llama" and source.field("tokenizer.chat_template"):
+        return [
+            "does not say whether its tokenizer puts a space before the text behind a special token "
+            "(`legacy` in tokenizer_config.json); it does here"
+        ]
+    return []
 
 
 def _of_each_token(source: Gguf, name: str, tokens: list[str]) -> list[Any]:

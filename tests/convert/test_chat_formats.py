@@ -10,7 +10,9 @@ from helpers.paths import TOKENIZER
 from helpers.released_files import llm_config, llm_state, save_hf
 
 from convert.build import build
-from convert.build_plan import BuildRequest
+from convert.build_plan import BuildRequest, make_plan
+from convert.formats.gguf import Gguf
+from convert.formats.gguf_tokenizer import tokenizer_files
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
 from minigpt4_jax.processing.chat_templates import RenderedPrompt, chat_format
 from minigpt4_jax.processing.sequences import build_conversation_row, prompt_tokens
@@ -133,10 +135,65 @@ def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, cause):
 def test_a_model_without_template_says_which_format_it_gets(tmp_path):
     family = FAMILIES["qwen2"]._replace(template="")
     folder = chat_families.write_tokenizer(tmp_path / "t", family)
-    llm, _ = language_model(tmp_path, folder, 400, "mistral")
-    config, _, notes = converted(llm, tmp_path / "m")
-    assert any("no chat template" in n and "vicuna0" in n for n in notes)
+    for model_type in ("mistral", "llama"):
+        (tmp_path / model_type).mkdir()
+        llm, _ = language_model(tmp_path / model_type, folder, 400, model_type)
+        config, _, notes = converted(llm, tmp_path / model_type / "m")
+        assert any("no chat template" in n and "vicuna0" in n for n in notes)
     assert config.prompt_template == "###Human: {} ###Assistant: "
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("default", "tool_use"), "tokenizer"), (("rag", "tool_use"), "vicuna0")],
+)
+def test_named_templates(tmp_path, names, expected):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["qwen2"])
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": name, "template": template} for name in names]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    save_hf(tmp_path / "hf", c := llm_config(vocab_size=400), llm_state(c), folder)
+    plan = make_plan(BuildRequest("minigpt4-vicuna", tmp_path / "hf", tmp_path / "m"))
+    assert plan.config.chat_template == expected
+    (note,) = [note for note in plan.notes if "template" in note]
+    assert expected == "tokenizer" or "named rag, tool_use, but none named default" in note
+
+
+def test_the_template_of_a_multimodal_models_processor(tmp_path):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["zephyr"])
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    llm, _ = language_model(tmp_path, folder, 400, "llama")
+    config, tokenizer, _ = converted(llm, tmp_path / "m")
+    assert (
+        chat_format(config, tokenizer).render([("Hi", None)]) == "<|user|>\nHi</s>\n<|assistant|>\n"
+    )
+
+
+def test_a_sentencepiece_gguf_keeps_its_settings(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = chat_families.write_sentencepiece_tokenizer(tmp_path / "t", FAMILIES["qwen2"])
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"add_prefix_space": False, "add_bos_token": False}
+    settings["added_tokens_decoder"]["786"]["special"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    _, file = language_model(tmp_path, folder, len(theirs), "llama")
+    for name, content in tokenizer_files(Gguf(file)).items():
+        (tmp_path / name).write_bytes(content)
+    ours = load_tokenizer(tmp_path, "hf")
+    for text in (
+        "A cat",
+        " two  spaces",
+        f"a {theirs.convert_ids_to_tokens(786)} b<|im_start|>user",
+    ):
+        assert ours.encode(text) == theirs.encode(text)
+    ids = theirs.encode("A cat<|im_start|><|im_end|>")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_added_tokens_that_only_tokenizer_json_lists_are_not_split(tmp_path):

@@ -44,21 +44,26 @@ def add_directory_tokenizer(w, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     t = AutoTokenizer.from_pretrained(str(folder))
-    special = {i for i, token in t.added_tokens_decoder.items() if token.special}
+    # CONTROL or USER_DEFINED
+    added_kinds = {i: 3 if a.special else 4 for i, a in t.added_tokens_decoder.items()}
     if (folder / "tokenizer.model").is_file():
         tokens, scores, kinds = pieces()
         added = [t.convert_ids_to_tokens(i) for i in range(len(tokens), len(t))]
         w.add_tokenizer_model("llama")
         w.add_token_list(tokens + added)
         w.add_token_scores(scores + [0.0] * len(added))
-        w.add_token_types(kinds + [3] * len(added))
+        w.add_token_types(kinds + [added_kinds[len(tokens) + i] for i in range(len(added))])
+        if not json.loads((folder / "tokenizer_config.json").read_text()).get(
+            "add_prefix_space", 1
+        ):
+            w.add_add_space_prefix(False)
     else:
         tokens = t.convert_ids_to_tokens(range(len(t)))
         merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
         w.add_tokenizer_model("gpt2")
         w.add_tokenizer_pre("gpt-2")
         w.add_token_list(tokens)
-        w.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
+        w.add_token_types([added_kinds.get(i, 1) for i in range(len(tokens))])
         w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     if t.bos_token_id is not None:
         w.add_bos_token_id(t.bos_token_id)
