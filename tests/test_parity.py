@@ -3,128 +3,50 @@
 ../shared/reference holds the original's dumps; without it test_oracle.py stands in for them.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import oracle
-from helpers.paths import REFERENCE
+from helpers.reference_models import CASES, NEEDS_DUMPS, Case, generation, relative
 
-from minigpt4_jax.checkpoint import model_directory
-from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.parameters import named_tensors
 from minigpt4_jax.inference import engine
-from minigpt4_jax.inference.beam_search import BeamSearchConfig
-from minigpt4_jax.inference.loading import load
 from minigpt4_jax.inference.sampling import SamplingParams
-from minigpt4_jax.models.minigpt import Batch
 from minigpt4_jax.processing.images import load_pixels, normalize
-from minigpt4_jax.processing.sequences import (
-    build_conversation_row,
-    build_row,
-    prompt_tokens,
-    stop_sequences,
-)
+from minigpt4_jax.processing.sequences import prompt_tokens, stop_sequences
 
 pytestmark = pytest.mark.default_compiler
 
-NEEDS_DUMPS = pytest.mark.skipif(
-    not (REFERENCE / "dumps").is_dir(), reason="../shared/reference is not here"
-)
-CASES = {
-    "a": ("minigpt4-vicuna", "a_minigpt4_vicuna.pth", 56, 20, ["qformer.heads=4"]),
-    "b": ("minigpt4-llama2", "b_minigpt4_llama2.pth", 56, 20, []),
-    "c": ("minigpt-v2", "c_minigptv2.pth", 112, 40, ["lora.alpha=16"]),
-}
-
-
-class Case:
-    """One converted reference model with its dumps."""
-
-    def __init__(self, name, folder):
-        from convert.build import build
-        from convert.build_plan import BuildRequest
-
-        self.name = name
-        variant, checkpoint, size, text, extra = CASES[name]
-        files = REFERENCE / "checkpoints"
-        out = folder / name
-        settings = [
-            f"image_size={size}", f"max_text_length={text}", "vision.depth=3", "vision.heads=4",
-            "end_symbol=" + ("###" if name == "a" else "</s>"), *extra,
-        ]  # fmt: skip
-        build(
-            BuildRequest(
-                variant, files / "llama", out, vision=files / "eva_vit_g.pth",
-                qformer=files / "blip2_pretrained_flant5xxl.pth" if name == "a" else None,
-                checkpoint=files / checkpoint, settings=settings,
-            )
-        )  # fmt: skip
-        self.model = load(out, dtype="float32")
-        self.config, self.tokenizer = self.model.config, self.model.tokenizer
-        self.tensors = model_directory.Tensors(out)
-        self.module, _ = load_model(out)
-        self.pixels = self.arrays("pixels")
-        self.images = [self.pixels["image_uint8_0"], self.pixels["image_uint8_1"]]
-
-    def arrays(self, kind):
-        return np.load(REFERENCE / "dumps" / f"{self.name}_{kind}.npz")
-
-    def document(self, kind):
-        return json.loads((REFERENCE / "dumps" / f"{self.name}_{kind}.json").read_text())
-
-    def forwards(self):
-        """(dump, row of each sample, images) of every training forward pass."""
-        for path in sorted((REFERENCE / "dumps").glob(f"{self.name}_forward_*.npz")):
-            kind = path.stem[2:]
-            document = self.document(kind)
-            samples = document["samples"]
-            images = 1 if "image" in samples else 0
-            yield kind, np.load(path), self._rows(samples, document["extra"], images), images
-
-    def _rows(self, samples, extra, images):
-        if "conv_q" in samples:
-            conversations = zip(samples["conv_q"], samples["conv_a"], strict=True)
-            sign = samples["connect_sym"][0]
-            return [
-                build_conversation_row(
-                    self.tokenizer, self.config, q.split(sign), a.split(sign), images=images
-                )
-                for q, a in conversations
-            ]
-        answers = samples["answer"]
-        prompts = samples.get("instruction_input") or [extra["prompt"]] * len(answers)
-        if self.name == "c":
-            prompts = [self.config.prompt_template.replace("{}", p) for p in prompts]
-        return [
-            build_row(self.tokenizer, self.config, p, a, images=images)
-            for p, a in zip(prompts, answers, strict=True)
-        ]
-
-    def batch(self, rows, images):
-        """The rows in the original's padding: to its longest prompt and its longest answer."""
-        tokens = np.zeros((len(rows), max(len(r.tokens) for r in rows)), np.int32)
-        answers = np.full((len(rows), max(len(r.label_positions) for r in rows)), -1, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row.tokens)] = row.tokens
-            answers[i, : len(row.label_positions)] = row.label_positions
-        pixels = self.pixels["pixel_values"].transpose(0, 2, 3, 1)[:, None]
-        lengths = np.array([len(r.tokens) for r in rows], np.int32)
-        return Batch(pixels if images else pixels[:, :0], tokens, lengths, answers)
-
 
 @pytest.fixture(scope="module", params=list(CASES))
-def case(request, tmp_path_factory):
-    return Case(request.param, tmp_path_factory.mktemp("models"))
+def case(request):
+    return Case(request.param)
 
 
-def relative(ours, theirs):
-    theirs = np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+@pytest.fixture(scope="module")
+def passes(case):
+    """What one program gives for each dump of a training pass: (the dump's kind, dump, rows, images, batch,
+    (embeddings, logits, NLL of each token), gradients)."""
+
+    def wanted(path, _):
+        return path[0] == "projection" or "lora" in path[-1]
+
+    graphdef, trainable, frozen = nnx.split(case.module, wanted, ...)
+
+    def loss(trainable, frozen, batch):
+        model = nnx.merge(graphdef, trainable, frozen)
+        embeds = model.merge(batch.tokens, model.encode(batch.pixels))
+        logits = model(batch.pixels, batch.tokens, batch.lengths)
+        return model.loss(batch), (embeds, logits, model.token_nll(batch))
+
+    run, found = jax.jit(jax.grad(loss, has_aux=True)), []
+    for kind, dump, rows, images in case.forwards():
+        batch = case.batch(rows, images)
+        grads, outputs = run(trainable, frozen, batch)
+        found.append((kind, dump, rows, images, batch, outputs, dict(named_tensors(grads))))
+    return found
 
 
 @NEEDS_DUMPS
@@ -161,13 +83,8 @@ def test_each_layer_of_the_vision_side(case):
 
 
 @NEEDS_DUMPS
-def test_training_forward(case):
-    for kind, dump, rows, images in case.forwards():
-        batch = case.batch(rows, images)
-        model = case.module
-        pixels, tokens, lengths = map(jnp.asarray, (batch.pixels, batch.tokens, batch.lengths))
-        embeds = model.merge(tokens, model.encode(pixels))
-        logits = model(pixels, tokens, lengths)
+def test_training_forward(passes):
+    for kind, dump, rows, _, batch, (embeds, logits, nll), _ in passes:
         np.testing.assert_array_equal(dump["attention_mask"].sum(1), batch.lengths, kind)
         for i, (row, n) in enumerate(zip(rows, batch.lengths, strict=True)):
             assert relative(embeds[i, :n], dump["inputs_embeds"][i, :n]) < 1e-4, kind
@@ -177,7 +94,7 @@ def test_training_forward(case):
             assert dump["targets"][i, labelled].tolist() == [
                 row.tokens[a] for a in row.label_positions
             ]
-        nll = np.asarray(model.token_nll(batch))
+        nll = np.asarray(nll)
         loss = nll.sum() / (batch.label_positions >= 0).sum()
         assert loss == pytest.approx(float(dump["loss"]), rel=1e-5), kind
         ranking = nll.sum(1) / (dump["targets"].shape[1] - 1)  # the original's padded length
@@ -203,16 +120,9 @@ def test_score_and_ranking_loss(case):
 
 
 @NEEDS_DUMPS
-def test_gradients(case):
-    def wanted(path, _):
-        return path[0] == "projection" or "lora" in path[-1]
-
-    graphdef, trainable, frozen = nnx.split(case.module, wanted, ...)
-    for kind, dump, rows, images in case.forwards():
-        batch = case.batch(rows, images)
-        grads = jax.grad(lambda t, b=batch: nnx.merge(graphdef, t, frozen).loss(b))(trainable)
-        ours = dict(named_tensors(grads))
-        for name, grad in ours.items():
+def test_gradients(passes):
+    for kind, dump, _, images, _, _, gradients in passes:
+        for name, grad in gradients.items():
             parts = name.replace("projection", "llama_proj").split(".")
             if parts[0] == "llm":
                 which = parts[-1][-1].upper()
@@ -227,27 +137,6 @@ def test_gradients(case):
                 assert key not in dump and not grad.any()
 
 
-def generation(case, run, document, visual):
-    """The requests of one run, and its end ids. The original's ids begin with a BOS, which its
-    min_length counts; a hypothesis's length in beam search counts it too, here as there."""
-    kwargs = run["kwargs"]
-    options = SamplingParams(
-        repetition_penalty=kwargs.get("repetition_penalty", 1.0),
-        min_new_tokens=max(0, kwargs.get("min_length", 0) - 1),
-    )
-    beams = BeamSearchConfig(kwargs["num_beams"], kwargs.get("length_penalty", 1.0))
-    ends = run["eos"] if isinstance(run["eos"], list) else [run["eos"]]
-    requests = [
-        engine.Request(
-            prompt_tokens(case.tokenizer, case.config, text, images=1), visual[i],
-            kwargs["max_new_tokens"], options,
-            stop_sequences=[[e] for e in ends], beam_search=beams,
-        )
-        for i, text in enumerate(document["texts"])
-    ]  # fmt: skip
-    return requests, ends
-
-
 @NEEDS_DUMPS
 @pytest.mark.parametrize("stacked", [False, True])
 def test_greedy_ids(case, stacked):
@@ -255,41 +144,15 @@ def test_greedy_ids(case, stacked):
     document, dump = case.document("generate"), case.arrays("generate")
     runner = engine.Engine(case.module) if stacked else case.model.engine
     visual = case.model.encode_images(case.images)
-    for name, run in document["runs"].items():
-        requests, _ = generation(case, run, document, visual)
-        if requests[0].beam_search.num_beams > 1:
-            continue
-        for found, padded in zip(runner.generate(requests), dump[f"{name}/ids"], strict=True):
-            theirs = padded[1:].tolist()  # without the leading BOS
+    names = [name for name, run in document["runs"].items() if run["kwargs"]["num_beams"] == 1]
+    requests = [generation(case, document["runs"][name], document, visual)[0] for name in names]
+    ids = iter(runner.generate([request for of_run in requests for request in of_run]))
+    assert len(names) == 4
+    for name in names:  # all runs together, so that they share the programs
+        for padded in dump[f"{name}/ids"]:
+            found, theirs = next(ids), padded[1:].tolist()  # without the leading BOS
             assert found == theirs[: len(found)], name
             assert not any(theirs[len(found) :]), name  # finished rows are padded with 0
-
-
-@NEEDS_DUMPS
-@pytest.mark.parametrize("stacked", [False, True])
-def test_beam_ids_and_scores(case, stacked):
-    """Every run with beams, its two prompts in one batch; some end early, some at the limit."""
-    document, dump = case.document("generate"), case.arrays("generate")
-    runner = engine.Engine(case.module) if stacked else case.model.engine
-    visual = case.model.encode_images(case.images)
-    seen = 0
-    for name, run in document["runs"].items():
-        requests, ends = generation(case, run, document, visual)
-        if requests[0].beam_search.num_beams == 1:
-            continue
-        found = runner.search(requests)
-        for (answer,), padded in zip(found, dump[f"{name}/ids"], strict=True):
-            theirs = padded[1:].tolist()
-            ours = answer.ids
-            if answer.hit_stop:  # the original writes its first end id for whichever came
-                assert ours[-1] in ends
-                ours = [*ours[:-1], ends[0]]
-            assert ours == theirs[: len(ours)], name
-            assert not any(theirs[len(ours) :]), name
-        scores = [answer.score for (answer,) in found]
-        np.testing.assert_allclose(scores, dump[f"{name}/sequences_scores"], rtol=1e-4)
-        seen += 1
-    assert seen == 6
 
 
 @NEEDS_DUMPS

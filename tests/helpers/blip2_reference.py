@@ -1,9 +1,6 @@
 """Models built from the reference checkpoints of BLIP-2, and the dumps that LAVIS' code made of them."""
 
-import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.paths import REFERENCE
+from helpers.paths import REFERENCE, process_folder
 
 FOLDER = REFERENCE / "blip2"
 CHECKPOINTS, DUMPS = FOLDER / "checkpoints", FOLDER / "dumps"
@@ -37,13 +34,6 @@ BUILDS = {
 }  # fmt: skip
 
 
-@cache
-def _models() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="blip2-models-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def build(name: str, out: Path) -> Path:
     """The model directory out/NAME, made by `convert build`."""
     return build_from(*BUILDS[name], out / name)
@@ -52,7 +42,7 @@ def build(name: str, out: Path) -> Path:
 @cache
 def shared(name: str) -> Path:
     """As `build`, made once in a process. Tests do not change it."""
-    return build(name, _models())
+    return build(name, process_folder())
 
 
 @cache

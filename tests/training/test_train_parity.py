@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.paths import REFERENCE
+from helpers.reference_models import CASES, NEEDS_DUMPS, build_model
 
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.checkpoint.loader import load_model
@@ -17,47 +18,12 @@ from minigpt4_jax.processing.tokenizer import load_tokenizer
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
 
-CHECKPOINTS, DUMPS = REFERENCE / "checkpoints", REFERENCE / "dumps"
+DUMPS = REFERENCE / "dumps"
 
-pytestmark = [
-    pytest.mark.default_compiler,
-    pytest.mark.skipif(not DUMPS.is_dir(), reason="the reference is not here"),
-]
+pytestmark = NEEDS_DUMPS
 
-CASES = {
-    "a": ("minigpt4-vicuna", "a_minigpt4_vicuna.pth", "###"),
-    "b": ("minigpt4-llama2", "b_minigpt4_llama2.pth", "</s>"),
-    "c": ("minigpt-v2", "c_minigptv2.pth", "</s>"),
-}
 # The dump's rates say it: warmup over 2 of 4 steps from 1e-6 to 1e-3, then a cosine down to 1e-4.
 RATES = {"init_lr": 1e-3, "min_lr": 1e-4, "warmup_lr": 1e-6, "warmup_steps": 2, "steps": 4}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """case -> converted model directory."""
-    from convert.cli import main as convert_main
-
-    made = {}
-    for case, (variant, checkpoint, end) in CASES.items():
-        out = tmp_path_factory.mktemp("model") / case
-        args = [
-            "build", f"--variant={variant}", f"--vision={CHECKPOINTS / 'eva_vit_g.pth'}",
-            f"--llm={CHECKPOINTS / 'llama'}", f"--checkpoint={CHECKPOINTS / checkpoint}",
-            f"--out={out}",
-        ]  # fmt: skip
-        size, length = (112, 40) if case == "c" else (56, 20)
-        settings = [f"image_size={size}", "vision.depth=3", "vision.heads=4"]
-        settings.append(f"max_text_length={length}")
-        settings.append(f"end_symbol={end}")
-        if case == "a":
-            args.append(f"--qformer={CHECKPOINTS / 'blip2_pretrained_flant5xxl.pth'}")
-            settings.append("qformer.heads=4")
-        for setting in settings:
-            args += ["--set", setting]
-        convert_main(args)
-        made[case] = out
-    return made
 
 
 FIRST = {"a": "promptlist", "b": "promptlist", "c": "instr"}  # forward pass of the batch trained on
@@ -112,14 +78,14 @@ def theirs(dump, name):
 
 
 @pytest.mark.parametrize(("case", "accumulate"), [("a", 1), ("b", 2), ("c", 1)])
-def test_four_steps_equal_the_originals(models, case, accumulate):
+def test_four_steps_equal_the_originals(case, accumulate):
     expected = np.load(DUMPS / f"{case}_train.npz")
-    split, config = loaded(models[case])
+    split, config = loaded(build_model(case))
     lora = {f"llm.blocks.attn.{n}.lora_{ab}" for n in "qv" for ab in "ab"} if case == "c" else set()
     assert set(split.trainable) == {"projection.weight", "projection.bias"} | lora
     rate = optimizer.cosine_schedule(**RATES)
     np.testing.assert_allclose([rate(t) for t in range(4)], expected["lrs"], rtol=1e-12)
-    batch = dumped_batch(case, models[case], config)
+    batch = dumped_batch(case, build_model(case), config)
     tx = optimizer.adamw(split.decay_mask)
     params, state = split.trainable, tx.init(split.trainable)
 
@@ -142,10 +108,10 @@ def test_four_steps_equal_the_originals(models, case, accumulate):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_first_gradient_equals_the_originals(models, case):
+def test_first_gradient_equals_the_originals(case):
     expected = np.load(DUMPS / f"{case}_forward_{FIRST[case]}.npz")
-    split, config = loaded(models[case])
-    loss, grads = loss_and_grad(split, dumped_batch(case, models[case], config))
+    split, config = loaded(build_model(case))
+    loss, grads = loss_and_grad(split, dumped_batch(case, build_model(case), config))
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
     for name, grad in grads.items():
         wanted = theirs(expected, f"grad/{name}")
