@@ -1,5 +1,6 @@
 # make quickstart   a model that describes images, from nothing, in about twelve minutes
 # make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
+# make compare      BLIP-2's way of training beside MiniGPT-4's stages, in half an hour
 # make demo         a web page to talk with the models of these two
 # make test         all tests       make lint   style and types       make clean
 # make tpu-check    compiles full-size programs for TPUs, without one
@@ -13,13 +14,16 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --d
 
 TPU_VENV ?= .venv-tpu
 
-.PHONY: quickstart tiny_v2 demo test smoke tpu-check lint docs clean
+.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
 
 tiny_v2: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.tiny_v2 $(ARGS)
+
+compare: $(VENV)/.package $(VENV)/.smollm2
+	$(BIN)/python -m minigpt4_jax.demos.compare $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m minigpt4_jax.demo $(ARGS)

@@ -2,16 +2,20 @@
 
 Only the projection (128 -> 576) is trained. SmolLM2-135M and the demonstration's vision encoder stay
 frozen. The argument selects the stage: `quickstart:stage1` (short captions, no prompt) or
-`quickstart:stage2` (detailed descriptions in the language model's chat format).
+`quickstart:stage2` (detailed descriptions in the language model's chat format). `quickstart:qformer` is
+stage 1 as BLIP-2 trains it, for `make compare`: the Q-Former learns too.
 """
 
 from ml_collections import ConfigDict
 
 from minigpt4_jax.training.recipes import ALIGNMENT_PROMPTS, check_argument, demo
 
+# The Q-Former's weights bear no steps as large as the projection's.
+QFORMER_LR = 3e-3
+
 
 def get_config(arg: str = "stage1") -> ConfigDict:
-    check_argument(arg, ("stage1", "stage2"))
+    check_argument(arg, ("stage1", "stage2", "qformer"))
     stage2 = arg == "stage2"
     c = demo()
 
@@ -28,4 +32,7 @@ def get_config(arg: str = "stage1") -> ConfigDict:
     c.init_lr = 0.1 if stage2 else 0.15
     c.min_lr = 1e-3
     c.warmup_steps = 10
+    if arg == "qformer":
+        c.freeze_qformer = False
+        c.init_lr = QFORMER_LR
     return c

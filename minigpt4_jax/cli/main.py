@@ -35,6 +35,7 @@ COMMANDS = {
         "minigpt4_jax.demos.quickstart", "train a model that describes images, from nothing"
     ),
     "tiny-v2": Command("minigpt4_jax.demos.tiny_v2", "train a small MiniGPT-v2 with its tasks"),
+    "compare": Command("minigpt4_jax.demos.compare", "BLIP-2's training beside the two stages"),
 }
 
 

@@ -59,21 +59,11 @@ class Quickstart:
 
     def build(self, out: Path) -> None:
         self.log("converting SmolLM2-135M-Instruct and the demonstration's vision encoder")
-        # SmolLM2's word embeddings are small (norm 2.5): visual tokens begin at that size.
-        common.build_base_model(
-            out,
-            self.seed,
-            "--variant=minigpt4-vicuna",
-            "--projection-scale=0.2",
-            # ChatML without the system message that SmolLM2's own template adds: shorter rows.
-            "--set=chat_template=chatml",
-        )
+        build_base(out, self.seed)
 
     def draw(self, out: Path) -> None:
         self.log(f"drawing {self.images} training images of coloured shapes")
-        common.draw_dataset(out, self.images, self.seed)
-        for stage in CURRICULUM:
-            write_rows(out / "train", stage)
+        draw_data(out, self.images, self.seed)
 
     def train(self, stage: str, model: Path, data: Path) -> Path:
         self.log(f"training the projection, {stage}")
@@ -119,6 +109,26 @@ class Quickstart:
             f"  python -m minigpt4_jax.chat --model={model} --image={shown[0][0]} --temperature=0 \\"
         )
         print('    --prompt="Describe this image in detail."')
+
+
+def build_base(out: Path, seed: int) -> None:
+    """Convert the language model and the vision encoder; the projection is random."""
+    # SmolLM2's word embeddings are small (norm 2.5): visual tokens begin at that size.
+    common.build_base_model(
+        out,
+        seed,
+        "--variant=minigpt4-vicuna",
+        "--projection-scale=0.2",
+        # ChatML without the system message that SmolLM2's own template adds: shorter rows.
+        "--set=chat_template=chatml",
+    )
+
+
+def draw_data(out: Path, images: int, seed: int) -> None:
+    """Draw the dataset, and write the rows of both stages."""
+    common.draw_dataset(out, images, seed)
+    for stage in CURRICULUM:
+        write_rows(out / "train", stage)
 
 
 def write_rows(train_dir: Path, stage: str) -> None:
