@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from minigpt4_jax.training.recipes import ALIGNMENT_PROMPTS, check_argument, demo
 
-# The Q-Former's weights bear no steps as large as the projection's.
-QFORMER_LR = 3e-3
+# The projection is new and its inputs are codes of few large values, hence its rate; a Q-Former that is
+# already trained bears smaller steps only.
+QFORMER_LR_SCALE = 0.002
 
 
 def get_config(arg: str = "stage1") -> ConfigDict:
@@ -34,5 +35,5 @@ def get_config(arg: str = "stage1") -> ConfigDict:
     c.warmup_steps = 10
     if arg == "qformer":
         c.freeze_qformer = False
-        c.init_lr = QFORMER_LR
+        c.qformer_lr_scale = QFORMER_LR_SCALE
     return c

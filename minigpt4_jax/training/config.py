@@ -79,6 +79,7 @@ class TrainConfig:
     schedule: "cosine" or "step": from warmup_lr to init_lr in warmup_steps, then down to min_lr.
     steps_per_epoch: needed by the step schedule and by a warmup longer than one epoch.
     decay_rate: of the step schedule, per epoch.
+    qformer_lr_scale: learning rate of a trained Q-Former, relative to the other parameters.
     clip: maximum global norm of the gradient; 0: no clipping, as in the original.
 
     Logs and checkpoints
@@ -120,6 +121,7 @@ class TrainConfig:
     warmup_steps: int = 200
     steps_per_epoch: int = 0
     decay_rate: float = 1.0
+    qformer_lr_scale: float = 1.0
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999

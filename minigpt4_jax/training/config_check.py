@@ -17,7 +17,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NON_NEGATIVE = (
     "llm_width", "max_text_length", "min_lr", "warmup_lr", "warmup_steps", "steps_per_epoch",
-    "weight_decay", "clip", "eval_every", "sample_every", "seed",
+    "weight_decay", "clip", "eval_every", "sample_every", "seed", "qformer_lr_scale",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.training.config import SCHEDULES, TrainConfig
 
@@ -84,9 +85,13 @@ def make_schedule(c: TrainConfig) -> Schedule:
 
 def make_optimizer(c: TrainConfig, decay_mask: Mapping[str, bool]) -> optax.GradientTransformation:
     """AdamW with the values of a training configuration; decay_mask: as for `adamw`."""
-    return adamw(
+    tx = adamw(
         decay_mask, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, clip=c.clip
     )
+    if c.qformer_lr_scale == 1:
+        return tx
+    in_qformer = {name: part_of(name) == "qformer" for name in decay_mask}
+    return optax.chain(tx, optax.masked(optax.scale(c.qformer_lr_scale), in_qformer))
 
 
 def adamw(

@@ -127,3 +127,18 @@ def test_adamw_equals_torch(clip):
         other.step()
     for k in params:
         np.testing.assert_allclose(ours[k], theirs[k].detach().numpy(), rtol=2e-5, atol=2e-6)
+
+
+def test_the_qformer_has_a_learning_rate_of_its_own():
+    names = ("projection.kernel", "qformer.layers.0.kernel")
+    params = {name: jnp.ones((2, 3)) for name in names}
+    grads = {name: jnp.full((2, 3), 0.5) for name in names}
+
+    def step(scale):
+        c = TrainConfig(qformer_lr_scale=scale, weight_decay=0.05)
+        tx = optimizer.make_optimizer(c, dict.fromkeys(names, True))
+        return optimizer.apply_updates(params, tx.update(grads, tx.init(params), params)[0], 0.1)
+
+    same, scaled = step(1.0), step(0.25)
+    np.testing.assert_array_equal(same[names[0]], scaled[names[0]])
+    np.testing.assert_allclose(1 - scaled[names[1]], 0.25 * (1 - same[names[1]]), rtol=1e-5)
