@@ -11,14 +11,14 @@ from minigpt4_jax.errors import UserError
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. UserError: there is no such file, or it is not UTF-8."""
+def read_text(path: Path, what: str = "data") -> str:
+    """The text of a file. what: for messages. UserError: there is no such file, or it is not UTF-8."""
     if not path.is_file():
-        raise UserError(f"data {path}: there is no such file")
+        raise UserError(f"{what} {path}: there is no such file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"data {path}: cannot be read as UTF-8 text ({e})") from None
+        raise UserError(f"{what} {path}: cannot be read as UTF-8 text ({e})") from None
 
 
 def parse(where: str, text: str) -> Any:
@@ -27,6 +27,8 @@ def parse(where: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise _not_json(where, e) from None
+    except ValueError as e:  # an integer of thousands of digits
+        raise UserError(f"{where}: cannot be read ({e})") from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply to be a row") from None
 

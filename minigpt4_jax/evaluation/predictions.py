@@ -1,5 +1,6 @@
 """Answers from anywhere: a JSON lines file of {"id", "answer"}, put in the order of a benchmark's rows."""
 
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,8 +23,13 @@ NAMED = 3  # ids that a message names
 
 def read_predictions(path: Path) -> list[tuple[RowId, Answer]]:
     """(id, answer) of each line. UserError: not a JSON object per line, other fields, or no lines."""
+    text = read_text(path, "predictions")
+    if text.lstrip().startswith("["):
+        raise UserError(
+            f'predictions {path}: is one JSON list; expected JSON lines, {{"id": ..., "answer": ...}} each'
+        )
     predictions = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"predictions {path}, line {number}"
@@ -39,7 +45,7 @@ def read_predictions(path: Path) -> list[tuple[RowId, Answer]]:
 def _answer(row: dict[str, Any], where: str) -> Answer:
     value: Any = field_of(row, "answer", where)
     entries = value if isinstance(value, list) and value else [value]
-    is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in entries)
+    is_number = all(map(_is_number, entries))
     if not (all(isinstance(v, str) for v in entries) or is_number) or isinstance(value, float):
         raise UserError(
             f'{where}: "answer" is {kind(value)}; expected text, or a list of texts for the rounds of '
@@ -47,6 +53,10 @@ def _answer(row: dict[str, Any], where: str) -> Answer:
         )
     answer: Answer = value
     return answer
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def match(

@@ -96,7 +96,7 @@ def write_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
 def read_scores(path: Path) -> dict[str, Any]:
     """A file that `write_scores` or `evaluate score --json` wrote. UserError: another file."""
     where = f"results {path}"
-    scores = expect_object(parse(where, read_text(path)), where)
+    scores = expect_object(parse(where, read_text(path, "results")), where)
     if not {"benchmark", "score", "per_row"} <= scores.keys():
         raise UserError(f"{where}: has no scores of a benchmark; expected a file of `evaluate`")
     return scores

@@ -42,6 +42,10 @@ def test_tokens_of_the_java_program():
         ("it\u2019s O\u2019Neil's C++ #tag @x", "it 's o\u2019neil 's c++ #tag @x"),
         ("Tel. (415) 555-1212", "tel. -lrb-415-rrb-\u00a0555-1212"),
         ("first\u2028second\x0bthird\rfourth", "first second third fourth"),
+        (
+            "[www.ab.org] 5.dog.ex.com ex.com/bucket x",
+            "-lsb- www.ab.org -rsb- 5 dog.ex.com ex.com/bucket x",
+        ),
         ("", ""),
     ],
 )
@@ -53,6 +57,8 @@ def test_captions_are_tokenized_as_the_lines_of_one_text():
     # an abbreviation before a number, which the next caption begins with
     assert tokenize(["bus No.", "5 cars"]) == ["bus no.", "5 cars"]
     assert tokenize(["bus No.", "cars"]) == ["bus no", "cars"]
+    # a month before the end of a line, and of the whole text
+    assert tokenize(["Jan.3", "a", "Jan.3"]) == ["jan. 3", "a", "jan. .3"]
 
 
 @needs_oracle

@@ -4,11 +4,14 @@ import hashlib
 import json
 
 import pytest
+from helpers import tiny
 from helpers.paths import REFERENCE
 
 from minigpt4_jax.cli import evaluate
 from minigpt4_jax.evaluation.benchmarks import find
 from minigpt4_jax.evaluation.metrics import referring, vqa_normalizer, yes_no
+from minigpt4_jax.inference.detokenize import completion_output
+from minigpt4_jax.inference.requests import Completion
 
 ORACLE = REFERENCE / "eval"
 pytestmark = pytest.mark.skipif(not ORACLE.exists(), reason="needs ../shared/reference")
@@ -160,6 +163,45 @@ def test_questions_of_all_rounds(name, split):
         assert more == [True] * (len(answers) - 1) + [False]
 
 
+@pytest.mark.parametrize("mode", ["resample", "no_resample"])
+@pytest.mark.parametrize("split", ["val", "test", "testA", "testB"])
+def test_answers_that_are_kept_are_those_of_the_file_the_original_writes(split, mode, score):
+    # of a run on both benchmarks, whose files have one name: that of refcocog replaced refcoco's
+    name = "refcocog" if split in ("val", "test") else "refcoco"
+    file = load("refcoco/files_written.json")[mode][f"['refcoco', 'refcocog']_{split}.json"]
+    expressions = load(f"refcoco/expected_{name}_{split}.json")["expressions"]
+    rounds = slice(None) if mode == "resample" else slice(1)
+    answers = [(e["img_id"], e["raw_answers"][rounds]) for e in expressions]
+    if mode == "no_resample":
+        answers = [(name, texts[0]) for name, texts in answers]
+    kept = {}
+    for row in score(name, ORACLE / "refcoco", answers, f"--split={split}")["per_row"]:
+        if row["kept_answer"] is not None:
+            kept.setdefault(row["id"], []).append(row["kept_answer"])
+    assert {image: sorted(texts) for image, texts in kept.items()} == {
+        image: sorted(texts)
+        for image, texts in file.items()  # later rounds come last there
+    }
+
+
+class DecodesTo:
+    """A tokenizer whose tokens spell one text."""
+
+    def __init__(self, text):
+        self._text = text
+
+    def decode(self, ids, skip_special=True):
+        return self._text
+
+
+def test_what_the_original_keeps_of_decoded_tokens():
+    config = tiny.config(qformer=False, chat_template="minigptv2", end_symbol="</s>")
+    completion = Completion([5], [0.0], True, 0.0)
+    for case in load("sets/generate_text.json"):
+        output = completion_output(DecodesTo(case["decoded"]), config, completion, ())
+        assert output.text == case["answer"], case
+
+
 def test_iou():
     for case in load("refcoco/iou.json"):
         assert referring.iou(case["a"], case["b"]) == pytest.approx(case["iou"], abs=1e-9)
@@ -186,4 +228,18 @@ def test_pope_of_one_file_and_with_one_answer_to_everything(score):
     for name, figures in load("pope/expected_special.json")["all_yes"]["files"].items():
         assert {key: yes[name][key] for key in figures} == pytest.approx(figures, abs=1e-9)
     # the original divides by zero
-    assert score("pope", ORACLE / "pope", [(i, "no") for i in texts])["score"] == 0
+    no = score("pope", ORACLE / "pope", [(i, "no") for i in texts])
+    assert no["score"] == 0
+    for figures in no["files"].values():
+        ratios = [figures[key] for key in ("TP", "precision", "recall", "f1", "yes_ratio")]
+        assert ratios == [0] * 5 and figures["accuracy"] > 0
+
+
+def test_pope_pairs_answers_with_labels_by_id_in_any_order(score):
+    """The original pairs them by position, so that its figures for this order are others."""
+    texts = {row["question_id"]: row["text"] for row in load("pope/answers.json")}
+    special = load("pope/expected_special.json")["shuffled"]
+    got = score("pope", ORACLE / "pope", [(i, texts[i]) for i in special["answers"]])
+    want = load("pope/expected.json")
+    assert got["score"] == pytest.approx(100 * want["mean_f1"], abs=1e-9)
+    assert want["mean_f1"] != pytest.approx(special["mean_f1"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from minigpt4_jax.cli import evaluate
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmarks import find, scienceqa
+from minigpt4_jax.evaluation.layout import rows_of
 from minigpt4_jax.evaluation.metrics.statistics import bootstrap_interval
 from minigpt4_jax.evaluation.metrics.vqa_accuracy import official
 from minigpt4_jax.evaluation.metrics.vqa_normalizer import normalize
@@ -97,17 +98,86 @@ def test_files_of_pope_and_their_joined_list_agree(tmp_path):
     for name in ("random", "popular", "adversarial"):
         (tmp_path / f"coco_pope_{name}.json").write_text(f"{json.dumps(row)}\n" * 2)
     assert [r.id for r in find("pope").read(tmp_path, "")] == list(range(6))
-    joined = [{"question_id": 10 + n, "category": "random"} for n in range(3)]
-    (tmp_path / "llava_pope_test.jsonl").write_text("\n".join(map(json.dumps, joined)))
-    with pytest.raises(UserError, match="different versions"):
-        find("pope").read(tmp_path, "")
+    with pytest.raises(UserError, match=r"1 ids of pope are there twice \(1\)"):
+        rows_of(find("pope"), tmp_path, "random")
+
+
+POPE = [(name, f"{k}.jpg", label) for name in ("random", "popular", "adversarial")
+        for k, label in enumerate(("yes", "no"))]  # fmt: skip
+
+
+@pytest.fixture
+def pope(tmp_path):
+    """The three files, and LLaVA's list of all questions in another order."""
+    text = "Is there a cat in the image?"
+    for name in ("random", "popular", "adversarial"):
+        lines = [
+            json.dumps({"question_id": n, "image": image, "text": text, "label": label})
+            for n, (of, image, label) in enumerate(POPE)
+            if of == name
+        ]
+        (tmp_path / f"coco_pope_{name}.json").write_text("\n".join(lines))
+    joined = [
+        {"question_id": 100 + n, "category": name, "image": image,
+         "text": f"{text}\nAnswer the question using a single word or phrase."}
+        for n, (name, image, _) in enumerate(POPE)
+    ][::-1]  # fmt: skip
+
+    def write_joined(rows=joined):
+        (tmp_path / "llava_pope_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path
+
+    write_joined.rows = joined
+    return write_joined
+
+
+def test_the_joined_list_of_pope_is_paired_by_image_and_question(pope):
+    rows = find("pope").read(pope(), "")
+    assert {row.id: row.truth for row in rows} == {
+        100 + n: label for n, (_, _, label) in enumerate(POPE)
+    }
+    assert {row.question.count("\nAnswer") for row in rows} == {1}
+
+
+def test_a_joined_list_of_another_version_of_pope(pope):
+    other = {**pope.rows[0], "image": "9.jpg"}
+    for rows, message in (
+        (pope.rows[1:], "has 5 questions, the three files have 1 more, the first in coco_pope_adv"),
+        ([other, *pope.rows[1:]], r"line 1: its question is not in coco_pope_adversarial\.json"),
+        ([*pope.rows, pope.rows[0]], "line 7: its question is not in"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            find("pope").read(pope(rows), "")
+        assert "different versions" in str(error.value)
 
 
 def test_gqa_in_its_own_layout(tmp_path):
-    entry = {"imageId": "n12", "question": "Is it?", "answer": "yes", "isBalanced": True}
-    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps({"0001": entry}))
-    (row,) = find("gqa").read(tmp_path, "")
-    assert (row.id, row.images[0], row.truth) == (0, "gqa/images/n12.jpg", "yes")
+    def entry(answer, structural, semantic, group, balanced=True):
+        return {"imageId": "n12", "question": "Is it?", "answer": answer, "isBalanced": balanced,
+                "types": {"structural": structural, "semantic": semantic},
+                "groups": {"global": group}}  # fmt: skip
+
+    questions = {
+        "01": entry("yes", "verify", "attr", None),
+        "02": entry("red", "query", "attr", "color"),
+        "03": entry("red", "query", "attr", "color"),
+        "04": entry("cat", "query", "cat", "animal"),
+        "05": entry("cat", "query", "cat", "animal", balanced=False),
+    }
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    rows = find("gqa").read(tmp_path, "")
+    assert (rows[0].id, rows[0].images[0], rows[0].truth.answer) == (0, "gqa/images/n12.jpg", "yes")
+    result = find("gqa").judge(rows, ["Yes", "red", "blue", "cat", "dog"])
+    assert result.score == 60  # the original lowers the answer, and knows no balance
+    official = dict(result.official)
+    assert official.pop("accuracy") == 60
+    # GQA's eval.py: exact, of balanced questions; chi-square ((2 - 1)^2 / 2 * 2 + 0 * 1) / 3 / 100
+    assert official.pop("distribution") == pytest.approx(1 / 300)
+    assert official == {
+        "exact_match": 50, "binary": 0, "open": pytest.approx(200 / 3),
+        "per_structural_type": {"verify": 0, "query": pytest.approx(200 / 3)},
+        "per_semantic_type": {"attr": pytest.approx(100 / 3), "cat": 100},
+    }  # fmt: skip
 
 
 def test_textvqa_and_its_own_accuracy(files, tmp_path):

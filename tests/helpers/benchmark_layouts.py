@@ -33,12 +33,13 @@ class Root:
         path.write_text(text, encoding="utf-8")
 
 
-def write_all(folder: Path) -> Path:
-    """All benchmarks, COUNT rows each (RefCOCO: each split, POPE: each file)."""
+def write_all(folder: Path, only: str = "") -> Path:
+    """All benchmarks, COUNT rows each (RefCOCO: each split, POPE: each file). only: the name of one, with
+    whatever its writer makes besides."""
     root = Root(folder)
-    for write in (refcoco, vqa, gqa, vsr, iconvqa, vizwiz, hateful_memes, captions, pope, chair, aokvqa,
-                  textvqa, scienceqa):  # fmt: skip
-        write(root)
+    for write, names in WRITERS.items():
+        if not only or only in names:
+            write(root)
     return folder
 
 
@@ -187,3 +188,11 @@ def scienceqa(root):
         root.picture(f"scienceqa/images/test/{n}/image.png")
     root.json("scienceqa/problems.json", problems)
     root.json("scienceqa/pid_splits.json", {"test": list(problems), "train": []})
+
+
+WRITERS = {
+    refcoco: ("refcoco", "refcoco+", "refcocog"), vqa: ("okvqa", "vqav2"), gqa: ("gqa",), vsr: ("vsr",),
+    iconvqa: ("iconvqa",), vizwiz: ("vizwiz",), hateful_memes: ("hm",), captions: ("coco_caption", "nocaps"),
+    pope: ("pope",), chair: ("chair", "chair_short"), aokvqa: ("aokvqa",), textvqa: ("textvqa",),
+    scienceqa: ("scienceqa",),
+}  # fmt: skip

@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt4_jax.data.annotations import identity_of, text_of, texts_of
+from minigpt4_jax.data.annotations import identity_of, number_of, text_of, texts_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import no_split, row_result, short_answer
+from minigpt4_jax.evaluation.benchmarks.common import (
+    MINIGPT4_PAPER,
+    no_split,
+    row_result,
+    short_answer,
+)  # fmt: skip
 from minigpt4_jax.evaluation.layout import coco_paths, find_file, read_rows
 from minigpt4_jax.evaluation.metrics.statistics import mean_percent
 from minigpt4_jax.evaluation.metrics.vqa_accuracy import raw_matches
@@ -41,7 +46,8 @@ def read(data: Path, split: str) -> list[Row]:
                 )
             choice = choices[index]
         target = Target(answers, choice, bool(row.get("difficult_direct_answer", False)))
-        images = coco_paths(int(row.get("image_id", 0)), "val2017", "train2017", "val2014")
+        image = int(number_of(row, "image_id", where)) if "image_id" in row else 0
+        images = coco_paths(image, "val2017", "train2017", "val2014")
         question = short_answer(text_of(row, "question", where) if "question" in row else "")
         rows.append(Row(identity_of(row, "question_id", where), question, images, target))
     return rows
@@ -82,5 +88,5 @@ BENCHMARK = Benchmark(
     files=(DataFile((f"aokvqa/{FILES[0]}",), "https://allenai.org/project/a-okvqa"),),
     images=(DataFile(("coco/val2017",), "http://images.cocodataset.org/zips/val2017.zip"),),
     read=read, judge=judge,
-    published=(Published("MiniGPT-4 (multiple choice)", 58.2, "arXiv 2304.10592"),),
+    published=(Published("MiniGPT-4 (multiple choice)", 58.2, MINIGPT4_PAPER),),
 )  # fmt: skip

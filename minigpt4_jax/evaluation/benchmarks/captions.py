@@ -15,7 +15,7 @@ from minigpt4_jax.data.annotations import (
 )  # fmt: skip
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import row_result
+from minigpt4_jax.evaluation.benchmarks.common import BLIP2_README, row_result
 from minigpt4_jax.evaluation.layout import coco_paths, find_file
 from minigpt4_jax.evaluation.metrics import meteor
 from minigpt4_jax.evaluation.metrics.captions import caption_scores
@@ -45,12 +45,7 @@ def read(data: Path, split: str, *, name: str, files: Mapping[str, tuple[str, ..
     path = find_file(data, files[split], name)
     where = f"data {path}"
     content = expect_object(parse(where, read_text(path)), where)
-    images = {
-        identity_of(image, "id", where): _Image(
-            where, str(image.get("file_name", "")), str(image.get("domain", ""))
-        )
-        for image in objects_of(content, "images", where)
-    }
+    images = _images(content, where)
     captions: dict[str | int, list[str]] = {image: [] for image in images}
     for annotation in objects_of(content, "annotations", where):
         image = identity_of(annotation, "image_id", where)
@@ -73,6 +68,16 @@ def read(data: Path, split: str, *, name: str, files: Mapping[str, tuple[str, ..
         )
         for image in captions
     ]
+
+
+def _images(content: dict[str, Any], where: str) -> dict[str | int, _Image]:
+    images: dict[str | int, _Image] = {}
+    for entry in objects_of(content, "images", where):
+        image = identity_of(entry, "id", where)
+        if image in images:
+            raise UserError(f"{where}: image {image} is there twice")
+        images[image] = _Image(where, str(entry.get("file_name", "")), str(entry.get("domain", "")))
+    return images
 
 
 def _places(name: str, image: str | int, entry: _Image) -> tuple[str, ...]:
@@ -127,7 +132,7 @@ def _metrics(
     return overall, per_caption
 
 
-_LAVIS = "LAVIS, projects/blip2"
+_BLIP2_PAPER = "BLIP-2 paper, arXiv 2301.12597"
 BENCHMARKS = (
     Benchmark(
         name="coco_caption", title="COCO Caption, Karpathy test", kind="caption", metric="CIDEr",
@@ -137,8 +142,8 @@ BENCHMARKS = (
         images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
         read=partial(read, name="coco_caption", files=COCO_FILES),
         judge=partial(judge, name="coco_caption"), max_new_tokens=30,
-        published=(Published("BLIP-2 OPT 2.7B (fine-tuned)", 145.8, _LAVIS),
-                   Published("BLIP-2 FlanT5 XL (fine-tuned)", 144.5, _LAVIS)),
+        published=(Published("BLIP-2 OPT 2.7B (fine-tuned)", 145.8, _BLIP2_PAPER),
+                   Published("BLIP-2 FlanT5 XL (fine-tuned)", 144.5, _BLIP2_PAPER)),
     ),
     Benchmark(
         name="nocaps", title="NoCaps val", kind="caption", metric="CIDEr", folder="nocaps",
@@ -146,6 +151,6 @@ BENCHMARKS = (
         images=(DataFile(("nocaps/val", "nocaps/images", "nocaps"), "https://nocaps.org/download"),),
         read=partial(read, name="nocaps", files=NOCAPS_FILES), judge=partial(judge, name="nocaps"),
         max_new_tokens=30,
-        published=(Published("BLIP-2 (zero-shot)", 121.6, _LAVIS),),
+        published=(Published("BLIP-2 (zero-shot)", 121.6, BLIP2_README),),
     ),
 )  # fmt: skip

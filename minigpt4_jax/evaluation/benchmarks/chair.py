@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from minigpt4_jax.data.annotations import (
     expect_object,
     identity_of,
+    number_of,
     objects_of,
     parse,
     read_text,
@@ -16,7 +17,7 @@ from minigpt4_jax.data.annotations import (
 )  # fmt: skip
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import no_split, row_result
+from minigpt4_jax.evaluation.benchmarks.common import MINIGPT4_PAPER, no_split, row_result
 from minigpt4_jax.evaluation.layout import coco_paths, find_file
 from minigpt4_jax.evaluation.metrics import chair
 from minigpt4_jax.evaluation.metrics.ptb_tokenizer import tokenize
@@ -55,7 +56,7 @@ def read(data: Path, split: str, *, name: str, prompt: str) -> list[Row]:
     for annotation, tokens in zip(annotations, tokenized, strict=True):
         true[annotation["image_id"]].update(chair.find_objects(tokens))
     images = [
-        int(identity_of(image, "id", where)) for image in objects_of(instances, "images", where)
+        int(number_of(image, "id", where)) for image in objects_of(instances, "images", where)
     ]
     return [
         Row(image, prompt, coco_paths(image, "val2014", "val2017", "train2017"),
@@ -95,7 +96,7 @@ def _benchmark(name: str, title: str, prompt: str, tokens: int, published: float
         images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
         read=partial(read, name=name, prompt=prompt), judge=partial(judge, name=name),
         max_new_tokens=tokens, higher_is_better=False,
-        published=(Published("MiniGPT-4", published, "arXiv 2304.10592"),),
+        published=(Published("MiniGPT-4", published, MINIGPT4_PAPER),),
     )  # fmt: skip
 
 

@@ -10,7 +10,10 @@ from minigpt4_jax.evaluation.metrics.vqa_accuracy import Question
 
 PAPER = "MiniGPT-v2 paper, arXiv 2310.09478"
 MODEL = "MiniGPT-v2 7B"
-MODEL_CHAT = "MiniGPT-v2 7B chat"
+LLAVA = "LLaVA-1.5 7B"
+LLAVA_ZOO = "github.com/haotian-liu/LLaVA, docs/MODEL_ZOO.md"
+BLIP2_README = "github.com/salesforce/LAVIS, projects/blip2/README.md"
+MINIGPT4_PAPER = "MiniGPT-4 paper, arXiv 2304.10592"
 
 
 def short_answer(question: str) -> str:
@@ -21,6 +24,11 @@ def short_answer(question: str) -> str:
 def of_paper(score: float, split: str = "") -> Published:
     """A figure of MiniGPT-v2 7B in its paper."""
     return Published(MODEL, score, PAPER, split)
+
+
+def of_chat_model(score: float) -> Published:
+    """A figure of the MiniGPT-v2 chat model in the first version of its paper."""
+    return Published(f"{MODEL} chat", score, f"{PAPER}, first version (quoted in arXiv 2401.13601)")
 
 
 def no_split(name: str, split: str, only: str = "") -> None:

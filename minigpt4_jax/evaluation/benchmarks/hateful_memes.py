@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.data.annotations import text_of
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
-    MODEL_CHAT,
-    PAPER,
     label_of,
     no_split,
+    of_chat_model,
     of_paper,
     row_result,
 )  # fmt: skip
@@ -31,9 +30,8 @@ def read(data: Path, split: str) -> list[Row]:
             "Answer yes or no. Answer:"
         )
         image = text_of(row, "img", where)
-        rows.append(
-            Row(number, question, (f"hm/{image}",), "yes" if label_of(row, where) else "no")
-        )
+        places = (f"hm/{image}", f"hm/hm_images/{image}")
+        rows.append(Row(number, question, places, "yes" if label_of(row, where) else "no"))
     return rows
 
 
@@ -71,7 +69,7 @@ def _auroc(readings: Sequence[str | None], labels: Sequence[str]) -> float | Non
 BENCHMARK = Benchmark(
     name="hm", title="Hateful Memes dev", kind="yes_no", metric="accuracy", folder="hm",
     files=(DataFile(tuple(f"hm/{name}" for name in FILES), "https://hatefulmemeschallenge.com"),),
-    images=(DataFile(("hm/img",), "https://hatefulmemeschallenge.com"),),
+    images=(DataFile(("hm/img", "hm/hm_images"), "https://hatefulmemeschallenge.com"),),
     read=read, judge=judge,
-    published=(of_paper(58.2), Published(MODEL_CHAT, 58.8, PAPER + ", later version")),
+    published=(of_paper(58.2), of_chat_model(59.5)),
 )  # fmt: skip

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from minigpt4_jax.data.annotations import field_of, identity_of, kind, text_of, texts_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
-    MODEL_CHAT,
-    PAPER,
     no_split,
+    of_chat_model,
     of_paper,
     row_result,
     short_answer,
@@ -32,9 +31,11 @@ def read(data: Path, split: str) -> list[Row]:
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise UserError(f'{where}: "answer" is {kind(answer)}; expected the index of a choice')
         image = f"{identity_of(row, 'image_id', where)}/image.png"
+        folders = ("choose_txt/val/", "iconvqa_images/", "")
+        places = tuple(f"iconvqa/{folder}{image}" for folder in folders)
         rows.append(
             Row(number, short_answer(text_of(row, "question", where)),
-                (f"iconvqa/choose_txt/val/{image}", f"iconvqa/{image}"), answer,
+                places, answer,
                 tuple(JOINT.join(choices).split(JOINT)))
         )  # fmt: skip
     return rows
@@ -86,7 +87,7 @@ BENCHMARK = Benchmark(
     name="iconvqa", title="IconQA val, text choices", kind="choice", metric="accuracy",
     folder="iconvqa",
     files=(DataFile(tuple(f"iconvqa/{name}" for name in FILES), "https://iconqa.github.io"),),
-    images=(DataFile(("iconvqa/choose_txt/val", "iconvqa"), "https://iconqa.github.io"),),
+    images=(DataFile(("iconvqa/choose_txt/val", "iconvqa/iconvqa_images", "iconvqa"), "https://iconqa.github.io"),),
     read=read, judge=judge, ranked=True,
-    published=(of_paper(47.7), Published(MODEL_CHAT, 51.5, PAPER + ", later version")),
+    published=(of_paper(47.7), of_chat_model(49.4)),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """POPE: is an object in the image? Three files of questions with different absent objects (arXiv
 2305.10355); answers are read as LLaVA's eval_pope.py does."""
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from minigpt4_jax.data.annotations import identity_of, text_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import label_of, row_result
+from minigpt4_jax.evaluation.benchmarks.common import LLAVA, LLAVA_ZOO, label_of, row_result
 from minigpt4_jax.evaluation.layout import find_file, read_rows
 from minigpt4_jax.evaluation.metrics import yes_no
 from minigpt4_jax.evaluation.predictions import texts
@@ -16,6 +17,7 @@ from minigpt4_jax.evaluation.predictions import texts
 SPLITS = ("random", "popular", "adversarial")
 # LLaVA's own list of all questions, whose ids are unique over the three files
 JOINED = ("llava_pope_test.jsonl", "questions.json", "questions.jsonl")
+REQUEST = "\nAnswer the question using a single word or phrase."
 # Of 2023, on which LLaVA and others report; the file of today has 3,000.
 RANDOM_ROWS_OF_2023 = 2910
 
@@ -44,35 +46,43 @@ def read(data: Path, split: str) -> list[Row]:
 def _read_file(data: Path, split: str) -> list[Row]:
     rows = []
     for where, row in read_rows(find_file(data, (f"coco_pope_{split}.json",), "pope")):
-        image = text_of(row, "image", where)
-        question = (
-            f"{text_of(row, 'text', where)}\nAnswer the question using a single word or phrase."
-        )
-        label = label_of(row, where, ("yes", "no"))
-        place = (f"coco/val2014/{image}",)
-        rows.append(
-            Row(identity_of(row, "question_id", where), question, place, label, group=split)
-        )
+        name, label = identity_of(row, "question_id", where), label_of(row, where, ("yes", "no"))
+        place, question = _place(row, where), _question(row, where)
+        rows.append(Row(name, question, (place,), label, group=split))
     return rows
 
 
+def _place(row: dict[str, Any], where: str) -> str:
+    return f"coco/val2014/{text_of(row, 'image', where)}"
+
+
+def _question(row: dict[str, Any], where: str) -> str:
+    """As LLaVA asks it; its own list has the request already."""
+    return f"{text_of(row, 'text', where).removesuffix(REQUEST)}{REQUEST}"
+
+
 def _in_joined_order(path: Path, parts: dict[str, list[Row]]) -> list[Row]:
-    """Rows paired with the joined list by position within their file, as LLaVA's script does."""
-    rows, used = [], dict.fromkeys(SPLITS, 0)
-    for where, row in read_rows(path):
-        split = text_of(row, "category", where)
-        if split not in parts or used[split] >= len(parts[split]):
+    """The rows with the ids of the joined list, in its order. A row is found by its file, image and
+    question; LLaVA's script pairs by position within the file, which is the same in LLaVA's list."""
+    waiting: dict[tuple[str, str, str], deque[Row]] = defaultdict(deque)
+    for split, of_split in parts.items():
+        for row in of_split:
+            waiting[split, row.images[0], row.question].append(row)
+    rows = []
+    for where, joined in read_rows(path):
+        split = text_of(joined, "category", where)
+        place, question = _place(joined, where), _question(joined, where)
+        if not waiting[split, place, question]:
             raise UserError(
-                f"{where}: has no counterpart in coco_pope_{split}.json; the files are of different versions"
+                f"{where}: its question is not in coco_pope_{split}.json; the files are of different versions"
             )
-        rows.append(_renamed(parts[split][used[split]], identity_of(row, "question_id", where)))
-        used[split] += 1
-    for split, number in used.items():
-        if number != len(parts[split]):
-            raise UserError(
-                f"data {path}: has {number} questions of {split}, coco_pope_{split}.json has "
-                f"{len(parts[split])}; the files are of different versions"
-            )
+        row = waiting[split, place, question].popleft()
+        rows.append(_renamed(row, identity_of(joined, "question_id", where)))
+    if left := [row for of_key in waiting.values() for row in of_key]:
+        raise UserError(
+            f"data {path}: has {len(rows)} questions, the three files have {len(left)} more, the first in "
+            f"coco_pope_{left[0].group}.json; the files are of different versions"
+        )
     return rows
 
 
@@ -125,5 +135,5 @@ BENCHMARK = Benchmark(
     files=tuple(DataFile((f"pope/coco_pope_{split}.json",), _SOURCE) for split in SPLITS),
     images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
     read=read, judge=judge,
-    published=(Published("LLaVA-1.5 7B", 85.9, "arXiv 2310.03744"),),
+    published=(Published(LLAVA, 85.9, LLAVA_ZOO),),
 )  # fmt: skip

@@ -36,12 +36,9 @@ def read(data: Path, split: str, *, name: str, splits: Sequence[str]) -> list[Ro
     rows = []
     for where, row in read_rows(path):
         image = text_of(row, "img_id", where)
-        bbox = field_of(row, "bbox", where)
-        if not isinstance(bbox, list) or len(bbox) != 4:
-            raise UserError(f'{where}: "bbox" is {bbox!r}; expected [x, y, width, height]')
         # "sents" as one text tells these files from the refs files of the RefCOCO authors
         target = Target(
-            text_of(row, "sents", where), referring.true_box(bbox),
+            text_of(row, "sents", where), referring.true_box(_bbox(row, where)),
             number_of(row, "width", where), number_of(row, "height", where),
         )  # fmt: skip
         picture = f"coco/train2014/{image[:PICTURE_NAME]}.jpg"
@@ -55,6 +52,14 @@ def read(data: Path, split: str, *, name: str, splits: Sequence[str]) -> list[Ro
             )
         )
     return rows
+
+
+def _bbox(row: dict[str, Any], where: str) -> list[float]:
+    bbox = field_of(row, "bbox", where)
+    numbers = [v for v in bbox if type(v) in (int, float)] if isinstance(bbox, list) else []
+    if len(numbers) != 4 or len(bbox) != 4:
+        raise UserError(f'{where}: "bbox" is {bbox!r:.60}; expected [x, y, width, height]')
+    return numbers
 
 
 def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:

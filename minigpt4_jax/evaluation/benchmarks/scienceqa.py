@@ -7,6 +7,7 @@ from typing import Any
 
 from minigpt4_jax.data.annotations import (
     expect_object,
+    kind,
     parse,
     read_object,
     read_text,
@@ -15,7 +16,7 @@ from minigpt4_jax.data.annotations import (
 )
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import row_result
+from minigpt4_jax.evaluation.benchmarks.common import LLAVA, LLAVA_ZOO, row_result
 from minigpt4_jax.evaluation.layout import find_file
 from minigpt4_jax.evaluation.metrics.statistics import mean_percent
 from minigpt4_jax.evaluation.predictions import texts
@@ -38,7 +39,10 @@ def read(data: Path, split: str) -> list[Row]:
         )
         if split not in splits:
             raise UserError(f"--split={split}: {splits_file} has {', '.join(splits)}")
-        names = list(map(str, splits[split]))
+        ids = splits[split]
+        if not isinstance(ids, list):
+            raise UserError(f'data {splits_file}: "{split}" is {kind(ids)}; expected a list of ids')
+        names = list(map(str, ids))
     else:
         names = [name for name, (_, row) in entries.items() if row.get("split", split) == split]
     if absent := [name for name in names if name not in entries]:
@@ -110,5 +114,5 @@ BENCHMARK = Benchmark(
                 for name in ("problems.json", "pid_splits.json")),
     images=(DataFile(("scienceqa/images", "scienceqa/test"), "https://scienceqa.github.io"),),
     read=read, judge=judge,
-    published=(Published("LLaVA-1.5 7B (with image)", 66.8, "arXiv 2310.03744"),),
+    published=(Published(f"{LLAVA} (questions with an image)", 66.8, LLAVA_ZOO),),
 )  # fmt: skip

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.data.annotations import identity_of, text_of, texts_of
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Result, Row
-from minigpt4_jax.evaluation.benchmarks.common import no_split, row_result, short_answer
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmarks.common import (
+    LLAVA,
+    LLAVA_ZOO,
+    no_split,
+    row_result,
+    short_answer,
+)  # fmt: skip
 from minigpt4_jax.evaluation.layout import find_file, read_rows
 from minigpt4_jax.evaluation.metrics import vqa_accuracy
 from minigpt4_jax.evaluation.metrics.statistics import mean_percent
@@ -56,4 +62,5 @@ BENCHMARK = Benchmark(
     files=(DataFile((f"textvqa/{FILES[0]}",), "https://textvqa.org/dataset"),),
     images=(DataFile(("textvqa/train_images",), "https://textvqa.org/dataset"),),
     read=read, judge=judge,
+    published=(Published(f"{LLAVA} (OCR tokens in the question)", 58.2, LLAVA_ZOO),),
 )  # fmt: skip

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.data.annotations import objects_of, text_of
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
-    MODEL_CHAT,
-    PAPER,
     no_split,
+    of_chat_model,
     of_paper,
     row_result,
 )  # fmt: skip
@@ -33,7 +32,8 @@ def read(data: Path, split: str) -> list[Row]:
             "information is insufficient"
         )
         image = text_of(row, "image", where)
-        rows.append(Row(number, question, (f"vizwiz/val/{image}", f"vizwiz/{image}"), answers))
+        places = tuple(f"vizwiz/{folder}{image}" for folder in ("val/", "vizwiz_images/", ""))
+        rows.append(Row(number, question, places, answers))
     return rows
 
 
@@ -64,7 +64,7 @@ def _original(truth: Sequence[str], answer: str) -> float:
 BENCHMARK = Benchmark(
     name="vizwiz", title="VizWiz-VQA val", kind="text", metric="accuracy", folder="vizwiz",
     files=(DataFile(("vizwiz/val.json",), "https://vizwiz.org/tasks-and-datasets/vqa"),),
-    images=(DataFile(("vizwiz/val",), "https://vizwiz.org/tasks-and-datasets/vqa"),),
+    images=(DataFile(("vizwiz/val", "vizwiz/vizwiz_images"), "https://vizwiz.org/tasks-and-datasets/vqa"),),
     read=read, judge=judge,
-    published=(of_paper(32.9), Published(MODEL_CHAT, 53.6, PAPER + ", later version")),
+    published=(of_paper(32.9), of_chat_model(42.4)),
 )  # fmt: skip

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.data.annotations import text_of
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
-    MODEL_CHAT,
-    PAPER,
     label_of,
     no_split,
+    of_chat_model,
     of_paper,
     row_result,
 )  # fmt: skip
@@ -19,6 +18,7 @@ from minigpt4_jax.evaluation.metrics.statistics import mean_percent
 from minigpt4_jax.evaluation.predictions import texts
 
 FILES = ("test.jsonl", "test.json", "vsr.json")
+IMAGES = ("vsr/images", "vsr/vsr_images", "coco/train2017", "coco/val2017")
 
 
 def read(data: Path, split: str) -> list[Row]:
@@ -30,7 +30,7 @@ def read(data: Path, split: str) -> list[Row]:
         statement = text_of(row, "caption", where)
         question = f"[vqa] Based on the image, is this statement true or false? {statement}"
         image = text_of(row, "image", where)
-        images = (f"vsr/images/{image}", *(f"coco/{f}/{image}" for f in ("train2017", "val2017")))
+        images = tuple(f"{folder}/{image}" for folder in IMAGES)
         rows.append(Row(number, question, images, "true" if label_of(row, where) else "false"))
     return rows
 
@@ -57,8 +57,8 @@ BENCHMARK = Benchmark(
     name="vsr", title="VSR zero-shot test", kind="yes_no", metric="accuracy", folder="vsr",
     files=(DataFile(tuple(f"vsr/{name}" for name in FILES),
                     "https://huggingface.co/datasets/cambridgeltl/vsr_zeroshot"),),
-    images=(DataFile(("vsr/images", "coco/train2017"),
+    images=(DataFile(IMAGES[:3],
                      "https://github.com/cambridgeltl/visual-spatial-reasoning"),),
     read=read, judge=judge,
-    published=(of_paper(60.6), Published(MODEL_CHAT, 62.9, PAPER + ", later version")),
+    published=(of_paper(60.6), of_chat_model(63.3)),
 )  # fmt: skip

@@ -58,9 +58,10 @@ _APOWORD = (
 _FULLURL = (
     r"(?i:ftp|svn|svn\+ssh|http|https|mailto)://[^ \t\n\f\r\"<>|(){}]+[^ \t\n\f\r\"<>|.!?(){},-]"
 )
+# [wW]{3}: with (?i:www) the package `regex` no longer tries the second alternative everywhere
 _LIKELYURL = (
-    r"(?:(?:(?i:www)\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4})"
-    r"|(?:(?:[^ \t\n\f\r\"`'<>|.!?(){},:/\-_$]+\.)+(?i:com|net|org|edu)))"
+    r"(?:(?:[wW]{3}\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4})"
+    r"|(?:(?:[^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu)))"  # ",-_" is a range there too
     r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-])?"
 )
 _EMAIL = (
@@ -161,7 +162,7 @@ RULES = (
     Rule("acronym", _ABBREV2, rf"{SPACE}+(?:{_SENTENCE_STARTERS}|{_SGML})(?:{SPACE}|[?!])"),
     Rule("", _ABBREV3, rf"{SPACENL}?\p{{Nd}}"),
     Rule("duplicate", _ABBREV1, rf"{SPACE}(?:{SPACE}|\p{{Lu}}|{_SGML})"),
-    Rule("", _ABBREV1, r"[^\r\n][^\r\n]"),
+    Rule("", _ABBREV1, r"(?s:..)"),
     Rule("duplicate", _ABBREV1),
     Rule("", _ABBREV2),
     Rule("", _ABBREV2_WORDS, SPACENL),
