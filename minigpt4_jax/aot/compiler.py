@@ -47,6 +47,7 @@ class CompiledProgram(NamedTuple):
 
     hlo_text: str  # optimized HLO
     memory: Memory
+    seconds: float = 0.0  # that XLA took, until the HLO and the memory were known
 
 
 def compile_lowered(lowered: Any, *, machine_code: bool = True) -> CompiledProgram | OutOfMemory:
@@ -65,11 +66,14 @@ def compile_lowered(lowered: Any, *, machine_code: bool = True) -> CompiledProgr
             outcome.append(e)
 
     thread = threading.Thread(target=run, daemon=True)
+    start = time.perf_counter()
     thread.start()
     try:
         while thread.is_alive() and (machine_code or not _dump_is_complete(dump_dir)):
             thread.join(0.2)
-        return _read_result(dump_dir, outcome)
+        seconds = time.perf_counter() - start
+        result = _read_result(dump_dir, outcome)
+        return result if isinstance(result, OutOfMemory) else result._replace(seconds=seconds)
     finally:
         if thread.is_alive():  # the compiler would recreate the directory
             _unfinished_dumps.append(dump_dir)

@@ -18,7 +18,11 @@ _NO_TRAFFIC = {
 _NO_TRAFFIC_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollective", "AssumeGather")
 _ELEMENTWISE = ("bitcast", "convert", "copy", "fusion")  # fusion: nested, with one operand
 _ASYNC_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
+_WORKSPACE = ("s8", "u8")  # of calls of cuBLAS and cuDNN: may be left unused
 _SLICES = ("dynamic-slice", "slice", "gather")
+
+# Instructions that change a few elements of their first operand in place -> the operand with these
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 # Name of an instruction -> (instruction that uses it, position among its operands)
 _Users = dict[str, list[tuple[Instruction, int]]]
@@ -62,7 +66,10 @@ def _bytes_written(i: Instruction, module: Module) -> float:
     if i.opcode == "dynamic-update-slice":
         return 0.0  # in place: the update is counted as read
     partial = _partial_writes(i, module)
-    return float(sum(partial.get(n, a.bytes) for n, a in enumerate(i.arrays) if a.hbm))
+    arrays = list(enumerate(i.arrays))
+    if i.opcode == "custom-call" and 'target="__cu' in i.attributes:
+        arrays = [(n, a) for n, a in arrays if a.dtype not in _WORKSPACE]
+    return float(sum(partial.get(n, a.bytes) for n, a in arrays if a.hbm))
 
 
 def _partial_writes(i: Instruction, module: Module) -> dict[int, int]:
@@ -78,8 +85,9 @@ def _partial_writes(i: Instruction, module: Module) -> dict[int, int]:
         origin = _elementwise_origin(body.get(name), body)
         if origin is None:
             continue
-        if origin.opcode == "dynamic-update-slice" and len(origin.operands) > 1:
-            written[n] = sum(a.bytes for a in operand_arrays(origin.operands[1], body))
+        update = _UPDATES.get(origin.opcode)
+        if update is not None and len(origin.operands) > update:
+            written[n] = sum(a.bytes for a in operand_arrays(origin.operands[update], body))
         elif origin.opcode in ("parameter", "custom-call") or is_collective(origin):
             written[n] = 0
     return written
@@ -130,7 +138,7 @@ def _sliced_bytes(name: str, users: _Users, module: Module) -> int | None:
         if nested is None and user.opcode in _ELEMENTWISE and len(user.operands) == 1:
             nested = _sliced_bytes(user.name, users, module)
         forwarded = (
-            (user.opcode == "dynamic-update-slice" and position == 0)  # in place
+            (user.opcode in _UPDATES and position == 0)  # in place
             or user.opcode in ("tuple", "custom-call")  # by a piece of a collective
             or is_collective(user)
         )

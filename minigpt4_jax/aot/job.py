@@ -1,4 +1,4 @@
-"""What to compile: a model, a training or inference configuration, and a TPU slice."""
+"""What to compile: a model, a training or inference configuration, and a TPU slice or GPUs."""
 
 import argparse
 import dataclasses
@@ -55,14 +55,25 @@ class Job:
 
     def title(self) -> str:
         return (
-            f"{self.config_name}, {self.model_name}, on {self.topology} ({len(self.devices)} chips); "
+            f"{self.config_name}, {self.model_name}, on {self.topology} "
+            f"({len(self.devices)} {self._devices_name}); "
             "figures of the compiler and a roofline of published peaks, nothing was run"
         )
+
+    @property
+    def platform(self) -> str:
+        """What programs are compiled for: "tpu" or "gpu"."""
+        return chip_of(self.topology).platform
 
     @cached_property
     def devices(self) -> list[Any]:
         slice_shape(self.topology)  # raises UserError with a better message than libtpu's
         return slice_devices(self.topology)
+
+    @property
+    def _devices_name(self) -> str:
+        name = "GPU" if self.platform == "gpu" else "chip"
+        return name if len(self.devices) == 1 else f"{name}s"
 
     def without_devices(self) -> "Job":
         """A copy that can be pickled: devices are looked up again."""
@@ -149,7 +160,7 @@ class Job:
             f"{shape.rows} rows of {shape.tokens} tokens{accumulation}{remat}",
             shape.rows,
             lambda: programs.lower_train_step(
-                c, self.model_config, self._mesh(self.train_target), shape
+                c, self.model_config, self._mesh(self.train_target), shape, self.platform
             ),
             self.train_target,
             model_flops=count_model_flops(self.model_config, *shape, trained),
@@ -159,7 +170,9 @@ class Job:
 
     def _compile_inference(self, program: str) -> Report:
         config, mesh = self.inference_config, self._mesh(self.inference_target)
-        engine = programs.AbstractEngine(config, mesh, int8_cache=self.int8_cache)
+        engine = programs.AbstractEngine(
+            config, mesh, int8_cache=self.int8_cache, target=self.platform
+        )
         rows, context = self.batch_size, self.context
         lower: Callable[[], Any]
         description, lower = {
@@ -224,7 +237,7 @@ def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
     c, _ = config_cli.parse(config_args, sizes_only=True)
     if c.dtype != "bfloat16":
         raise UserError(
-            f"config.dtype is {c.dtype!r}: expected bfloat16, the type that TPUs compute in"
+            f"config.dtype is {c.dtype!r}: expected bfloat16, the type that TPUs and GPUs compute in"
         )
     model_name, model_config = model_for(c, options.size)
     for name in ("tokens", "context"):
@@ -242,5 +255,6 @@ def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
         config_name, model_name, c, model_config, options.topology, options.mesh,
         tokens=options.tokens, quantize=options.quantize, int8_cache=options.kv_cache == "int8",
         batch_size=options.batch, context=options.context, hlo_dir=options.hlo,
-        machine_code=options.code,
+        # the compiler for GPUs takes seconds as a whole
+        machine_code=options.code or chip_of(options.topology).platform == "gpu",
     )  # fmt: skip

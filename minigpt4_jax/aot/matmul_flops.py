@@ -14,8 +14,8 @@ def matmul_flops(i: Instruction, computation: Computation, module: Module) -> tu
         flops = (_dot_flops if i.opcode == "dot" else _convolution_flops)(i, computation)
         return flops, flops * _bfloat16_passes(i, computation)
     if i.opcode == "custom-call":
-        flops = _attention_kernel_flops(i, computation)
-        return flops, flops
+        flops = _library_product_flops(i, computation) or _attention_kernel_flops(i, computation)
+        return flops, flops * (_bfloat16_passes(i, computation) if i.operands else 1)
     flops = mxu_flops = 0.0
     if i.opcode == "fusion":
         for name in i.called:
@@ -24,6 +24,23 @@ def matmul_flops(i: Instruction, computation: Computation, module: Module) -> tu
                 inner_flops, inner_mxu_flops = matmul_flops(inner, body, module)
                 flops, mxu_flops = flops + inner_flops, mxu_flops + inner_mxu_flops
     return flops, mxu_flops
+
+
+def _library_product_flops(i: Instruction, computation: Computation) -> float:
+    """FLOPs of a product that XLA leaves to cuBLAS, or of an attention of cuDNN; 0 for other calls."""
+    result = i.arrays[0] if i.arrays else None
+    if 'custom_call_target="__cublas' in i.attributes:
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+        left = operand_arrays(i.operands[0], computation)
+        if result is None or contracted is None or not left:
+            return 0.0
+        axes = [int(d) for d in re.findall(r"\d+", contracted[1])]
+        return 2.0 * result.size * math.prod(left[0].dims[a] for a in axes)
+    if match := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', i.attributes):
+        # queries and keys [B, tokens, heads, H]; the backward pass recomputes the scores
+        query, key = (operand_arrays(name, computation)[0] for name in i.operands[:2])
+        return 2.0 * (5 if match[1] else 2) * query.size * key.dims[1]
+    return 0.0
 
 
 # Matrix products per block of scores in each kernel of splash attention (models/attention.py)

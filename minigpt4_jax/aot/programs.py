@@ -118,8 +118,15 @@ def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Sp
     return splits[0]._replace(trainable=replicate_shapes(trainable, mesh), frozen=frozen)
 
 
-def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape) -> Any:
-    """The lowered training step, with one image per row."""
+def lower_train_step(
+    c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape, target: str = "tpu"
+) -> Any:
+    """The lowered training step, with one image per row. target: the platform, "tpu" or "gpu"."""
+    with platform.compiling_for(target):
+        return _lower_train_step(c, config, mesh, shape)
+
+
+def _lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape) -> Any:
     parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config)
     split = split_shapes(config, parts, mesh)
     tx = make_optimizer(c, split.decay_mask)
@@ -137,8 +144,7 @@ def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Bat
     )
     opt_state = replicate_shapes(jax.eval_shape(tx.init, split.trainable), mesh)
     scalars = [sharded_shape((), dtype, replicated(mesh)) for dtype in (jnp.float32, jnp.int32)]
-    with platform.compiling_for("tpu"):
-        return step.lower(split.trainable, opt_state, split.frozen, batch, *scalars)
+    return step.lower(split.trainable, opt_state, split.frozen, batch, *scalars)
 
 
 # --- inference ----------------------------------------------------------------------------------
@@ -146,13 +152,15 @@ def lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Bat
 
 class AbstractEngine(Engine):
     """An inference engine with shapes as parameters: its programs can be lowered, not run. Greedy
-    decoding."""
+    decoding. target: the platform, "tpu" or "gpu"."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool):
-        self.mesh, self.model = mesh, model_shapes(config, mesh, stacked=False)
-        if not config.is_stage1:
-            self.model.llm.int8_cache = int8_cache
-        super().__init__(self.model, mesh)
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool, target: str = "tpu"):
+        self.mesh, self.target = mesh, target
+        with platform.compiling_for(target):
+            self.model = model_shapes(config, mesh, stacked=False)
+            if not config.is_stage1:
+                self.model.llm.int8_cache = int8_cache
+            super().__init__(self.model, mesh)
         self.plan = required_stages([SamplingParams()], config.llm.vocab)
 
     def lower_encode(self, images: int) -> Any:
@@ -164,25 +172,26 @@ class AbstractEngine(Engine):
         def encode(state: Any, pixels: jax.Array) -> jax.Array:
             return encode_pixels(nnx.merge(graphdef, state), pixels)
 
-        with platform.compiling_for("tpu"):
-            return jax.jit(with_mesh(encode, self.mesh)).lower(state, pixels)
+        with platform.compiling_for(self.target):
+            options = platform.compiler_options("products")
+            return jax.jit(with_mesh(encode, self.mesh), compiler_options=options).lower(
+                state, pixels
+            )
 
     def lower_prefill(self, rows: int, tokens: int, context: int) -> Any:
         """Prefill of prompts of `tokens` tokens into a cache of `context`."""
-        with platform.compiling_for("tpu"):
+        with platform.compiling_for(self.target):
             return self._prefill.lower(
                 self._leaves, self._request_shapes(rows, tokens), context, MAX_NEW_TOKENS, self.plan
             )
 
     def lower_decode(self, rows: int, context: int) -> Any:
         """The decoding loop over a cache of `context`; an iteration generates one token per row."""
-        with platform.compiling_for("tpu"):
-            state = jax.eval_shape(
-                lambda leaves, requests: self._prefill(
-                    leaves, requests, context, MAX_NEW_TOKENS, self.plan
-                ),
-                self._leaves, self._request_shapes(rows, min(32, context)),
-            )  # fmt: skip
+        with platform.compiling_for(self.target):
+            requests = self._request_shapes(rows, min(32, context))
+            state = self._prefill.eval_shape(
+                self._leaves, requests, context, MAX_NEW_TOKENS, self.plan
+            )
             steps = sharded_shape((), jnp.int32, replicated(self.mesh))
             return self._decode.lower(self._leaves, self._shard_state(state), steps, self.plan)
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigpt4_jax.aot import hlo
+from minigpt4_jax.aot.chip import Chip
 from minigpt4_jax.aot.compiler import Memory, OutOfMemory, compile_lowered
 from minigpt4_jax.aot.cost import Collective, Cost, cost_of
+from minigpt4_jax.aot.kernels import Kernels, kernels_of
 from minigpt4_jax.aot.roofline import Prediction, predict
-from minigpt4_jax.aot.topology import Chip, chip_of, slice_shape
+from minigpt4_jax.aot.topology import chip_of, slice_shape
 from minigpt4_jax.utils.text import format_bytes
 
 MAX_COLLECTIVES = 8  # listed in the text
@@ -18,7 +20,7 @@ MAX_COLLECTIVES = 8  # listed in the text
 
 @dataclass(frozen=True)
 class Target:
-    """What a program is compiled for: a slice and a mesh over its chips."""
+    """What a program is compiled for: a slice or GPUs, and a mesh over them."""
 
     topology: str
     num_chips: int
@@ -32,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one program, per chip of its slice."""
+    """Figures of one program, per chip of its slice, or per GPU."""
 
     program: str  # train, encode, prefill, decode
     description: str  # batch and sequence sizes in words
@@ -43,7 +45,9 @@ class Report:
     cost: Cost | None
     model_flops: float  # FLOPs that the program requires, over all chips
     prediction: Prediction | None
-    compile_seconds: float
+    compile_seconds: float  # with tracing, lowering and counting
+    xla_seconds: float = 0.0  # of the compiler alone
+    kernels: Kernels | None = None  # on a GPU
 
     @property
     def peak(self) -> float:
@@ -71,18 +75,22 @@ def compile_and_report(
     machine_code: as in `compile_lowered`."""
     start = time.perf_counter()
     compiled = compile_lowered(lower(), machine_code=machine_code)
-    memory = out_of_memory = cost = prediction = None
+    memory = out_of_memory = cost = prediction = kernels = None
+    xla_seconds = 0.0
     if isinstance(compiled, OutOfMemory):
         out_of_memory = compiled
     else:
         memory = compiled.memory
         if save_hlo is not None:
             save_hlo(compiled.hlo_text)
-        cost = cost_of(hlo.parse(compiled.hlo_text))
+        module, xla_seconds = hlo.parse(compiled.hlo_text), compiled.seconds
+        cost = cost_of(module)
+        if target.chip.platform == "gpu":
+            kernels = kernels_of(module)
         prediction = predict(cost, target.chip, slice_shape(target.topology), model_flops)
     return Report(
         program, description, rows, memory, other_weights, out_of_memory, cost, model_flops,
-        prediction, time.perf_counter() - start,
+        prediction, time.perf_counter() - start, xla_seconds, kernels,
     )  # fmt: skip
 
 
@@ -99,14 +107,18 @@ def format_report(r: Report, target: Target) -> list[str]:
     other = f", other weights {_gb(r.other_weights)}" if r.other_weights else ""
     code = f", program {_gb(m.program)}" if m.program else ""
     verdict = "" if r.fits(chip) else f"; does not fit: {_gb(r.peak - chip.usable_hbm)} GB too many"
+    memory, traffic = "HBM per chip", "HBM traffic"
+    if chip.platform == "gpu":
+        memory, traffic = "memory per GPU", "memory traffic"
     unit = "a token of each row" if r.program == "decode" else "a run"
     return [
         title,
-        f"  HBM per chip    {_gb(r.peak)} of {_gb(chip.usable_hbm)} GB{verdict} (arguments "
+        f"  {memory:16}{_gb(r.peak)} of {_gb(chip.usable_hbm)} GB{verdict} (arguments "
         f"{_gb(m.arguments)}, results {_gb(m.results)}, temporaries {_gb(m.temporaries)}{code}{other})",
         f"  matmuls         {c.flops / 1e12:.3g} TFLOP, {_ms(p.compute_seconds)} at "
         f"{chip.flops / 1e12:.0f} TFLOP/s; required {r.model_flops / target.num_chips / 1e12:.3g}",
-        f"  HBM traffic     {_gb(c.hbm_bytes)} GB, {_ms(p.memory_seconds)} at "
+        *([] if r.kernels is None else [_format_kernels(r)]),
+        f"  {traffic:16}{_gb(c.hbm_bytes)} GB, {_ms(p.memory_seconds)} at "
         f"{chip.hbm_bandwidth / 1e9:.0f} GB/s",
         f"  links           {_gb(c.sent_bytes)} GB sent, {_ms(p.link_seconds)} at "
         f"{chip.ring_bandwidth / 1e9:.0f} GB/s",
@@ -114,6 +126,16 @@ def format_report(r: Report, target: Target) -> list[str]:
         f"  predicted       {_ms(p.seconds)} {unit}, limited by {p.bottleneck}; {p.mfu:.1%} of peak; "
         f"{r.rows / p.seconds:.3g} rows/s",
     ]
+
+
+def _format_kernels(r: Report) -> str:
+    assert r.kernels is not None
+    k, step = r.kernels, "a token" if r.program == "decode" else "a run"
+    return (
+        f"  kernels         {k.count} {step}, {k.library_calls} of them library calls; {k.copies} copies "
+        f"of {format_bytes(k.copied_bytes)}, of arguments {k.argument_copies} of "
+        f"{format_bytes(k.argument_copied_bytes)}; compiled in {r.xla_seconds:.1f} s"
+    )
 
 
 def format_collectives(c: Cost) -> list[str]:
@@ -161,6 +183,9 @@ def to_json(r: Report, target: Target) -> dict[str, Any]:
     }  # fmt: skip
     if r.memory is None or r.cost is None or r.prediction is None:
         return values
+    if r.kernels is not None:
+        values["kernels"] = dataclasses.asdict(r.kernels)
+        values["xla_seconds"] = round(r.xla_seconds, 1)
     return values | {
         "memory": dataclasses.asdict(r.memory) | {"beside": r.other_weights},
         "flops": r.cost.flops,

@@ -8,8 +8,9 @@ reaches these peaks: the prediction is a lower bound for the program as compiled
 import math
 from dataclasses import dataclass, replace
 
+from minigpt4_jax.aot.chip import Chip
 from minigpt4_jax.aot.cost import Collective, Cost
-from minigpt4_jax.aot.topology import HOP_SECONDS, Chip
+from minigpt4_jax.aot.topology import HOP_SECONDS
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 

@@ -1,49 +1,25 @@
-"""Published figures of TPU chips, and the devices of a slice for AOT compilation. Nothing was measured.
+"""Published figures of TPU chips, and the devices of a TPU slice or of GPUs for AOT compilation.
 
-Sources, read in November 2026: the key specifications on Google's pages docs.cloud.google.com/tpu/docs/v4,
-/v5e, /v5p and /v6e. Their bidirectional interchip bandwidth is 400 GB/s on v5e, 1200 on v5p and 800
-on v6e, over 4, 6 and 4 links. v4: the TPU v4 paper (Jouppi et al. 2023, "An optically reconfigurable
-supercomputer"), table 4: 6 links of 50 GB/s.
+Nothing was measured. GPUs are in gpus.py. Sources, read in November 2026: the key specifications on
+Google's pages docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. Their bidirectional interchip
+bandwidth is 400 GB/s on v5e, 1200 on v5p and 800 on v6e, over 4, 6 and 4 links. v4: the TPU v4 paper
+(Jouppi et al. 2023, "An optically reconfigurable supercomputer"), table 4: 6 links of 50 GB/s.
 Latency per hop: "How To Scale Your Model" (Austin et al. 2025, part 3), about 1 microsecond.
 """
 
 import math
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from minigpt4_jax.aot import gpus
+from minigpt4_jax.aot.chip import GIB, Chip
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.utils.text import one_line
 
-GIB = 1 << 30
 HOP_SECONDS = 1e-6
 
-
-@dataclass(frozen=True)
-class Chip:
-    """Peak figures of one chip."""
-
-    name: str
-    flops: float  # bfloat16 FLOP/s
-    hbm_bytes: int
-    hbm_bandwidth: float  # bytes/s
-    link_bandwidth: float  # of one interchip link (ICI) in one direction, bytes/s
-    links: int
-    axes: int  # dimensions of a slice's shape
-    max_chips: int  # of the largest slice
-
-    @property
-    def usable_hbm(self) -> int:
-        """Bytes of HBM available to programs: the compiler reserves a quarter of a GiB."""
-        return self.hbm_bytes - GIB // 4
-
-    @property
-    def ring_bandwidth(self) -> float:
-        """Bytes/s that a chip sends in a bidirectional ring."""
-        return 2 * self.link_bandwidth
-
-
+# Programs cannot use a quarter of a GiB: the compiler reserves it.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4096),
     "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 50e9, 4, 2, 256),
@@ -53,21 +29,31 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a slice such as "v5e:2x4". UserError: unknown chip."""
+    """The chip of a slice such as "v5e:2x4" or "h200:8". UserError: unknown chip."""
     name = topology.partition(":")[0]
-    if name not in CHIPS:
+    chips = CHIPS | gpus.CHIPS
+    if name not in chips:
         raise UserError(
-            f"topology {topology!r}: expected one of {', '.join(CHIPS)} and a shape, as in v5e:2x4"
+            f"topology {topology!r}: expected one of {', '.join(chips)} and a shape, as in v5e:2x4, "
+            "or a number of GPUs, as in h200:1"
         )
-    return CHIPS[name]
+    return chips[name]
 
 
 def slice_shape(topology: str) -> tuple[int, ...]:
-    """ "v5e:2x4" -> (2, 4). UserError: malformed, or not a slice of this chip."""
-    text = topology.partition(":")[2]
+    """ "v5e:2x4" -> (2, 4), "h200:8" -> (8,). UserError: malformed, or not a slice of this chip."""
+    chip, text = chip_of(topology), topology.partition(":")[2]
+    is_gpu = chip.platform == "gpu"
     if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", text):
-        raise UserError(f"topology {topology!r}: expected a shape such as v5e:2x4 or v5p:2x2x1")
-    chip, shape = chip_of(topology), tuple(map(int, text.split("x")))
+        example = (
+            "a number of GPUs such as h200:1" if is_gpu else "a shape such as v5e:2x4 or v5p:2x2x1"
+        )
+        raise UserError(f"topology {topology!r}: expected {example}")
+    shape = tuple(map(int, text.split("x")))
+    if is_gpu and (len(shape) > 1 or shape[0] > chip.max_chips):
+        raise UserError(
+            f"topology {topology!r}: expected 1 to {chip.max_chips} GPUs of a node, as in {chip.name}:8"
+        )
     if len(shape) != chip.axes or math.prod(shape) > chip.max_chips:
         raise UserError(
             f"topology {topology!r}: {chip.name} slices have {chip.axes} dimensions and at most "
@@ -77,10 +63,17 @@ def slice_shape(topology: str) -> tuple[int, ...]:
 
 
 def slice_devices(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5e:2x4", for lowering and compiling only.
+    """The devices of a slice such as "v5e:2x4" or "h200:8", for lowering and compiling only.
 
-    UserError: libtpu is not installed, or does not know the slice.
+    UserError: libtpu or JAX's CUDA plugin is not installed, or does not know the slice.
     """
+    chip = chip_of(topology)
+    if chip.platform == "gpu":
+        return gpus.gpu_devices(chip.name, slice_shape(topology)[0])
+    return _tpu_devices(topology)
+
+
+def _tpu_devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     # Otherwise libtpu queries the network for the kind of machine.

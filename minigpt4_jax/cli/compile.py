@@ -1,7 +1,8 @@
-"""Compile training and inference for a TPU slice you do not have, from shapes alone.
+"""Compile training and inference for a TPU slice or for GPUs you do not have, from shapes alone.
 
-Uses the real TPU compiler (libtpu) and prints, for each chip: HBM, FLOPs, HBM traffic, collectives,
-and a roofline prediction of the time from the chip's published peaks. Nothing is run.
+Uses the real compilers (libtpu, JAX's CUDA plugin) and prints, for each chip: memory, FLOPs, memory
+traffic, collectives, on a GPU kernels and copies of a step, and a roofline prediction of the time from the
+chip's published peaks. Nothing is run.
 """
 
 import json
@@ -27,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     programs = options.program.split(",")
     if unknown := [p for p in programs if p not in PROGRAMS]:
         raise UserError(f"--program={unknown[0]}: expected some of {', '.join(PROGRAMS)}")
-    # Only the compiler of libtpu is needed: do not look for a TPU.
+    # Only the compiler is needed: do not look for a TPU or a GPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from minigpt4_jax.aot.job import parse_job
     from minigpt4_jax.aot.report import format_report, to_json
@@ -82,7 +83,7 @@ def _print_mesh(target: "Target") -> None:
 
 def _parser() -> Parser:
     p = Parser(prog="python -m minigpt4_jax.compile", description=__doc__)
-    p.add_argument("--topology", required=True, metavar="SLICE", help="v5e:2x4, v5p:2x2x1 ...")
+    p.add_argument("--topology", required=True, metavar="SLICE", help="v5e:2x4, h200:1, h100:8 ...")
     p.add_argument("--size", help="vicuna7b, vicuna13b, llama2 or v2 (default: the config's model)")
     p.add_argument("--mesh", help="as data:2,fsdp:4 (default: what a run would choose)")
     p.add_argument("--program", default="train,prefill,decode", help=", ".join(PROGRAMS))

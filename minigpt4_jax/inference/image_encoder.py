@@ -13,6 +13,7 @@ from minigpt4_jax.inference.preprocess import error_context
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.processing.images import ImageSource, load_pixels
+from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 ENCODE_BATCH = 8  # images through the vision encoder at a time
@@ -27,7 +28,9 @@ class ImageEncoder:
         def encode(state: Any, pixels: jax.Array) -> jax.Array:
             return encode_pixels(nnx.merge(graphdef, state), pixels)
 
-        self._encode = jax.jit(with_mesh(encode, mesh))
+        self._encode = jax.jit(
+            with_mesh(encode, mesh), compiler_options=compiler_options("products")
+        )
         self._take = jax.jit(with_mesh(_take_image, mesh))
 
     def encode(self, state: Any, pixels: Sequence[np.ndarray]) -> list[jax.Array]:

@@ -23,6 +23,7 @@ from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.processing.bert_tokenizer import BertTokenizer
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 PAIR_BATCH = 32  # pairs of image and text through the Q-Former at a time
@@ -337,7 +338,8 @@ class _Programs:
             return both[:, : model.config.visual_tokens], model.match(both)
 
         self.image, self.text, self.pairs = (
-            jax.jit(with_mesh(_replicated(f), mesh)) for f in (image, text, pairs)
+            jax.jit(with_mesh(_replicated(f), mesh), compiler_options=compiler_options("products"))
+            for f in (image, text, pairs)
         )
 
 

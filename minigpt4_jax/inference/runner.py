@@ -41,6 +41,7 @@ from minigpt4_jax.inference.visual_tokens import stack_visual
 from minigpt4_jax.models.kv_cache import KVCache, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import with_mesh
+from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
@@ -55,19 +56,23 @@ class ModelRunner:
         self._graphdef, state = nnx.split(model)
         self._leaves, self._treedef = jax.tree.flatten(state)
 
-        def compiled(program: Callable[..., Any], **options: Any) -> Any:
-            """program(model, ...) as a compiled function of (leaves, ...)."""
+        def compiled(program: Callable[..., Any], bound: str, **options: Any) -> Any:
+            """program(model, ...) as a compiled function of (leaves, ...). bound: see `compiler_options`."""
 
             @wraps(program)
             def of_leaves(leaves: list[jax.Array], *args: Any) -> Any:
                 return program(self._model(leaves), *args)
 
-            return jax.jit(with_mesh(of_leaves, mesh), **options)
+            return jax.jit(
+                with_mesh(of_leaves, mesh), compiler_options=compiler_options(bound), **options
+            )
 
-        self._prefill = compiled(programs.prefill, static_argnums=(2, 3, 4))
-        self._resume = compiled(programs.resume, static_argnums=(4, 5), donate_argnums=(1,))
-        self._decode = compiled(programs.decode, static_argnums=(3,), donate_argnums=(1,))
-        self._search = compiled(programs.search, static_argnums=(4, 5, 6))
+        self._prefill = compiled(programs.prefill, "products", static_argnums=(2, 3, 4))
+        self._resume = compiled(
+            programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
+        )
+        self._decode = compiled(programs.decode, "reads", static_argnums=(3,), donate_argnums=(1,))
+        self._search = compiled(programs.search, "reads", static_argnums=(4, 5, 6))
         self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
         self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
         self._resize = jax.jit(with_mesh(resize, mesh), static_argnums=(2,))

@@ -18,6 +18,7 @@ from minigpt4_jax.models.minigpt import Batch, MiniGpt
 from minigpt4_jax.parallel.sharding import constrain, with_mesh
 from minigpt4_jax.processing.sequences import TokenSequence, build_row
 from minigpt4_jax.processing.tokenizer import Tokenizer
+from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 MAX_TOP = 20  # most likely tokens that `top_logprobs` returns
@@ -124,7 +125,7 @@ class Scorer:
         def nll(state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
             return _summed_nll(nnx.merge(graphdef, state), batch, visual)
 
-        self._nll = jax.jit(with_mesh(nll, mesh))
+        self._nll = jax.jit(with_mesh(nll, mesh), compiler_options=compiler_options("products"))
 
         def top(
             state: Any,
@@ -135,7 +136,7 @@ class Scorer:
         ) -> tuple[jax.Array, jax.Array]:
             return _top_logprobs(nnx.merge(graphdef, state), tokens, visual, length, positions)
 
-        self._top = jax.jit(with_mesh(top, mesh))
+        self._top = jax.jit(with_mesh(top, mesh), compiler_options=compiler_options("products"))
 
     def top_logprobs(
         self, state: Any, tokens: Sequence[int], visual: VisualTokens | None, count: int

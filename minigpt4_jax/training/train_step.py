@@ -21,6 +21,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.training import optimizer
+from minigpt4_jax.utils.platform import compiler_options
 
 Trainable = dict[str, jax.Array]  # dotted path -> float32 array
 Frozen = tuple[jax.Array, ...]
@@ -169,7 +170,9 @@ def make_step(
         )
         return replicated
 
-    compiled: TrainStep = jax.jit(with_mesh(step, mesh), donate_argnums=(0, 1))
+    compiled: TrainStep = jax.jit(
+        with_mesh(step, mesh), donate_argnums=(0, 1), compiler_options=compiler_options("products")
+    )
     return compiled
 
 
@@ -236,5 +239,6 @@ def make_evaluation(split: Split, mesh: Mesh | None) -> EvalStep:
         total = split.join(trainable, frozen).loss_sum(batch)
         return constrain(total), constrain((batch.label_positions >= 0).sum())
 
-    compiled: EvalStep = jax.jit(with_mesh(evaluate, mesh))
+    options = compiler_options("products")
+    compiled: EvalStep = jax.jit(with_mesh(evaluate, mesh), compiler_options=options)
     return compiled

@@ -52,7 +52,7 @@ def test_train_step_from_shapes():
 def test_decode_from_shapes():
     config, rows, context = tiny.config(), 2, 64
     engine = programs.AbstractEngine(config, single_device_mesh(), int8_cache=False)
-    text, memory = compiler.compile_lowered(engine.lower_decode(rows, context))
+    text, memory, _ = compiler.compile_lowered(engine.lower_decode(rows, context))
     llm = config.llm
     cache = 2 * llm.layers * rows * llm.kv_heads * context * llm.head_dim * 2
     weights = weight_bytes(config, lambda name: name.startswith("llm"))
