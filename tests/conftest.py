@@ -16,7 +16,7 @@ from PIL import Image
 LONGEST = (
     "test_sharding.py", "test_multihost.py", "test_train_kills.py", "test_prefix_cache.py",
     "test_buckets.py", "test_train_survive.py", "test_train_resume.py", "test_engine.py",
-    "test_keep.py", "test_gguf.py", "test_int8_cache.py", "test_beam_search.py",
+    "test_ray.py", "test_keep.py", "test_gguf.py", "test_int8_cache.py", "test_beam_search.py",
 )  # fmt: skip
 
 # Tests that import libraries of the extra [dev] at their top; the smoke run has none of these.
@@ -24,6 +24,8 @@ REQUIRED = {
     "serving": "fastapi",
     "serving/test_openai_client.py": "openai",
     "serving/test_serve_command.py": "openai",
+    "cli/test_ray.py": "ray",
+    "cli/test_ray_formats.py": "pyarrow",
     "curation/test_captions.py": "pyarrow",
     "data/test_webdataset_members.py": "zstandard",
     "test_deploy.py": "kubernetes_validate",

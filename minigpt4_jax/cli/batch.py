@@ -7,7 +7,7 @@ to input row n. The same command continues an interrupted one; with --retry-erro
 rows again that have an error. Exit code 1: rows of the output have an error.
 
 --shard=I/N answers one of N parts of the input, for job arrays; `python -m minigpt4_jax.batch merge` puts
-their outputs together.
+their outputs together. --ray=ADDRESS answers the rows with the models of a Ray cluster.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from minigpt4_jax.cli.batch_answers import Answerer, generation_config
 from minigpt4_jax.cli.batch_output import Output
 from minigpt4_jax.cli.batch_rows import read_rows
 from minigpt4_jax.cli.batch_shards import parse_shard, shard_path, shard_rows
+from minigpt4_jax.cli.ray_batch import command as ray_command
 from minigpt4_jax.errors import UserError
 
 # options that answers do not depend on
 NOT_RECORDED = (
     "input", "output", "batch_size", "retry_errors", "base", "allow_nonfinite", "shard",
+    *ray_command.NOT_RECORDED,
 )  # fmt: skip
 
 
@@ -46,6 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                    help="answer the rows of an existing output again that have an error")  # fmt: skip
     p.add_argument("--shard", metavar="I/N", help="answer the I-th of N parts of the rows, into a file "
                    "of its own beside the output; `batch merge` puts the parts together")  # fmt: skip
+    ray_command.add_options(p)
     common.add_generation_options(p, "greedy by default; row n is sampled with seed + n")
     return p.parse_args(argv)
 
@@ -76,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch_size={args.batch_size}: expected 1 or more")
     if args.input.resolve() == args.output.resolve():
         raise UserError("--input and --output are the same file; choose another --output")
+    ray_command.check_options(args)
     generation_config(args)
+    if args.ray is not None:
+        return ray_command.run(args, settings_of(args))
     rows, path = read_rows(args.input, args.prompt), args.output
     if args.shard is not None:
         shard = parse_shard(args.shard)

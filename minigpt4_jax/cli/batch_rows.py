@@ -4,11 +4,14 @@ import codecs
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.cli.batch_output import OUTPUT_KEYS, BatchRow
 from minigpt4_jax.errors import UserError
+
+_CHECKED = 64 << 20  # bytes of a file that are searched for another format
 
 
 def read_rows(path: Path, default_prompt: str | None) -> list[BatchRow]:
@@ -23,6 +26,19 @@ def read_rows(path: Path, default_prompt: str | None) -> list[BatchRow]:
         raise UserError(f"--input={path} has no rows; expected a JSON object per line")
     _check_one_object_per_line(path, data, lines)
     return [parse_row(n, line, path.parent, default_prompt) for n, line in enumerate(lines)]
+
+
+def check_lines(path: Path) -> None:
+    """The checks of `read_rows` without reading a large file whole. UserError: no JSONL."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_CHECKED + 1)
+    except OSError as e:
+        raise UserError(f"--input={path}: cannot be read ({e.strerror})") from None
+    _check_encoding(path, data)
+    lines = [line for line in data.splitlines() if line.strip()]
+    if len(data) <= _CHECKED and lines:
+        _check_one_object_per_line(path, data, lines)
 
 
 def _check_encoding(path: Path, data: bytes) -> None:
@@ -82,14 +98,17 @@ def make_row(
     fields: dict[str, Any],
     folder: Path,
     default_prompt: str | None,
-    images: tuple[bytes, ...] | None = None,
+    images: tuple[str | bytes, ...] | None = None,
 ) -> BatchRow:
-    """The row of an object. images: the images' files; by default the paths that the object names,
-    relative to the folder."""
+    """The row of an object.
+
+    images: files' bytes, or paths relative to the folder; by default the paths that the object names.
+    """
     try:
         fields = _with_prompt(fields, default_prompt)
-        paths = _image_paths(fields, folder) if images is None else images
-        return BatchRow(number, fields, paths)
+        if images is None:
+            images = _image_paths(fields)
+        return BatchRow(number, fields, tuple(map(partial(_in_folder, folder), images)))
     except UserError as e:
         return BatchRow(number, fields, error=str(e))
 
@@ -104,10 +123,14 @@ def _with_prompt(fields: dict[str, Any], default_prompt: str | None) -> dict[str
     return fields | {"prompt": default_prompt}
 
 
-def _image_paths(fields: dict[str, Any], folder: Path) -> tuple[str, ...]:
+def _image_paths(fields: dict[str, Any]) -> tuple[str, ...]:
     value = fields.get("image", fields.get("images"))
     names = [] if value is None else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name or "\0" in name:
             raise UserError(f'"image" holds {name!r}; expected a path or a list of paths')
-    return tuple(os.path.join(folder, name) for name in names)
+    return tuple(names)
+
+
+def _in_folder(folder: Path, image: str | bytes) -> str | bytes:
+    return image if isinstance(image, bytes) else os.path.join(folder, image)

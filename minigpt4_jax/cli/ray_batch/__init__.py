@@ -1,0 +1,1 @@
+"""`batch --ray`: answers to millions of rows by many models, through Ray Data."""
