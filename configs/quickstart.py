@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 
 from minigpt4_jax.training.recipes import ALIGNMENT_PROMPTS, check_argument, demo
 
-# The projection is new and its inputs are codes of few large values, hence its rate; a Q-Former that is
-# already trained bears smaller steps only.
-QFORMER_LR_SCALE = 0.002
+PROJECTION_LR, QFORMER_LR = 0.15, 1e-4  # of stage 1; the latter is BLIP-2's
 
 
 def get_config(arg: str = "stage1") -> ConfigDict:
@@ -30,10 +28,10 @@ def get_config(arg: str = "stage1") -> ConfigDict:
     # higher. The vision encoder tolerates it: it represents each word by one large value in a dimension
     # of its own.
     c.steps = 400 if stage2 else 370
-    c.init_lr = 0.1 if stage2 else 0.15
+    c.init_lr = 0.1 if stage2 else PROJECTION_LR
     c.min_lr = 1e-3
     c.warmup_steps = 10
     if arg == "qformer":
         c.freeze_qformer = False
-        c.qformer_lr_scale = QFORMER_LR_SCALE
+        c.qformer_lr_scale = QFORMER_LR / PROJECTION_LR
     return c
