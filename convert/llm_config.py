@@ -36,6 +36,10 @@ _NUMBERS = ("rms_norm_eps", "rope_theta")
 _SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 _OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config")
 _OTHERS = ("model_type", "hidden_act", "layer_types", "max_window_layers")
+_ROPE = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "partial_rotary_factor",
+}  # fmt: skip
 # Fields that only some families have and that are used.
 _OWN = {
     "opt": {
@@ -78,15 +82,10 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             "convert the original weights, or a GGUF file, and add --quantize=int8 or int4"
         )
     resolved = _resolve(values, label)
-    other = set(values.get("layer_types") or ()) - {"full_attention"}
-    window = resolved.get("use_sliding_window") and resolved.get("sliding_window")
-    if other and not window:
-        raise UserError(
-            f"{label}: layer_types has {', '.join(map(str, sorted(other)))}, which a {model_type} model "
-            "without a sliding window cannot have; expected full_attention"
-        )
+    _check_layer_types(values, resolved, label)
     if model_type == "mistral" and values.get("layer_types"):
         resolved["sliding_window"] = None  # transformers reads it as Ministral: layer_types decide
+    _check_rope(values, label, notes)
     if "head_dim" in values and resolved.get("head_dim") is None:
         raise UserError(
             f"{label}: head_dim is null, which transformers' {model_type} models do not take; "
@@ -112,10 +111,34 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             resolved |= {key: values[key]} if values.get(key) is not None else {}
     for key in ("rope_scaling", "rope_theta"):  # they are in rope_parameters
         resolved.pop(key, None)
-    if model_type in ("llama", "mistral"):  # whose classes have no such fields
-        for key in {"sliding_window", "layer_types", "attention_bias", "mlp_bias"} - known.keys():
-            resolved.pop(key, None)
+    # of fields that the class does not have, transformers uses none; qwen2 has biases without the field
+    for key in {"sliding_window", "layer_types", "attention_bias", "mlp_bias"} - known.keys():
+        resolved.pop(key, None)
     return llm_config_from_hf(resolved)
+
+
+def _check_layer_types(values: dict[str, Any], resolved: dict[str, Any], label: str) -> None:
+    """UserError: layers of another type than full attention, in a model that has no window for them."""
+    other = set(values.get("layer_types") or ()) - {"full_attention"}
+    has_window = resolved.get("use_sliding_window") and resolved.get("sliding_window")
+    if other and not (has_window and values["model_type"] in ("qwen2", "qwen3")):
+        raise UserError(
+            f"{label}: layer_types has {', '.join(map(str, sorted(other)))}, which is not supported for a "
+            f"{values['model_type']} model without use_sliding_window; expected full_attention"
+        )
+
+
+def _check_rope(values: dict[str, Any], label: str, notes: list[str]) -> None:
+    """UserError: rotary parameters for each type of layers. Keys that are not used are named in a note."""
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = values.get(field) or {}
+        if nested := sorted(key for key, value in rope.items() if isinstance(value, dict)):
+            raise UserError(
+                f"{label}: {field} has its own values for {', '.join(nested)}, which is not supported; "
+                "expected rope_type, rope_theta, factor ... of all layers"
+            )
+        if unused := sorted(f"{field}.{key}" for key in rope if key not in _ROPE):
+            notes.append(f"{label}: {', '.join(unused)}: not used by this rope_type")
 
 
 def _check_values(values: dict[str, Any], label: str) -> None:

@@ -126,12 +126,13 @@ class Gguf:
     def _add_from_tensors(self, config: dict[str, Any]) -> dict[str, Any]:
         """Add the values that follow from the tensors, and the rotary embedding."""
         arch, tensors = self.architecture, self.tensors
-        if "token_embd.weight" not in tensors:
+        matrices = [name for name in ("token_embd.weight", "output.weight") if name in tensors]
+        if not matrices:
             raise UserError(
                 f"{self.path} has no token_embd.weight: it does not hold a language model"
             )
-        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
-        config["tie_word_embeddings"] = "output.weight" not in tensors
+        config["vocab_size"] = tensors[matrices[0]].shape[0]
+        config["tie_word_embeddings"] = len(matrices) == 1
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
         if "head_dim" not in config:

@@ -46,6 +46,7 @@ CHANGES = {
         {"rope_type": "default", "rope_theta": 300.0},
         {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0},
         {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}},
     ],
     "partial_rotary_factor": [0.5],
     "sliding_window": [5, 4096, None],
@@ -218,6 +219,28 @@ def test_a_field_that_a_newer_transformers_has_is_named(monkeypatch):
     for value, named in ((0.0, False), (0.5, True)):
         llm_config(values_of("llama", attention_dropout=value), "config.json", notes := [])
         assert any("attention_dropout" in note for note in notes) == named
+
+
+def test_fields_of_other_families_are_not_taken_from_their_switches():
+    """transformers' Qwen has no MLP biases, whatever mlp_bias says; Mistral with layer_types is another model."""
+    for model_type in ("qwen2", "qwen3"):
+        assert not llm_config(values_of(model_type, mlp_bias=True), "config.json", []).mlp_bias
+    mixed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+    with pytest.raises(UserError, match="layer_types has sliding_attention"):
+        llm_config(values_of("mistral", use_sliding_window=True, **mixed), "config.json", [])
+    rope = {"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0}
+    llm_config(values_of("llama", rope_scaling=rope), "config.json", notes := [])
+    assert any("rope_scaling.attention_factor: not used" in note for note in notes)
+
+
+def test_a_gguf_whose_head_alone_is_there(tmp_path):
+    config = hf_values(head_dim=4, hidden_size=16)
+    state = llm_state(config)
+    del state["model.embed_tokens.weight"]
+    plan = make_plan(
+        BuildRequest("minigpt4-vicuna", write_gguf(tmp_path / "a.gguf", config, state), tmp_path)
+    )
+    assert plan.config.llm.tie and any("is the embedding too" in note for note in plan.notes)
 
 
 # key of GGUF's specification -> (value, change of config.json that says the same)
