@@ -27,9 +27,11 @@ from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.checkpoint.quantized_tensors import quantize_tensors
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import BLIP2_VARIANTS, ModelConfig
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.quantization.schemes import BlockFormat, matrix_scheme, quantized_shapes
 from minigpt4_jax.storage.hub import source_record
 from minigpt4_jax.storage.paths import parse_path
+from minigpt4_jax.utils.finite import count_nonfinite
 
 Shape = tuple[int, ...]
 
@@ -109,15 +111,29 @@ def _tensors(
             if block_format and tensor.blocks:
                 arrays = repack(tensor.blocks.load(), block_format)
                 for suffix, array in arrays.items():
+                    if not request.allow_nonfinite:  # of the scales and offsets
+                        check_finite(array, source.label)
                     # a language model's transforms move whole rows, of scales and offsets as well
                     yield name + suffix, transform.apply(array, array.shape)
             else:
+                stored = transform.apply(tensor.load(), shape)
                 with np.errstate(over="ignore"):  # infinities are refused by name
-                    array = transform.apply(tensor.load(), shape).astype(dtypes[name], copy=False)
+                    array = stored.astype(dtypes[name], copy=False)
                 if not request.allow_nonfinite:
-                    check_finite(array, f"{source.checkpoint.label}: {source.key}")
+                    _check_cast(array, stored, source.label)
                 yield name, array
             bar.update(tensor.nbytes)
+
+
+def _check_cast(array: np.ndarray, stored: np.ndarray, label: str) -> None:
+    """UserError: values are NaN or infinite in the file, or too large for the dtype they are cast to."""
+    if count := count_nonfinite(array):
+        check_finite(stored, label)
+        hint = "choose --llm-dtype=bfloat16" if array.dtype == np.float16 else "the file is damaged"
+        raise UserError(
+            f"{label}: {count:,} of {array.size:,} values are too large for {array.dtype}; {hint} "
+            "(--allow-nonfinite makes them infinite)"
+        )
 
 
 def _initialize(name: str, shapes: dict[str, Shape], rng: np.random.Generator) -> np.ndarray:

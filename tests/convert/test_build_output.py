@@ -117,3 +117,4 @@ def test_a_cast_that_overflows_is_refused(files, refused, tmp_path):
         "build", f"--llm={files.folder / 'llm'}", f"--out={tmp_path / 'm'}", "--llm-dtype=float16"
     )
     assert "lm_head.weight: 1 of " in line
+    assert "too large for float16; choose --llm-dtype=bfloat16" in line

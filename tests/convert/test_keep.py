@@ -81,6 +81,18 @@ def mixed(name):
     )
 
 
+def test_a_scale_that_is_not_finite_is_refused(files, refused, tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", WIDE, llm_state(WIDE), quantize=mixed)
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down.weight")
+    content = bytearray(path.read_bytes())
+    begin = int(tensor.data_offset)
+    content[begin : begin + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(content)
+    arguments = files.arguments("minigpt4-vicuna", out=tmp_path / "m", llm=path, checkpoint=None)
+    line = refused(*arguments, "--quantize=keep")
+    assert "blk.1.ffn_down.weight: 1 of " in line and "NaN or infinite" in line
+
+
 def test_kept_blocks_equal_the_dequantized_weights(files, command, tmp_path):
     write_gguf(tmp_path / "x.gguf", WIDE, llm_state(WIDE), quantize=mixed)
     given = {"llm": tmp_path / "x.gguf", "checkpoint": None}
