@@ -222,7 +222,7 @@ def test_a_field_that_a_newer_transformers_has_is_named(monkeypatch):
 
 
 def test_fields_of_other_families_are_not_taken_from_their_switches():
-    """transformers' Qwen has no MLP biases, whatever mlp_bias says; Mistral with layer_types is another model."""
+    """transformers' Qwen has no MLP biases whatever mlp_bias says, and its Mistral no layer types."""
     for model_type in ("qwen2", "qwen3"):
         assert not llm_config(values_of(model_type, mlp_bias=True), "config.json", []).mlp_bias
     mixed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
