@@ -16,12 +16,13 @@ PADDING = Padding()
 
 
 class BatchArrays(NamedTuple):
-    """The fields of models.minigpt.Batch, in its order."""
+    """Fields of models.minigpt.Batch."""
 
     pixels: np.ndarray  # [B, I, S, S, 3] uint8
     tokens: np.ndarray  # [B, T] int32
     lengths: np.ndarray  # [B] int32
     label_positions: np.ndarray  # [B, A] int32
+    image_ids: np.ndarray | None = None  # [B] int32
 
 
 class BatchLayout(NamedTuple):
@@ -36,7 +37,7 @@ class BatchLayout(NamedTuple):
 
 
 class PackedArrays(NamedTuple):
-    """The fields of models.minigpt.Batch, in its order; R rows hold the B examples of a batch."""
+    """Fields of models.minigpt.Batch; R rows hold the B examples of a batch."""
 
     pixels: np.ndarray  # [B * I, 1, S, S, 3] uint8; [M, 0, S, S, 3] without images
     tokens: np.ndarray  # [R, T] int32

@@ -3,6 +3,8 @@
 Uses only NumPy, so that worker processes start without JAX.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -130,6 +132,14 @@ class _Candidate(NamedTuple):
         return self._replace(sequence=self.sequence._replace(label_positions=[]))
 
 
+def image_id(example: Example) -> int:
+    """A number of 32 bits for the images of an example, equal for the same ones in all processes."""
+    digest = hashlib.blake2b(digest_size=4)
+    for image in example.images:
+        digest.update(image if isinstance(image, bytes) else os.fsencode(images.name_of(image)))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
 @dataclass
 class _Row:
     """A row of a batch while it is made."""
@@ -158,6 +168,7 @@ class BatchMaker:
     padding: Padding = PADDING
     crop: bool = False  # random resized crop instead of resizing the whole image
     flip: bool = False  # mirror half of the images
+    image_ids: bool = False  # number the images, so that rows of the same one are known
     # batch size -> the rows that this process makes; a missing size: all rows
     shards: Mapping[int, ProcessShard] = field(default_factory=dict)
     # With packing, rows are laid out by BatchLayout: a replacement must not exceed the length of the
@@ -185,7 +196,10 @@ class BatchMaker:
             self._load_images(pixels[i], rows[n], candidates[n], padded, (step, n))
             for i, n in enumerate(shard.rows)
         ]
-        arrays = BatchArrays(pixels, *padded.pad(loaded, self.tokenizer.pad_id))
+        arrays = BatchArrays(
+            pixels, *padded.pad([c.sequence for c in loaded], self.tokenizer.pad_id),
+            np.array([image_id(c.example) for c in loaded], np.int32) if self.image_ids else None,
+        )  # fmt: skip
         skipped = tuple(s for n in sorted(shard.counted) for s in rows[n].skipped)
         layout = BatchLayout(
             tuple(len(s.tokens) for s in sequences),
@@ -237,9 +251,9 @@ class BatchMaker:
         first: _Candidate,
         padded: _PaddedSize,
         step_and_row: tuple[int, int],
-    ) -> TokenSequence:
-        """Load the images of the first candidate whose images can be read, and return its sequence.
-        If there is none, the row has no images and no labels."""
+    ) -> _Candidate:
+        """Load the images of the first candidate whose images can be read, and return it. If there is
+        none, the row has no images and no labels."""
         limit = padded
         if self.keep_lengths:
             limit = _PaddedSize(len(first.sequence.tokens), len(first.sequence.label_positions))
@@ -249,12 +263,12 @@ class BatchMaker:
                 try:
                     for i, image in enumerate(candidate.example.images):
                         pixels[i] = self._load_image(image, (*step_and_row, i), row.exif)
-                    return candidate.sequence
+                    return candidate
                 except UserError as e:
                     row.skipped.append(skipped_row(row.dataset, e))
                     pixels[:] = 0
             candidate = next(row.replacements, None)
-        return first.without_labels().sequence
+        return first.without_labels()
 
     def _load_image(
         self, image: images.ImageSource, crop_seed: tuple[int, int, int], exif: bool

@@ -57,6 +57,8 @@ class DataConfig:
     crop: random resized crop, the training augmentation of MiniGPT-4; not for MiniGPT-v2, as boxes in the
         texts are not adjusted.
     flip: mirror half of the images, as BLIP-2's training does; not for texts that say left and right.
+    image_ids: BLIP-2's first stage knows rows of the same image (the same file): they share
+        the contrastive targets and are no negatives of each other, as LAVIS trains retrieval on COCO.
     exif: rotate the images of own files (data.path, data.val_path, reader "files") as their EXIF orientation
         says, so that boxes are for the picture as viewers show it; other datasets are read as stored.
     workers: processes that load images; 0: threads of the training process.
@@ -78,6 +80,7 @@ class DataConfig:
     shuffle: bool = True
     crop: bool = False
     flip: bool = False
+    image_ids: bool = False
     exif: bool = True
     workers: int = 0
     threads: int = 2

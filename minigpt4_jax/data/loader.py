@@ -52,7 +52,7 @@ def make_loader(
     all. pack: what packs a batch (see data.packing.pack); None: no packing.
 
     The batches are a function of the components, the model's configuration, batch_size, seed, pack and of
-    mix_by, shuffle, crop, flip, pad_tokens and pad_answers of data.
+    mix_by, shuffle, crop, flip, image_ids, pad_tokens and pad_answers of data.
     UserError: an empty dataset, one too small for a single batch, or rows with system messages, for which
     the model's prompts have no place.
     """
@@ -81,6 +81,7 @@ def make_loader(
         )
     maker = BatchMaker(
         tuple(sized), order, tokenizer, config, seed, padding, data.crop, data.flip,
+        image_ids=data.image_ids,
         shards={size: shard(size) for size in set(order.batch_sizes)} if shard else {},
         keep_lengths=pack is not None,
     )  # fmt: skip
@@ -140,7 +141,7 @@ class Loader:
         if self._shards:
             self.num_local_rows = len(self._shards[self.num_rows].rows)
         self._step += 1
-        return Batch(*loaded.arrays)
+        return Batch(**loaded.arrays._asdict())
 
     def ready(self, seconds: float) -> bool:
         """Whether the next batch is available; waits up to `seconds` for it."""

@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     segments: HostOrDeviceArray | None = None  # [B, T] int32; a token attends to its own segment
     positions: HostOrDeviceArray | None = None  # [B, T] int32
     visual_index: HostOrDeviceArray | None = None  # [B, T] int32; among the N * P visual tokens
+    # BLIP-2's first stage only: rows with equal numbers show the same image
+    image_ids: HostOrDeviceArray | None = None  # [B] int32
 
 
 class Dropout(NamedTuple):
@@ -234,11 +236,12 @@ class MiniGpt(nnx.Module):
         hidden = self.llm(read, counts, encoded=encoded, remat=remat, dropout_key=dropout_key)
         return jnp.where(is_label, _nll(self.llm.logits(hidden), targets), 0.0)
 
-    def loss_sum(
+    def loss_sums(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
-    ) -> jax.Array:
-        """The loss of a batch times its labelled tokens."""
-        return self.token_nll(batch, remat=remat, dropout=dropout).sum()
+    ) -> dict[str, jax.Array]:
+        """The terms of the loss of a batch, by name, each times the labelled tokens of the batch. Training
+        minimizes their sum."""
+        return {"loss": self.token_nll(batch, remat=remat, dropout=dropout).sum()}
 
     def label_nll(self, hidden: jax.Array, batch: Batch) -> jax.Array:
         """hidden [B, T, D] -> negative log-likelihood [B, A] of the labelled tokens.

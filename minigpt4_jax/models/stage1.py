@@ -82,13 +82,18 @@ class Stage1(MiniGpt):
 
     # --- training ----------------------------------------------------------------------------
 
-    def loss_sum(
+    def loss_sums(
         self, batch: Batch, *, remat: bool = False, dropout: Dropout = NO_DROPOUT
-    ) -> jax.Array:
+    ) -> dict[str, jax.Array]:
         from minigpt4_jax.models.stage1_losses import stage1_losses  # which uses this class
 
         losses = stage1_losses(self, batch, remat=remat, dropout=dropout)
-        return losses.total * (jnp.asarray(batch.label_positions) >= 0).sum()
+        num_tokens = (jnp.asarray(batch.label_positions) >= 0).sum()
+        return {
+            "loss_itc": losses.contrastive * num_tokens,
+            "loss_itm": losses.matching * num_tokens,
+            "loss_lm": losses.captioning * num_tokens,
+        }
 
     # --- features ----------------------------------------------------------------------------
 

@@ -46,18 +46,18 @@ def stage1_losses(
     model: Stage1,
     batch: Batch,
     *,
-    image_ids: jax.Array | None = None,
     negatives: Negatives | None = None,
     dropout: Dropout = NO_DROPOUT,
     remat: bool = False,
     num_groups: int = 1,
 ) -> Stage1Losses:
-    """The losses of a batch: pixels [B, 1, S, S, 3], tokens [B, T] (`BertTokenizer.encode_text`), lengths.
+    """The losses of a batch: pixels [B, 1, S, S, 3], tokens [B, T] (`BertTokenizer.encode_text`), lengths,
+    label_positions, image_ids.
 
-    image_ids [B]: rows with the same image, which share their targets and are no negatives of each other;
-    None: all images differ. negatives: instead of drawing them by similarity, with the dropout key.
-    num_groups: the captioning loss is a mean over tokens within as many groups of rows, then over groups;
-    the original's groups are its GPUs.
+    Rows of the same image share their targets and are no negatives of each other; without image_ids all
+    images differ. Rows without labels fill up a batch: they count nowhere.
+    negatives: instead of drawing them by similarity, with the dropout key. num_groups: the captioning loss
+    is a mean over tokens within as many groups of rows, then over groups; the original's groups are its GPUs.
     """
     qformer, key = model.qformer, dropout.qformer
     keys: list[jax.Array | None] = [None] * 4
@@ -69,9 +69,10 @@ def stage1_losses(
     queries, image = qformer.read_image(vision, dropout_key=keys[0])
     text = qformer.read_text(tokens, lengths, dropout_key=keys[1])
     similarities = _similarities(model, queries, text[:, 0])
-    same = _same_image(len(tokens), image_ids)
+    counted = (jnp.asarray(batch.label_positions) >= 0).any(axis=1)
+    same = _same_image(batch)
     if negatives is None:
-        negatives = draw_negatives(similarities, same, drawn)
+        negatives = draw_negatives(similarities, same | ~counted, drawn)
 
     rows = jnp.concatenate([vision, vision[negatives.image_for_text], vision])
     texts, text_lengths = (
@@ -79,13 +80,15 @@ def stage1_losses(
     )
     both = qformer.read_both(rows, texts, text_lengths, dropout_key=keys[2])
     is_match = (jnp.arange(len(rows)) < len(tokens)).astype(jnp.int32)
-    matching = _cross_entropy(model.match(both), jax.nn.one_hot(is_match, 2)).mean()
+    of_pairs = _cross_entropy(model.match(both), jax.nn.one_hot(is_match, 2))
+    matching = _mean(of_pairs, jnp.tile(counted, 3))
 
     begin = jnp.full((len(tokens), 1), model.config.tokenizer.bos_id or 0, tokens.dtype)
     captions = jnp.concatenate([begin, tokens[:, 1:]], axis=1)
     hidden, _ = qformer.write_text(captions, lengths, image, dropout_key=keys[3])
-    captioning = _captioning(qformer.logits(hidden[:, :-1]), tokens[:, 1:], lengths - 1, num_groups)
-    return Stage1Losses(_contrastive(similarities, same), matching, captioning)
+    counts = jnp.where(counted, lengths - 1, 0)
+    captioning = _captioning(qformer.logits(hidden[:, :-1]), tokens[:, 1:], counts, num_groups)
+    return Stage1Losses(_contrastive(similarities, same, counted), matching, captioning)
 
 
 def _similarities(model: Stage1, queries: jax.Array, text: jax.Array) -> Similarities:
@@ -100,24 +103,38 @@ def _similarities(model: Stage1, queries: jax.Array, text: jax.Array) -> Similar
     return Similarities(largest(images, stop(texts)), largest(stop(images), texts).T)
 
 
-def _same_image(rows: int, image_ids: jax.Array | None) -> jax.Array:
+def _same_image(batch: Batch) -> jax.Array:
     """Which rows have the same image: [B, B] bool."""
-    if image_ids is None:
-        return jnp.eye(rows, dtype=bool)
-    return image_ids[:, None] == image_ids
+    if batch.image_ids is None:
+        return jnp.eye(len(batch.tokens), dtype=bool)
+    ids = jnp.asarray(batch.image_ids)
+    return ids[:, None] == ids
 
 
-def _contrastive(similarities: Similarities, same: jax.Array) -> jax.Array:
-    """The mean of both directions, with smoothed targets; equal images share a row's mass."""
-    targets = same / same.sum(axis=1, keepdims=True)
-    targets = (1 - SMOOTHING) * targets + SMOOTHING / len(same)
-    losses = [_cross_entropy(s, targets).mean() for s in similarities]
+def _contrastive(similarities: Similarities, same: jax.Array, counted: jax.Array) -> jax.Array:
+    """The mean of both directions over the rows counted [B], with smoothed targets; equal images [B, B]
+    share a row's mass."""
+    same = same & counted
+    targets = same / jnp.maximum(same.sum(axis=1, keepdims=True), 1)
+    smoothing = SMOOTHING / jnp.maximum(counted.sum(), 1)
+    targets = jnp.where(counted, (1 - SMOOTHING) * targets + smoothing, 0)
+    losses = [
+        _mean(_cross_entropy(jnp.where(counted, s, MASKED), targets), counted) for s in similarities
+    ]
     return (losses[0] + losses[1]) / 2
 
 
-def draw_negatives(similarities: Similarities, same: jax.Array, key: jax.Array) -> Negatives:
-    """Hard negatives: rows drawn by the softmax of similarities, without those of the same image."""
-    by_image, by_text = (jnp.where(same, MASKED, jax.lax.stop_gradient(s)) for s in similarities)
+def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """The mean of those values [N] that are counted."""
+    return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def draw_negatives(similarities: Similarities, excluded: jax.Array, key: jax.Array) -> Negatives:
+    """Hard negatives: rows drawn by the softmax of similarities, without those excluded [B, B], which for
+    each row are those of the same image."""
+    by_image, by_text = (
+        jnp.where(excluded, MASKED, jax.lax.stop_gradient(s)) for s in similarities
+    )
     keys = jax.random.split(key)
     return Negatives(
         jax.random.categorical(keys[0], by_text), jax.random.categorical(keys[1], by_image)

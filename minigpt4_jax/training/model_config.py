@@ -23,6 +23,14 @@ def read_model_config(c: TrainConfig) -> ModelConfig:
             f"{c.model} has a language model of width {config.llm.width} and this configuration is "
             f"for {c.llm_width}: leave out the :argument, or set --config.llm_width=0"
         )
+    if c.data.pack_tokens and not config.reads_in_pieces:
+        raise UserError(
+            f"config.data.pack_tokens: rows of {config.variant} cannot be packed; expected 0"
+        )
+    if c.data.image_ids and not config.is_stage1:
+        raise UserError(
+            f"config.data.image_ids is for blip2-qformer; {c.model} is a {config.variant} model"
+        )
     return override_model_config(config, c, c.model)
 
 

@@ -6,6 +6,7 @@ containers, dispatching a step takes a tenth of a millisecond.
 """
 
 from collections.abc import Callable, Collection
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean negative log-likelihood per labelled token, before the update
     grad_norm: jax.Array  # global norm
     tokens: jax.Array  # labelled tokens in the batch
+    terms: dict[str, jax.Array]  # what the loss is the sum of, by name; none if it is a single term
 
 
 def trained_parts(
@@ -146,7 +148,7 @@ def make_step(
     """
 
     loss_and_grads = _accumulated(
-        jax.value_and_grad(_loss_share(split, remat, dropout_in)), accumulate
+        jax.value_and_grad(_loss_share(split, remat, dropout_in), has_aux=True), accumulate
     )
 
     def step(
@@ -161,10 +163,12 @@ def make_step(
         key = None
         if dropout_seed is not None:
             key = jax.random.fold_in(jax.random.key(dropout_seed), step_number)
-        loss, grads = loss_and_grads(trainable, frozen, batch, jnp.maximum(num_tokens, 1), key)
+        (loss, terms), grads = loss_and_grads(
+            trainable, frozen, batch, jnp.maximum(num_tokens, 1), key
+        )
         updates, opt_state = tx.update(grads, opt_state, trainable)
         trainable = optimizer.apply_updates(trainable, updates, learning_rate)
-        metrics = Metrics(loss, optax.global_norm(grads), num_tokens)
+        metrics = Metrics(loss, optax.global_norm(grads), num_tokens, terms)
         replicated: tuple[Trainable, OptState, Metrics] = jax.tree.map(
             constrain, (trainable, opt_state, metrics)
         )
@@ -176,9 +180,11 @@ def make_step(
     return compiled
 
 
-def _loss_share(split: Split, remat: bool, dropout_in: Collection[str]) -> Callable[..., jax.Array]:
+def _loss_share(
+    split: Split, remat: bool, dropout_in: Collection[str]
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """(trainable, frozen, batch, labelled tokens of the whole batch, dropout key or None) -> the share of
-    this micro-batch in the batch's mean loss."""
+    this micro-batch in the batch's mean loss, and its terms, if there are several."""
 
     def loss_share(
         trainable: Trainable,
@@ -186,21 +192,22 @@ def _loss_share(split: Split, remat: bool, dropout_in: Collection[str]) -> Calla
         batch: Batch,
         num_tokens: jax.Array,
         key: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         dropout = NO_DROPOUT
         if key is not None:
             keys = dict(zip(Dropout._fields, jax.random.split(key), strict=True))
             dropout = Dropout(**{part: keys[part] for part in dropout_in})
-        total = split.join(trainable, frozen).loss_sum(batch, remat=remat, dropout=dropout)
-        mean: jax.Array = total / num_tokens
-        return mean
+        sums = split.join(trainable, frozen).loss_sums(batch, remat=remat, dropout=dropout)
+        total = reduce(jnp.add, sums.values())
+        terms = {n: term / num_tokens for n, term in sums.items()} if len(sums) > 1 else {}
+        return total / num_tokens, terms
 
     return loss_share
 
 
 def _accumulated(value_and_grad: Callable[..., Any], accumulate: int) -> Callable[..., Any]:
     """The sum of value_and_grad(trainable, frozen, batch, num_tokens, key) over `accumulate` micro-batches
-    of the batch. Each has its own dropout key."""
+    of the batch: ((loss, terms), gradient). Each has its own dropout key."""
     if accumulate == 1:
         return value_and_grad
 
@@ -215,16 +222,17 @@ def _accumulated(value_and_grad: Callable[..., Any], accumulate: int) -> Callabl
         batch: Batch,
         num_tokens: jax.Array,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, Trainable]:
+    ) -> Any:
         def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, micro_batch = numbered
             micro_key = None if key is None else jax.random.fold_in(key, index)
             term = value_and_grad(trainable, frozen, micro_batch, num_tokens, micro_key)
             return jax.tree.map(jnp.add, total, term), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
         micro_batches = jax.tree.map(to_micro_batches, batch)
-        total: tuple[jax.Array, Trainable]
+        first = jax.tree.map(lambda a: a[0], micro_batches)
+        shapes = jax.eval_shape(value_and_grad, trainable, frozen, first, num_tokens, key)
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micro_batches))
         return total
 
@@ -236,7 +244,7 @@ def make_evaluation(split: Split, mesh: Mesh | None) -> EvalStep:
     tokens). mesh: as for `make_step`."""
 
     def evaluate(trainable: Trainable, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total = split.join(trainable, frozen).loss_sum(batch)
+        total = reduce(jnp.add, split.join(trainable, frozen).loss_sums(batch).values())
         return constrain(total), constrain((batch.label_positions >= 0).sum())
 
     options = compiler_options("products")

@@ -228,13 +228,14 @@ class Trainer:
             step, metrics, sums = self.pending_steps.pop(0)
             signalled, rows, skipped = np.asarray(sums).tolist()
             self.stop.note(signalled)
-            loss, grad_norm, tokens = (float(m) for m in metrics)
+            loss, grad_norm, tokens = (float(m) for m in metrics[:3])
             self._check_finite(step, loss, grad_norm)
             learning_rate = self.run.program.learning_rate(step - 1)
             record = {
                 "step": step, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm,
                 "tokens": int(tokens),
             }  # fmt: skip
+            record |= {name: float(term) for name, term in metrics.terms.items()}
             if skipped:
                 record["skipped"] = skipped
             self.progress.report_step(record, rows)

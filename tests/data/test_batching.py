@@ -125,10 +125,18 @@ def test_missing_rows_have_no_labels(photos):
 def test_shards_of_processes_are_the_rows_of_the_whole_batch(photos):
     """All processes pad to the longest row of the whole batch."""
     examples = [Example((p,), (), ("a dog " * n,)) for n, p in enumerate(photos[:4], 1)]
-    whole = arrays(maker(examples, crop=True), 5)
-    parts = [arrays(maker(examples, crop=True, shards={4: half(n, 4)}), 5) for n in (0, 1)]
+    options = {"crop": True, "image_ids": True}
+    whole = arrays(maker(examples, **options), 5)
+    parts = [arrays(maker(examples, shards={4: half(n, 4)}, **options), 5) for n in (0, 1)]
     for field, first, second in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(field, np.concatenate([first, second]))
+
+
+def test_rows_of_an_image_have_its_number(photos):
+    examples = [Example((p,), (), (text,)) for p in photos[:2] for text in ("a dog", "a cat")]
+    assert arrays(maker(examples), 0).image_ids is None
+    a, b, c, d = arrays(maker(examples, image_ids=True)).image_ids.tolist()
+    assert a == b != c == d
 
 
 def test_crops_depend_on_step_and_row(photos):

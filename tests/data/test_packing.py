@@ -117,7 +117,7 @@ def test_processes_pack_the_parts_of_one_batch(seed, micro, processes):
     parts = []
     for n in range(processes):
         rows = tuple(range(n * each, (n + 1) * each))
-        own = BatchArrays(*(a[list(rows)] for a in batch))
+        own = BatchArrays(*(a[list(rows)] for a in batch[:4]))
         parts.append(pack(own, 24, P, PAD, layout=BatchLayout(lengths, labels, rows), **options))
     for field in PackedArrays._fields:
         together = np.concatenate([getattr(part, field) for part in parts])

@@ -1,10 +1,13 @@
 """Both stages of BLIP-2 through `train`: losses fall, models load, export and go on."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from helpers import blip2_reference as reference
+from helpers import virtual_devices
 from helpers.blip2_reference import NEEDS_BLIP2
 from PIL import Image
 
@@ -28,25 +31,44 @@ def rows(tmp_path_factory):
     return folder / "rows.jsonl"
 
 
-def run(model, rows, workdir, **changes):
-    config = {
+def values_of_run(model, rows, **changes):
+    return {
         "model": str(model), "data": {"path": str(rows), "val_path": str(rows), "flip": True},
         "freeze_qformer": False, "dtype": "float32", "steps": 4, "batch_size": 4,
         "warmup_steps": 0, "init_lr": 1e-3, "eval_every": 4, "sample_every": 4, "sample_images": 1,
         "sample_tokens": 4, "save_every": 4,
-    }  # fmt: skip
-    losses = []
-    result = minigpt4_jax.train(
-        config | changes, workdir, on_metrics=lambda m: losses.append(m.get("loss"))
-    )
-    return result, [loss for loss in losses if loss is not None]
+    } | changes  # fmt: skip
+
+
+def run(model, rows, workdir, **changes):
+    """(what `train` returns, the metrics of its steps)"""
+    records = []
+    values = values_of_run(model, rows, **changes)
+    result = minigpt4_jax.train(values, workdir, on_metrics=records.append)
+    return result, [record for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def of_stage1(rows, tmp_path_factory):
+    """(result, metrics, configuration) of a run of stage 1 on two captions of each image."""
+    lines, folder = rows.read_text().splitlines(), tmp_path_factory.mktemp("stage1")
+    twice = rows.parent / "twice.jsonl"
+    twice.write_text("\n".join([*lines, *(line.replace("a ", "the ") for line in lines)]))
+    data = {"path": str(twice), "val_path": str(rows), "image_ids": True}
+    values = values_of_run(reference.shared("pretrain"), rows, data=data)
+    return *run(reference.shared("pretrain"), rows, folder / "run", data=data), values
 
 
 @pytest.mark.parametrize("name", ["pretrain", "opt", "flant5"])
-def test_train_and_export(name, rows, tmp_path):
-    base = reference.build(name, tmp_path)
-    result, losses = run(base, rows, tmp_path / "run")
-    assert losses[-1] < losses[0]
+def test_train_and_export(name, rows, of_stage1, tmp_path):
+    base = reference.shared(name)
+    if name == "pretrain":
+        result, records, _ = of_stage1
+        terms = [r["loss_itc"] + r["loss_itm"] + r["loss_lm"] for r in records]
+        assert terms == pytest.approx([r["loss"] for r in records])
+    else:
+        result, records = run(base, rows, tmp_path / "run")
+    assert records[-1]["loss"] < records[0]["loss"]
     assert np.isfinite(result.metrics["val_loss"])
     trained, old = Tensors(result.model), Tensors(base)
     changed = {n.split(".")[0] for n in trained if not np.array_equal(trained[n], old[n])}
@@ -64,16 +86,43 @@ def test_train_and_export(name, rows, tmp_path):
         np.testing.assert_array_equal(value, trained[key], err_msg=key)
 
 
+def test_stage1_on_two_devices(rows, of_stage1, tmp_path):
+    """The losses of a run are those of one device, also after updates: rows of all devices are contrasted,
+    and negatives drawn among them."""
+    _, expected, values = of_stage1
+    values |= {"mesh": "data:2", "eval_every": 0, "sample_every": 0}
+    (tmp_path / "values.json").write_text(json.dumps(values))
+    script = (
+        "import json, sys, minigpt4_jax as m; m.train(json.load(open(sys.argv[1])), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "values.json", tmp_path / "two"]
+    done = subprocess.run(
+        command, env=virtual_devices.environment(2), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, found), expected, strict=True):
+        for name in ("loss", "loss_itc", "loss_itm", "loss_lm", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
 def test_stage2_starts_from_stage1(rows, tmp_path):
-    stage1 = reference.build("pretrain", tmp_path)
+    stage1 = reference.shared("pretrain")
     stage2 = reference.build_from(
         "blip2-opt", {"qformer": stage1, "llm": "opt", "vision": reference.VIT}, tmp_path / "stage2"
     )
-    _, losses = run(stage2, rows, tmp_path / "run", steps=1, eval_every=0, sample_every=0)
-    assert np.isfinite(losses).all()
+    _, records = run(stage2, rows, tmp_path / "run", steps=1, eval_every=0, sample_every=0)
+    assert np.isfinite([record["loss"] for record in records]).all()
 
 
 def test_a_configuration_for_another_model(rows, tmp_path):
-    base = reference.build("opt", tmp_path)
+    base = reference.shared("opt")
     with pytest.raises(UserError, match="this configuration is for blip2-flant5"):
         run(base, rows, tmp_path / "run", variant="blip2-flant5")
+    with pytest.raises(UserError, match=r"data\.image_ids is for blip2-qformer"):
+        run(base, rows, tmp_path / "run", data={"path": str(rows), "image_ids": True})
+    with pytest.raises(UserError, match="rows of blip2-flant5 cannot be packed"):
+        run(
+            reference.shared("flant5"), rows, tmp_path / "run",
+            data={"path": str(rows), "pack_tokens": 64},
+        )  # fmt: skip
