@@ -51,7 +51,10 @@ def _print(c: Comparison, num_rows: int) -> None:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    return shorten(" ".join(str(row.get("error", row["answer"])).split()), 100)
+    answer = row["answer"]
+    if not isinstance(answer, (str, list)):  # losses
+        answer = row.get("chosen", answer)
+    return shorten(" ".join(str(row.get("error", answer)).split()), 100)
 
 
 def _as_json(c: Comparison) -> dict[str, Any]:

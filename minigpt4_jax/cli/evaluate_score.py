@@ -7,6 +7,7 @@ from typing import Any
 
 from minigpt4_jax.errors import Parser, UserError
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
+from minigpt4_jax.evaluation.results import number_text
 from minigpt4_jax.evaluation.scoring import score_file
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
@@ -51,9 +52,11 @@ def write_json(path: Path, value: Any) -> None:
 def print_scores(scores: Mapping[str, Any]) -> None:
     """The figures, a line each; tables of question types and of single questions are left out."""
     low, high = scores["interval"]
+    rows, of_rows = scores["rows"], scores.get("of_rows", scores["rows"])
+    number = f"{rows} rows" if rows == of_rows else f"the first {rows} of {of_rows} rows"
     print(
         f"{scores['title']}: {scores['metric']} {scores['score']:.2f} "
-        f"(95 % interval {low:.2f} to {high:.2f}) over {scores['rows']} rows"
+        f"(95 % interval {low:.2f} to {high:.2f}) over {number}"
     )
     for part in PRINTED:
         for line in _lines(part, scores.get(part)):
@@ -63,13 +66,7 @@ def print_scores(scores: Mapping[str, Any]) -> None:
 def _lines(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         if value and not any(isinstance(v, Mapping) for v in value.values()):
-            return [f"{name}: " + ", ".join(f"{key} {_number(v)}" for key, v in value.items())]
+            return [f"{name}: " + ", ".join(f"{key} {number_text(v)}" for key, v in value.items())]
         shown = {key: v for key, v in value.items() if not key.startswith("per_")}
         return [line for key, v in shown.items() for line in _lines(f"{name} {key}", v)]
-    return [] if value is None or isinstance(value, list) else [f"{name}: {_number(value)}"]
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+    return [] if value is None or isinstance(value, list) else [f"{name}: {number_text(value)}"]

@@ -46,8 +46,6 @@ class Result:
         official: figures of the benchmark's own protocol, where it differs.
         per_row: {"id", "answer", "score" in percent, ...} of each row, in order.
         extra: further figures that are written beside these.
-        statistic: the headline figure of a sample of rows, given by their numbers, for confidence
-            intervals; None: the mean of the rows' scores.
     """
 
     score: float
@@ -55,7 +53,6 @@ class Result:
     official: Mapping[str, Any]
     per_row: Sequence[Mapping[str, Any]]
     extra: Mapping[str, Any] = field(default_factory=dict)
-    statistic: Callable[[Sequence[int]], float] | None = None
 
 
 class Published(NamedTuple):
@@ -95,6 +92,8 @@ class Benchmark:
         max_new_tokens: of an answer. Decoding is greedy.
         ranked: the answer is the best of a row's candidates instead of a generated text.
         higher_is_better: whether a higher score is a better one.
+        headline: the score of some rows, from their entries in `Result.per_row`; None: the mean of their
+            scores.
         published: figures of others.
     """
 
@@ -111,4 +110,5 @@ class Benchmark:
     max_new_tokens: int = 20
     ranked: bool = False
     higher_is_better: bool = True
+    headline: Callable[[Sequence[Mapping[str, Any]]], float] | None = None
     published: tuple[Published, ...] = ()

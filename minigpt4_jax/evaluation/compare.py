@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.metrics.statistics import bootstrap_interval
+from minigpt4_jax.evaluation.benchmarks import BENCHMARKS
+from minigpt4_jax.evaluation.metrics.statistics import bootstrap_interval, bootstrap_statistic
 
 NAMED = 3
 
@@ -24,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """difference: mean score of a row in B minus that in A, in points, with its 95 % bootstrap interval.
+    """difference: the score of these rows in B minus that in A, in points, with its 95 % bootstrap interval.
     parted: the rows whose scores differ, those where B loses most first."""
 
     title: str
@@ -42,17 +43,31 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     pairs = _pair(a["per_row"], b["per_row"], str(a.get("title", a["benchmark"])))
     sign = 1 if a.get("higher_is_better", True) else -1
     differences = [pair.difference for pair in pairs]
+    difference, interval = _difference(str(a["benchmark"]), pairs)
     parted = sorted((p for p in pairs if p.difference), key=lambda p: sign * p.difference)
     return Comparison(
         str(a.get("title", a["benchmark"])),
         (float(a["score"]), float(b["score"])),
-        sum(differences) / len(differences),
-        bootstrap_interval(differences),
+        difference,
+        interval,
         sum(sign * d > 0 for d in differences),
         sum(sign * d < 0 for d in differences),
         len(pairs),
         parted,
     )
+
+
+def _difference(benchmark: str, pairs: Sequence[Pair]) -> tuple[float, tuple[float, float]]:
+    """(difference of the score, its interval): rows are drawn in pairs."""
+    headline = BENCHMARKS[benchmark].headline if benchmark in BENCHMARKS else None
+    if headline is None:
+        differences = [pair.difference for pair in pairs]
+        return sum(differences) / len(differences), bootstrap_interval(differences)
+
+    def difference(sample: Sequence[int]) -> float:
+        return headline([pairs[i].b for i in sample]) - headline([pairs[i].a for i in sample])
+
+    return difference(range(len(pairs))), bootstrap_statistic(difference, len(pairs))
 
 
 def _pair(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], title: str) -> list[Pair]:

@@ -9,6 +9,7 @@ import jinja2
 
 from minigpt4_jax.evaluation.report_curves import Curve
 from minigpt4_jax.evaluation.report_rows import ShownRow, sample, show, worst
+from minigpt4_jax.evaluation.results import number_text
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 TEMPLATE = "evaluation_report.html"
@@ -49,7 +50,7 @@ def write_report(
         sections=sections,
         curves=curves,
         published=published,
-        number=_number,
+        rows_text=rows_text,
     )
     try:
         write_text_atomically(folder / "report.html", html, errors="replace")
@@ -69,9 +70,15 @@ def markdown(results: Sequence[Scores]) -> str:
         low, high = scores["interval"]
         lines.append(
             f"| {scores['title']} | {scores['metric']} | {scores['score']:.2f} | {low:.2f} to {high:.2f} "
-            f"| {scores['rows']} | {published(scores)} |"
+            f"| {rows_text(scores)} | {published(scores)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def rows_text(scores: Scores) -> str:
+    """ "100", or "100 of 4896" where only the first ones were asked."""
+    rows, of_rows = scores["rows"], scores.get("of_rows", scores["rows"])
+    return str(rows) if rows == of_rows else f"{rows} of {of_rows}"
 
 
 def published(scores: Scores) -> str:
@@ -94,7 +101,7 @@ def _figures(scores: Scores) -> list[tuple[str, str]]:
     found = []
     for group in ("original", "official", "metrics", "files", "domains", "form"):
         for name, value in _flat(scores.get(group, {})):
-            found.append((f"{group}: {name}", _number(value)))
+            found.append((f"{group}: {name}", number_text(value)))
     return found
 
 
@@ -106,10 +113,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, (int, float)):
             found.append((prefix + name, value))
     return found
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _confusion(scores: Scores) -> Confusion | None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WIDTH, HEIGHT, MARGIN = 420, 150, 34
+WIDTH, HEIGHT = 420, 160
+MARGIN, TOP = 34, 50  # TOP: below the title and the highest label
 PREFIX = "eval/"  # of the keys in a run's metrics.jsonl
 
 
@@ -30,7 +31,7 @@ class Curve(NamedTuple):
         return [
             (
                 MARGIN + (step - min(steps)) / wide * (WIDTH - 2 * MARGIN),
-                HEIGHT - MARGIN - (score - min(scores)) / high * (HEIGHT - 2 * MARGIN),
+                HEIGHT - MARGIN - (score - min(scores)) / high * (HEIGHT - MARGIN - TOP),
             )
             for step, score in self.points
         ]

@@ -55,6 +55,8 @@ def show(row: Row) -> ShownRow:
     answer = row["answer"]
     if isinstance(answer, list) and row.get("kept_answer"):
         answer = row["kept_answer"]
+    if isinstance(answer, dict) and "chosen" in row:
+        answer = f"{row['chosen']} (losses {_text(answer)})"
     iou = row.get("iou")
     note = row.get("error", "") or ("" if iou is None else f"IoU {iou:.2f}")
     if row.get("hallucinated"):

@@ -32,7 +32,7 @@ def describe(
     benchmark: Benchmark, split: str, rows: Sequence[Row], result: Result
 ) -> dict[str, Any]:
     """What every file of scores has: the figures with their interval, published ones, and each row."""
-    low, high = interval(result)
+    low, high = interval(benchmark, result.per_row)
     return {
         "benchmark": benchmark.name,
         "split": split,
@@ -75,11 +75,12 @@ def score_task(
     }  # fmt: skip
 
 
-def interval(result: Result) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the headline figure."""
-    if result.statistic is not None:
-        return bootstrap_statistic(result.statistic, len(result.per_row))
-    return bootstrap_interval([entry["score"] for entry in result.per_row])
+def interval(benchmark: Benchmark, per_row: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the score."""
+    headline = benchmark.headline
+    if headline is None:
+        return bootstrap_interval([entry["score"] for entry in per_row])
+    return bootstrap_statistic(lambda sample: headline([per_row[i] for i in sample]), len(per_row))
 
 
 def write_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
@@ -97,9 +98,21 @@ def read_scores(path: Path) -> dict[str, Any]:
     """A file that `write_scores` or `evaluate score --json` wrote. UserError: another file."""
     where = f"results {path}"
     scores = expect_object(parse(where, read_text(path, "results")), where)
-    if not {"benchmark", "score", "per_row"} <= scores.keys():
+    needed = {"benchmark", "score", "title", "metric", "interval", "rows", "per_row"}
+    if not (needed <= scores.keys() and all(map(_is_entry, scores["per_row"]))):
         raise UserError(f"{where}: has no scores of a benchmark; expected a file of `evaluate`")
     return scores
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"id", "answer", "score"} <= entry.keys()
+
+
+def number_text(value: Any) -> str:
+    """A figure as tables show it."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def find_results(path: Path) -> dict[str, dict[str, Any]]:

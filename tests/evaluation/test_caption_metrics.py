@@ -200,4 +200,4 @@ def test_chair_from_coco_files(tmp_path):
     assert result.original["CHAIRi"] == pytest.approx(1 / 5)
     assert result.original["CHAIRs"] == pytest.approx(1 / 2)
     assert result.per_row[1]["hallucinated"] == ["cat"]
-    assert result.statistic([1]) == pytest.approx(100 / 3)
+    assert find("chair").headline(result.per_row[1:]) == pytest.approx(100 / 3)

@@ -113,15 +113,34 @@ def test_compare_of_other_rows_and_nothing_to_compare(make, tmp_path):
         evaluate.main(["compare", str(a), str(tmp_path / "other")])
     with pytest.raises(UserError, match="no results there"):
         evaluate.main(["compare", str(a), str(a / "vsr" / "nothing")])
-    (tmp_path / "empty.json").write_text("{}")
-    with pytest.raises(UserError, match="has no scores"):
-        evaluate.main(["report", str(tmp_path / "empty.json")])
+    for content in ({}, {"benchmark": "x", "score": 1, "per_row": [{}]}, scores | {"per_row": [1]}):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="has no scores"):
+            evaluate.main(["report", str(tmp_path / "other.json")])
+
+
+def test_the_difference_of_a_score_that_is_no_mean_of_rows():
+    """POPE's mean F1: B finds one of two more, and A has two wrong rows, B one."""
+
+    def results(readings):
+        labels = ["yes", "yes", "no", "no"]
+        rows = [
+            {"id": n, "answer": r, "score": 100.0 * (r == label), "reading": r, "label": label}
+            | {"group": "random"}
+            for n, (r, label) in enumerate(zip(readings, labels, strict=True))
+        ]
+        return {"benchmark": "pope", "score": find("pope").headline(rows), "per_row": rows}
+
+    result = compare(results(["yes", "no", "no", "yes"]), results(["yes", "yes", "no", "yes"]))
+    assert result.scores == pytest.approx((50, 80))
+    assert result.difference == pytest.approx(30)  # the rows' mean differs by 25
+    assert result.interval[0] <= 30 <= result.interval[1]
 
 
 def test_lower_is_better_where_a_benchmark_says_so():
-    row = {"id": 1, "answer": "", "score": 100.0}
-    a = {"benchmark": "chair", "score": 10.0, "higher_is_better": False, "per_row": [row]}
-    result = compare(a, a | {"per_row": [row | {"score": 0.0}]})
+    row = {"id": 1, "answer": "", "score": 100.0, "objects": ["cat"], "hallucinated": ["cat"]}
+    a = {"benchmark": "chair", "score": 100.0, "higher_is_better": False, "per_row": [row]}
+    result = compare(a, a | {"per_row": [row | {"score": 0.0, "hallucinated": []}]})
     assert (result.better, result.worse, result.difference) == (1, 0, -100)
 
 

@@ -1,9 +1,8 @@
 """The benchmark `shapes`, and its expressions in RefCOCO's layout."""
 
-import json
-
 import numpy as np
 import pytest
+from helpers import shapes_as_refcoco
 
 from minigpt4_jax.evaluation.benchmarks import find, shapes
 from minigpt4_jax.evaluation.task import open_tasks
@@ -29,7 +28,7 @@ def test_true_answers_have_all_points_and_others_none(root):
     assert right.score == 100
     assert right.original == dict.fromkeys((*shapes.EVALUATED_TASKS, shapes.PRESENCE), 100)
     assert find("shapes").judge(rows, [""] * len(rows)).score == 0
-    assert right.statistic(range(len(rows))) == 100
+    assert find("shapes").headline(right.per_row) == 100
 
 
 def test_presence_asks_about_an_object_that_is_there_and_one_that_is_not(root):
@@ -54,21 +53,20 @@ def test_images_are_found_below_the_data_root(root):
 
 def test_refcoco_of_the_same_expressions_has_the_same_score(root, tmp_path):
     """The original's reading and IoU agree with those of the demonstration where answers are boxes."""
-    refer = [row for row in find("shapes").read(root / "shapes", "heldout") if row.group == "refer"]
-    rng, rows, answers = np.random.default_rng(0), [], []
-    for n, row in enumerate(refer):
+    (task,) = open_tasks(["shapes"], root, ["heldout"])
+    refer = shapes_as_refcoco.write(task, tmp_path)
+    rng, answers = np.random.default_rng(0), []
+    for row in refer:
         side, (x1, y1, x2, y2) = row.truth.scene.image_size, row.truth.question.box
-        phrase = row.truth.question.question.rsplit(" location of ", 1)[1]
-        rows.append({"img_id": f"{row.id}_{n}", "sents": phrase, "height": side, "width": side,
-                     "bbox": [x1, y1, x2 - x1, y2 - y1]})  # fmt: skip
         shift = rng.uniform(-0.4, 0.4) * (x2 - x1)
         left, right = np.clip([x1 + shift, x2 + shift], 0, side)
         answers.append(format_box((left, y1, right, y2), side, side))
-    (tmp_path / "refcoco_val.json").write_text(json.dumps(rows))
-    as_refcoco = find("refcoco").read(tmp_path, "val")
-    assert [row.question for row in as_refcoco] == [row.question for row in refer]
+    (as_refcoco,) = open_tasks(["refcoco"], tmp_path, ["val"])
+    assert [row.question for row in as_refcoco.rows] == [row.question for row in refer]
+    for row, original in zip(as_refcoco.rows, refer, strict=True):
+        assert as_refcoco.image(row).read_bytes() == task.image(original).read_bytes()
     want = find("shapes").judge(refer, answers)
-    got = find("refcoco").judge(as_refcoco, answers)
+    got = find("refcoco").judge(as_refcoco.rows, answers)
     assert got.score == pytest.approx(want.original["refer"])
     assert 0 < got.score < 100
     assert [row["score"] for row in got.per_row] == [row["score"] for row in want.per_row]

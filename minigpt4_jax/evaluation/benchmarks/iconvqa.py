@@ -67,7 +67,14 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
     choices = [chosen(answer, row.candidates) for row, answer in zip(rows, answers, strict=True)]
     right = [choice == row.truth for choice, row in zip(choices, rows, strict=True)]
     per_row = [
-        row_result(row, answer, hit, choice=choice, truth=row.candidates[row.truth])
+        row_result(
+            row,
+            answer,
+            hit,
+            choice=choice,
+            chosen="" if choice is None else row.candidates[choice],
+            truth=row.candidates[row.truth],
+        )
         for row, answer, hit, choice in zip(rows, answers, right, choices, strict=True)
     ]
     score = mean_percent(right)

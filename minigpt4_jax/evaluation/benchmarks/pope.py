@@ -2,7 +2,7 @@
 2305.10355); answers are read as LLaVA's eval_pope.py does."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,25 +99,25 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
                    truth=row.truth, group=row.group)
         for row, answer, reading in zip(rows, given, readings, strict=True)
     ]  # fmt: skip
-    groups = list(dict.fromkeys(row.group for row in rows))
-
-    def files_of(sample: Sequence[int]) -> dict[str, Any]:
-        return {
-            group: yes_no.measures(
-                [readings[i] for i in sample if rows[i].group == group],
-                [rows[i].truth for i in sample if rows[i].group == group],
-            )
-            for group in groups
-        }
-
-    def mean_f1(sample: Sequence[int]) -> float:
-        return 100 * float(sum(f["f1"] for f in files_of(sample).values()) / len(groups))
-
-    everything = range(len(rows))
-    files = files_of(everything)
-    figures = {"mean_f1": sum(f["f1"] for f in files.values()) / len(groups)}
+    files = _files(per_row)
+    figures = {"mean_f1": headline(per_row) / 100}
     extra = {"files": files, "versions": _versions(rows)}
-    return Result(mean_f1(everything), figures, {}, per_row, extra, mean_f1)
+    return Result(headline(per_row), figures, {}, per_row, extra)
+
+
+def headline(per_row: Sequence[Mapping[str, Any]]) -> float:
+    """The mean F1 of the files, in percent."""
+    files = _files(per_row)
+    return 100 * float(sum(measures["f1"] for measures in files.values()) / len(files))
+
+
+def _files(per_row: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for entry in per_row:
+        pairs[entry["group"]].append((entry["reading"], entry["label"]))
+    return {
+        group: yes_no.measures(*zip(*of_group, strict=True)) for group, of_group in pairs.items()
+    }
 
 
 def _versions(rows: Sequence[Row]) -> dict[str, str]:
@@ -134,6 +134,6 @@ BENCHMARK = Benchmark(
     name="pope", title="POPE", kind="yes_no", metric="mean F1", folder="pope",
     files=tuple(DataFile((f"pope/coco_pope_{split}.json",), _SOURCE) for split in SPLITS),
     images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
-    read=read, judge=judge,
+    read=read, judge=judge, headline=headline,
     published=(Published(LLAVA, 85.9, LLAVA_ZOO),),
 )  # fmt: skip

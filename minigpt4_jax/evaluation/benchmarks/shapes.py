@@ -131,11 +131,7 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
         for row, answer in zip(rows, given, strict=True)
     ]
     per_row = [_entry(row, answer, s) for row, answer, s in zip(rows, given, scores, strict=True)]
-    groups = list(dict.fromkeys(row.group for row in rows))
-    by_task = {
-        group: mean_percent([s for row, s in zip(rows, scores, strict=True) if row.group == group])
-        for group in groups
-    }
+    by_task = _by_task(per_row)
     extra: dict[str, Any] = {}
     presence = [entry for entry in per_row if "label" in entry]
     if presence:
@@ -143,13 +139,20 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
         labels = [entry["label"] for entry in presence]
         extra["files"] = {PRESENCE: yes_no.measures(readings, labels)}
 
-    def mean_of_tasks(sample: Sequence[int]) -> float:
-        found: dict[str, list[float]] = {}
-        for i in sample:
-            found.setdefault(rows[i].group, []).append(scores[i])
-        return sum(mean_percent(values) for values in found.values()) / len(found)
+    return Result(headline(per_row), by_task, {}, per_row, extra)
 
-    return Result(sum(by_task.values()) / len(by_task), by_task, {}, per_row, extra, mean_of_tasks)
+
+def headline(per_row: Sequence[Mapping[str, Any]]) -> float:
+    """The mean of the tasks' mean scores, in percent."""
+    by_task = _by_task(per_row)
+    return sum(by_task.values()) / len(by_task)
+
+
+def _by_task(per_row: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for entry in per_row:
+        scores.setdefault(entry["group"], []).append(entry["score"] / 100)
+    return {task: mean_percent(values) for task, values in scores.items()}
 
 
 def _entry(row: Row, answer: str, score: float) -> dict[str, Any]:
@@ -188,6 +191,7 @@ BENCHMARKS = (
     Benchmark(
         name="shapes", title="shapes, tasks", kind="text", metric="mean over tasks", folder="shapes",
         files=_FILES, images=(), read=read, judge=judge, splits=SPLITS, max_new_tokens=NEW_TOKENS,
+        headline=headline,
     ),
     Benchmark(
         name="shapes_description", title="shapes, descriptions", kind="caption",
