@@ -13,7 +13,7 @@ parser.add_argument("second")
 parser.add_argument("--model", default="quickstart/stage2/model")
 args = parser.parse_args()
 
-talk = minigpt4_jax.load(args.model).conversation()
+conversation = minigpt4_jax.load(args.model).conversation()
 
 # The second and third questions are read from where the first answer ended: the cache stays on the device.
 for question, images in [
@@ -22,8 +22,8 @@ for question, images in [
     ("What do the two have in common?", []),
 ]:
     print(f"> {question}")
-    for piece in talk.stream(question, images, max_new_tokens=60):
+    for piece in conversation.stream(question, images, max_new_tokens=60):
         print(piece, end="", flush=True)
     print()
 
-print(talk.retry(temperature=0.8, max_new_tokens=60))  # the last question again, sampled
+print(conversation.retry(temperature=0.8, max_new_tokens=60))  # the last question again, sampled

@@ -29,15 +29,15 @@ def test_a_pipe_is_one_conversation(chat_home, chat_piped):
     """Empty lines are skipped; the image comes with the first question."""
     code, out, err = chat_piped("what is it\n\n  \nhow many?  \n")
     assert (code, err) == (0, "")
-    talk = minigpt4_jax.load(chat_home / "model", "float32").conversation()
+    conversation = minigpt4_jax.load(chat_home / "model", "float32").conversation()
     options = chat.DEFAULTS | {"temperature": 0.0, "max_new_tokens": 6}
-    first = talk.ask("what is it", [chat_home / "a.png"], **options)
-    assert out == f"{first}\n{talk.ask('how many?', **options)}\n"
+    first = conversation.ask("what is it", [chat_home / "a.png"], **options)
+    assert out == f"{first}\n{conversation.ask('how many?', **options)}\n"
 
 
 def test_commands(chat_home, chat_piped, tmp_path):
     """The effect of each, as the saved conversation shows it."""
-    picture, saved = tmp_path / "my b.png", tmp_path / "talk.json"
+    picture, saved = tmp_path / "my b.png", tmp_path / "conversation.json"
     Image.open(chat_home / "a.png").rotate(90).save(picture)
     lines = f"""one
     two
@@ -65,7 +65,11 @@ def test_commands(chat_home, chat_piped, tmp_path):
     assert [t["answer"] for t in turns] == [out.splitlines()[i] for i in (0, 2, 3)]
     (last,) = json.loads((tmp_path / "last.json").read_text())["turns"]
     assert (last["question"], last["images"]) == ("five", [b])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.json", "my b.png", "talk.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last.json",
+        "my b.png",
+        "conversation.json",
+    ]
 
 
 def test_set_changes_the_next_answers(chat_piped):
@@ -228,7 +232,7 @@ def test_a_missing_model_is_reported(chat_command):
 
 def test_a_saved_conversation_goes_on(chat_home, chat_piped, tmp_path):
     """--load: as if it had not been interrupted; a picture may be inside the file."""
-    saved = tmp_path / "talk.json"
+    saved = tmp_path / "conversation.json"
     _, whole, _ = chat_piped(f"one\n/save {saved}\n/image {chat_home}/a.png\ntwo\n")
     document = json.loads(saved.read_text())
     document["turns"][0]["images"] = [embedded_image((chat_home / "a.png").read_bytes())]

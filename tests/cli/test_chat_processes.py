@@ -29,7 +29,7 @@ def test_in_a_terminal(chat_home, tmp_path):
     """Line editing, completion, a paste as one question, history in a file, Ctrl-D."""
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
     command = ["-m", "minigpt4_jax.chat", *arguments(chat_home, "--temperature=0")]
-    saved = tmp_path / "talk.json"
+    saved = tmp_path / "conversation.json"
     typed = [
         "whar\x7ft is it\r",
         "/set top_k=7\r",

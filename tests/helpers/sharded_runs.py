@@ -50,7 +50,7 @@ def answers(folder: Path, mesh: str | None) -> dict:
     model = load(folder / "model", "float32", mesh=mesh)
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
     options = {"max_new_tokens": 5, "temperature": 0.9, "top_k": 20}
-    talk = model.conversation()
+    conversation = model.conversation()
     nll, _ = model.score(images, [QUESTION] * 3, ["red", "green", "blue blue"])
     return {
         "visual": np.asarray(model.encode_images(images)).ravel().tolist(),
@@ -59,8 +59,8 @@ def answers(folder: Path, mesh: str | None) -> dict:
         "beams": model.generate(images, [QUESTION] * 3, max_new_tokens=5, num_beams=2),
         "stream": "".join(model.stream(images[0], QUESTION, **options)),
         "turns": [
-            talk.ask("What?", images[0], max_new_tokens=5),
-            talk.ask("Where?", max_new_tokens=5),
+            conversation.ask("What?", images[0], max_new_tokens=5),
+            conversation.ask("Where?", max_new_tokens=5),
         ],
     }
 

@@ -90,9 +90,9 @@ def test_visual_tokens_stay_on_the_device(model):
     np.testing.assert_array_equal(model.encode_images(picture(0))[0], np.asarray(tokens))
     (request,) = model.prepare_requests([picture(0)], [ASK], GenerationConfig())
     assert isinstance(request.visual, jax.Array)
-    talk = model.conversation()
-    talk.ask("what is it", picture(0), **FEW)
-    ((_, kept),) = talk._encoded.values()
+    conversation = model.conversation()
+    conversation.ask("what is it", picture(0), **FEW)
+    ((_, kept),) = conversation._encoded.values()
     assert isinstance(kept, jax.Array)
 
 

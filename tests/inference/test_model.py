@@ -119,11 +119,11 @@ def test_options_by_name_replace_those_of_a_config(model):
     assert answers[0] == "".join(model.stream(picture(0), ASK, config))
     (details,) = model.generate_details([picture(0)], [ASK], config)
     assert details[0].text == answers[0] and len(details[0].ids) <= 4
-    talk = model.conversation()
-    assert talk.ask("what", picture(0), config) == model.conversation().ask(
+    conversation = model.conversation()
+    assert conversation.ask("what", picture(0), config) == model.conversation().ask(
         "what", picture(0), max_new_tokens=4, temperature=2.0, top_k=20, seed=1
     )
-    again = talk.retry()  # with the options of the config and the next seed
+    again = conversation.retry()  # with the options of the config and the next seed
     seed_2 = replace(config, seed=2)
     assert again == "".join(model.conversation().stream("what", picture(0), seed_2))
 

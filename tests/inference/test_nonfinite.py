@@ -48,8 +48,10 @@ def test_logits_that_are_not_finite_are_one_answers_error(model, poisoned, optio
 def test_streams_and_conversations_say_that_logits_are_not_finite(poisoned):
     model, bad = minigpt4_jax.load(poisoned[0], "float32", allow_nonfinite=True), poisoned[1]
     assert "NaN or infinite" in refused(lambda: list(model.stream(None, bad)))
-    talk = model.conversation(template=texts.ChatTemplate("{}", "{}"))
-    assert "NaN or infinite" in refused(talk.ask, bad, max_new_tokens=4)
-    assert talk.turns == []
-    answer = talk.ask("a dog", max_new_tokens=4)
-    assert answer == model.conversation(template=talk.template).ask("a dog", max_new_tokens=4)
+    conversation = model.conversation(template=texts.ChatTemplate("{}", "{}"))
+    assert "NaN or infinite" in refused(conversation.ask, bad, max_new_tokens=4)
+    assert conversation.turns == []
+    answer = conversation.ask("a dog", max_new_tokens=4)
+    assert answer == model.conversation(template=conversation.template).ask(
+        "a dog", max_new_tokens=4
+    )

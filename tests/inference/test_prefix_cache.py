@@ -95,11 +95,11 @@ def test_a_model_with_lora(tmp_path, monkeypatch):
     model = minigpt4_jax.load(tiny.write_random_model(tmp_path / "m", lora=lora), "float32")
     resumed, resume = [], model.engine._resume
     monkeypatch.setattr(model.engine, "_resume", lambda *a: resumed.append(1) or resume(*a))
-    talk = model.conversation()
+    conversation = model.conversation()
     for question in ("what is it", "tell me a story", "why"):
         uncached = model.conversation()
-        uncached.turns = list(talk.turns)
-        answer = talk.ask(question, max_new_tokens=6)
+        uncached.turns = list(conversation.turns)
+        answer = conversation.ask(question, max_new_tokens=6)
         assert answer and answer == uncached.ask(question, max_new_tokens=6)
     assert resumed
 
@@ -117,28 +117,28 @@ def test_conversations_with_and_without_the_cache(tmp_path, monkeypatch):
         assert action(cached) == action(uncached)
         assert [t.answer for t in cached.turns] == [t.answer for t in uncached.turns]
 
-    def close_stream(talk):
-        pieces = talk.stream("tell me a story", max_new_tokens=12)
+    def close_stream(conversation):
+        pieces = conversation.stream("tell me a story", max_new_tokens=12)
         first = next(pieces)
         pieces.close()
         return first
 
     few = {"max_new_tokens": 6}
-    both(lambda talk: talk.ask("what is it", pictures[0], **few))
-    both(lambda talk: talk.ask("and this", pictures[1], **few))
+    both(lambda conversation: conversation.ask("what is it", pictures[0], **few))
+    both(lambda conversation: conversation.ask("and this", pictures[1], **few))
     both(close_stream)
-    both(lambda talk: talk.ask("why", temperature=1.0, seed=4, stop=["e"], **few))
-    both(lambda talk: talk.retry())
-    both(lambda talk: talk.undo())
-    both(lambda talk: talk.ask("how", num_beams=2, **few))
-    both(lambda talk: talk.ask("how", extra_bos=False, **few))
+    both(lambda conversation: conversation.ask("why", temperature=1.0, seed=4, stop=["e"], **few))
+    both(lambda conversation: conversation.retry())
+    both(lambda conversation: conversation.undo())
+    both(lambda conversation: conversation.ask("how", num_beams=2, **few))
+    both(lambda conversation: conversation.ask("how", extra_bos=False, **few))
     assert len(resumed) >= 5
     count = len(resumed)
-    for talk in (cached, uncached):
+    for conversation in (cached, uncached):
         with pytest.warns(UserWarning, match="dropped the oldest"):
-            talk.ask("and now", context=60, **few)
+            conversation.ask("and now", context=60, **few)
     assert [t.answer for t in cached.turns] == [t.answer for t in uncached.turns]
     assert len(resumed) == count
-    both(lambda talk: talk.ask("again", **few))
-    both(lambda talk: talk.reset())
-    both(lambda talk: talk.ask("what is it", pictures[0], **few))
+    both(lambda conversation: conversation.ask("again", **few))
+    both(lambda conversation: conversation.reset())
+    both(lambda conversation: conversation.ask("what is it", pictures[0], **few))

@@ -59,9 +59,9 @@ def test_a_stop_text_does_not_begin_in_the_prompt(model):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_way_to_generate_ends_at_the_same_text(model, number):
-    talk = model.conversation()
+    conversation = model.conversation()
     question = ("what is it", "tell me a story")[number]
-    prompt = talk.template.render([(question, None)], system=None, extra_bos=True)
+    prompt = conversation.template.render([(question, None)], system=None, extra_bos=True)
     uncut = model.generate(None, [prompt], max_new_tokens=20, context=2000)[0]
     stop = uncut[len(uncut) // 2 :][:2]
     assert len(stop) == 2
@@ -69,7 +69,7 @@ def test_every_way_to_generate_ends_at_the_same_text(model, number):
     expected = uncut.split(stop)[0].strip()
     assert model.generate(None, [prompt], **options) == [expected]
     assert "".join(model.stream(None, prompt, **options)) == expected
-    assert talk.ask(question, **options) == expected
+    assert conversation.ask(question, **options) == expected
     assert "".join(model.conversation().stream(question, **options)) == expected
     prepared = model.prepare_prompts(None, [prompt] * 2, GenerationConfig(**options))
     answers = [output.text for _, (output,) in model.answer_prompts(prepared)]

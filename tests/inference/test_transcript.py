@@ -17,7 +17,7 @@ def picture(tmp_path):
 
 
 def write(tmp_path, document):
-    path = tmp_path / "talk.json"
+    path = tmp_path / "conversation.json"
     path.write_text(json.dumps(document))
     return path
 

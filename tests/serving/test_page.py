@@ -51,10 +51,10 @@ class Site:
 
     def expected(self, questions, **options):
         """The last answer of the same conversation without the server."""
-        talk = self.model.conversation()
+        conversation = self.model.conversation()
         for n, question in enumerate(questions):
             images = [self.picture] if n == 0 else []
-            answer = talk.ask(question, images, **SAMPLING | options)
+            answer = conversation.ask(question, images, **SAMPLING | options)
         return answer
 
 
@@ -132,8 +132,8 @@ class Visitor:
         return download.value.path()
 
     def saved(self):
-        """The talk as it is downloaded."""
-        return json.loads(self.download("Save talk").read_text())["turns"]
+        """The conversation as it is downloaded."""
+        return json.loads(self.download("Save conversation").read_text())["turns"]
 
     def close(self):
         self.page.close()
@@ -176,7 +176,7 @@ def test_two_turns_a_retry_and_an_edited_question(site, visitor):
     assert visitor.box.input_value() == "and why?"
     visitor.ask("and how?")
     assert [turn["question"] for turn in visitor.saved()] == ["what is this?", "and how?"]
-    visitor.press("New talk")
+    visitor.press("New conversation")
     visitor.answers.first.wait_for(state="detached")
 
 
@@ -205,13 +205,15 @@ def test_a_drawn_box_is_sent(site, visitor):
 def test_boxes_of_an_answer_are_shown(site, visitor, tmp_path):
     visitor.add_picture(site.picture)
     visitor.ask("hello")
-    path = visitor.download("Save talk")
+    path = visitor.download("Save conversation")
     document = json.loads(path.read_text())
     document["turns"][0]["answer"] = (
         "<p>a cat</p> {<10><20><30><40>} & <p>a dog</p> {<50><0><99><99>}"
     )
-    (tmp_path / "talk.json").write_text(json.dumps(document))
-    visitor.page.locator("#actions input[type=file]").set_input_files(tmp_path / "talk.json")
+    (tmp_path / "conversation.json").write_text(json.dumps(document))
+    visitor.page.locator("#actions input[type=file]").set_input_files(
+        tmp_path / "conversation.json"
+    )
     visitor.page.locator("#boxes table").wait_for()
     cells = visitor.page.locator("#boxes td").all_inner_texts()
     assert cells[:6] == ["a cat", "40", "60", "120", "120", "80 x 60"]

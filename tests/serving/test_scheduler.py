@@ -100,8 +100,8 @@ def test_an_encoder_reads_a_prompt_longer_than_a_piece():
 
 
 def test_a_prompt_continues_from_what_another_began_with(model, scheduler):
-    talk = "<Img><ImageHere></Img>" + " first words" * 12
-    longer = talk + " and then more"
+    conversation = "<Img><ImageHere></Img>" + " first words" * 12
+    longer = conversation + " and then more"
 
     async def ask(prompt, picture):
         job = generation(model, prompt, [picture], temperature=1.0, seed=4)
@@ -109,7 +109,11 @@ def test_a_prompt_continues_from_what_another_began_with(model, scheduler):
         return job, await job.result()
 
     async def main():
-        return [await ask(talk, image(0)), await ask(longer, image(0)), await ask(longer, image(1))]
+        return [
+            await ask(conversation, image(0)),
+            await ask(longer, image(0)),
+            await ask(longer, image(1)),
+        ]
 
     (first, _), (second, reused), (other, _) = asyncio.run(main())
     assert first.cached_tokens == 0 and other.cached_tokens < 10  # another image

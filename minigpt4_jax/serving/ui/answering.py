@@ -13,7 +13,7 @@ from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.images import RequestImage
 from minigpt4_jax.serving.jobs import Generation
 from minigpt4_jax.serving.service import SAMPLING, Sender, Service
-from minigpt4_jax.serving.ui.talk import Talk
+from minigpt4_jax.serving.ui.conversation import PageConversation
 
 INTERVAL = 0.1  # seconds between two updates of a page
 
@@ -51,14 +51,18 @@ class Update:
     note: str = ""
 
 
-async def answer(service: Service, talk: Talk, settings: Settings) -> AsyncIterator[Update]:
-    """Answer the last turn of a talk. RequestError: it cannot be answered."""
+async def answer(
+    service: Service, conversation: PageConversation, settings: Settings
+) -> AsyncIterator[Update]:
+    """Answer the last turn of a conversation. RequestError: it cannot be answered."""
     config = service.generation_config(settings.options())
-    images = [image.read for image in talk.images]
-    request = await service.chat_request(talk.prompt_turns(), len(images), config, talk.system)
-    sender = Sender(talk.client, service.limits.seconds)
+    images = [image.read for image in conversation.images]
+    request = await service.chat_request(
+        conversation.prompt_turns(), len(images), config, conversation.system
+    )
+    sender = Sender(conversation.client, service.limits.seconds)
     if config.num_beams > 1:
-        yield await _search(service, talk, request, images, sender)
+        yield await _search(service, conversation, request, images, sender)
         return
     (job,) = service.start([request], images, sender, streamed=True)
 
@@ -66,12 +70,12 @@ async def answer(service: Service, talk: Talk, settings: Settings) -> AsyncItera
         job.cancel()
         job.fail(Stopped())
 
-    talk.stop = stop
+    conversation.stop = stop
     try:
         async for update in _stream(service, job, config):
             yield update
     finally:
-        talk.stop = None
+        conversation.stop = None
         job.cancel()
 
 
@@ -95,20 +99,24 @@ async def _stream(
 
 
 async def _search(
-    service: Service, talk: Talk, request: Request, images: list[RequestImage], sender: Sender
+    service: Service,
+    conversation: PageConversation,
+    request: Request,
+    images: list[RequestImage],
+    sender: Sender,
 ) -> Update:
     begin = time.monotonic()
     search = asyncio.ensure_future(service.search(request, images, sender))
-    talk.stop = search.cancel
+    conversation.stop = search.cancel
     try:
         outputs = await search
     except asyncio.CancelledError:
-        if search.cancelled() and talk.stop is not None and not _is_cancelled():
+        if search.cancelled() and conversation.stop is not None and not _is_cancelled():
             return Update("", "stopped")
         raise
     finally:
         search.cancel()
-        talk.stop = None
+        conversation.stop = None
     seconds = time.monotonic() - begin
     ids = len(outputs[0].ids)
     return Update(outputs[0].text, f"{ids} tokens in {seconds:.1f} s · beam search")

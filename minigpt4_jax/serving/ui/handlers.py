@@ -21,15 +21,15 @@ from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.ui import rendering
 from minigpt4_jax.serving.ui.answering import Settings, answer
+from minigpt4_jax.serving.ui.conversation import PageConversation, PageImage, PageTurn
 from minigpt4_jax.serving.ui.examples import Example
-from minigpt4_jax.serving.ui.talk import PageImage, Talk, TalkTurn
 from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
 from minigpt4_jax.visualization.drawing import save_picture
 
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")  # of gradio_image_annotation
 LOST = (
     "The conversation that was here is gone: the server was restarted, or the page loaded again. "
-    "You can go on with a new one; “Save talk” keeps a copy."
+    "You can go on with a new one; “Save conversation” keeps a copy."
 )
 
 
@@ -58,85 +58,99 @@ class Handlers:
     # --- questions --------------------------------------------------------------------------------
 
     async def ask(
-        self, talk: Talk, token: str, box: Any, picture: Any, system: str | None, *settings: Any
+        self,
+        conversation: PageConversation,
+        token: str,
+        box: Any,
+        picture: Any,
+        system: str | None,
+        *settings: Any,
     ) -> AsyncIterator[View]:
         """Answer the question in the box."""
-        lost = bool(token) and token != talk.client
+        lost = bool(token) and token != conversation.client
         question, files = (box or {}).get("text") or "", (box or {}).get("files") or []
         try:
-            self._check_free(talk)
+            self._check_free(conversation)
             path, drawn = await self._picture_file(picture), _drawn_box(picture)
-            images = await self._new_images(talk, [path, *files])
+            images = await self._new_images(conversation, [path, *files])
             turn = await self._turn(question, images, drawn, path)
         except (RequestError, UserError) as e:
-            yield self._view(talk, status=_problem(f"{LOST if lost else ''} {e}"))
+            yield self._view(conversation, status=_problem(f"{LOST if lost else ''} {e}"))
             return
         if lost:
             gr.Warning(LOST)
-            talk.client = token
-        talk.system = system if self._has_system else None
-        talk.turns.append(turn)
+            conversation.client = token
+        conversation.system = system if self._has_system else None
+        conversation.turns.append(turn)
         shown = gr.skip() if not files else self._picture(images[-1].path)
-        async for view in self._answer(talk, _settings(settings), restored=[]):
+        async for view in self._answer(conversation, _settings(settings), restored=[]):
             yield view._replace(picture=shown)
             shown = gr.skip()
 
-    async def retry(self, talk: Talk, token: str, *settings: Any) -> AsyncIterator[View]:
+    async def retry(
+        self, conversation: PageConversation, token: str, *settings: Any
+    ) -> AsyncIterator[View]:
         """Answer the last question again, with another seed."""
-        if talk.is_busy or not talk.turns:
-            yield self._view(talk, status=_problem("" if token == talk.client else LOST))
+        if conversation.is_busy or not conversation.turns:
+            yield self._view(
+                conversation, status=_problem("" if token == conversation.client else LOST)
+            )
             return
-        turn = talk.turns[-1]
+        turn = conversation.turns[-1]
         retries = turn.retries + 1
-        talk.update_last(answer="", marked_answer=None, note="", retries=retries)
+        conversation.update_last(answer="", marked_answer=None, note="", retries=retries)
         values = _settings(settings)
         if values.seed is not None:
             values = replace(values, seed=values.seed + retries)
-        async for view in self._answer(talk, values, restored=[turn]):
+        async for view in self._answer(conversation, values, restored=[turn]):
             yield view
 
     async def _answer(
-        self, talk: Talk, settings: Settings, restored: list[TalkTurn]
+        self, conversation: PageConversation, settings: Settings, restored: list[PageTurn]
     ) -> AsyncIterator[View]:
         """Answer the last turn. restored: replaces it if there is no answer."""
-        question = talk.turns[-1].question
-        talk.is_busy = True
+        question = conversation.turns[-1].question
+        conversation.is_busy = True
         running = gr.update(value=None, submit_btn=False, stop_btn=True)
         idle = gr.update(submit_btn=True, stop_btn=False)
         try:
-            yield self._view(talk, box=running, status="<span>Thinking …</span>", partial="")
-            async for update in answer(self._service, talk, settings):
-                talk.update_last(answer=update.text, note=update.note)
+            yield self._view(
+                conversation, box=running, status="<span>Thinking …</span>", partial=""
+            )
+            async for update in answer(self._service, conversation, settings):
+                conversation.update_last(answer=update.text, note=update.note)
                 if not update.note:
-                    yield self._view(talk, status="<span>Writing …</span>", partial=update.text)
-            await self._finish(talk)
-            yield self._view(talk, box=idle)
+                    yield self._view(
+                        conversation, status="<span>Writing …</span>", partial=update.text
+                    )
+            await self._finish(conversation)
+            yield self._view(conversation, box=idle)
         except (RequestError, UserError) as e:
-            talk.turns[-1:] = restored
+            conversation.turns[-1:] = restored
             idle = gr.update(value={"text": question, "files": []}, submit_btn=True, stop_btn=False)
-            yield self._view(talk, box=idle, status=_problem(str(e)))
+            yield self._view(conversation, box=idle, status=_problem(str(e)))
         finally:
-            talk.is_busy = False
+            conversation.is_busy = False
 
-    async def _finish(self, talk: Talk) -> None:
+    async def _finish(self, conversation: PageConversation) -> None:
         """Draw the boxes of a finished answer."""
-        turn = talk.turns[-1]
-        if not (self._draws_boxes and talk.images and turn.answer):
+        turn = conversation.turns[-1]
+        if not (self._draws_boxes and conversation.images and turn.answer):
             return
         out = self._file("boxes", ".png")
         draw = rendering.write_marked
         exif = self._service.model.exif
-        if await asyncio.to_thread(draw, talk.images[-1].path, turn.answer, out, exif=exif):
-            talk.update_last(marked_answer=out)
+        if await asyncio.to_thread(draw, conversation.images[-1].path, turn.answer, out, exif=exif):
+            conversation.update_last(marked_answer=out)
 
     async def _turn(
         self, question: str, images: list[PageImage], drawn: Box | None, path: str | None
-    ) -> TalkTurn:
+    ) -> PageTurn:
         """The next turn, with the drawn box in its text if it asks about one."""
         if not question.strip():
             raise invalid("Write a question first.")
         if not (self._draws_boxes and needs_box(question)):
-            return TalkTurn(question, tuple(images))
+            return PageTurn(question, tuple(images))
         if path is None or drawn is None:
             raise invalid("Draw a box into the picture first: press the mouse and drag.")
         image = await self._read(path)
@@ -144,25 +158,27 @@ class Handlers:
         out = self._file("question", ".png")
         exif = self._service.model.exif
         await asyncio.to_thread(rendering.write_marked, image.path, question, out, exif=exif)
-        return TalkTurn(question, tuple(images), marked_question=out)
+        return PageTurn(question, tuple(images), marked_question=out)
 
-    def _check_free(self, talk: Talk) -> None:
-        if talk.is_busy:
+    def _check_free(self, conversation: PageConversation) -> None:
+        if conversation.is_busy:
             raise invalid("The answer is still being written; stop it first.")
 
     # --- images -----------------------------------------------------------------------------------
 
-    async def _new_images(self, talk: Talk, paths: Sequence[str | None]) -> list[PageImage]:
-        """The images that the talk does not have yet. RequestError: not readable, or too many."""
+    async def _new_images(
+        self, conversation: PageConversation, paths: Sequence[str | None]
+    ) -> list[PageImage]:
+        """The images that the conversation does not have yet. RequestError: not readable, or too many."""
         new: dict[bytes, PageImage] = {}
         for path in paths:
             if path is not None:
                 image = await self._read(path)
-                if not talk.has_image(image):
+                if not conversation.has_image(image):
                     new[image.read.input.digest] = image
         limit = self._service.limits.images
-        if len(talk.images) + len(new) > limit:
-            raise invalid(f"More than {limit} pictures are in this talk; start a new one.")
+        if len(conversation.images) + len(new) > limit:
+            raise invalid(f"More than {limit} pictures are in this conversation; start a new one.")
         return list(new.values())
 
     async def _picture_file(self, value: Any) -> str | None:
@@ -204,81 +220,83 @@ class Handlers:
 
     # --- history ----------------------------------------------------------------------------------
 
-    async def stop(self, talk: Talk) -> None:
+    async def stop(self, conversation: PageConversation) -> None:
         """End the answer that is being written; what is there is kept."""
-        while talk.is_busy:
-            if talk.stop is not None:
-                talk.stop()
+        while conversation.is_busy:
+            if conversation.stop is not None:
+                conversation.stop()
                 return
             await asyncio.sleep(0.05)  # its prompt is still being prepared
 
-    def undo(self, talk: Talk) -> View:
+    def undo(self, conversation: PageConversation) -> View:
         """Remove the last question and its answer; the question and its images can be sent again."""
-        if talk.is_busy or not talk.turns:
-            return self._view(talk)
-        turn = talk.turns.pop()
+        if conversation.is_busy or not conversation.turns:
+            return self._view(conversation)
+        turn = conversation.turns.pop()
         paths = [image.path for image in turn.images]
         files = [str(path) for path in paths[:-1]]
-        view = self._view(talk, box=gr.update(value={"text": turn.question, "files": files}))
+        view = self._view(
+            conversation, box=gr.update(value={"text": turn.question, "files": files})
+        )
         return view._replace(picture=self._picture(paths[-1])) if paths else view
 
-    def new_talk(self, talk: Talk) -> View:
+    def new_conversation(self, conversation: PageConversation) -> View:
         """Forget the history and the picture."""
-        if talk.stop is not None:
-            talk.stop()
-        talk.turns = []
-        view = self._view(talk, box=gr.update(value=None, submit_btn=True, stop_btn=False))
+        if conversation.stop is not None:
+            conversation.stop()
+        conversation.turns = []
+        view = self._view(conversation, box=gr.update(value=None, submit_btn=True, stop_btn=False))
         return view._replace(picture=gr.update(value=None))
 
-    def load(self, had_talk: str, talk: Talk) -> tuple[str, str]:
-        """When the page is opened: its token, and the status. had_talk: whether it held a talk before."""
-        talk.client = secrets.token_hex(8)
-        return talk.client, _problem(LOST) if had_talk else ""
+    def load(self, had_conversation: str, conversation: PageConversation) -> tuple[str, str]:
+        """When the page is opened: its token, and the status. had_conversation: there was one before."""
+        conversation.client = secrets.token_hex(8)
+        return conversation.client, _problem(LOST) if had_conversation else ""
 
     # --- files ------------------------------------------------------------------------------------
 
-    def save_talk(self, talk: Talk) -> Any:
-        """The talk as a JSON file."""
-        if not talk.turns:
+    def save_conversation(self, conversation: PageConversation) -> Any:
+        """The conversation as a JSON file."""
+        if not conversation.turns:
             gr.Warning("There is nothing to save yet.")
             return gr.skip()
-        out = self._file("talk", ".json")
-        document = talk.document(self._service.name)
+        out = self._file("conversation", ".json")
+        document = conversation.document(self._service.name)
         out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return gr.update(value=str(out))
 
-    def save_picture(self, talk: Talk) -> Any:
+    def save_picture(self, conversation: PageConversation) -> Any:
         """The last picture with boxes as a PNG file."""
-        marked = [turn.marked_answer or turn.marked_question for turn in talk.turns]
+        marked = [turn.marked_answer or turn.marked_question for turn in conversation.turns]
         found = [path for path in marked if path is not None]
         if not found:
             gr.Warning("No answer has boxes yet.")
             return gr.skip()
         return gr.update(value=str(found[-1]))
 
-    async def open_talk(self, talk: Talk, path: str) -> View:
-        """Replace the talk by one that was saved."""
-        if talk.is_busy:
-            return self._view(talk)
+    async def open_conversation(self, conversation: PageConversation, path: str) -> View:
+        """Replace the conversation by one that was saved."""
+        if conversation.is_busy:
+            return self._view(conversation)
         try:
             transcript = await asyncio.to_thread(read_transcript, Path(path), embedded_only=True)
             turns = await self._opened(transcript)
         except (RequestError, UserError) as e:
-            return self._view(talk, status=_problem(str(e).replace(path, Path(path).name)))
-        talk.turns = turns
-        view = self._view(talk)
-        images = talk.images
+            return self._view(conversation, status=_problem(str(e).replace(path, Path(path).name)))
+        conversation.turns = turns
+        view = self._view(conversation)
+        images = conversation.images
         return view._replace(picture=self._picture(images[-1].path if images else None))
 
-    async def _opened(self, transcript: Transcript) -> list[TalkTurn]:
-        opened = Talk()
+    async def _opened(self, transcript: Transcript) -> list[PageTurn]:
+        opened = PageConversation()
         for turn in transcript.turns:
             images = []
             for data in turn.images:
                 file = self._file("image", "")
                 file.write_bytes(data)  # type: ignore[arg-type]
                 images.append(await self._read(str(file)))
-            opened.turns.append(TalkTurn(turn.question, tuple(images), turn.answer))
+            opened.turns.append(PageTurn(turn.question, tuple(images), turn.answer))
             await self._finish(opened)
         return opened.turns
 
@@ -299,26 +317,33 @@ class Handlers:
     # --- the view ---------------------------------------------------------------------------------
 
     def _view(
-        self, talk: Talk, *, box: Any = None, status: str | None = None, partial: str | None = None
+        self,
+        conversation: PageConversation,
+        *,
+        box: Any = None,
+        status: str | None = None,
+        partial: str | None = None,
     ) -> View:
         """partial: the last answer, which is still being written."""
-        last = talk.turns[-1] if talk.turns else None
+        last = conversation.turns[-1] if conversation.turns else None
         if status is None:
             status = f"<span>{html.escape(last.note)}</span>" if last and last.note else ""
         table = ""
         if self._draws_boxes and last and last.marked_answer and partial is None:
-            table = rendering.box_table(last.answer, talk.images[-1].size)
-        messages = [message for _, message in self._messages(talk, partial)]
+            table = rendering.box_table(last.answer, conversation.images[-1].size)
+        messages = [message for _, message in self._messages(conversation, partial)]
         return View(messages, box or gr.skip(), gr.skip(), status, table)
 
-    def _messages(self, talk: Talk, partial: str | None = None) -> list[tuple[int, dict[str, Any]]]:
+    def _messages(
+        self, conversation: PageConversation, partial: str | None = None
+    ) -> list[tuple[int, dict[str, Any]]]:
         """(number of the turn, message of the chat)."""
         messages: list[tuple[int, dict[str, Any]]] = []
 
         def add(number: int, role: str, content: Any) -> None:
             messages.append((number, {"role": role, "content": content}))
 
-        for number, turn in enumerate(talk.turns):
+        for number, turn in enumerate(conversation.turns):
             for image in turn.images:
                 if turn.marked_question is None or image is not turn.images[-1]:
                     add(number, "user", _file_content(image.thumbnail, "picture"))
@@ -329,7 +354,7 @@ class Handlers:
                     _file_content(turn.marked_question, "picture with the marked box"),
                 )
             add(number, "user", rendering.question_html(turn.question))
-            if partial is not None and number == len(talk.turns) - 1:
+            if partial is not None and number == len(conversation.turns) - 1:
                 add(number, "assistant", self._html(partial, finished=False) or "…")
                 continue
             add(number, "assistant", self._html(turn.answer) or "*(no answer)*")

@@ -53,10 +53,10 @@ class Page(NamedTuple):
     box: Any
     status: Any
     boxes: Any
-    new_talk: Any
+    new_conversation: Any
     edit: Any
-    save_talk: Any
-    open_talk: Any
+    save_conversation: Any
+    open_conversation: Any
     save_picture: Any
     download: Any
     token: Any
@@ -104,19 +104,19 @@ def build(info: PageInfo) -> Page:
                 )  # fmt: skip
                 hint = gr.HTML(elem_id="hint", padding=False)
                 with gr.Row(elem_id="actions"):
-                    new_talk = _action("New talk", "new-talk")
+                    new_conversation = _action("New conversation", "new-conversation")
                     edit = _action("Edit question", "edit")
-                    save_talk = _action("Save talk", "save-talk")
-                    open_talk = gr.UploadButton(
-                        "Open talk", size="sm", min_width=80, file_types=[".json"],
-                        file_count="single", elem_id="open-talk",
+                    save_conversation = _action("Save conversation", "save-conversation")
+                    open_conversation = gr.UploadButton(
+                        "Open conversation", size="sm", min_width=80, file_types=[".json"],
+                        file_count="single", elem_id="open-conversation",
                     )  # fmt: skip
                     save_picture = _action("Save picture", "save-picture", visible=info.draws_boxes)
                 boxes = gr.HTML(elem_id="boxes", padding=False, visible=info.draws_boxes)
                 download = gr.DownloadButton(visible="hidden", elem_id="download")
     return Page(
         blocks, picture, examples, settings, system, chat, shortcuts, hint, box, status, boxes,
-        new_talk, edit, save_talk, open_talk, save_picture, download, token,
+        new_conversation, edit, save_conversation, open_conversation, save_picture, download, token,
     )  # fmt: skip
 
 

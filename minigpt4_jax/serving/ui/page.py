@@ -16,22 +16,22 @@ from minigpt4_jax.processing.chat_templates import ChatTemplate, TokenizerChatTe
 from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.ui import layout
 from minigpt4_jax.serving.ui.answering import Settings
+from minigpt4_jax.serving.ui.conversation import PageConversation
 from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.handlers import Handlers, View
 from minigpt4_jax.serving.ui.layout import Page, PageInfo
-from minigpt4_jax.serving.ui.talk import Talk
 from minigpt4_jax.serving.ui.tasks import shortcuts
 
 PATH = "/ui"
 MAX_BEAMS = 10
 TITLES = {"minigpt-v2": "MiniGPT-v2"}
-# sessionStorage tells a page that was loaded again that it held a talk
-_REMEMBER = "() => { sessionStorage.setItem('minigpt4-talk', '1') }"
-_FORGET = "() => { sessionStorage.removeItem('minigpt4-talk') }"
-_HAD_TALK = """(_, talk) => {
-    const had = sessionStorage.getItem('minigpt4-talk') || '';
-    sessionStorage.removeItem('minigpt4-talk');
-    return [had, talk];
+# sessionStorage tells a page that was loaded again that it held a conversation
+_REMEMBER = "() => { sessionStorage.setItem('minigpt4-conversation', '1') }"
+_FORGET = "() => { sessionStorage.removeItem('minigpt4-conversation') }"
+_HAD_CONVERSATION = """(_, conversation) => {
+    const had = sessionStorage.getItem('minigpt4-conversation') || '';
+    sessionStorage.removeItem('minigpt4-conversation');
+    return [had, conversation];
 }"""
 _DOWNLOAD = "() => { setTimeout(() => document.querySelector('#download').click(), 100) }"
 
@@ -119,7 +119,7 @@ def connect(page: Page, handlers: Handlers) -> None:
     view = View(page.chat, page.box, page.picture, page.status, page.boxes)
     remember = {"fn": None, "js": _REMEMBER}
     with page.blocks:
-        talk = gr.State(Talk(), time_to_live=12 * 3600)
+        conversation = gr.State(PageConversation(), time_to_live=12 * 3600)
 
         def on(
             trigger: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any
@@ -128,21 +128,26 @@ def connect(page: Page, handlers: Handlers) -> None:
                 fn, inputs, outputs, show_progress="hidden", api_visibility="private", **options
             )
 
-        asked = [talk, page.token, page.box, page.picture, page.system, *page.settings]
-        again = [talk, page.token, *page.settings]
+        asked = [conversation, page.token, page.box, page.picture, page.system, *page.settings]
+        again = [conversation, page.token, *page.settings]
         on(page.box.submit, handlers.ask, asked, view).then(**remember)
         on(page.chat.retry, handlers.retry, again, view)
-        on(page.box.stop, handlers.stop, talk, None, queue=False)
+        on(page.box.stop, handlers.stop, conversation, None, queue=False)
         for trigger in (page.chat.undo, page.edit.click):
-            on(trigger, handlers.undo, talk, view)
-        for trigger in (page.new_talk.click, page.chat.clear):
-            on(trigger, handlers.new_talk, talk, view).then(None, js=_FORGET)
-        on(page.open_talk.upload, handlers.open_talk, [talk, page.open_talk], view).then(**remember)
+            on(trigger, handlers.undo, conversation, view)
+        for trigger in (page.new_conversation.click, page.chat.clear):
+            on(trigger, handlers.new_conversation, conversation, view).then(None, js=_FORGET)
+        on(
+            page.open_conversation.upload,
+            handlers.open_conversation,
+            [conversation, page.open_conversation],
+            view,
+        ).then(**remember)
         for button, save in (
-            (page.save_talk, handlers.save_talk),
+            (page.save_conversation, handlers.save_conversation),
             (page.save_picture, handlers.save_picture),
         ):
-            on(button.click, save, talk, page.download).success(None, js=_DOWNLOAD)
+            on(button.click, save, conversation, page.download).success(None, js=_DOWNLOAD)
         on(page.examples.click, handlers.example, page.examples, [page.picture, page.box])
         for number, button in enumerate(page.shortcuts):
             fn = _with_number(handlers.shortcut, number)
@@ -150,9 +155,9 @@ def connect(page: Page, handlers: Handlers) -> None:
         on(
             page.blocks.load,
             handlers.load,
-            [page.token, talk],
+            [page.token, conversation],
             [page.token, page.status],
-            js=_HAD_TALK,
+            js=_HAD_CONVERSATION,
         )
 
 

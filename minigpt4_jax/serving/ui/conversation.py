@@ -25,7 +25,7 @@ class PageImage:
 
 
 @dataclass(frozen=True)
-class TalkTurn:
+class PageTurn:
     """A question and the answer to it.
 
     Attributes:
@@ -45,7 +45,7 @@ class TalkTurn:
 
 
 @dataclass
-class Talk:
+class PageConversation:
     """The state of one open page; the server holds it, in memory.
 
     Attributes:
@@ -56,7 +56,7 @@ class Talk:
         client: whose requests these are, for the scheduler's fair order; set when the page is opened.
     """
 
-    turns: list[TalkTurn] = field(default_factory=list)
+    turns: list[PageTurn] = field(default_factory=list)
     system: str | None = None
     is_busy: bool = False
     stop: Callable[[], Any] | None = None
