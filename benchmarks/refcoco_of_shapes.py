@@ -15,9 +15,9 @@ from common import add_test_helpers_to_path, argument_parser
 
 import minigpt4_jax
 from minigpt4_jax.cli import evaluate
-from minigpt4_jax.demos.tiny_v2 import evaluate_split, mean_scores
+from minigpt4_jax.demos.common import evaluate_on_shapes
 from minigpt4_jax.errors import run
-from minigpt4_jax.evaluation.task import Task, open_tasks
+from minigpt4_jax.evaluation.task import Task
 
 add_test_helpers_to_path()
 from helpers import shapes_as_refcoco  # noqa: E402
@@ -29,37 +29,29 @@ def main() -> None:
     parser.add_argument("--shapes", required=True, type=Path, help="the dataset")
     parser.add_argument("--images", type=int, default=50, help="held-out images")
     args = parser.parse_args()
-    answers = evaluate_split(
-        minigpt4_jax.load(args.model, "float32"), args.shapes / "heldout", args.images
-    )
-    own = [answer for answer in answers if answer.task_question.task == "refer"]
-    print(f"tiny_v2: refer {mean_scores(answers)['refer']:.4%} of {len(own)} expressions")
-    scores = through_refcoco(args.model, args.shapes, args.images)
-    print(f"refcoco: {scores['score']:.4f} % of {scores['rows']} expressions")
-    pairs = list(zip(own, scores["per_row"], strict=True))
-    same = [a.answer.strip() == b["answer"].strip() for a, b in pairs]
-    hits = [a.score * 100 == b["score"] for a, b in pairs]
+    with tempfile.TemporaryDirectory() as folder:
+        model = minigpt4_jax.load(args.model, "float32")
+        out, split = Path(folder), args.shapes / "heldout"
+        task, scores = evaluate_on_shapes(model, "own", "shapes", split, args.images, out)
+        through = through_refcoco(args.model, task, out)
+    own = [row for row in scores["per_row"] if row["group"] == "refer"]
+    print(f"tiny_v2: refer {scores['original']['refer']:.4f} % of {len(own)} expressions")
+    print(f"refcoco: {through['score']:.4f} % of {through['rows']} expressions")
+    pairs = list(zip(own, through["per_row"], strict=True))
+    same = [a["answer"] == b["answer"] for a, b in pairs]
+    hits = [a["score"] == b["score"] for a, b in pairs]
     print(f"{sum(same)} answers and {sum(hits)} scores of {len(pairs)} are equal")
 
 
-def through_refcoco(model: Path, shapes: Path, images: int) -> dict:
-    """scores.json of `evaluate` on the expressions about the first images."""
-    with tempfile.TemporaryDirectory() as name:
-        root, out = Path(name) / "data", Path(name) / "out"
-        shapes_as_refcoco.write(first_images(shapes, images), root)
-        evaluate.main(
-            [f"--model={model}", f"--data.root={root}", "--benchmark=refcoco", "--split=val",
-             "--dtype=float32", f"--out={out}"]
-        )  # fmt: skip
-        return json.loads((out / "refcoco_val" / "scores.json").read_text())
-
-
-def first_images(shapes: Path, images: int) -> Task:
-    """The benchmark `shapes` on the first held-out images."""
-    (task,) = open_tasks(["shapes"], shapes.resolve().parent, ["heldout"])
-    names = list(dict.fromkeys(task.image(row) for row in task.rows))[:images]
-    number = sum(task.image(row) in names for row in task.rows)
-    return Task(task.benchmark, task.split, task.root, task.rows, number)
+def through_refcoco(model: Path, task: Task, folder: Path) -> dict:
+    """scores.json of `evaluate` on the expressions of a task of `shapes`."""
+    root, out = folder / "data", folder / "out"
+    shapes_as_refcoco.write(task, root)
+    evaluate.main(
+        [f"--model={model}", f"--data.root={root}", "--benchmark=refcoco", "--split=val",
+         "--dtype=float32", f"--out={out}"]
+    )  # fmt: skip
+    return json.loads((out / "refcoco_val" / "scores.json").read_text())
 
 
 if __name__ == "__main__":

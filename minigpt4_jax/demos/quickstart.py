@@ -25,6 +25,7 @@ CURRICULUM: dict[str, tuple[dict[int, int], ...]] = {
     "stage2": ({1: 60}, {1: 30, 2: 30}, {1: 400, 2: 800, 3: 800}),
 }
 SHOWN = 12  # images on the contact sheet
+EVALUATION = "evaluation"  # folder of results in the workdir
 
 
 class SplitMetrics(NamedTuple):
@@ -75,16 +76,26 @@ class Quickstart:
     def evaluate(
         self, title: str, model_dir: Path, data: Path, *, stage2: bool, quick: bool = False
     ) -> dict[str, SplitMetrics]:
-        """Describe held-out images greedily and check the texts. quick: half of the first split."""
+        """Describe held-out images greedily and check the texts. quick: half of the first split.
+
+        In the chat format this is the benchmark `shapes_description`, with its files and report."""
         from minigpt4_jax import load
+        from minigpt4_jax.evaluation.report import write_report
+        from minigpt4_jax.evaluation.results import find_results
 
         model = load(model_dir, "float32")
         splits, count = (SPLITS[:1], (self.judged + 1) // 2) if quick else (SPLITS, self.judged)
-        results = {split: evaluate_split(model, data / split, count, stage2) for split in splits}
+        out = self.workdir / EVALUATION / title.replace(" ", "_").replace(",", "")
+        results = {
+            split: evaluate_split(model, data / split, count, stage2, out if stage2 else None)
+            for split in splits
+        }
         self.report["results"][title] = {
             split: {"exact": m.exact, "attributes": m.attributes, "loss": m.loss, "images": count}
             for split, m in results.items()
         }
+        if stage2:
+            write_report(list(find_results(out).values()), out)
         exact = results["heldout"].exact
         self.log(f"{title}: {exact:.0%} of {count} held-out images entirely right")
         return results
@@ -104,7 +115,10 @@ class Quickstart:
         print_report(self.report)
         for (path, _), text in zip(shown[:3], texts, strict=False):
             print(f"\n{path}\n  {text}")
-        print(f"\nLook at {sheet} and {plot}. To ask about an image that you drew yourself:")
+        page = self.workdir / EVALUATION / "after_stage_2" / "report.html"
+        print(
+            f"\nLook at {sheet}, {plot} and {page}. To ask about an image that you drew yourself:"
+        )
         print(
             f"  python -m minigpt4_jax.chat --model={model} --image={shown[0][0]} --temperature=0 \\"
         )
@@ -178,10 +192,13 @@ def is_right(scene: "Scene", text: str) -> bool:
     return matches(scene, text)
 
 
-def evaluate_split(model: "Model", split_dir: Path, count: int, stage2: bool) -> SplitMetrics:
+def evaluate_split(
+    model: "Model", split_dir: Path, count: int, stage2: bool, out: Path | None = None
+) -> SplitMetrics:
     """Describe the first `count` images of a split.
 
     stage2: in the chat format and with detailed texts; else from the bare image, with captions.
+    out: folder for the answers and scores of the benchmark `shapes_description`, for stage2.
     """
     from minigpt4_jax.evaluation.benchmarks.shapes import description_rows, judge_descriptions
     from minigpt4_jax.processing.chat_templates import IMAGE_TAG, fill_template
@@ -190,9 +207,17 @@ def evaluate_split(model: "Model", split_dir: Path, count: int, stage2: bool) ->
     images, rows = [path for path, _ in scenes], description_rows(scenes)
     question = fill_template(model.config.prompt_template, rows[0].question)
     prompts = [question if stage2 else IMAGE_TAG] * len(images)
-    texts = model.generate(images, prompts, max_new_tokens=72 if stage2 else 40, batch_size=count)
+    if out is not None:
+        _, scores = common.evaluate_on_shapes(
+            model, out.name, "shapes_description", split_dir, count, out
+        )
+        texts, figures = [row["answer"] for row in scores["per_row"]], scores["original"]
+    else:
+        texts = model.generate(
+            images, prompts, max_new_tokens=72 if stage2 else 40, batch_size=count
+        )
+        figures = judge_descriptions(rows, texts).original
     nll, tokens = model.score(images, prompts, true_texts(split_dir, images, stage2))
-    figures = judge_descriptions(rows, texts).original
     return SplitMetrics(
         exact=figures["exact"] / 100,
         attributes=figures["attributes"] / 100,
@@ -230,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = common.argument_parser(description, "quickstart", images=3000, judged=60).parse_args(
         argv
     )
-    common.prepare_workdir(args, ("base", "stage1", "stage2", "shapes"))
+    common.prepare_workdir(args, ("base", "stage1", "stage2", "shapes", EVALUATION))
     Quickstart(args.workdir, args.seed, args.images, args.judged).run()
     return 0
 

@@ -6,20 +6,19 @@ images before and after, and writes report.json, loss.png and contact_sheet.png 
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from minigpt4_jax import errors
 from minigpt4_jax.demos import common
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmarks.shapes import EVALUATED_TASKS, NEW_TOKENS, judge, rows_of
+from minigpt4_jax.evaluation.benchmarks.shapes import EVALUATED_TASKS, PRESENCE
+from minigpt4_jax.evaluation.task import Task
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minigpt4_jax.inference.model import Model
     from minigpt4_jax.shapes.tasks import TaskQuestion
 
 VISION = Path(__file__).parents[1] / "assets" / "shapes_vision_v2.safetensors"
@@ -45,6 +44,8 @@ PHASES: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (
 )  # fmt: skip
 TURNS = 3  # short questions about an image in one row
 SHOWN = 12  # answers on the contact sheet
+TASKS = (*EVALUATED_TASKS, PRESENCE)  # in the table
+EVALUATION = "evaluation"  # folder of results in the workdir
 
 
 class ScoredAnswer(NamedTuple):
@@ -99,13 +100,19 @@ class TinyV2:
     def evaluate(self, title: str, model_dir: Path, splits: dict[str, int]) -> list[ScoredAnswer]:
         """Ask about the first images of each split (name -> how many); returns those of `heldout`."""
         from minigpt4_jax import load
+        from minigpt4_jax.evaluation.report import write_report
 
-        model, answers = load(model_dir, "float32"), {}
+        model, answers, found = load(model_dir, "float32"), {}, {}
+        out = self.workdir / EVALUATION / title
         for split, count in splits.items():
-            answers[split] = evaluate_split(model, self.shapes / split, count)
-        self.results[title] = {split: mean_scores(a) for split, a in answers.items()}
+            task, found[split] = common.evaluate_on_shapes(
+                model, f"{model_dir} ({title})", "shapes", self.shapes / split, count, out
+            )
+            answers[split] = scored_answers(task, found[split])
+        self.results[title] = {split: task_scores(scores) for split, scores in found.items()}
         scores = ", ".join(f"{k} {v:.0%}" for k, v in self.results[title]["heldout"].items())
         self.log(f"{title}, held-out images: {scores}")
+        write_report(list(found.values()), out)
         return answers["heldout"]
 
     def finish(self, model: Path, answers: list[ScoredAnswer]) -> None:
@@ -125,7 +132,8 @@ class TinyV2:
         print_report(report)
         example = next(a for a in answers if a.task_question.task == "refer")
         phrase = example.task_question.question.rsplit(" of ", 1)[1]
-        print(f"\nLook at {sheet}. To ask a question yourself:")
+        report_page = self.workdir / EVALUATION / "after" / "report.html"
+        print(f"\nLook at {sheet} and {report_page}. To ask a question yourself:")
         print(
             f"  python -m minigpt4_jax.chat --model={model} --image={example.image} --temperature=0 \\"
         )
@@ -157,36 +165,19 @@ def write_rows(train_dir: Path, out: Path, seed: int) -> int:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate_split(model: "Model", split_dir: Path, count: int) -> list[ScoredAnswer]:
-    """Answer the questions of the benchmark `shapes` about the first `count` images of a split, greedily,
-    but not those about presence."""
-    from minigpt4_jax.shapes.dataset import read_scenes
-
-    found = [
-        (path, row)
-        for i, (path, scene) in enumerate(read_scenes(split_dir)[:count])
-        for row in rows_of(path, scene, i)
-        if row.group in EVALUATED_TASKS
-    ]
-    rows = [row for _, row in found]
-    answers = model.generate(
-        [path for path, _ in found], [row.question for row in rows],
-        max_new_tokens=NEW_TOKENS, template=True, batch_size=32,
-    )  # fmt: skip
+def scored_answers(task: Task, scores: Mapping[str, Any]) -> list[ScoredAnswer]:
+    """The rows of the benchmark `shapes` with the answers in its scores."""
     return [
-        ScoredAnswer(path, row.truth.question, answer, entry["score"] / 100)
-        for (path, row), answer, entry in zip(
-            found, answers, judge(rows, answers).per_row, strict=True
+        ScoredAnswer(
+            task.image(row) or Path(), row.truth.question, entry["answer"], entry["score"] / 100
         )
+        for row, entry in zip(task.used_rows, scores["per_row"], strict=True)
     ]
 
 
-def mean_scores(answers: list[ScoredAnswer]) -> dict[str, float]:
-    """Task -> mean score."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for answer in answers:
-        scores[answer.task_question.task].append(answer.score)
-    return {task: sum(s) / len(s) for task in EVALUATED_TASKS if (s := scores[task])}
+def task_scores(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Task -> mean score from 0 to 1, from the scores of the benchmark `shapes`."""
+    return {name: scores["original"][name] / 100 for name in TASKS if name in scores["original"]}
 
 
 def write_sheet(answers: list[ScoredAnswer], out: Path) -> None:
@@ -227,7 +218,7 @@ def print_report(report: dict[str, Any]) -> None:
         for split, results in splits.items()
     ]
     print("\n" + " " * 12 + "".join(f"{title:>22}" for title, _ in columns))
-    for task in EVALUATED_TASKS:
+    for task in TASKS:
         print(f"{task:12}" + "".join(f"{results[task]:>22.1%}" for _, results in columns))
     print(
         f"{report['seconds']:.0f} seconds, seed {report['seed']}, {report['images']} held-out images"
@@ -240,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prepare", action="store_true",
                         help="only make the base model and the training data")  # fmt: skip
     args = parser.parse_args(argv)
-    common.prepare_workdir(args, ("base", "run", "shapes"))
+    common.prepare_workdir(args, ("base", "run", "shapes", EVALUATION))
     demo = TinyV2(args.workdir, args.images, args.judged, args.seed)
     demo.prepare() if args.prepare else demo.run()
     return 0

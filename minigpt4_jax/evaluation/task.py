@@ -1,5 +1,6 @@
 """One benchmark to be run on one split: its rows, its images on disk, its folder of results."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -43,6 +44,15 @@ class Task:
         for row in self.rows:
             digest.update(json.dumps([row.id, row.question, row.candidates]).encode())
         return digest.hexdigest()[:16]
+
+    def first_images(self, count: int) -> "Task":
+        """The task on the rows about its first images, however many rows each has."""
+        seen: set[tuple[str, ...]] = set()
+        for number, row in enumerate(self.rows):
+            seen.add(row.images)
+            if len(seen) > count:
+                return dataclasses.replace(self, num_rows=number)
+        return self
 
     def image(self, row: Row) -> Path | None:
         """The image file of a row, or the place where it is expected; None for a row of text alone."""

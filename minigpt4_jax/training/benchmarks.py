@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.answering import AnswerOptions, answer_task
-from minigpt4_jax.evaluation.answers import AnswerFile
-from minigpt4_jax.evaluation.results import lines_of, score_task
+from minigpt4_jax.evaluation.answering import AnswerOptions
+from minigpt4_jax.evaluation.run_task import run_task
 from minigpt4_jax.evaluation.task import Task, open_tasks
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.training.config import EvalConfig, TrainConfig
@@ -58,13 +57,7 @@ class Benchmarks:
 
     def _run(self, model: "Model", task: Task) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="minigpt4_jax-") as folder:
-            path = Path(folder) / "answers.jsonl"
-            file = AnswerFile(path, task.rows, {}, retry_errors=False)
-            with file:
-                answer_task(model, task, file, self._options, progress=False)
-        lines = lines_of([file], task)
-        assert lines is not None, "every row is answered or has an error"
-        return score_task(task, lines, "", resample=False)
+            return run_task(model, task, Path(folder), self._options)
 
     def is_best(self, scores: dict[str, dict[str, Any]], earlier: Iterable[dict[str, Any]]) -> bool:
         """Whether these scores are better on the chosen benchmark than all earlier records of

@@ -12,6 +12,7 @@ from minigpt4_jax.data.json_records import read_sources
 from minigpt4_jax.demos import tiny_v2
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmarks import shapes as benchmark
+from minigpt4_jax.evaluation.task import open_tasks
 from minigpt4_jax.shapes.dataset import read_scenes, write_dataset
 from minigpt4_jax.shapes.scene import scene_at
 from minigpt4_jax.shapes.tasks import TaskQuestion, task_questions
@@ -103,30 +104,31 @@ def test_evaluation_has_every_task_and_a_few_vqa_questions():
         assert sum(counts.values()) == len(questions)
 
 
-class Oracle:
-    """Answers refer and caption correctly, everything else with nothing."""
-
-    def __init__(self, scenes):
-        self.scenes = scenes
-
-    def generate(self, images, questions, **options):
-        answers = []
-        for image, question in zip(images, questions, strict=True):
-            known = task_questions(self.scenes[image], np.random.default_rng(0))
-            right = {a.question: a.answer for a in known if a.task in ("refer", "caption")}
-            answers.append(right.get(question, ""))
-        return answers
-
-
-def test_a_split_is_evaluated_and_shown(shapes, tmp_path):
-    split = shapes / "heldout"
-    answers = tiny_v2.evaluate_split(Oracle(dict(read_scenes(split))), split, 12)
-    assert tiny_v2.mean_scores(answers) == {
-        "refer": 1, "identify": 0, "vqa": 0, "caption": 1, "grounding": 0
+def test_the_scores_of_the_benchmark_are_tabled_and_shown(shapes, tmp_path):
+    """refer and caption are answered right, everything else with nothing."""
+    (task,) = open_tasks(["shapes"], shapes.parent, ["heldout"])
+    rows = task.first_images(12).used_rows
+    assert len({row.images for row in rows}) == 12
+    texts = [row.truth.question.answer if row.group in ("refer", "caption") else "" for row in rows]
+    result = benchmark.judge(rows, texts)
+    scores = {"original": result.original, "per_row": result.per_row}
+    assert tiny_v2.task_scores(scores) == {
+        "refer": 1, "identify": 0, "vqa": 0, "caption": 1, "grounding": 0, "presence": 0
     }  # fmt: skip
+    answers = tiny_v2.scored_answers(task, scores)
+    assert [a.answer for a in answers] == texts and all(a.image.is_file() for a in answers)
     tiny_v2.write_sheet(answers, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[1] > 1200 and sheet.shape[0] > 6 * 240
+
+
+def test_only_the_first_images_are_asked_about(shapes):
+    (task,) = open_tasks(["shapes"], shapes.parent, ["heldout"])
+    two = task.first_images(2)
+    assert {row.images for row in two.used_rows} == {row.images for row in two.rows[: two.num_rows]}
+    assert len({row.images for row in two.used_rows}) == 2
+    assert two.rows[two.num_rows].images not in {row.images for row in two.used_rows}
+    assert task.first_images(99).num_rows == len(task.rows)
 
 
 def test_boxes_of_the_answer_or_else_of_the_question_are_drawn(shapes):
@@ -141,7 +143,8 @@ def test_boxes_of_the_answer_or_else_of_the_question_are_drawn(shapes):
 
 
 def test_the_report_has_every_figure(capsys):
-    figures = {"refer": 0.815, "identify": 0.5, "vqa": 0.25, "caption": 0.125, "grounding": 0.75}
+    figures = {"refer": 0.815, "identify": 0.5, "vqa": 0.25, "caption": 0.125, "grounding": 0.75,
+               "presence": 0.5}  # fmt: skip
     results = {
         "before": {"heldout": dict.fromkeys(figures, 0.0)},
         "after": {"heldout": figures, "heldout_pairs": dict.fromkeys(figures, 1.0)},
