@@ -79,13 +79,16 @@ STAGE1 = Blip2Table(
 )
 
 
-def stage2_table(llm: str, projection: str, embedding_names: Iterable[str]) -> Blip2Table:
-    """Stage 2 in LAVIS' files. projection: "opt_proj" or "t5_proj"; embedding_names: second names of
-    the language model's embedding."""
+def stage2_table(
+    model: str, projection: str, embedding_names: Iterable[str], *, text: bool = False
+) -> Blip2Table:
+    """Stage 2, or InstructBLIP, in LAVIS' files. projection: "opt_proj", "t5_proj" or "llm_proj";
+    embedding_names: second names of the language model's embedding; text: the Q-Former reads text."""
     return Blip2Table(
-        f"BLIP-2 with {llm} (LAVIS)",
+        f"{model} (LAVIS)",
         [
             *QFORMER_RULES,
+            *(_TEXT_RULES if text else ()),
             *LN_VISION_RULES,
             *_VISION_RULES,
             *module_rules("", "", [(projection, "projection")]),
@@ -95,15 +98,11 @@ def stage2_table(llm: str, projection: str, embedding_names: Iterable[str]) -> B
     )
 
 
-STAGE2_OPT = stage2_table("OPT", "opt_proj", ["opt_model.lm_head.weight"])
-STAGE2_T5 = stage2_table(
-    "FlanT5",
-    "t5_proj",
-    [
-        "t5_model.encoder.embed_tokens.weight",
-        "t5_model.decoder.embed_tokens.weight",
-    ],
-)
+_T5_EMBEDDINGS = ["t5_model.encoder.embed_tokens.weight", "t5_model.decoder.embed_tokens.weight"]
+STAGE2_OPT = stage2_table("BLIP-2 with OPT", "opt_proj", ["opt_model.lm_head.weight"])
+STAGE2_T5 = stage2_table("BLIP-2 with FlanT5", "t5_proj", _T5_EMBEDDINGS)
+INSTRUCT_VICUNA = stage2_table("InstructBLIP with Vicuna", "llm_proj", [], text=True)
+INSTRUCT_T5 = stage2_table("InstructBLIP with FlanT5", "t5_proj", _T5_EMBEDDINGS, text=True)
 
 # --- Hugging Face ---------------------------------------------------------------------------------
 
@@ -183,6 +182,15 @@ HF_STAGE2_RULES = [
     *HF_VISION_RULES,
     *_HF_QFORMER_LAYERS,
     *module_rules("", "qformer.", [("qformer.layernorm", "norm")]),
+    *module_rules("", "", [("language_projection", "projection")]),
+]
+HF_INSTRUCT_RULES = [
+    *HF_VISION_RULES,
+    *_HF_QFORMER_LAYERS,
+    *_HF_TEXT_LAYERS,
+    Rule("qformer.embeddings.word_embeddings.weight", "qformer.embed"),
+    Rule("qformer.embeddings.position_embeddings.weight", "qformer.positions"),
+    *module_rules("", "qformer.", [("qformer.embeddings.layernorm", "norm")]),
     *module_rules("", "", [("language_projection", "projection")]),
 ]
 

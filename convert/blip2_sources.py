@@ -10,6 +10,8 @@ import numpy as np
 from convert.blip2_keys import (
     BERT,
     HF_QKV_BIAS,
+    INSTRUCT_T5,
+    INSTRUCT_VICUNA,
     STAGE1,
     STAGE2_OPT,
     STAGE2_T5,
@@ -31,7 +33,7 @@ from convert.key_mapping import (
 from convert.sources import MappedCheckpoint, ParameterSource, open_checkpoint
 from minigpt4_jax.errors import UserError
 
-_LAVIS = (STAGE1, STAGE2_OPT, STAGE2_T5)
+_LAVIS = (STAGE1, STAGE2_OPT, STAGE2_T5, INSTRUCT_VICUNA, INSTRUCT_T5)
 _KNOWN = (*_LAVIS, NATIVE, EVA, BLIP2, LLM, FINE_TUNED)
 
 # Adds the row of `[DEC]`, which BERT's vocabulary lacks.
@@ -54,10 +56,10 @@ def open_lavis(option: str, path: Path, accepted: tuple[KeyTable, ...]) -> Mappe
 
 
 def is_hf_blip2(path: Path) -> bool:
-    """Whether a path is a Hugging Face directory of a BLIP-2 model."""
+    """Whether a path is a Hugging Face directory of a BLIP-2 or InstructBLIP model."""
     if not (path / "config.json").is_file():
         return False
-    return read_json(path / "config.json").get("model_type") == "blip-2"
+    return read_json(path / "config.json").get("model_type") in ("blip-2", "instructblip")
 
 
 def is_bert(path: Path) -> bool:

@@ -1,15 +1,25 @@
-"""Plans the build of BLIP-2 with a language model: OPT or FlanT5."""
+"""Plans the build of BLIP-2 with a language model, OPT or FlanT5, and of InstructBLIP."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from convert.blip2_keys import HF_STAGE2_RULES, STAGE1, STAGE2_OPT, STAGE2_T5, Blip2Table
+from convert.blip2_keys import (
+    HF_INSTRUCT_RULES,
+    HF_STAGE2_RULES,
+    INSTRUCT_T5,
+    INSTRUCT_VICUNA,
+    STAGE1,
+    STAGE2_OPT,
+    STAGE2_T5,
+    Blip2Table,
+)
 from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
 from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
 from convert.build_plan import BuildPlan, BuildRequest
 from convert.formats.readers import read_json
-from convert.infer_config import qformer_config
+from convert.infer_config import qformer_config, text_config
+from convert.instructblip import CAPTION_PROMPT, MAX_TEXT_LENGTH, check_options, qformer_vocabulary
 from convert.key_mapping import BLIP2, NATIVE, ignore
 from convert.language_model import TokenizerFiles, find_tokenizer, open_llm
 from convert.llm_config import llm_config, resolve_tied_embeddings
@@ -21,22 +31,32 @@ from minigpt4_jax.config import ModelConfig, TokenizerConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tokenizer import Tokenizer, load_tokenizer
 
-_MODEL_TYPES = {"blip2-opt": "opt", "blip2-flant5": "t5"}
-_EXAMPLES = {"blip2-opt": "facebook/opt-2.7b", "blip2-flant5": "google/flan-t5-xl"}
-_END_SYMBOLS = {"blip2-opt": "\n", "blip2-flant5": "</s>"}
-_LAVIS_TABLES = {"blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5}
+_MODEL_TYPES = {
+    "blip2-opt": "opt", "blip2-flant5": "t5", "instructblip-vicuna": "llama",
+    "instructblip-flant5": "t5",
+}  # fmt: skip
+_EXAMPLES = {
+    "opt": "facebook/opt-2.7b", "t5": "google/flan-t5-xl", "llama": "lmsys/vicuna-7b-v1.1"
+}  # fmt: skip
+_LAVIS_TABLES = {
+    "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5, "instructblip-vicuna": INSTRUCT_VICUNA,
+    "instructblip-flant5": INSTRUCT_T5,
+}  # fmt: skip
 
 
 def plan_stage2(request: BuildRequest) -> BuildPlan:
     """As `make_blip2_plan`, for a variant with a language model."""
     settings, notes = parse_settings(request.settings), list[str]()
+    instructed = request.variant.startswith("instructblip")
+    if instructed:
+        check_options(request)
     checkpoints = open_vision(request)
     if request.qformer is not None:
         checkpoints.append(_open_qformer(request.qformer))
     if request.checkpoint is not None and is_hf_blip2(request.checkpoint):
         llm, whole = _open_hf_model(request, notes)
-        tokenizer = TokenizerFiles(find_tokenizer(request.tokenizer or request.checkpoint),
-                                   str(request.tokenizer or request.checkpoint))  # fmt: skip
+        folder = request.checkpoint if instructed else request.tokenizer or request.checkpoint
+        tokenizer = TokenizerFiles(find_tokenizer(folder), str(folder))
         checkpoints.append(whole)
     else:
         llm, of_llm, tokenizer = _open_language_model(request, notes)
@@ -46,6 +66,9 @@ def plan_stage2(request: BuildRequest) -> BuildPlan:
             checkpoints.append(open_lavis("--checkpoint", request.checkpoint, tables))
     sources = combine_sources(checkpoints)
     files = _load_tokenizer(tokenizer)
+    ids = TokenizerConfig(files.kind, files.bos_id, files.eos_id, files.pad_id)
+    if request.variant == "instructblip-vicuna":  # LAVIS makes `</s>` Vicuna's BOS
+        ids = replace(ids, bos_id=files.eos_id)
     values: dict[str, Any] = {
         "variant": request.variant,
         "vision": vision_values(checkpoints, sources, settings),
@@ -56,13 +79,21 @@ def plan_stage2(request: BuildRequest) -> BuildPlan:
         "ends_at_eos": request.variant != "blip2-opt",
         "prompt_template": "Question: {} Answer:",
         "chat_template": "blip2",
-        "end_symbol": _END_SYMBOLS[request.variant],
-        "tokenizer": asdict(TokenizerConfig("hf", files.bos_id, files.eos_id, files.pad_id)),
+        "end_symbol": "\n" if request.variant == "blip2-opt" else "</s>",
+        "tokenizer": asdict(ids),
     }
+    if instructed:
+        values |= {
+            "prompt_template": "{}", "chat_template": "training", "max_text_length": MAX_TEXT_LENGTH,
+            "caption_prompt": CAPTION_PROMPT,
+        }  # fmt: skip
     for name in apply_settings(values, settings):
         notes.append(f"--set {name} is not used: {request.variant} has no such part")
     config = ModelConfig.from_dict(values).check()
     check_tokens(config.llm.vocab, files.vocab_size, checkpoints[-1].label)
+    if instructed:
+        of_qformer = qformer_vocabulary(request, config.qformer)
+        tokenizer = TokenizerFiles({**tokenizer.files, **of_qformer}, tokenizer.origin)
     new = "projection" if request.checkpoint is None else ""
     return finish_plan(request, config, checkpoints, sources, tokenizer, new, notes)
 
@@ -92,13 +123,24 @@ def _open_hf_model(
     if request.llm is not None:
         raise UserError("--llm is given, but --checkpoint is a Hugging Face directory with its own")
     label = str(request.checkpoint / "config.json")
-    values = read_json(request.checkpoint / "config.json").get("text_config") or {}
+    whole_config = read_json(request.checkpoint / "config.json")
+    values = whole_config.get("text_config") or {}
+    instructed = request.variant.startswith("instructblip")
+    if (whole_config["model_type"] == "instructblip") != instructed:
+        raise UserError(
+            f"{label}: a {whole_config['model_type']} model, which is not {request.variant}: choose another "
+            "--variant"
+        )
     _check_model_type(request, values.get("model_type"), label)
     table = llm_table(values.get("model_type"))
     rules = [rule.with_prefix("language_model.") for rule in table.rules]
     ignored = ignore(*(rf"language_model\.({p.pattern})" for p in table.ignored))
-    name = "Hugging Face's Blip2ForConditionalGeneration"
-    whole = Blip2Table(name, [*HF_STAGE2_RULES, *rules], ignored)
+    kind, of_vision = (
+        "Instruct" if instructed else "",
+        HF_INSTRUCT_RULES if instructed else HF_STAGE2_RULES,
+    )
+    name = f"Hugging Face's {kind or 'Blip2'}ForConditionalGeneration"
+    whole = Blip2Table(name, [*of_vision, *rules], ignored)
     checkpoint = open_hf("--checkpoint", request.checkpoint, whole)
     llm = asdict(llm_config(values, label, notes))
     resolve_tied_embeddings(llm, checkpoint, notes)
@@ -112,9 +154,11 @@ def _open_language_model(
     if request.llm is None:
         raise UserError(
             f"{request.variant} needs --llm=PATH, its language model (for instance "
-            f"{_EXAMPLES[request.variant]}), or --checkpoint=DIR in Hugging Face's layout"
+            f"{_EXAMPLES[_MODEL_TYPES[request.variant]]}), or --checkpoint=DIR in Hugging Face's layout"
         )
-    language = open_llm(request.llm, request.llm_delta, request.tokenizer)
+    instructed = request.variant.startswith("instructblip")  # its --tokenizer is the Q-Former's
+    tokenizer = None if instructed else request.tokenizer
+    language = open_llm(request.llm, request.llm_delta, tokenizer)
     _check_model_type(request, language.config.get("model_type"), language.config_label)
     checkpoint = llm_checkpoint(language)
     llm = asdict(llm_config(language.config, language.config_label, notes))
@@ -143,11 +187,16 @@ def _qformer_values(
     recorded = found[-1].sizes.get("qformer")
     if recorded is None:
         recorded = qformer_config(found[-1].shapes("qformer."), found[-1].label, settings)
-    return {**recorded, "vocab": 0, "max_positions": 0, "itc_width": 0, "lm_head": False}
+    text = {"vocab": 0, "max_positions": 0, "itc_width": 0, "lm_head": False}
+    if request.variant.startswith("instructblip"):
+        text |= text_config(found[-1].shapes("qformer."), found[-1].label)
+    return {**recorded, **text}
 
 
 def _load_tokenizer(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizer as `load` will read it. UserError: it cannot be read."""
+    """The tokenizer as `load` will read it: LLaMA's sentencepiece model where it is alone, as LAVIS reads it.
+    UserError: it cannot be read."""
+    kind = "hf" if {"tokenizer.json", "vocab.json", "spiece.model"} & set(files.files) else None
     import shutil
     import tempfile
 
@@ -158,6 +207,6 @@ def _load_tokenizer(files: TokenizerFiles) -> Tokenizer:
             else:
                 shutil.copyfile(content, Path(folder) / name)
         try:
-            return load_tokenizer(folder, "hf")
+            return load_tokenizer(folder, kind)
         except UserError as e:
             raise UserError(str(e).replace(folder, files.origin)) from e

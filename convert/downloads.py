@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.build_plan import BuildRequest
+from convert.instructblip import QFORMER_FILES
 from convert.language_model import TOKENIZER_FILES
 from minigpt4_jax.config import BLIP2_VARIANTS
 from minigpt4_jax.storage.hub import fetch_checkpoint, fetch_language_model, fetch_tokenizer
@@ -20,7 +21,7 @@ def download_inputs(request: BuildRequest) -> BuildRequest:
     if tokenizer is not None:
         tokenizer = fetch_tokenizer("--tokenizer", tokenizer, TOKENIZER_FILES)
     # of BLIP-2 there are directories as transformers writes them
-    whole = TOKENIZER_FILES if request.variant in BLIP2_VARIANTS else ()
+    whole = (*TOKENIZER_FILES, *QFORMER_FILES) if request.variant in BLIP2_VARIANTS else ()
     return replace(
         request,
         llm=llm,

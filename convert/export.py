@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from convert.blip2_keys import STAGE1, STAGE2_OPT, STAGE2_T5
+from convert.blip2_keys import INSTRUCT_T5, INSTRUCT_VICUNA, STAGE1, STAGE2_OPT, STAGE2_T5
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
 from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
@@ -24,7 +24,10 @@ from minigpt4_jax.storage.atomic import atomic_file, write_error
 from minigpt4_jax.storage.paths import parse_local_path, parse_path
 
 # the key tables of BLIP-2's variants
-_TABLES = {"blip2-qformer": STAGE1, "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5}
+_TABLES = {
+    "blip2-qformer": STAGE1, "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5,
+    "instructblip-vicuna": INSTRUCT_VICUNA, "instructblip-flant5": INSTRUCT_T5,
+}  # fmt: skip
 Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 

@@ -12,7 +12,9 @@ IMAGE = -1  # token id of an image placeholder; the model replaces it by a proje
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 VARIANTS = ("minigpt4-vicuna", "minigpt4-llama2", "minigpt-v2")
-BLIP2_VARIANTS = ("blip2-qformer", "blip2-opt", "blip2-flant5")
+BLIP2_VARIANTS = (
+    "blip2-qformer", "blip2-opt", "blip2-flant5", "instructblip-vicuna", "instructblip-flant5"
+)  # fmt: skip
 QUANTIZATIONS = ("int8", "int4")  # the schemes of quantization/schemes.py
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that can have adapters
 
@@ -176,6 +178,11 @@ class ModelConfig:
     def is_stage1(self) -> bool:
         """Whether this is BLIP-2's first stage: a Q-Former whose text branch is the language model."""
         return self.llm.model_type == QFORMER_LLM
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the Q-Former reads the prompt together with the image (InstructBLIP)."""
+        return not self.is_stage1 and self.qformer is not None and self.qformer.vocab > 0
 
     @property
     def reads_in_pieces(self) -> bool:

@@ -9,6 +9,10 @@ from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
 
 VQA_PROMPT = "Question: {} Short answer:"  # of LAVIS' evaluation
+INSTRUCTED_LENGTH = (
+    256  # of answers of InstructBLIP, and the penalty of tokens that they have already
+)
+INSTRUCTED_PENALTY = 1.5
 
 
 def caption_config(
@@ -51,9 +55,17 @@ def answer_config(
     length_penalty: float | None = None,
 ) -> GenerationConfig:
     """The options of LAVIS' `predict_answers` as those of `Model.generate`. max_len counts new tokens only;
-    length_penalty: by default 0 for OPT and -1 for FlanT5, which prefers short answers."""
+    length_penalty: by default 0 for OPT and Vicuna and -1 for FlanT5, which prefers short answers.
+
+    InstructBLIP with Vicuna answers as by `caption_config`, with its repetition penalty and rule of length.
+    """
     if length_penalty is None:
         length_penalty = -1.0 if config.llm.encoder_layers else 0.0
+    if config.reads_instruction and not config.llm.encoder_layers:
+        return caption_config(
+            config, num_beams=num_beams, max_length=max_len, min_length=min_len,
+            length_penalty=length_penalty, repetition_penalty=INSTRUCTED_PENALTY,
+        )  # fmt: skip
     return GenerationConfig(
         max_new_tokens=max_len, min_new_tokens=min_len, compat=True, num_beams=num_beams,
         length_penalty=length_penalty,
@@ -86,8 +98,8 @@ def question_prompts(
 
 def cut_prompt(request: Request, config: ModelConfig) -> Request:
     """A request whose prompt is cut as LAVIS cuts it: text with BOS to config.max_text_length tokens for
-    OPT; not at all for an encoder."""
-    if config.llm.encoder_layers:
+    OPT; not at all for an encoder or InstructBLIP."""
+    if config.llm.encoder_layers or config.reads_instruction:
         return request
     visual = sum(token == IMAGE for token in request.tokens)
     return replace(request, tokens=request.tokens[: visual + config.max_text_length])

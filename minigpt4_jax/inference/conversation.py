@@ -176,7 +176,7 @@ class Conversation:
         all_images = [image for t in [*self.turns, turn] for image in t.images]
         self._warn_if_cut(prompt, len(all_images), config)
         encoded_before = set(self._encoded)
-        visual = self._visual_tokens(all_images)
+        visual = self._visual_tokens(*self.model.with_prompts([all_images], [prompt]))
         try:
             (request,) = self.model.prepare_requests([all_images], [prompt], config, [visual])
         except UserError:

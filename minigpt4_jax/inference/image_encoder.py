@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.preprocess import error_context
-from minigpt4_jax.models.minigpt import MiniGpt
+from minigpt4_jax.inference.requests import pad_rows
+from minigpt4_jax.models.minigpt import Instruction, MiniGpt
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.processing.images import ImageSource, load_pixels
 from minigpt4_jax.utils.platform import compiler_options
@@ -28,17 +29,37 @@ class ImageEncoder:
         def encode(state: Any, pixels: jax.Array) -> jax.Array:
             return encode_pixels(nnx.merge(graphdef, state), pixels)
 
-        self._encode = jax.jit(
-            with_mesh(encode, mesh), compiler_options=compiler_options("products")
+        def encode_instructed(
+            state: Any, pixels: jax.Array, tokens: jax.Array, lengths: jax.Array
+        ) -> jax.Array:
+            # without padding beyond the Q-Former's positions
+            tokens = tokens[:, : config.qformer.max_positions] if config.qformer else tokens
+            instruction = Instruction(tokens, lengths)
+            return encode_pixels(nnx.merge(graphdef, state), pixels, instruction)
+
+        self._encode, self._encode_instructed = (
+            jax.jit(with_mesh(f, mesh), compiler_options=compiler_options("products"))
+            for f in (encode, encode_instructed)
         )
         self._take = jax.jit(with_mesh(_take_image, mesh))
 
-    def encode(self, state: Any, pixels: Sequence[np.ndarray]) -> list[jax.Array]:
-        """Images [S, S, 3] of `load_pixels` -> visual tokens [P, D] float32 of each, on the device."""
+    def encode(
+        self,
+        state: Any,
+        pixels: Sequence[np.ndarray],
+        instructions: Sequence[Sequence[int]] | None = None,
+    ) -> list[jax.Array]:
+        """Images [S, S, 3] of `load_pixels` -> visual tokens [P, D] float32 of each, on the device.
+
+        instructions: ids of what the Q-Former reads with each image (`Instruction`)."""
         encoded: list[jax.Array] = []
         for start in range(0, len(pixels), ENCODE_BATCH):
             batch = pixels[start : start + ENCODE_BATCH]
-            visual = self._encode(state, pad_images(batch))
+            if instructions is None:
+                visual = self._encode(state, pad_images(batch))
+            else:
+                texts = pad_rows(instructions[start : start + ENCODE_BATCH])
+                visual = self._encode_instructed(state, pad_images(batch), *texts)
             # Arrays of their own, so that none keeps the others alive.
             encoded += [self._take(visual, i) for i in range(len(batch))]
         return encoded
@@ -70,9 +91,12 @@ def pad_images(pixels: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([*pixels, *[np.zeros_like(pixels[0])] * padding])
 
 
-def encode_pixels(model: MiniGpt, pixels: jax.Array) -> jax.Array:
+def encode_pixels(
+    model: MiniGpt, pixels: jax.Array, instruction: Instruction | None = None
+) -> jax.Array:
     """The compiled program: pixels [B, S, S, 3], split by rows -> [B, P, D], replicated."""
-    return constrain(model.encode(constrain(pixels, BATCH_AXES)[:, None]))
+    pixels = constrain(pixels, BATCH_AXES)[:, None]
+    return constrain(model.encode(pixels, instruction=instruction))
 
 
 def _take_image(visual: jax.Array, i: jax.Array) -> jax.Array:

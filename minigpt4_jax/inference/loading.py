@@ -13,10 +13,12 @@ from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.blip2_model import Blip2Model
+from minigpt4_jax.inference.instructblip_model import InstructBlipModel
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.qformer_model import QFormerModel
 from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.parallel.sharding import inference_mesh
+from minigpt4_jax.processing.bert_tokenizer import QFORMER_VOCABULARY, BertTokenizer
 from minigpt4_jax.processing.chat_templates import chat_format
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 from minigpt4_jax.utils.compilation_cache import enable_compilation_cache
@@ -91,6 +93,9 @@ def load(
     if config.is_stage1:
         return QFormerModel(module, config, tokenizer, mesh, exif=exif)
     module.llm.int8_cache = kv_cache == "int8"
+    if config.reads_instruction:
+        of_qformer = BertTokenizer(tokenizer_dir(model_dir, base), QFORMER_VOCABULARY)
+        return InstructBlipModel(module, config, tokenizer, of_qformer, mesh, exif=exif)
     if config.image_first:
         return Blip2Model(module, config, tokenizer, mesh, exif=exif)
     return Model(module, config, tokenizer, mesh, exif=exif)

@@ -212,6 +212,7 @@ class Model(TextGenerator):
         complete, groups = match_images(
             self.tokenizer, self.config, images, prompts, template=template
         )
+        groups = self.with_prompts(groups, complete)
         by_prompt = candidates_by_prompt(candidates, len(complete), counts, layout)
         # the rows of the k-th candidates, and the prompts that have one
         subsets: list[list[int]] = []
@@ -250,6 +251,7 @@ class Model(TextGenerator):
         complete, groups = match_images(
             self.tokenizer, self.config, images, prompts, template=template
         )
+        groups = self.with_prompts(groups, complete)
         num_images = [len(group) for group in groups]
         rows = answer_rows(self.tokenizer, self.config, complete, num_images, answers)
         nll = np.zeros(len(rows), np.float32)

@@ -132,6 +132,8 @@ def prepare_prompts(
     rules = {texts: _StopRules.make(tokenizer, model_config, texts) for texts in set(stop_texts)}
     # the token that the original's answers begin with
     first = model_config.llm.start_id if model_config.llm.encoder_layers else tokenizer.bos_id
+    if model_config.reads_instruction and not model_config.llm.encoder_layers:
+        first = model_config.tokenizer.bos_id
     sampling, beam_search = config.sampling_params(first), config.beam_search()
     for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
         try:

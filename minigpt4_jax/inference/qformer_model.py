@@ -15,7 +15,7 @@ from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.image_encoder import load_image_batches, pad_images
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.preprocess import Images, PreparedPrompt
-from minigpt4_jax.inference.requests import bucket
+from minigpt4_jax.inference.requests import pad_rows
 from minigpt4_jax.inference.retrieval import RetrievalScores, rerank
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.models.stage1 import Stage1
@@ -24,7 +24,6 @@ from minigpt4_jax.processing.bert_tokenizer import BertTokenizer
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.platform import compiler_options
-from minigpt4_jax.utils.rounding import next_power_of_two
 
 PAIR_BATCH = 32  # pairs of image and text through the Q-Former at a time
 TEXT_LENGTH = 32  # tokens of a text that matching reads, as in training
@@ -91,7 +90,7 @@ class QFormerModel(Model):
         """
         self._check_projections()
         tokens, lengths = self._tokenize(texts, max_length)
-        padded = _pad_rows(tokens, lengths)
+        padded = pad_rows(tokens, lengths)
         embeds, projected = self._programs.text(self._state, *padded)
         b, t = len(lengths), int(lengths.max())
         return TextFeatures(np.asarray(embeds)[:b, :t], np.asarray(projected)[:b, :t], lengths)
@@ -167,7 +166,7 @@ class QFormerModel(Model):
             raise UserError(f"k_test {k_test}: expected at least 1")
         features = self._image_features(images)
         tokens, lengths = self._tokenize(texts, max_length)
-        padded = _pad_rows(tokens, lengths)
+        padded = pad_rows(tokens, lengths)
         projected = np.asarray(self._programs.text(self._state, *padded)[1])[: len(lengths)]
         similarities = _max_cosine(features.projected, projected[:, 0])
 
@@ -251,7 +250,7 @@ class QFormerModel(Model):
         results = []
         for start in range(0, len(tokens), PAIR_BATCH):
             part = slice(start, start + PAIR_BATCH)
-            ids, counts = _pad_rows(tokens[part], lengths[part])
+            ids, counts = pad_rows(tokens[part], lengths[part])
             images = np.zeros((len(ids), *vision.shape[1:]), np.float32)
             images[: len(vision[part])] = vision[part]
             outputs = self._programs.pairs(self._state, images, ids, counts)
@@ -304,17 +303,6 @@ def _broadcast_pairs(
             f"{len(vision)} images and {len(tokens)} texts; expected the same number, or one of either"
         )
     return vision, tokens, lengths
-
-
-def _pad_rows(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids -> tokens [B, T] and lengths [B], with B and T rounded up to limit compilations."""
-    b = next_power_of_two(len(rows))
-    tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
-    for target, row in zip(tokens, rows, strict=False):
-        target[: len(row)] = row
-    padded = np.ones(b, np.int32)
-    padded[: len(rows)] = lengths
-    return tokens, padded
 
 
 class _Programs:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minigpt4_jax.config import IMAGE
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.sampling import SamplingParams
@@ -85,6 +87,20 @@ def bucket(n: int, smallest: int = 32) -> int:
         size *= 2
     three_quarters = size * 3 // 4
     return three_quarters if size > 2 * smallest and n <= three_quarters else size
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], lengths: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> tokens [B, T] and lengths [B], with B and T rounded up to limit compilations."""
+    lengths = np.array([len(row) for row in rows], np.int32) if lengths is None else lengths
+    b = next_power_of_two(len(rows))
+    tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
+    for target, row in zip(tokens, rows, strict=False):
+        target[: len(row)] = row
+    padded = np.ones(b, np.int32)
+    padded[: len(rows)] = lengths
+    return tokens, padded
 
 
 def section(request: Request, start: int, stop: int | None = None) -> Request:

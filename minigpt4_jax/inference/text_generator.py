@@ -82,6 +82,12 @@ class TextGenerator:
     def _load_pixels(self, image: ImageSource) -> np.ndarray:
         return load_pixels(image, self.config.vision.image_size, exif=self.exif)
 
+    def with_prompts(
+        self, images: Sequence[Sequence[ImageSource]], prompts: Sequence[str | None]
+    ) -> list[list[ImageSource]]:
+        """The images of each prompt as they are encoded. (InstructBLIP adds the prompt to them.)"""
+        return [list(group) for group in images]
+
     # --- prompts ----------------------------------------------------------------------------
 
     def prepare_prompts(

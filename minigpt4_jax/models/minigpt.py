@@ -39,6 +39,13 @@ class Batch(NamedTuple):
     image_ids: HostOrDeviceArray | None = None  # [B] int32
 
 
+class Instruction(NamedTuple):
+    """Texts that a Q-Former reads together with images, one for each image (InstructBLIP)."""
+
+    tokens: jax.Array  # [B, T] of BertTokenizer, right-padded
+    lengths: jax.Array  # [B]
+
+
 class Dropout(NamedTuple):
     """Dropout keys of a forward pass; None: off, as in evaluation."""
 
@@ -121,18 +128,27 @@ class MiniGpt(nnx.Module):
         return self.llm.logits(hidden)
 
     def encode(
-        self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
+        self,
+        pixels: jax.Array,
+        *,
+        remat: bool = False,
+        dropout_key: jax.Array | None = None,
+        instruction: Instruction | None = None,
     ) -> jax.Array:
         """pixels [B, I, S, S, 3], as in `Batch` -> visual tokens [B, I * P, D] float32, in image order.
 
-        remat: save only each layer's input. dropout_key: enables dropout of the Q-Former.
+        remat: save only each layer's input. dropout_key: enables dropout of the Q-Former. instruction: of
+        the B * I images, for a Q-Former that reads text too (ModelConfig.reads_instruction).
         """
         b, i = pixels.shape[:2]
         if i == 0:  # no images
             return jnp.zeros((b, 0, self.config.llm.width))
         x = self.vit(normalize_pixels(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
-        if self.qformer is not None:
+        if self.qformer is not None and instruction is not None:
+            x = self.qformer.read_both(x, *instruction, dropout_key=dropout_key)
+            x = x[:, : self.config.visual_tokens]
+        elif self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)
         else:
             c = self.config  # consecutive patches in raster order are concatenated

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tokenizer import clean_up_spaces
@@ -10,19 +11,23 @@ from minigpt4_jax.processing.tokenizer_files import read_json_object
 from minigpt4_jax.utils.text import one_line
 
 VOCABULARY = "vocab.txt"
+QFORMER_VOCABULARY = "qformer_vocab.txt"  # beside the tokenizer of a language model (InstructBLIP)
 DECODE_TOKEN = "[DEC]"
 
 
 class BertTokenizer:
-    """Reads vocab.txt. A text for the Q-Former is `[CLS]`, its pieces, `[SEP]` (`encode_text`)."""
+    """Reads vocab.txt, or another file of a directory. A text for the Q-Former is `[CLS]`, its pieces,
+    `[SEP]` (`encode_text`)."""
 
     kind = "bert"
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, vocabulary: str = VOCABULARY):
         from tokenizers import BertWordPieceTokenizer, decoders
 
-        path = directory / VOCABULARY
-        settings = read_json_object(directory / "tokenizer_config.json")
+        path = directory / vocabulary
+        settings: dict[str, Any] = {}
+        if vocabulary == VOCABULARY:  # otherwise they are the language model's
+            settings = read_json_object(directory / "tokenizer_config.json")
         try:
             self._model = BertWordPieceTokenizer(
                 os.fspath(path), lowercase=bool(settings.get("do_lower_case", True))
@@ -57,11 +62,15 @@ class BertTokenizer:
             raise UserError(f"the text {text[:40]!a} is not valid Unicode") from None
         return [self._id(DECODE_TOKEN), *ids] if bos else ids
 
-    def encode_text(self, text: str, max_length: int | None = None) -> list[int]:
-        """`[CLS]`, the pieces, `[SEP]`; cut to max_length ids, of which the last is `[SEP]`."""
+    def encode_text(
+        self, text: str, max_length: int | None = None, *, cut_left: bool = False
+    ) -> list[int]:
+        """`[CLS]`, the pieces, `[SEP]`; cut to max_length ids, of which the last is `[SEP]`. cut_left: the
+        first pieces are dropped, instead of the last."""
         ids = self.encode(text)
         if max_length is not None:
-            ids = ids[: max(0, max_length - 2)]
+            kept = max(0, max_length - 2)
+            ids = ids[max(0, len(ids) - kept) :] if cut_left else ids[:kept]
         return [self.cls_id, *ids, self.eos_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

@@ -29,7 +29,15 @@ def image_first_prompt(
     visual = [IMAGE] * (images * config.visual_tokens)
     if config.llm.encoder_layers:
         return [*visual, *tokenizer.encode(text), tokenizer.eos_id]
-    return visual + tokenizer.encode(text, bos=True)
+    return visual + _encode_with_bos(tokenizer, config, text)
+
+
+def _encode_with_bos(tokenizer: Tokenizer, config: ModelConfig, text: str) -> list[int]:
+    """BOS and the text. InstructBLIP's Vicuna begins with another token than its tokenizer's BOS."""
+    bos = config.tokenizer.bos_id
+    if bos in (None, tokenizer.bos_id):
+        return tokenizer.encode(text, bos=True)
+    return [bos, *tokenizer.encode(text)]
 
 
 def without_tags(prompt: str) -> str:
@@ -54,7 +62,8 @@ def image_first_row(
     if prompt is None:
         return _caption_row(tokenizer, config, answer, images)
     tokens = image_first_prompt(tokenizer, config, prompt, images)[: config.max_context]
-    ids = tokenizer.encode(f" {answer.strip()}{config.end_symbol}")
+    space = "" if config.reads_instruction else " "  # Vicuna's tokenizer adds its own
+    ids = tokenizer.encode(f"{space}{answer.strip()}{config.end_symbol}")
     return _labelled(tokens, ids, config.max_text_length)
 
 

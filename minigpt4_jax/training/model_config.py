@@ -23,6 +23,8 @@ def read_model_config(c: TrainConfig) -> ModelConfig:
             f"{c.model} has a language model of width {config.llm.width} and this configuration is "
             f"for {c.llm_width}: leave out the :argument, or set --config.llm_width=0"
         )
+    if config.reads_instruction:
+        raise UserError(f"{c.model} is a {config.variant} model, which cannot be trained")
     if c.data.pack_tokens and not config.reads_in_pieces:
         raise UserError(
             f"config.data.pack_tokens: rows of {config.variant} cannot be packed; expected 0"
