@@ -14,6 +14,7 @@ from minigpt4_jax.models.minigpt import (
     NO_DROPOUT,
     Batch,
     Dropout,
+    Instruction,
     MiniGpt,
     Prefilled,
     normalize_pixels,
@@ -59,9 +60,15 @@ class Stage1(MiniGpt):
     # --- generation --------------------------------------------------------------------------
 
     def encode(
-        self, pixels: jax.Array, *, remat: bool = False, dropout_key: jax.Array | None = None
+        self,
+        pixels: jax.Array,
+        *,
+        remat: bool = False,
+        dropout_key: jax.Array | None = None,
+        instruction: Instruction | None = None,
     ) -> jax.Array:
         """pixels [B, I, S, S, 3] -> keys and values of the queries: [B, I * P, 2 L D] float32."""
+        assert instruction is None
         b, i = pixels.shape[:2]
         vision = self.read_pixels(pixels.reshape(b * i, *pixels.shape[2:]), remat=remat)
         packed = pack_queries(self.qformer.read_image(vision, dropout_key=dropout_key)[1])
