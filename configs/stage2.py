@@ -5,19 +5,28 @@ descriptions (cc_sbu_align). 7 minutes on one A100 in the paper.
         --config.data.path=DIR
 
 The argument selects the language model: `stage2` Vicuna 7B, `stage2:vicuna13b`, `stage2:llama2`.
-MODEL is the directory of the stage-1 model.
+`stage2:any` applies the recipe to any other model, with its own prompt format: BLIP-2 with OPT or FlanT5, or
+another chat model with BLIP-2's Q-Former. MODEL is the directory of the stage-1 model.
 """
 
 from ml_collections import ConfigDict
 
-from minigpt4_jax.training.recipes import ALIGNMENT_PROMPTS, minigpt4
+from minigpt4_jax.training.recipes import (
+    ALIGNMENT_PROMPTS,
+    LANGUAGE_MODELS,
+    check_argument,
+    minigpt4,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = minigpt4(arg)
+    check_argument(arg, (*LANGUAGE_MODELS, "any"))
+    c = minigpt4("" if arg == "any" else arg)
 
     c.data.prompts = ALIGNMENT_PROMPTS  # one is drawn for each batch
     c.end_symbol = "</s>" if arg == "llama2" else "###"
+    if arg == "any":
+        c.variant, c.end_symbol = "", ""  # any; the model's own
     c.max_text_length = 160
 
     c.steps = 1000  # 5 "epochs" of 200; the paper says 400

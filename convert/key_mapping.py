@@ -225,6 +225,8 @@ BLIP2 = KeyTable(
     ignore(
         *_QFORMER_TEXT,
         r"(t5|opt|vision|text)_proj\.(weight|bias)",
+        # second names of an embedding: of the language model that BLIP-2 was trained with
+        r"(t5_model\.(encoder|decoder)\.embed_tokens|opt_model\.lm_head)\.weight",
         r"itm_head\.(weight|bias)",
         "temp",
     ),

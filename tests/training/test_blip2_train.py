@@ -7,11 +7,15 @@ import sys
 import numpy as np
 import pytest
 from helpers import blip2_reference as reference
-from helpers import virtual_devices
+from helpers import chat_families, released_files, virtual_devices
 from helpers.blip2_reference import NEEDS_BLIP2
+from helpers.chat_families import FAMILIES
 from PIL import Image
 
 import minigpt4_jax
+from configs import stage2
+from convert.build import build
+from convert.build_plan import BuildRequest
 from convert.export import export
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.errors import UserError
@@ -113,6 +117,40 @@ def test_stage2_starts_from_stage1(rows, tmp_path):
     )
     _, records = run(stage2, rows, tmp_path / "run", steps=1, eval_every=0, sample_every=0)
     assert np.isfinite([record["loss"] for record in records]).all()
+
+
+def chat_model(folder):
+    """A small chat model with its own template, and BLIP-2's Q-Former and vision encoder."""
+    tokenizer = chat_families.write_tokenizer(folder / "tokenizer", FAMILIES["smollm2"])
+    config = released_files.llm_config(vocab_size=400, max_position_embeddings=256)
+    llm = released_files.save_hf(
+        folder / "llm", config, released_files.llm_state(config), tokenizer
+    )
+    qformer = reference.CHECKPOINTS / "blip2_pretrained_flant5.pth"
+    build(BuildRequest(
+        variant="minigpt4-vicuna", llm=llm, qformer=qformer, vision=reference.VIT,
+        out=folder / "model", settings=reference.HEADS,
+    ))  # fmt: skip
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", ["opt", "flant5", "chat"])
+def test_minigpt4s_second_stage(name, rows, tmp_path):
+    """The same configuration trains the projection of BLIP-2 and of another chat model."""
+    base = chat_model(tmp_path) if name == "chat" else reference.shared(name)
+    config = stage2.get_config("any")
+    config.update({
+        "model": str(base), "data": {"path": str(rows)}, "steps": 3, "batch_size": 4,
+        "warmup_steps": 0, "init_lr": 1e-2, "dtype": "float32", "eval_every": 0, "sample_every": 0,
+    })  # fmt: skip
+    losses = []
+    result = minigpt4_jax.train(
+        config, tmp_path / "run", on_metrics=lambda m: losses.append(m["loss"])
+    )
+    assert losses[-1] < losses[0]
+    trained, old = Tensors(result.model), Tensors(base)
+    changed = {n.split(".")[0] for n in trained if not np.array_equal(trained[n], old[n])}
+    assert changed == {"projection"}
 
 
 def test_a_configuration_for_another_model(rows, tmp_path):
