@@ -22,6 +22,7 @@ LONGEST = (
 # Tests that import libraries of the extra [dev] at their top; the smoke run has none of these.
 REQUIRED = {
     "serving": "fastapi",
+    "serving/test_ray_ingress.py": "ray",
     "serving/test_openai_client.py": "openai",
     "serving/test_serve_command.py": "openai",
     "cli/test_ray.py": "ray",

@@ -1,7 +1,7 @@
 """python -m minigpt4_jax.serve --model=DIR: an OpenAI-compatible server.
 
 POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/rank; GET /v1/models, /health, /ready,
-/metrics; with --ui a web page at /ui.
+/metrics; with --ui a web page at /ui. --ray=ADDRESS deploys replicas on a Ray cluster.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minigpt4_jax import errors
-from minigpt4_jax.cli import common
+from minigpt4_jax.cli import common, ray_cluster
 from minigpt4_jax.cli.chat import generation_options
 from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
+    from minigpt4_jax.serving.config import Limits
     from minigpt4_jax.serving.service import Service
     from minigpt4_jax.serving.ui.examples import Example
 
@@ -81,6 +82,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "demonstration that made the model")  # fmt: skip
     p.add_argument("--no-warm-up", dest="warm_up", action="store_false",
                    help="be ready at once, and compile programs when they are first needed")  # fmt: skip
+    ray_cluster.add_options(
+        p.add_argument_group("on a Ray cluster (needs pip install 'minigpt4_jax[ray]')")
+    )
     common.add_generation_options(
         p, "defaults of requests: the original's chat", excluded=NOT_FOR_A_SERVER
     )
@@ -101,6 +105,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected more than 0")
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port={args.port}: expected 0 to 65535")
+    ray_cluster.check_options(args)
     generation_options("", args)
 
 
@@ -136,9 +141,20 @@ def _require_packages(*, page: bool) -> None:
         ) from None
 
 
+def limits_of(args: argparse.Namespace) -> "Limits":
+    """The limits of one request, of the command line."""
+    from minigpt4_jax.serving.config import Limits
+
+    return Limits(
+        body_bytes=int(args.max_body_mb * 1e6), image_bytes=int(args.max_image_mb * 1e6),
+        pixels=args.max_image_pixels, images=args.max_images, choices=args.max_choices,
+        seconds=args.request_timeout, open_requests=2 * (args.max_batch + args.max_queue),
+    )  # fmt: skip
+
+
 def make_service(model: "Model", args: argparse.Namespace) -> "Service":
     """The model and its scheduler, with the limits of the command line. UserError: they do not fit."""
-    from minigpt4_jax.serving.config import Limits, scheduler_config
+    from minigpt4_jax.serving.config import scheduler_config
     from minigpt4_jax.serving.scheduler import Scheduler
     from minigpt4_jax.serving.service import Service
 
@@ -147,16 +163,11 @@ def make_service(model: "Model", args: argparse.Namespace) -> "Service":
         max_tokens=args.max_answer, cache_tokens=args.cache_tokens,
         prefill_tokens=args.prefill_tokens,
     )  # fmt: skip
-    limits = Limits(
-        body_bytes=int(args.max_body_mb * 1e6), image_bytes=int(args.max_image_mb * 1e6),
-        pixels=args.max_image_pixels, images=args.max_images, choices=args.max_choices,
-        seconds=args.request_timeout, open_requests=2 * (args.max_batch + args.max_queue),
-    )  # fmt: skip
     options = generation_options(model.config.variant, args)
     defaults = {name: v for name, v in options.items() if name not in NOT_FOR_A_SERVER}
     return Service(
         model, Scheduler(model, config), args.served_name or Path(args.model.rstrip("/")).name,
-        template=args.template, system=args.system, limits=limits,
+        template=args.template, system=args.system, limits=limits_of(args),
         defaults=defaults | {"extra_bos": args.extra_bos},
     )  # fmt: skip
 
@@ -182,6 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("minigpt4_jax").setLevel(logging.INFO)
     if args.host not in LOOPBACK and not keys:
         log.warning("no --api-key-file: anyone who reaches %s may use this server", args.host)
+    if args.ray is not None:
+        from minigpt4_jax.cli import serve_ray
+
+        return serve_ray.main(args, keys)
     model = common.load_model(args)
     log.info("loaded %s in %.1f s", args.model, time.monotonic() - begin)
     from minigpt4_jax.serving.app import create_app

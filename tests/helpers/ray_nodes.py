@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine."""
+"""A Ray cluster of several nodes on this machine."""
 
 import contextlib
 import os
@@ -12,28 +12,22 @@ from ray.cluster_utils import Cluster
 # A killed node counts as lost after two seconds.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
           "health_check_failure_threshold": 2, "health_check_timeout_ms": 1000}  # fmt: skip
-STORE = 80 << 20  # bytes of a node's shared memory
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 @contextlib.contextmanager
-def two_nodes(cpus: int = 1) -> Iterator[tuple[Cluster, Any]]:
-    """-> (the cluster, its second node), this process connected to it."""
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "1"}
-    os.environ.update(environment)
-    head = {
-        "num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False,
-        "_system_config": HEALTH,
-    }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+def head() -> Iterator[Cluster]:
+    """A cluster of one node with one CPU, this process connected to it; `add_node` adds others."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    arguments = {"include_dashboard": False, "_system_config": HEALTH, **NODE}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
-        second = cluster.add_node(num_cpus=cpus, object_store_memory=STORE)
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield cluster, second
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
-        for name in environment:
-            del os.environ[name]
+        del os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
 def is_busy(node: Any, method: str) -> bool:

@@ -73,6 +73,9 @@ def test_a_server_from_start_to_sigterm(folder, tmp_path):
         (["--api-key-file=/nowhere"], "cannot be read"),
         (["--api-key-file=/dev/null"], "has no key"),
         (["--num_beams=3"], "unrecognized"),
+        (["--ray-gpus=1"], "--ray-gpus is of --ray"),
+        (["--ray=local", "--ray-models=0"], "expected N or MIN:MAX"),
+        (["--ray=local", "--ui"], "--ui is of a server without --ray"),
     ],
 )
 def test_wrong_options_are_told_before_loading(options, words):

@@ -1,0 +1,1 @@
+"""The server on a Ray cluster: an ingress that receives requests, and replicas with a model each."""
