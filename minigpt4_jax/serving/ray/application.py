@@ -1,5 +1,6 @@
 """The Ray Serve application of a model: deploy it, wait, and end it without losing an answer."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ def start(application: serve.Application, host: str, port: int) -> Any:
 
     UserError: a replica cannot start, or Ray Serve listens elsewhere.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     existing = _serve_address()
     if existing is None:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
@@ -110,10 +112,10 @@ def start(application: serve.Application, host: str, port: int) -> Any:
 def _serve_address() -> tuple[str, int] | None:
     """Where Ray Serve of this cluster listens; None if it does not run."""
     try:
-        options = _get_global_client().http_config
+        client = _get_global_client()
     except RayServeException:
         return None
-    return options.host, options.port
+    return None if client is None else (client.http_config.host, client.http_config.port)
 
 
 def _reason() -> str:

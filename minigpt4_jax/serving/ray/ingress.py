@@ -79,8 +79,8 @@ class Ingress:
         return any(answer is True for answer in await self._ask_all("accepting"))
 
     async def _read_metrics(self) -> list[tuple[str, str]]:
-        """(a name, metrics in Prometheus' format) of the ingress and of each replica."""
-        texts = [("ingress", self._metrics.text().decode())]
+        """(a name, metrics in Prometheus' format) of the ingress, its responses, and of each replica."""
+        texts = [("ingress", generate_latest(self._metrics.responses).decode())]
         for answer in await self._ask_all("metrics"):
             if isinstance(answer, tuple):
                 texts.append((answer[0], answer[1].decode()))
