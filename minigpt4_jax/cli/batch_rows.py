@@ -42,7 +42,12 @@ def check_lines(path: Path) -> None:
 
 
 def _check_encoding(path: Path, data: bytes) -> None:
-    """UserError: UTF-16 or UTF-32, with or without a byte order mark."""
+    """UserError: UTF-16 or UTF-32, with or without a byte order mark, or a compressed file."""
+    if data.startswith(b"\x1f\x8b"):
+        raise UserError(
+            f"--input={path} is compressed by gzip; expected JSON: unpack it, for instance with "
+            f"`gzip -dc {path} > rows.jsonl`"
+        )
     encoding = json.detect_encoding(data[:4])
     if encoding.startswith("utf-8") or not (
         data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
@@ -63,6 +68,8 @@ def _check_one_object_per_line(path: Path, data: bytes, lines: Sequence[bytes]) 
     if len(lines) > 1 and isinstance(_json_or_none(lines[0]), dict):
         return
     document = _json_or_none(data)
+    if document == []:
+        raise UserError(f"--input={path} has no rows; expected a JSON object per line")
     if isinstance(document, list):
         raise UserError(
             f"--input={path} is one JSON array of {len(document)} rows; expected a JSON object per "

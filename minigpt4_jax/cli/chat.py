@@ -275,7 +275,7 @@ def _split_words(text: str) -> list[str]:
 
 def terminal(session: Session) -> int:
     """Read questions from a terminal, with line editing, history and completion, until Ctrl-D."""
-    with line_editing(COMMANDS):
+    with line_editing(COMMANDS, common.GENERATION_OPTIONS):
         note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D exits.")
         while True:
             try:

@@ -8,26 +8,21 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def line_editing(commands: Iterable[str]) -> Iterator[None]:
+def line_editing(commands: Iterable[str], options: Iterable[str]) -> Iterator[None]:
     """`input` with history and completion, where Python has readline (not on Windows).
 
-    commands: names that are completed behind a `/` at the beginning of a line.
+    commands: names that are completed behind a `/` at the beginning of a line; options: those of /set.
     """
     try:
         import readline
     except ImportError:
         yield
         return
-    names = [*commands, "quit"]
 
-    def complete(text: str, number: int) -> str | None:
-        """The completion with this number: a command at the start of the line, else a file name."""
-        if readline.get_begidx() == 0:
-            matches = [f"/{name} " for name in names if f"/{name}".startswith(text)]
-        else:
-            files = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
-            matches = [file + "/" * os.path.isdir(file) for file in files]
-        return matches[number] if text and number < len(matches) else None
+    def complete(_: str, number: int) -> str | None:
+        begin, end = readline.get_begidx(), readline.get_endidx()
+        matches = completions(readline.get_line_buffer()[:end], begin, [*commands, "quit"], options)
+        return matches[number] if number < len(matches) else None
 
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     history = Path(state) / "minigpt4_jax" / "chat_history"
@@ -44,3 +39,29 @@ def line_editing(commands: Iterable[str]) -> Iterator[None]:
         with contextlib.suppress(OSError):
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(history)
+
+
+def completions(
+    line: str, begin: int, commands: Iterable[str], options: Iterable[str] = ()
+) -> list[str]:
+    """What the last word of a line may become: a command, an option of /set, or a file name.
+
+    begin: where the word begins; words end at white space, also within a name that has some.
+    """
+    if begin == 0:
+        return [f"/{name} " for name in commands if line and f"/{name}".startswith(line)]
+    command, _, rest = line.partition(" ")
+    if command == "/set":
+        return [f"{name}=" for name in options if name.startswith(line[begin:])]
+    last = line[begin:]
+    quote = '"' if rest.count('"') % 2 else ""
+    # in an open quotation, what is in it; else all that follows the command, or the last word alone
+    words = [rest.rpartition('"')[2]] if quote else [rest.lstrip(), last]
+    for word in words:
+        path = os.path.expanduser(word)
+        files = sorted(glob.glob(glob.escape(path) + "*")) if word else []
+        if files:
+            names = [quote + file + ("/" if os.path.isdir(file) else quote) for file in files]
+            behind = 0 if quote + word == last else len(quote + path) - len(last)
+            return [name[behind:] for name in names]  # what stands before the last word stays
+    return []

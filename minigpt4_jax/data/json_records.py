@@ -141,7 +141,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _has_lines(path: Path, text: str) -> bool:
     """Whether each line is a row. The content decides where it differs from what the name says."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return re.match(r"\s*\[\s*\{", text) is None  # the start of a list of rows
+        # the start of a list of rows, or an empty one
+        return re.match(r"\s*\[\s*(\{|\]\s*$)", text) is None
     first, _, rest = text.strip().partition("\n")
     if not first.startswith("{") or not rest:
         return False

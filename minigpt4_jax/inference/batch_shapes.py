@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from minigpt4_jax.inference.requests import BucketSizes, Request
-from minigpt4_jax.inference.sampling import SamplingStages, required_stages
+from minigpt4_jax.inference.requests import NUM_STOPS, STOP_WIDTH, BucketSizes, Request
+from minigpt4_jax.inference.sampling import CANDIDATES, SamplingStages, required_stages
 from minigpt4_jax.utils.rounding import next_power_of_two
 
-NUM_STOPS, STOP_WIDTH = 32, 16  # stop sequences of a row, ids of each
 ROWS = (1, 8, 32, 128, 512)
 SMALLEST_CACHE = 128  # tokens
 PROMPTS = (64, 128, 256, 512, 1024, 2048)  # prompt tokens processed at a time
-CANDIDATES = 64  # most likely tokens that the cheaper random choice considers
 
 
 class BatchShapes:
@@ -46,9 +44,9 @@ class BatchShapes:
         self.pieces = sorted({self.prompts[0], self.prompts[-1]})
         if not reads_in_pieces:
             self.prompts, self.pieces = _steps(PROMPTS, longest), []
-        greedy = SamplingStages(False, 0, False, False)
-        filtered = SamplingStages(True, CANDIDATES, True, True, True)
-        everything = SamplingStages(True, 0, True, True, True)
+        greedy = SamplingStages(False, 0, False)
+        filtered = SamplingStages(True, CANDIDATES, True)
+        everything = SamplingStages(True, 0, True)
         self.stages = [greedy, *([filtered] if vocab > CANDIDATES else []), everything]
 
     def num_rows(self, count: int) -> int:
@@ -92,9 +90,4 @@ def _covers(stages: SamplingStages, needed: SamplingStages) -> bool:
         unlimited = 1 << 31
         enough = stages.num_candidates or unlimited
         enough_candidates = stages.random and enough >= (needed.num_candidates or unlimited)
-    return (
-        enough_candidates
-        and stages.repetition_penalty >= needed.repetition_penalty
-        and stages.min_new_tokens >= needed.min_new_tokens
-        and stages.count_penalties >= needed.count_penalties
-    )
+    return enough_candidates and stages.penalties >= needed.penalties

@@ -235,11 +235,10 @@ def _process(
     """Penalties on log-probabilities [B, Q, V], as transformers applies them in beam search."""
     b, q, v = scores.shape
     flat = scores.reshape(b * q, v)
-    if stages.repetition_penalty:
+    if stages.penalties:
         per_beam = jax.tree.map(lambda a: jnp.repeat(a, q), params)
         tokens = penalized_tokens(s.ids.reshape(b * q, -1), per_beam)
         flat = apply_repetition_penalty(flat, tokens, per_beam.repetition_penalty)
-    if stages.min_new_tokens:
         too_short = jnp.repeat(s.num_generated < params.min_new_tokens, q)
         flat = forbid(flat, stop_tokens.reshape(b * q, -1), too_short)
     return flat.reshape(b, q, v)

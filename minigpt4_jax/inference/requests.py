@@ -12,6 +12,7 @@ from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.utils.rounding import next_power_of_two
 
+NUM_STOPS, STOP_WIDTH = 32, 16  # stop sequences of a row, ids of each, unless there are more
 GREEDY = SamplingParams()
 ONE_BEAM = BeamSearchConfig(1)
 
@@ -73,10 +74,10 @@ def bucket_sizes(requests: Sequence[Request]) -> BucketSizes:
     """
     stops = [request.stop_sequences for request in requests]
     return BucketSizes(
-        bucket(max(len(request.tokens) + request.max_new_tokens for request in requests)),
-        next_power_of_two(max([64, *(request.max_new_tokens for request in requests)])),
-        next_power_of_two(max([8, *(len(row) for row in stops)])),
-        next_power_of_two(max([8, *(len(ids) for row in stops for ids in row)])),
+        bucket(max([128, *(len(r.tokens) + r.max_new_tokens for r in requests)])),
+        next_power_of_two(max([256, *(request.max_new_tokens for request in requests)])),
+        next_power_of_two(max([NUM_STOPS, *(len(row) for row in stops)])),
+        next_power_of_two(max([STOP_WIDTH, *(len(ids) for row in stops for ids in row)])),
     )
 
 

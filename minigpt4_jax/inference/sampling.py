@@ -15,6 +15,7 @@ import numpy as np
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.utils.rounding import next_power_of_two
 
+CANDIDATES = 64  # most likely tokens that the cheaper random choice considers
 MIN_TEMPERATURE = 1e-30  # logits divided by less would not be finite
 
 
@@ -52,27 +53,32 @@ class SamplingParams(NamedTuple):
 
 
 class SamplingStages(NamedTuple):
-    """The stages a batch needs. Static: each combination is a compiled program."""
+    """The stages a batch needs. Static: each combination is a compiled program, so there are few."""
 
     random: bool
     num_candidates: int  # most likely tokens that a random choice considers; 0 is the vocabulary
-    repetition_penalty: bool
-    min_new_tokens: bool
-    count_penalties: bool = False  # frequency_penalty and presence_penalty
+    penalties: bool  # repetition, frequency and presence penalty, min_new_tokens
 
 
 def required_stages(rows: list[SamplingParams], vocab: int) -> SamplingStages:
-    """The stages that rows with these parameters (plain numbers) need together."""
+    """The stages that rows with these parameters (plain numbers) need together.
+
+    Options that cost little beside others come with them, so that changing one compiles nothing: all
+    penalties with any of them or with a random choice, and CANDIDATES with a smaller top_k.
+    """
     random = [row for row in rows if row.temperature > 0]
-    # a power of two, so that few programs are compiled
-    candidates = next_power_of_two(max((int(row.top_k) or vocab for row in random), default=0))
+    largest = max((int(row.top_k) or vocab for row in random), default=0)
+    candidates = next_power_of_two(max(largest, CANDIDATES))
     return SamplingStages(
         random=bool(random),
         num_candidates=candidates if random and candidates < vocab else 0,
-        repetition_penalty=any(row.repetition_penalty != 1 for row in rows),
-        min_new_tokens=any(row.min_new_tokens > 0 for row in rows),
-        count_penalties=any(row.frequency_penalty or row.presence_penalty for row in rows),
+        penalties=bool(random) or any(map(_has_penalty, rows)),
     )
+
+
+def _has_penalty(row: SamplingParams) -> bool:
+    counted = row.frequency_penalty or row.presence_penalty
+    return bool(row.repetition_penalty != 1 or row.min_new_tokens > 0 or counted)
 
 
 def stack_sampling_params(rows: list[SamplingParams]) -> SamplingParams:
@@ -171,14 +177,12 @@ def sample(
     logits [B, V] float32; generated [B, N] ids so far, -1 after the first num_generated [B];
     stop_tokens [B, R]: tokens that would end the row, -1 is none; keys [B]: PRNG keys; params: [B].
     """
-    if stages.repetition_penalty:
+    if stages.penalties:
         tokens = penalized_tokens(generated, params)
         logits = apply_repetition_penalty(logits, tokens, params.repetition_penalty)
-    if stages.count_penalties:
         logits = apply_count_penalties(
             logits, generated, params.frequency_penalty, params.presence_penalty
         )
-    if stages.min_new_tokens:
         logits = forbid(logits, stop_tokens, num_generated < params.min_new_tokens)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if not stages.random:

@@ -73,6 +73,11 @@ def candidates_by_prompt(
 ) -> list[list[str]]:
     """The candidates of each prompt, from either layout; see `Model.multi_select`."""
     rows = [list(row) if not isinstance(row, str) else [row] for row in candidates]
+    if num_prompts > 1 and len(rows) > 0 and all(isinstance(row, str) for row in candidates):
+        raise UserError(
+            f"one list of candidates for {num_prompts} prompts; expected a list for each prompt: "
+            "[candidates] * len(prompts) ranks the same for all"
+        )
     if layout not in (None, "prompt", "candidate"):
         raise UserError(f"layout {layout!r}: expected 'prompt', 'candidate' or None")
     if counts is not None and (layout == "prompt" or len(counts) != num_prompts):

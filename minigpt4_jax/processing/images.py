@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.storage.failed_downloads import LFS_POINTER, WEB_PAGE, failed_download
-from minigpt4_jax.utils.text import one_line
+from minigpt4_jax.utils.text import one_line, shorten
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs: 537 MB decoded
 # Causes by which unreadable images are counted (DataError.cause).
@@ -47,8 +47,11 @@ class ArrayLike(Protocol):
 
 
 ImageSource = (
-    str | PathLike[str] | FilePart | bytes | BinaryIO | Image.Image | np.ndarray | ArrayLike
-)
+    str | PathLike[str] | FilePart | bytes | bytearray | memoryview | BinaryIO | Image.Image
+    | np.ndarray | ArrayLike
+)  # fmt: skip
+_BYTES = (bytes, bytearray, memoryview)
+_URL = re.compile("[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 _ACCEPTED = (
     "a path, an open file, bytes, a PIL image or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 "
@@ -58,8 +61,10 @@ _ACCEPTED = (
 
 def is_image(value: Any) -> bool:
     """Whether a value is one image rather than several."""
-    one = isinstance(value, (str, PathLike, FilePart, bytes, Image.Image)) or hasattr(value, "read")
-    return one or getattr(value, "ndim", 0) in (2, 3)
+    kinds = (str, PathLike, FilePart, *_BYTES, Image.Image)
+    if isinstance(value, kinds) or hasattr(value, "read"):
+        return True
+    return getattr(value, "ndim", 0) in (2, 3)
 
 
 def open_image(source: ImageSource, *, exif: bool = False) -> Image.Image:
@@ -73,7 +78,7 @@ def open_image(source: ImageSource, *, exif: bool = False) -> Image.Image:
     original. 16-bit grayscale keeps its upper 8 bits (Pillow alone would saturate it to white).
     DataError: missing, not an image, truncated, too large. UserError: wrong type, dtype or shape.
     """
-    if hasattr(source, "__array__") and not isinstance(source, Image.Image):
+    if hasattr(source, "__array__") and not isinstance(source, (Image.Image, str)):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _decode(source, "image", exif=exif)
@@ -93,7 +98,7 @@ def name_of(source: ImageSource) -> str:
     """The name of an image in messages, unique within a dataset."""
     if isinstance(source, FilePart):
         return f"{source.path} at byte {source.offset}"
-    if isinstance(source, bytes):
+    if isinstance(source, _BYTES):
         return f"of {len(source)} bytes ({zlib.crc32(source):08x})"
     if isinstance(source, (str, PathLike)):
         return os.fspath(source)
@@ -107,8 +112,10 @@ def name_of(source: ImageSource) -> str:
 
 def _read(source: Any) -> tuple[str, bytes]:
     """(name in messages, content of the file)"""
-    if isinstance(source, bytes):
-        return f"image {name_of(source)}", source
+    if isinstance(source, _BYTES):
+        return f"image {name_of(source)}", bytes(source)
+    if isinstance(source, str):
+        _check_path(source)
     if isinstance(source, FilePart):
         path, is_whole_file = Path(source.path), False
     elif hasattr(source, "read"):
@@ -125,10 +132,6 @@ def _read(source: Any) -> tuple[str, bytes]:
             file.seek(source.offset)
             data = file.read(source.size)
     except FileNotFoundError:
-        if re.match("https?://", str(source), re.IGNORECASE):
-            raise DataError(
-                f"{name}: URLs are not read; download the image and give its path", "image at a URL"
-            ) from None
         raise DataError(f"{name}: there is no such file", "image that is missing") from None
     except IsADirectoryError:
         raise DataError(
@@ -141,6 +144,17 @@ def _read(source: Any) -> tuple[str, bytes]:
     return name, data
 
 
+def _check_path(path: str) -> None:
+    """DataError: the path is empty, or a URL."""
+    if not path:
+        raise DataError("image: the path is empty", "image that is missing")
+    if _URL.match(path) and not os.path.exists(path):
+        raise DataError(
+            f"image {shorten(path)}: URLs are not read; download the image and give its path",
+            "image at a URL",
+        )
+
+
 def _read_open_file(file: Any) -> tuple[str, bytes]:
     name = f"image {name_of(file)}"
     try:
@@ -151,6 +165,8 @@ def _read_open_file(file: Any) -> tuple[str, bytes]:
         raise UserError(
             f"{name}: is opened as text; open it in binary mode, as open(path, 'rb') does"
         )
+    if not data and hasattr(file, "tell") and file.tell():
+        raise UserError(f"{name}: has been read to its end already; call its seek(0) before")
     return name, data
 
 

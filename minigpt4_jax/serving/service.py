@@ -10,10 +10,9 @@ import numpy as np
 
 from minigpt4_jax.config import IMAGE
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.inference.batch_shapes import NUM_STOPS, STOP_WIDTH
 from minigpt4_jax.inference.generation_config import GenerationConfig, GenerationOutput
 from minigpt4_jax.inference.model import Model
-from minigpt4_jax.inference.requests import Completion, Request
+from minigpt4_jax.inference.requests import NUM_STOPS, STOP_WIDTH, Completion, Request
 from minigpt4_jax.processing.chat_templates import ChatFormat, Turn, chat_format
 from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError, invalid

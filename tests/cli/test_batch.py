@@ -1,5 +1,6 @@
 """python -m minigpt4_jax.batch: each row answered once and in order, also after interruptions."""
 
+import gzip
 import io
 import json
 import os
@@ -252,6 +253,12 @@ def test_another_encoding_is_refused_once(home, command, tmp_path, encoding, mes
     assert not any(tmp_path.iterdir())
 
 
+def test_a_compressed_file_is_refused_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+    with pytest.raises(UserError, match="compressed by gzip"):
+        batch.read_rows(tmp_path / "rows.jsonl", None)
+
+
 def test_utf_8_with_a_byte_order_mark_is_read(home):
     (home / "marked.jsonl").write_bytes(json.dumps({"prompt": "é"}).encode("utf-8-sig"))
     (row,) = batch.read_rows(home / "marked.jsonl", None)
@@ -264,6 +271,7 @@ def test_utf_8_with_a_byte_order_mark_is_read(home):
         ([{"prompt": "a"}, {"prompt": "b"}], None, "is one JSON array of 2 rows"),
         ([{"prompt": "a"}] * 3, 1, "is one JSON array of 3 rows"),
         ({"prompt": "a"}, 2, "is one JSON object over 3 lines"),
+        ([], None, "has no rows"),
     ],
 )
 def test_one_json_document_is_named(home, command, tmp_path, document, indent, message):

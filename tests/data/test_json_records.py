@@ -163,9 +163,10 @@ def test_missing_paths(tmp_path):
         read_sources(tmp_path)
     with pytest.raises(UserError, match="no dataset is named"):
         read_sources([])
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(UserError, match="is empty"):
-        read_sources(tmp_path / "empty.jsonl")
+    for nothing in ("\n \n", "[]", " [ ]\n"):
+        (tmp_path / "empty.jsonl").write_text(nothing)
+        with pytest.raises(UserError, match="is empty"):
+            read_sources(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         read_sources(tmp_path / "binary.jsonl")

@@ -1,6 +1,7 @@
 """The Python interface: inputs of its calls, options and ranking."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,29 @@ def test_more_images_than_one_batch_stay_in_order(model):
     visual = model.encode_images(images)
     for i in (0, 7, 8, 10):
         np.testing.assert_allclose(visual[i], model.encode_images([images[i]])[0], **CLOSE)
+
+
+def test_other_options_compile_nothing(model):
+    """Limits, stops and penalties are data of the compiled programs; so are the options of sampling."""
+    generate = partial(model.generate, None, ["a dog"])
+    programs = (model.engine._prefill, model.engine._decode)
+    for first, others in (
+        ({}, ({"max_new_tokens": 90}, {"stop": ["zz", "one, two", "###"]}, {"stop_ids": [5, 6]})),
+        (
+            {"repetition_penalty": 1.1},
+            ({"frequency_penalty": 0.5}, {"min_new_tokens": 3}, {"presence_penalty": 0.5}),
+        ),
+        (
+            {"temperature": 0.7, "top_k": 40},
+            ({"temperature": 1.5, "top_k": 3}, {"temperature": 1.0, "top_k": 64, "top_p": 0.5},
+             {"temperature": 1.0, "top_k": 5, "repetition_penalty": 1.2}),
+        ),
+    ):  # fmt: skip
+        generate(**({"max_new_tokens": 4} | first))
+        compiled = [program._cache_size() for program in programs]
+        for options in others:
+            generate(**({"max_new_tokens": 8} | options))
+            assert [program._cache_size() for program in programs] == compiled, options
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -162,6 +186,14 @@ def test_square_candidates_need_their_layout(model):
     assert model.multi_select(None, ["so"], [["yes"]]) == [[0]]
     same = [["yes", "no"], ["no", "yes"]]
     assert len(model.multi_select(None, prompts, same)) == 2  # equal in both layouts
+
+
+def test_one_list_of_candidates_is_for_one_prompt(model):
+    assert model.multi_select(None, ["a dog"], ["red", "blue"]) == model.multi_select(
+        None, ["a dog"], [["red", "blue"]]
+    )
+    message = refused(model.multi_select, None, ["a dog", "a cat"], ["red", "blue"])
+    assert "a list for each prompt" in message
 
 
 def test_candidates_with_the_training_template(model):

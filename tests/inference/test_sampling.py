@@ -159,9 +159,7 @@ def test_greedy_and_sampled_rows_in_one_batch():
     mixed = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3)]
     none = jnp.full((2, 4), -1)
     stages = required_stages(mixed, 20)
-    assert stages == SamplingStages(
-        random=True, num_candidates=4, repetition_penalty=False, min_new_tokens=False
-    )
+    assert stages == SamplingStages(random=True, num_candidates=0, penalties=True)
     start, params = jnp.zeros(2, jnp.int32), stack_sampling_params(mixed)
     tokens = {
         tuple(sample(logits, none, start, none, keys(2, seed), params, stages).tolist())
@@ -171,14 +169,18 @@ def test_greedy_and_sampled_rows_in_one_batch():
     assert len({second for _, second in tokens}) == 3
 
 
-def test_only_the_required_stages_are_compiled():
-    assert required_stages([SamplingParams()], 100) == SamplingStages(False, 0, False, False)
-    assert required_stages([SamplingParams(temperature=1.0)], 100).num_candidates == 0
-    assert required_stages([SamplingParams(temperature=1.0, top_k=50)], 100).num_candidates == 64
-    assert required_stages([SamplingParams(repetition_penalty=1.1, min_new_tokens=2)], 9)[2:4] == (
-        True,
-        True,
-    )
+def test_few_combinations_of_stages_are_compiled():
+    assert required_stages([SamplingParams()], 100) == SamplingStages(False, 0, False)
+    penalties = {"repetition_penalty": 1.1, "min_new_tokens": 2, "frequency_penalty": 0.5}
+    for name, value in penalties.items():
+        row = SamplingParams(**{name: value})
+        assert required_stages([row], 100) == SamplingStages(False, 0, True)
+        drawn = row._replace(temperature=0.7, top_p=0.9)
+        assert required_stages([drawn], 100) == SamplingStages(True, 0, True)
+    for top_k in (1, 5, 50):
+        row = SamplingParams(temperature=1.0, top_k=top_k)
+        assert required_stages([row], 100) == SamplingStages(True, 64, True)
+    assert required_stages([SamplingParams(temperature=1.0, top_k=90)], 1000).num_candidates == 128
 
 
 @pytest.mark.parametrize(

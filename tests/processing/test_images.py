@@ -205,11 +205,21 @@ def test_open_files_and_urls(tmp_path):
     path.write_bytes(encoded(Image.new("RGB", (3, 2), (9, 8, 7)), "PNG"))
     with path.open("rb") as file:
         assert images.is_image(file) and images.open_image(file).size == (3, 2)
-    assert images.open_image(io.BytesIO(path.read_bytes())).size == (3, 2)
+    content = path.read_bytes()
+    for source in (io.BytesIO(content), bytearray(content), memoryview(content), np.str_(path)):
+        assert images.is_image(source) and images.open_image(source).size == (3, 2)
     with path.open(errors="replace") as file, pytest.raises(UserError, match="opened as text"):
         images.open_image(file)
-    with pytest.raises(UserError, match=r"https://a/b\.png: URLs are not read; download"):
-        images.open_image("https://a/b.png")
+    file = io.BytesIO(path.read_bytes())
+    file.read()
+    with pytest.raises(UserError, match=r"read to its end already; call its seek\(0\)"):
+        images.open_image(file)
+    for url in ("https://a/b.png", "file:///a/b.png", "data:image/png;base64," + "A" * 5000):
+        with pytest.raises(UserError, match=r"URLs are not read; download") as refused:
+            images.open_image(url)
+        assert len(str(refused.value)) < 200
+    with pytest.raises(UserError, match="the path is empty"):
+        images.open_image("")
 
 
 def test_exif_orientation_is_applied_on_request(tmp_path):
