@@ -156,7 +156,7 @@ class Session:
         from minigpt4_jax.processing.images import open_image
 
         # a name with spaces need not be quoted
-        names = [text] if os.path.isfile(text) else _split_words(text)
+        names = [text] if os.path.isfile(os.path.expanduser(text)) else _split_words(text)
         paths = [os.path.expanduser(name) for name in names]
         if not paths:
             raise UserError("/image needs a file, for instance /image photo.jpg")
