@@ -19,6 +19,7 @@ from minigpt4_jax.storage.hub import NOT_FOUND
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "vocab.txt", "spiece.model",
+    "chat_template.json",
 )  # fmt: skip
 _VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -176,18 +177,13 @@ def find_tokenizer(folder: Path) -> dict[str, Path | bytes]:
     settings = (
         read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     )
-    if "chat_template.jinja" not in files and not settings.get("chat_template"):
-        files |= _processor_template(folder)
+    processor = files.pop("chat_template.json", None)  # of a multimodal model
+    if processor and "chat_template.jinja" not in files and not settings.get("chat_template"):
+        template = read_json(folder / "chat_template.json").get("chat_template")
+        files |= {"chat_template.jinja": template.encode()} if isinstance(template, str) else {}
     if "tokenizer_class" not in settings and (folder / "config.json").is_file():
         files["config.json"] = folder / "config.json"  # its model_type names the tokenizer class
     return files
-
-
-def _processor_template(folder: Path) -> dict[str, Path | bytes]:
-    """The chat template that multimodal models have in chat_template.json, as a tokenizer's file."""
-    path = folder / "chat_template.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    return {"chat_template.jinja": template.encode()} if isinstance(template, str) else {}
 
 
 def drop_added_tokens(language: LanguageModelFiles, vocab: int) -> list[str]:
