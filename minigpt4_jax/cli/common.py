@@ -148,17 +148,33 @@ def _parse_value(name: str, value: str, kind: Any) -> Any:
 
 
 def load_model(args: argparse.Namespace) -> "Model":
-    """Load the model that the command line names. UserError: also a chat template that it cannot use."""
-    from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
+    """Load the model that the command line names. UserError: also options that do not fit it."""
     from minigpt4_jax.inference.loading import load
-    from minigpt4_jax.processing.chat_templates import chat_format
-    from minigpt4_jax.processing.tokenizer import load_tokenizer
 
-    if args.template is not None:  # checked before the weights are read
-        config = read_config(args.model)
-        tokenizer = load_tokenizer(tokenizer_dir(args.model, args.base), config.tokenizer.kind)
-        chat_format(config, tokenizer, args.template)
+    _check_options_of_model(args)
     return load(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
         base=args.base, allow_nonfinite=args.allow_nonfinite, exif=args.exif,
     )  # fmt: skip
+
+
+def _check_options_of_model(args: argparse.Namespace) -> None:
+    """Before the weights are read, which may take minutes. UserError: the model's chat template cannot be
+    used, or refuses the system message; an answer that is longer than the model's context."""
+    from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
+    from minigpt4_jax.processing.chat_templates import chat_format
+    from minigpt4_jax.processing.tokenizer import load_tokenizer
+
+    config = read_config(args.model)
+    limit, context = getattr(args, "max_new_tokens", None), config.llm.max_length
+    if limit is not None and limit >= context:
+        raise UserError(
+            f"max_new_tokens {limit}: the language model's context has {context} tokens, for prompt and "
+            "answer together; lower it"
+        )
+    if args.template is None and not args.system:
+        return
+    tokenizer = load_tokenizer(tokenizer_dir(args.model, args.base), config.tokenizer.kind)
+    template = chat_format(config, tokenizer, args.template)
+    if args.system:
+        template.render([("?", None)], system=args.system)

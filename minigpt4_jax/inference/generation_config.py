@@ -131,6 +131,8 @@ class GenerationConfig:
                 raise UserError(f"{field.name} {value}: expected less than 2^31")
         if not (self.context is None or isinstance(self.context, Integral)):
             raise UserError(f"context {self.context!r}: expected a number of tokens, or None")
+        if self.context is not None and self.context < 1:
+            raise UserError(f"context {self.context}: expected at least 1")
 
     def check_streamable(self) -> None:
         """UserError for beam search, which decides on the first token at the end."""

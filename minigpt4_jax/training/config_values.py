@@ -21,7 +21,7 @@ SYNONYMS = {
               "num_steps", "total_steps", "train_steps", "max_train_steps", "iterations"),
     "warmup_steps": ("warmup", "num_warmup_steps", "warmup_iters"),
     "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule"),
-    "batch_size": ("train_batch_size", "per_device_train_batch_size", "global_batch_size"),
+    "batch_size": ("batch", "train_batch_size", "per_device_train_batch_size", "global_batch_size"),
     "accumulate": ("gradient_accumulation_steps", "gradient_accumulation", "accum_grad_iters"),
     "clip": ("max_grad_norm", "grad_clip", "gradient_clip_val", "clip_norm"),
     "remat": ("gradient_checkpointing", "use_grad_checkpoint"),
@@ -148,6 +148,8 @@ def unknown_key(key: str, mix: Mapping[str, Any] = types.MappingProxyType({})) -
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if synonym in names:
         near = [synonym]
+    elif (last := key.rsplit(".", 1)[-1]) in names:  # the right name in a section
+        near = [last]
     if not near:  # perhaps the right field in the wrong section
         field = key.rsplit(".", 1)[-1]
         by_field = {n.rsplit(".", 1)[-1]: n for n in names}

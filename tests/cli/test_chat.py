@@ -9,6 +9,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax.cli import chat, common
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.transcript import embedded_image
 
 
@@ -102,6 +103,7 @@ def test_set_takes_several_spellings(chat_piped):
         (["--num_beams=0"], "num_beams 0"),
         (["--stop="], "stop 0 is ''"),
         (["--max_new_tokens=0"], "max_new_tokens 0"),
+        (["--context=0"], "context 0"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(
@@ -110,6 +112,21 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr(common, "load_model", None)
     code, out, err = chat_command(*arguments(chat_home, "--prompt=x", *options))
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--max_new_tokens=5000", "the language model's context has 2048 tokens"),
+        ("--template=moon", "template 'moon' is not known"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_read(
+    chat_home, monkeypatch, option, message
+):
+    monkeypatch.setattr("minigpt4_jax.inference.loading.load_model", None)
+    with pytest.raises(UserError, match=message):
+        common.load_model(chat.parse([f"--model={chat_home / 'model'}", option]))
 
 
 def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):

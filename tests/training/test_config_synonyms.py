@@ -12,6 +12,7 @@ from minigpt4_jax.training.config_values import SYNONYMS, known_keys, unknown_ke
         ("num_train_epochs", "steps"), ("max_steps", "steps"), ("data.num_workers", "data.workers"),
         ("data.learning_rate", "init_lr"), ("LR", "init_lr"), ("max_grad_norm", "clip"),
         ("batchsize", "batch_size"), ("data.pth", "data.path"),
+        ("data.batch_size", "batch_size"), ("batch", "batch_size"),
     ],
 )  # fmt: skip
 def test_suggestions(key, meant):
