@@ -4,6 +4,7 @@
 # make demo         a web page to talk with the models of these two
 # make test         all tests       make lint   style and types       make clean
 # make tpu-check    compiles full-size programs for TPUs, without one
+# make image-check  the Dockerfile's steps as plain commands, where there are no containers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,8 +14,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 TPU_VENV ?= .venv-tpu
+IMAGE_OPTIONS ?= --python=$(PYTHON)
 
-.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check lint docs clean
+.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check image-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
@@ -51,6 +53,13 @@ else
 	    "was not checked; to go on without this check: make tpu-check TPU_CHECK=skip" >&2; exit 1; }
 	$(TPU_VENV)/bin/python -m pytest tests/aot/test_tpu.py --durations 5
 endif
+
+# The Dockerfile's steps as plain commands, in a fresh environment. CI saves most of the time by installing
+# into one that it does not need any more: IMAGE_OPTIONS=--venv=DIR.
+image-check: $(VENV)/.package
+	PYTHONPATH=tests $(BIN)/python -c 'from pathlib import Path; from helpers import tiny; \
+	  tiny.write_model(Path("build/image-check/model"))'
+	$(BIN)/python deploy/check_image.py build/image-check/model $(IMAGE_OPTIONS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

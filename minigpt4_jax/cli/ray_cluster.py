@@ -138,6 +138,10 @@ def _machines() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def num_machines() -> int:
+    return len(_machines())
+
+
 def model_needs(args: argparse.Namespace) -> Needs:
     """From the command line, or as fits the machines of the cluster."""
     machines = _machines()

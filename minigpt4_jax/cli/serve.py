@@ -20,7 +20,7 @@ from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
-    from minigpt4_jax.serving.config import Limits
+    from minigpt4_jax.serving.limits import Limits
     from minigpt4_jax.serving.service import Service
     from minigpt4_jax.serving.ui.examples import Example
 
@@ -143,7 +143,7 @@ def _require_packages(*, page: bool) -> None:
 
 def limits_of(args: argparse.Namespace) -> "Limits":
     """The limits of one request, of the command line."""
-    from minigpt4_jax.serving.config import Limits
+    from minigpt4_jax.serving.limits import Limits
 
     return Limits(
         body_bytes=int(args.max_body_mb * 1e6), image_bytes=int(args.max_image_mb * 1e6),

@@ -49,7 +49,7 @@ def make_application(args: argparse.Namespace, keys: Sequence[str]) -> "serve.Ap
         actor=needs.options() | {"runtime_env": ray_cluster.runtime_env()},
         max_batch=args.max_batch,
         max_queue=args.max_queue,
-        ingresses=2 if high > 1 else 1,
+        ingresses=min(high, ray_cluster.num_machines()),
         shutdown_seconds=args.shutdown_timeout,
     )
     limits = serve_command.limits_of(args)

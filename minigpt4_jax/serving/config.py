@@ -1,7 +1,6 @@
-"""The limits of a server, and how they follow from the model and the memory of the device."""
+"""The sizes of a server's caches, and how they follow from the model and the memory of the device."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -13,33 +12,6 @@ from minigpt4_jax.serving.scheduler import SchedulerConfig
 
 MEMORY_SHARE = 0.45  # of the free memory for the cache of the running answers; resizing copies it
 PREFIX_SHARE = 0.1  # of the free memory for the caches of earlier prompts
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one request.
-
-    Attributes:
-        body_bytes: of a request's JSON, with its images in base64.
-        image_bytes: of one image file.
-        pixels: of one image.
-        images: of one request, in all turns.
-        choices: answers to one request (n), and texts of one completion request.
-        candidates: of one ranking request.
-        seconds: until a request must be answered.
-        body_seconds: until a request's body must have arrived.
-        open_requests: that are read, waiting or running; more are refused before they are read.
-    """
-
-    body_bytes: int = 32 << 20
-    image_bytes: int = 10 << 20
-    pixels: int = 40_000_000
-    images: int = 16
-    choices: int = 16
-    candidates: int = 256
-    seconds: float = 300.0
-    body_seconds: float = 60.0
-    open_requests: int = 256
 
 
 def cache_bytes_per_token(model: Model) -> float:

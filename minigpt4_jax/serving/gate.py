@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.images import load_pixels
-from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.jobs import ImageInput
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.utils.text import one_line
 
 # Other formats of Pillow are rare, and some of their decoders start programs.

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from minigpt4_jax.serving.jobs import Generation
-
 if TYPE_CHECKING:
+    from minigpt4_jax.serving.jobs import Generation
     from minigpt4_jax.serving.scheduler import Scheduler
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -57,12 +56,12 @@ class Metrics:
             gauge = Gauge(f"minigpt4_{name}", text, registry=self.registry)
             gauge.set_function(read)
 
-    def started(self, job: Generation, seconds: float) -> None:
+    def started(self, job: "Generation", seconds: float) -> None:
         """A request has left the queue after some seconds."""
         self.queue_seconds.observe(seconds)
         self.prompt_tokens.inc(len(job.request.tokens))
 
-    def generated(self, job: Generation, tokens: int, gap: float | None) -> None:
+    def generated(self, job: "Generation", tokens: int, gap: float | None) -> None:
         """Some new tokens of an answer, some seconds after those before."""
         self.generated_tokens.inc(tokens)
         if tokens and gap is None and job.first_token is not None:

@@ -14,10 +14,10 @@ from minigpt4_jax.inference.generation_config import GenerationConfig, Generatio
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.requests import NUM_STOPS, STOP_WIDTH, Completion, Request
 from minigpt4_jax.processing.chat_templates import ChatFormat, Turn, chat_format
-from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.images import ImageReader, RequestImage
 from minigpt4_jax.serving.jobs import DeviceCall, Generation
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.scheduler import Scheduler
 
 T = TypeVar("T")

@@ -94,6 +94,7 @@ def server(cluster, second, home, tmp_path):
             yield process, address
         finally:
             process.kill()
+            serve.shutdown()
 
 
 def ask(client, messages, **options):
@@ -176,12 +177,15 @@ def test_rows_survive_a_killed_node_and_a_killed_driver(cluster, second, home, t
         process.communicate()
     complete = {path: path.stat().st_mtime_ns for path in out.glob("*.stats.json")}
     assert 2 <= len(complete) < COUNT // PER_SHARD
+    (out / ".0123abcd.part-00000.jsonl").touch()  # as a killed worker leaves it
     assert batch.main(arguments(home, out, *ray_options)) == 1  # the row without its image
     assert f"{COUNT - PER_SHARD * len(complete)} rows, 1 of them" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == written for path, written in complete.items())
 
     whole = tmp_path / "whole.jsonl"
     batch.main(arguments(home, whole))
+    names = {path.name for path in out.iterdir() if not path.name.startswith("part-")}
+    assert names == {"settings.json", "plan.json"}
     parts = sorted(out.glob("part-*.jsonl"))
     assert len(parts) == COUNT // PER_SHARD
     assert b"".join(path.read_bytes() for path in parts) == whole.read_bytes()

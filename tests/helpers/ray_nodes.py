@@ -9,9 +9,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-# A killed node counts as lost after two seconds.
+# A killed node, which refuses connections, counts as lost after four seconds; a slow one may take its time.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
-          "health_check_failure_threshold": 2, "health_check_timeout_ms": 1000}  # fmt: skip
+          "health_check_failure_threshold": 4, "health_check_timeout_ms": 20000}  # fmt: skip
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 

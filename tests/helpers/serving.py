@@ -14,7 +14,7 @@ from PIL import Image
 
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.serving.app import create_app
-from minigpt4_jax.serving.config import Limits
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.scheduler import Scheduler, SchedulerConfig
 from minigpt4_jax.serving.server import make_server
 from minigpt4_jax.serving.service import Service

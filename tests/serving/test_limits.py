@@ -19,8 +19,8 @@ from PIL import Image
 import minigpt4_jax
 from minigpt4_jax.serving import image_urls
 from minigpt4_jax.serving.app import create_app
-from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError
+from minigpt4_jax.serving.limits import Limits
 
 CHAT = "/v1/chat/completions"
 LIMITS = Limits(

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from minigpt4_jax.serving.config import Limits
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.ray import ingress
 from minigpt4_jax.serving.ray.conversations import conversation_key
 from minigpt4_jax.serving.ray.ingress import Ingress

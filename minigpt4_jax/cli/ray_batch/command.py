@@ -67,6 +67,7 @@ def run(args: argparse.Namespace, settings: dict[str, Any]) -> int:
                 errors += new_errors
                 bar.update(rows)
                 bar.set_postfix(errors=errors, refresh=False)
+    parts.remove_fragments()
     return _finish(f"{total - done} rows", errors, args.output)
 
 

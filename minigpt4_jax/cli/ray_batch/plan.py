@@ -68,6 +68,11 @@ class Parts:
     def stats_path(self, number: int) -> Path:
         return self.folder / f"part-{number:05}.stats.json"
 
+    def remove_fragments(self) -> None:
+        """Delete what workers that were killed were writing; only when no worker runs any more."""
+        for path in self.folder.glob(".*.part-*"):
+            path.unlink(missing_ok=True)
+
     def stats(self, number: int) -> Stats | None:
         """None: the part is not complete."""
         try:

@@ -12,7 +12,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.serving.config import Limits
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.ray.ingress import Ingress
 from minigpt4_jax.serving.ray.replica import Replica
 from minigpt4_jax.serving.service import Service
@@ -31,7 +31,7 @@ class Deployment(NamedTuple):
         actor: Ray's options of a replica: resources and environment.
         max_batch: answers that one replica generates together.
         max_queue: requests that wait at an ingress.
-        ingresses: number of processes that receive requests.
+        ingresses: number of machines that receive requests.
         shutdown_seconds: for answering what runs.
     """
 
@@ -76,7 +76,10 @@ def build(
     )
     deploy_ingress = serve.deployment(
         name="Ingress",
+        # One on a machine: what a machine's proxy receives goes to the ingress beside it, so that another
+        # machine's loss breaks nothing off.
         num_replicas=deployment.ingresses,
+        max_replicas_per_node=1,
         ray_actor_options={"num_cpus": 0, "runtime_env": deployment.actor.get("runtime_env")},
         # the gate refuses what is too much, with the status that clients expect
         max_ongoing_requests=1 << 20,

@@ -14,9 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minigpt4_jax.serving.config import Limits
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.gate import Gate
+from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.metrics import Metrics
 from minigpt4_jax.serving.ray.conversations import conversation_key
 
