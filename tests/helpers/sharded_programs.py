@@ -56,10 +56,20 @@ MODELS = {
 Shape = tuple[int, int, int]  # sizes of the axes of a mesh, in the order of AXES
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(s) == 8]  # all of them
 MIXED = (2, 2, 2)
-# Every mesh with one model. The others differ in some layers: a few meshes each.
-GENERATED = {"qformer": SHAPES, "v2": [MIXED, (1, 8, 1), (1, 1, 8)], "odd": [MIXED, (1, 2, 4)]}
-# "patches" has the language model of "qformer", so only its vision side is compared, in training.
-TRAINED = GENERATED | {"patches": [MIXED, (1, 4, 2)]}
+# Every mesh trains some model, and every kind of mesh generates: split by one axis, by two or by all.
+GENERATED = {
+    "qformer": [MIXED, (8, 1, 1), (1, 1, 8)],
+    "v2": [(1, 8, 1), (4, 1, 2), (1, 1, 8)],  # fewer key heads than devices on the last
+    "odd": [MIXED, (1, 2, 4)],
+}
+TRAINED = {
+    "qformer": [*GENERATED["qformer"], (2, 1, 4)],
+    "v2": [*GENERATED["v2"], (4, 2, 1)],
+    "odd": GENERATED["odd"],
+    # "patches" has the language model of "qformer", so only its vision side is compared.
+    "patches": [(1, 4, 2), (2, 4, 1)],
+}
+assert {shape for shapes in TRAINED.values() for shape in shapes} == set(SHAPES)
 CASES = [(name, shape) for name, shapes in TRAINED.items() for shape in shapes]
 # With fewer slots than requests; on other meshes each request has its own slot: fewer programs.
 REFILLED = {(8, 1, 1), (1, 1, 8), MIXED}
@@ -171,7 +181,7 @@ def results(name: str, shape: Shape | None, mesh: Mesh) -> dict[str, np.ndarray]
     """What is compared on a mesh. shape None: one device, with all that any mesh of the model needs."""
     config, searched = MODELS[name].check(), (name, shape or MIXED) in SEARCHED
     found = {}
-    if name in GENERATED:
+    if shape in [None, *GENERATED.get(name, [])] and name in GENERATED:
         slots = 8 if shape is None or name == "odd" or shape in REFILLED else 16
         found |= engine_results(config, mesh, searched, slots)
     for variant, options in VARIANTS.items():
