@@ -60,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # The imports of all test files need ten seconds; the second run of `make test` selects few of them.
+    if config.option.markexpr != "default_compiler" or collection_path.suffix != ".py":
+        return None
+    return True if "default_compiler" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("quick_codegen"):
         left_out = [item for item in items if item.get_closest_marker("default_compiler")]

@@ -35,8 +35,6 @@ def run(folder: Path) -> None:
     except Stopped as e:
         assert e.code == 143
     train(values | {"mesh": "fsdp:4,model:-1", "accumulate": 1}, folder / "run")
-    packed = {"data": values["data"] | {"pack_tokens": 64}, "steps": 1, "eval_every": 0}
-    train(values | packed | {"mesh": "data:8", "sample_every": 0}, folder / "packed")
     try:
         train(values | {"mesh": "data:8", "batch_size": 12}, folder / "other")
         raise AssertionError("12 rows were accepted on 8 devices")

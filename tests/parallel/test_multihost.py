@@ -23,15 +23,13 @@ from minigpt4_jax.parallel.distributed import ProcessOptions, parse_process_opti
 LORA = LoraConfig(rank=2, dropout=0.1)
 MODELS = {
     "qformer": {},
-    "patches": {"qformer": False},
-    "packed": {"qformer": False},
+    "packed": {"qformer": False},  # without a Q-Former; the rows of training are packed
     # with larger weights, rounding in sharded matrices changes the gradient norm by 4e-5
     "v2": {"scale": 0.15, "qformer": False, "variant": "minigpt-v2", "lora": LORA},
 }
 MESHES = {  # for two processes with two devices each; the second, if any, for four with one each
     "qformer": ("auto",),
-    "patches": ("fsdp:4",),
-    "packed": ("data:2,fsdp:2",),
+    "packed": ("fsdp:4",),
     "v2": ("model:4", "data:2,model:2"),
 }
 STEPS = 8
@@ -63,7 +61,7 @@ def config_values(home: Path, name: str) -> dict:
         "data": {"path": rows, "val_path": rows, "prompts": prompts, "pack_tokens": packed},
         "dtype": "float32", "accumulate": 2 if packed else 1,
         "warmup_steps": 1, "save_every": 100, "log_every": 1, "sample_images": 1, "sample_tokens": 3,
-        "eval_every": 8 if name == "patches" else 0, "sample_every": 8 if name == "patches" else 0,
+        "eval_every": 8 if packed else 0, "sample_every": 8 if packed else 0,
     }  # fmt: skip
 
 
@@ -125,13 +123,13 @@ def test_each_process_reads_its_own_rows_of_the_batch(home):
         steps = [process["rows"][name] for process in processes]
         return list(zip(batches[name][start:], zip(*steps, strict=True), strict=False))
 
-    for batch, (a, b) in shares(two, "patches", 2):  # rows are sharded over both
+    for batch, (a, b) in shares(two, "qformer", 2):  # rows are sharded over both
         assert a + b == batch
     for batch, (a, b) in shares(two, "v2", 2):  # the model is sharded over both, rows are not
         assert a == b == batch
     for batch, (a, b, c, d) in shares(four, "v2", 6):
         assert a == b and c == d and a + c == batch
-    assert len(shares(two, "patches", 2)) == 6 and len(shares(four, "v2", 6)) == 2
+    assert len(shares(two, "qformer", 2)) == 6 and len(shares(four, "v2", 6)) == 2
 
 
 def log(home: Path, process: int, count: int) -> list[str]:
