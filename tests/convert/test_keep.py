@@ -12,10 +12,11 @@ from helpers.released_files import llm_config, llm_state, save_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import minigpt4_jax
 from convert.formats.gguf_blocks import BLOCK_FORMATS, common_format, kept_formats, repack, unpack
 from minigpt4_jax.checkpoint.loader import load_model
-from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, tokenizer_dir
+from minigpt4_jax.inference.model import Model
+from minigpt4_jax.processing.tokenizer import load_tokenizer
 from minigpt4_jax.quantization.schemes import BlockFormat, dequantize
 
 TYPES = gguf.GGMLQuantizationType
@@ -161,7 +162,8 @@ def test_smollm2_in_its_four_bits(command, tmp_path):
     assert code == 0, err
     stored = sum(p.stat().st_size for p in Path(out).glob("llm*.safetensors"))
     assert stored < 100e6  # the file has 93 MB
-    model = minigpt4_jax.load(out, "float32")
+    module, config = load_model(out, "float32")  # layers stacked: they are compiled once
+    model = Model(module, config, load_tokenizer(tokenizer_dir(out), config.tokenizer.kind))
     question = "What is the capital of France? Answer in one sentence."
     answer = model.generate(None, [question], template=True, max_new_tokens=16)
     assert answer == ["The capital of France is Paris."]

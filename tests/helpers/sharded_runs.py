@@ -44,7 +44,7 @@ def run(folder: Path) -> None:
 
 
 def answers(folder: Path, mesh: str | None) -> dict:
-    """The results of every method of Model."""
+    """The results of every method of Model; sharded_programs.py has beam search."""
     model = load(folder / "model", "float32", mesh=mesh)
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
     options = {"max_new_tokens": 5, "temperature": 0.9, "top_k": 20}
@@ -54,7 +54,6 @@ def answers(folder: Path, mesh: str | None) -> dict:
         "visual": np.asarray(model.encode_images(images)).ravel().tolist(),
         "nll": nll.tolist(),
         "greedy": model.generate(images, [QUESTION] * 3, max_new_tokens=5),
-        "beams": model.generate(images, [QUESTION] * 3, max_new_tokens=5, num_beams=2),
         "stream": "".join(model.stream(images[0], QUESTION, **options)),
         "turns": [
             conversation.ask("What?", images[0], max_new_tokens=5),

@@ -22,13 +22,11 @@ from minigpt4_jax.parallel.distributed import ProcessOptions, parse_process_opti
 
 LORA = LoraConfig(rank=2, dropout=0.1)
 MODELS = {
-    "qformer": {},
-    "packed": {"qformer": False},  # without a Q-Former; the rows of training are packed
+    "packed": {},  # with a Q-Former; the rows of training are packed
     # with larger weights, rounding in sharded matrices changes the gradient norm by 4e-5
     "v2": {"scale": 0.15, "qformer": False, "variant": "minigpt-v2", "lora": LORA},
 }
 MESHES = {  # for two processes with two devices each; the second, if any, for four with one each
-    "qformer": ("auto",),
     "packed": ("fsdp:4",),
     "v2": ("model:4", "data:2,model:2"),
 }
@@ -82,7 +80,7 @@ def home(tmp_path_factory):
         two.append(run | meshes[0] | {"stop": [1, 3] if meshes[1:] else None})
         four += [run | mesh | {"stop": None} for mesh in meshes[1:]]
     images = sorted(str(p) for p in (folder / "data").glob("*.png"))[:3]
-    request = {"model": str(folder / "qformer"), "images": images}
+    request = {"model": str(folder / "packed"), "images": images}
     run_jobs(folder, 1, 1, {"runs": one, "answers": request | {"mesh": None}})
     run_jobs(folder, 2, 2, {"runs": two, "answers": request | {"mesh": "data:2,model:2"}})
     run_jobs(folder, 4, 1, {"runs": four})
@@ -114,22 +112,20 @@ def test_losses_and_parameters_equal_those_of_one_process(home, name):
 
 @pytest.mark.slow
 def test_each_process_reads_its_own_rows_of_the_batch(home):
-    """Rows as digests. Two processes continue after step 2, four after step 6."""
+    """Rows of v2 as digests. Two processes continue after step 2, four after step 6."""
     one, two, four = (read_results(home, count) for count in (1, 2, 4))
-    batches = {name: one[0]["rows"][name][:STEPS] for name in MODELS if name != "packed"}
+    batches = one[0]["rows"]["v2"][:STEPS]
 
-    def shares(processes: list[dict], name: str, start: int) -> list:
+    def shares(processes: list[dict], start: int) -> list:
         """For each step: (rows of the batch, rows of each process)."""
-        steps = [process["rows"][name] for process in processes]
-        return list(zip(batches[name][start:], zip(*steps, strict=True), strict=False))
+        steps = [process["rows"]["v2"] for process in processes]
+        return list(zip(batches[start:], zip(*steps, strict=True), strict=False))
 
-    for batch, (a, b) in shares(two, "qformer", 2):  # rows are sharded over both
-        assert a + b == batch
-    for batch, (a, b) in shares(two, "v2", 2):  # the model is sharded over both, rows are not
+    for batch, (a, b) in shares(two, 2):  # the model is sharded over both, rows are not
         assert a == b == batch
-    for batch, (a, b, c, d) in shares(four, "v2", 6):
+    for batch, (a, b, c, d) in shares(four, 6):  # rows are sharded over the two pairs
         assert a == b and c == d and a + c == batch
-    assert len(shares(two, "qformer", 2)) == 6 and len(shares(four, "v2", 6)) == 2
+    assert len(shares(two, 2)) >= 4 and len(shares(four, 6)) == 2
 
 
 def log(home: Path, process: int, count: int) -> list[str]:

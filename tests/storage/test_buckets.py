@@ -165,13 +165,15 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(home, bucket, soon, on_disk, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket(home, bucket, on_disk, tmp_path):
-    """Stopped, continued and stopped again, and ended by one."""
+    """Begun by one, continued by two until they are stopped, and ended by one."""
     c, run = config(home, "gs://bucket/models/tiny"), put("gs://bucket/runs/two")
     c = dataclasses.replace(c, eval_every=0, save_every=1)  # one program less, and told at once
     life = {"name": "two", "workdir": str(run), "values": to_dict(c)}
-    run_jobs(tmp_path, 2, 1, {"runs": [life | {"stop": [0, 1]}, life | {"stop": [1, 4]}]})
+    with pytest.raises(Crash):
+        train(c, str(run), on_metrics=at_step(2, crash))
+    run_jobs(tmp_path, 2, 1, {"runs": [life | {"stop": [1, 4]}]})
     said = (tmp_path / "0-of-2.log").read_text()
-    assert said.count("start the same command again to continue") == 2
+    assert said.count("start the same command again to continue") == 1
     assert "continuing at step " in said and "fsdp:2" in said
     done, seen = max(int(p.name) for p in (run / "checkpoints").iterdir()), []
     result = train(c, str(run), on_metrics=lambda r: seen.append(r["step"]))

@@ -25,8 +25,8 @@ pytestmark = NEEDS_BLIP2
 class Case:
     """A converted model, split for training, its tokenizer and key table."""
 
-    def __init__(self, name, folder, table, *, freeze_vit, **settings):
-        directory = reference.build(name, folder)
+    def __init__(self, name, table, *, freeze_vit, **settings):
+        directory = reference.shared(name)
         model, self.config = load_model(directory, "float32")
         self.config = self.config.__class__(**(vars(self.config) | settings))
         parts = trained_parts(freeze_vit=freeze_vit, freeze_qformer=False, config=self.config)
@@ -75,12 +75,12 @@ def check_gradients(named, expected, prefix="grad/"):
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
-    folder, cases = tmp_path_factory.mktemp("stage1"), {}
+def stage1():
+    cases = {}
 
     def get(name):
         if name not in cases:
-            cases[name] = Case(name, folder, STAGE1, freeze_vit=name == "pretrain")
+            cases[name] = Case(name, STAGE1, freeze_vit=name == "pretrain")
         return cases[name]
 
     return get
@@ -97,14 +97,13 @@ def test_stage1(stage1, dump):
     negatives = Negatives(expected["neg_image_for_text"], expected["neg_text_for_image"])
     assert batch.tokens.tolist() == expected["input_ids"].tolist()
 
-    def losses(trainable):
-        model = case.split.join(trainable, case.split.frozen)
+    def losses(trainable, frozen, batch, negatives):  # arguments: two of the dumps share a program
+        model = case.split.join(trainable, frozen)
         found = stage1_losses(model, batch, negatives=negatives)
         return found.total, found
 
-    (total, found), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(
-        case.split.trainable
-    )
+    run = jax.jit(jax.value_and_grad(losses, has_aux=True))
+    (total, found), gradients = run(case.split.trainable, case.split.frozen, batch, negatives)
     for name, value in (
         ("loss", total), ("loss_itc", found.contrastive), ("loss_itm", found.matching),
         ("loss_lm", found.captioning),
@@ -133,12 +132,13 @@ def test_stage1_of_two_processes(stage1, name):
     batch = case.batch(name, both("image_index"), captions, image_ids=ids)
     negatives = Negatives(both("neg_image_for_text"), both("neg_text_for_image"))
 
-    def loss(trainable):
-        model = case.split.join(trainable, case.split.frozen)
+    def loss(trainable, frozen, batch, negatives):
+        model = case.split.join(trainable, frozen)
         return stage1_losses(model, batch, negatives=negatives, num_groups=2).total
 
     mean = np.mean([texts["losses"]["loss"] for _, texts in ranks])
-    total, gradients = jax.jit(jax.value_and_grad(loss))(case.split.trainable)
+    run = jax.jit(jax.value_and_grad(loss))
+    total, gradients = run(case.split.trainable, case.split.frozen, batch, negatives)
     assert float(total) == pytest.approx(mean, abs=1e-5)
     check_gradients(case.original(gradients), ranks[0][0], "grad_mean_over_ranks/")
 
@@ -168,21 +168,22 @@ def test_rows_without_labels_count_nowhere(stage1):
         ("flant5-caption", "flant5_forward_prompt"),
     ],
 )
-def test_stage2(tmp_path, name, dump):
+def test_stage2(name, dump):
     expected, texts = reference.dump(dump)
     table = STAGE2_OPT if name.startswith("opt") else STAGE2_T5
     size = "coco" if name.endswith("caption") else "pretrain"
     prompt = {"caption_prompt": texts["prompt"]} if name == "opt-caption" else {}
-    case = Case(name, tmp_path, table, freeze_vit=size == "pretrain", **prompt)
+    case = Case(name, table, freeze_vit=size == "pretrain", **prompt)
     samples = texts["samples"]
     captions = samples.get("text_output", samples["text_input"])
     prompts = samples["text_input"] if "text_output" in samples else None
     batch = case.batch(size, expected["image_index"], captions, prompts)
 
-    def loss(trainable):
-        model = case.split.join(trainable, case.split.frozen)
+    def loss(trainable, frozen, batch):
+        model = case.split.join(trainable, frozen)
         return model.loss_sums(batch)["loss"] / (batch.label_positions >= 0).sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(case.split.trainable)
+    run = jax.jit(jax.value_and_grad(loss))
+    value, gradients = run(case.split.trainable, case.split.frozen, batch)
     assert float(value) == pytest.approx(texts["loss"], abs=1e-5)
     check_gradients(case.original(gradients), expected)
