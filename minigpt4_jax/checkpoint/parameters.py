@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from minigpt4_jax.checkpoint.model_directory import Shape
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.models.layers import SameKey
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.models.stage1 import Stage1
@@ -41,9 +43,10 @@ def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
 @functools.cache  # tracing the initialization takes a quarter of a second or more
 def _abstract_parts(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef[MiniGpt], Any]:
     def make() -> MiniGpt:
+        rngs: Any = SameKey(jax.random.key(0))
         if config.is_stage1:
-            return Stage1(config, nnx.Rngs(0))
-        model = MiniGpt(config, nnx.Rngs(0))
+            return Stage1(config, rngs)
+        model = MiniGpt(config, rngs)
         if not stacked:
             model.llm = unstack(model.llm)
         return model
