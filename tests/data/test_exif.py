@@ -52,7 +52,6 @@ def shards(folder):
     return {"mix": {"cc": DatasetConfig(reader="webdataset", path=(str(path),))}}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("write", "options", "turned"),
     [
@@ -60,9 +59,17 @@ def shards(folder):
         (own_in_a_mixture, {"exif": False}, False), (published, {}, False), (shards, {}, False),
     ],
 )  # fmt: skip
-def test_orientation(tmp_path, photo, write, options, turned, workers):
-    if workers and write is not own:
-        return
+def test_orientation(tmp_path, photo, write, options, turned):
+    check_orientation(tmp_path, photo, write, options, turned)
+
+
+@pytest.mark.parametrize("photo", [6], indirect=True)
+@pytest.mark.parametrize("turned", [True, False])
+def test_orientation_in_a_worker(tmp_path, photo, turned):
+    check_orientation(tmp_path, photo, own, {} if turned else {"exif": False}, turned, workers=1)
+
+
+def check_orientation(tmp_path, photo, write, options, turned, workers=0):
     (tmp_path / "rows.csv").write_text("image,caption\n1.jpg,a\n")
     data = data_config(**write(tmp_path), **options, workers=workers, threads=1)
     batches = make_loader(open_components(data), data, CONFIG, TOKENIZER, batch_size=1)

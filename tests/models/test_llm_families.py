@@ -145,7 +145,8 @@ def test_t5_logits(activation):
     hidden = ours(written, jnp.asarray([20, 20]), encoded=encoded)
     np.testing.assert_allclose(ours.logits(hidden) / scale, wanted / scale, atol=1e-4)
 
-    for model in (ours, unstack(ours)):  # the same through caches, token by token
+    # the same through caches, token by token; the activation makes no difference there
+    for model in (ours, unstack(ours)) if activation == "gelu_new" else ():
         hidden, cache = model.start(embeds, jnp.asarray(lengths), 32, 192)
         np.testing.assert_allclose(ours.logits(hidden) / scale, wanted[:, 0] / scale, atol=1e-4)
         step = jax.jit(model.decode)
