@@ -141,7 +141,10 @@ class TokenizerChatTemplate:
 
     def _opening_token(self) -> str:
         """The special token that the template opens a later question with; "" if there is none, or BOS."""
-        between = self.pieces([("?", "!"), ("?", None)])[2].lstrip()
+        try:
+            between = self.pieces([("?", "!"), ("?", None)])[2].lstrip()
+        except UserError:  # for single questions only
+            return ""
         tokens = [t for t in self._tokenizer.special_tokens if between.startswith(t)]
         longest = max(tokens, key=len, default="")
         return "" if longest == self._tokenizer.bos else longest

@@ -99,6 +99,15 @@ def test_released_variants_keep_their_formats(tmp_path):
     assert (config.chat_template, config.end_symbol) == ("vicuna0", "###")
 
 
+@pytest.mark.parametrize("variant", ["minigpt4-llama2", "minigpt-v2"])
+def test_other_language_models_bring_their_template_to_every_variant(tmp_path, variant):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["qwen3"])
+    c = llm_config(vocab_size=401)
+    save_hf(tmp_path / "hf", c, llm_state(c), folder)
+    plan = make_plan(BuildRequest(variant, tmp_path / "hf", tmp_path / "m"))
+    assert plan.config.tokenizer.chat_template and plan.config.end_symbol == "<|im_end|>"
+
+
 def test_set_chooses_another_format(tmp_path):
     folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["smollm2"])
     llm, _ = language_model(tmp_path, folder, 400, "llama")
