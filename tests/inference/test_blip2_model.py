@@ -1,14 +1,23 @@
 """BLIP-2 with OPT and FlanT5, from `convert build` to captions and answers, against LAVIS."""
 
+import json
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import blip2_reference as reference
+from helpers import virtual_devices
 from helpers.blip2_reference import NEEDS_BLIP2
 
+import minigpt4_jax
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.blip2_model import Blip2Model
+from minigpt4_jax.quantization.schemes import dequantize
 
 END = {"opt": 202, "flant5": 1}
 QUESTIONS = [
@@ -69,6 +78,67 @@ def test_streams_and_batches(name):
     assert sampled[1:] == model.generate(
         images[1:2], prompts[1:2], temperature=1.0, seed=4, **options
     )
+
+
+PROMPTS = ["a photo of", "Question: what is this? Answer:"]
+
+
+@NEEDS_BLIP2
+@pytest.mark.parametrize("name", ["opt", "flant5"])
+def test_int8_equals_dequantized_weights(name):
+    """Weights and caches in 8 bits, against the same weights as floats."""
+    folder = reference.shared(name)
+    model = minigpt4_jax.load(folder, "float32", quantize="int8")
+    exact, config = load_model(folder, "float32", stacked=False)
+    quantized = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(model._state)}
+    scales = [path for path in quantized if path[-1].endswith("_scale")]
+    assert {path[-1] for path in scales} == {"weight_scale", "embed_scale"}
+    for path, leaf in nnx.to_flat_state(nnx.state(exact)):
+        value, scale = quantized[path], quantized.get((*path[:-1], f"{path[-1]}_scale"))
+        leaf.set_value(value if scale is None else dequantize(value, scale, np.float32))
+    floats = Blip2Model(exact, config, model.tokenizer)
+    images = reference.pictures()[:2]
+    found, expected = (
+        m.generate_details(images, PROMPTS, max_new_tokens=6) for m in (model, floats)
+    )
+    for (a,), (b,) in zip(found, expected, strict=True):
+        assert a.ids == b.ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
+    cached = minigpt4_jax.load(folder, "float32", kv_cache="int8")
+    first = images[:1], PROMPTS[:1]
+    ((a,),) = cached.generate_details(*first, max_new_tokens=6)
+    ((b,),) = reference.load(name).generate_details(*first, max_new_tokens=6)
+    np.testing.assert_allclose(a.logprobs[:2], b.logprobs[:2], atol=0.1)
+
+
+@NEEDS_BLIP2
+def test_a_mesh_of_two_devices_gives_the_answers_of_one(tmp_path):
+    """Every matrix split over the devices: greedy answers and beams."""
+    names, images = ("opt", "flant5"), reference.pictures()[:2]
+    np.savez(tmp_path / "images.npz", *images)
+    script = f"""
+import json, sys, numpy as np, minigpt4_jax
+images = list(np.load(sys.argv[1]).values())
+answers = []
+for folder in sys.argv[2:]:
+    model = minigpt4_jax.load(folder, "float32", mesh="model:2")
+    for beams in (1, 3):
+        details = model.generate_details(images, {PROMPTS}, max_new_tokens=6, num_beams=beams)
+        answers.append([outputs[0].ids for outputs in details])
+print(json.dumps(answers))
+"""
+    command = [sys.executable, "-c", script, tmp_path / "images.npz", *map(reference.shared, names)]
+    done = subprocess.run(
+        command, env=virtual_devices.environment(2), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = iter(json.loads(done.stdout.splitlines()[-1]))
+    for name in names:
+        for beams in (1, 3):
+            details = reference.load(name).generate_details(
+                images, PROMPTS, max_new_tokens=6, num_beams=beams
+            )
+            assert next(found) == [outputs[0].ids for outputs in details], (name, beams)
 
 
 @NEEDS_BLIP2

@@ -156,6 +156,42 @@ def test_t5_logits(activation):
             np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["OPT 6.7B", "FlanT5 XXL"])
+def test_a_layer_of_full_size(kind):
+    """One layer of BLIP-2's large language models (of T5 one of the encoder, and one of the decoder)."""
+    torch.manual_seed(0)
+    if kind.startswith("OPT"):
+        config = transformers.OPTConfig(
+            vocab_size=90, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32,
+            ffn_dim=16384, word_embed_proj_dim=4096, max_position_embeddings=64,
+        )  # fmt: skip
+        theirs = transformers.OPTForCausalLM(config).eval()
+    else:
+        sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}
+        layers = {"num_layers": 1, "num_decoder_layers": 1}
+        config = transformers.T5Config(**(T5_SIZES | sizes | layers))
+        theirs = transformers.T5ForConditionalGeneration(config).eval()
+        theirs.lm_head = torch.nn.Linear(4096, 90, bias=False)
+    with torch.no_grad():
+        for path, p in theirs.named_parameters():
+            p.normal_(0, p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1).add_("norm" in path)
+    c = llm_config_from_hf(config.to_dict())
+    tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    if c.tie:
+        tensors.pop("lm_head.weight")
+    ours = with_weights(c, tensors, llm_table(c.model_type))
+    ids = np.random.default_rng(1).integers(3, 90, (1, 12))
+    tokens, lengths = jnp.asarray(ids, jnp.int32), jnp.asarray([12])
+    decoder = {"decoder_input_ids": torch.tensor(ids)} if c.encoder_layers else {}
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(ids), **decoder).logits.numpy()
+    embeds = ours.embed_tokens(tokens)
+    encoded = ours.encode(embeds, lengths) if c.encoder_layers else None
+    logits = ours.logits(ours(embeds, lengths, encoded=encoded))
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_right_padding_changes_nothing():
     _, ours = build("mistral")
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 90, (2, 30)), jnp.int32)
