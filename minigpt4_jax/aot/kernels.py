@@ -2,7 +2,7 @@
 
 A step is an iteration of the loop that runs until the rows are done (decoding), or else the whole program.
 Every instruction of its computations that is neither bookkeeping nor free is one kernel: a fusion, a call
-of a library (cuBLAS, cuDNN), a copy. What autotuning on a real device replaces may split or join a few.
+of a library (cuBLAS, cuDNN), a copy, except of a few bytes. What autotuning on a real device replaces may split or join a few.
 """
 
 from collections.abc import Iterator
@@ -47,6 +47,8 @@ def kernels_of(module: Module) -> Kernels:
             if i.opcode in _NO_KERNEL:
                 continue
             n, size = counts[name], sum(a.bytes for a in i.arrays)
+            if i.opcode in ("copy", "copy-start") and size < _SMALL:
+                continue
             count += n
             library_calls += n * (i.opcode == "custom-call")
             if _only_moves(i, module) and size >= _SMALL:

@@ -101,7 +101,9 @@ def model_shapes(
 
 def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Split:
     """`split_model` of the loaded model, with shapes."""
-    graphdef, state = nnx.split(model_shapes(config, mesh, stacked=True, trainable_parts=trained))
+    stacked = not platform.unrolls_layers()
+    shapes = model_shapes(config, mesh, stacked=stacked, trainable_parts=trained)
+    graphdef, state = nnx.split(shapes)
     splits: list[Split] = []
 
     def split(state: Any) -> Any:

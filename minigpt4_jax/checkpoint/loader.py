@@ -36,7 +36,7 @@ from minigpt4_jax.parallel.sharding import (
     replicated,
     single_device_mesh,
 )
-from minigpt4_jax.quantization.layout import is_grouped, to_memory_layout
+from minigpt4_jax.quantization.layout import is_grouped, outputs_first, to_memory_layout
 from minigpt4_jax.quantization.schemes import GGUF
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -193,7 +193,11 @@ def _read_layer(tensors: ReadableTensors, name: str, shape: Shape, index: Index)
     """The shard `index` of a parameter of one layer; shape: in memory layout."""
     if not is_grouped(name, len(shape)):
         return tensors.part(name, index)
-    groups, per_group = range(shape[0])[index[0]], math.prod(shape[1:-1])  # whole groups
-    columns = slice(groups.start * per_group, groups.stop * per_group)
-    stored = tensors.part(name, (index[-1], columns))
-    return to_memory_layout(name, stored, (len(groups), *shape[1:-1], len(stored)))
+    first = outputs_first()  # [out, groups, group] or [out, groups], else [groups, group, out] ...
+    group_axis, out_axis, group_shape = (1, 0, shape[2:]) if first else (0, -1, shape[1:-1])
+    groups, per_group = range(shape[group_axis])[index[group_axis]], math.prod(group_shape)
+    columns = slice(groups.start * per_group, groups.stop * per_group)  # whole groups
+    stored = tensors.part(name, (index[out_axis], columns))
+    if first:
+        return to_memory_layout(name, stored, (len(stored), len(groups), *group_shape))
+    return to_memory_layout(name, stored, (len(groups), *group_shape, len(stored)))

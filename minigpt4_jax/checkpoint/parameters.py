@@ -16,11 +16,12 @@ from flax import nnx
 from minigpt4_jax.checkpoint.model_directory import Shape
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.models.layers import SameKey
+from minigpt4_jax.models.layers import SameKey, list_layers
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.models.stage1 import Stage1
 from minigpt4_jax.quantization.layout import storage_shape, to_storage_layout
+from minigpt4_jax.utils.platform import backend, unrolls_layers
 
 ParameterPath = tuple[Any, ...]  # in an nnx state: attribute names, and layer numbers of a list
 # parameters with a leading axis of layers
@@ -36,19 +37,23 @@ def part_of(name: str) -> str:
 
 
 def abstract_model(config: ModelConfig, *, stacked: bool = True) -> MiniGpt:
-    """The model with shapes instead of arrays. stacked=False: the language model's layers in a list."""
-    return nnx.merge(*_abstract_parts(config, stacked))
+    """The model with shapes instead of arrays. stacked=False: the language model's layers in a list, on
+    a GPU those of the vision encoder too."""
+    return nnx.merge(*_abstract_parts(config, stacked, backend()))
 
 
-@functools.cache  # tracing the initialization takes a quarter of a second or more
-def _abstract_parts(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef[MiniGpt], Any]:
+# Tracing the initialization takes a quarter of a second or more. platform: of the layout of groups.
+@functools.cache
+def _abstract_parts(
+    config: ModelConfig, stacked: bool, platform: str
+) -> tuple[nnx.GraphDef[MiniGpt], Any]:
     def make() -> MiniGpt:
         rngs: Any = SameKey(jax.random.key(0))
-        if config.is_stage1:
-            return Stage1(config, rngs)
-        model = MiniGpt(config, rngs)
-        if not stacked:
+        model: MiniGpt = (Stage1 if config.is_stage1 else MiniGpt)(config, rngs)
+        if not stacked and not config.is_stage1:
             model.llm = unstack(model.llm)
+        if not stacked and unrolls_layers():
+            model.vit.blocks = list_layers(model.vit.blocks, config.vision.depth)
         return model
 
     return nnx.split(nnx.eval_shape(make))
@@ -67,6 +72,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 def is_stacked(path: ParameterPath) -> bool:
     """Whether the parameter has a leading axis of layers."""
     return path[:2] in STACKED and not isinstance(path[2], int)
+
+
+def stacked_path(path: ParameterPath) -> ParameterPath:
+    """The path of a parameter if the layers are stacked: without the number of its layer."""
+    return path[:2] + path[3:] if path[:2] in STACKED and isinstance(path[2], int) else path
 
 
 def layer_names(path: ParameterPath, shape: Shape) -> list[tuple[str, Shape]]:

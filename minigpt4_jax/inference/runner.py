@@ -67,12 +67,14 @@ class ModelRunner:
                 with_mesh(of_leaves, mesh), compiler_options=compiler_options(bound), **options
             )
 
+        is_packed = any(leaf.dtype == jnp.uint8 for leaf in self._leaves)
+        reads = "packed reads" if is_packed else "reads"
         self._prefill = compiled(programs.prefill, "products", static_argnums=(2, 3, 4))
         self._resume = compiled(
             programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
         )
-        self._decode = compiled(programs.decode, "reads", static_argnums=(3,), donate_argnums=(1,))
-        self._search = compiled(programs.search, "reads", static_argnums=(4, 5, 6))
+        self._decode = compiled(programs.decode, reads, static_argnums=(3,), donate_argnums=(1,))
+        self._search = compiled(programs.search, reads, static_argnums=(4, 5, 6))
         self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
         self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
         self._resize = jax.jit(with_mesh(resize, mesh), static_argnums=(2,))

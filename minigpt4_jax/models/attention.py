@@ -1,11 +1,12 @@
-"""Attention: plain, causal in query chunks, over a key-value cache, and by a TPU kernel.
+"""Attention: plain, causal in query chunks, over a key-value cache, and by kernels of TPUs and GPUs.
 
-Axes: B batch, T queries, S keys, N query heads, K key/value heads, H head dim. The kernel is JAX's splash
-attention: scores stay on the chip, and fully masked blocks are skipped (FlashAttention-2 paper).
+Axes: B batch, T queries, S keys, N query heads, K key/value heads, H head dim. The kernels are JAX's splash
+attention and cuDNN's: scores stay on the chip, and fully masked blocks are skipped (FlashAttention-2 paper).
 """
 
 import math
-from typing import Any
+import os
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 
 from minigpt4_jax.parallel.sharding import BATCH_AXES, shard_map_over
 from minigpt4_jax.quantization.matmul import precision
-from minigpt4_jax.utils.platform import backend
+from minigpt4_jax.utils.platform import backend, compute_capability
 from minigpt4_jax.utils.rounding import round_up
 
 CHUNKED_FROM = 1024  # longer prompts are processed in chunks
@@ -41,6 +42,8 @@ def attention(
     the scores.
     """
     plain = segments is None and mask is None and bias is None
+    if plain and cudnn_supports(q):
+        return cudnn_attention(q, k, v, scale, causal=causal, lengths=lengths, window=window)
     if causal and plain and q.shape[1] > CHUNKED_FROM:
         if backend() == "tpu" and window is None and splash_supports(q):
             return splash_attention(q, k, v, scale)
@@ -122,6 +125,52 @@ def cached_attention(
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+def cudnn_supports(q: jax.Array) -> bool:
+    """Whether programs are traced for a GPU whose cuDNN attends to queries [B, T, N, H] like these: in
+    bfloat16, from compute capability 8.0 (Ampere) on. The environment variable MINIGPT4_JAX_CUDNN=0 turns
+    cuDNN off."""
+    return (
+        backend() == "gpu"
+        and os.environ.get("MINIGPT4_JAX_CUDNN", "") != "0"
+        and q.dtype == jnp.bfloat16
+        and q.shape[-1] <= 128
+        and q.shape[-1] % 8 == 0
+        and compute_capability() >= (8, 0)
+    )
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    *,
+    causal: bool,
+    lengths: jax.Array | None,
+    window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """`attention` without mask, segments and bias, by cuDNN. implementation: "xla" for a machine without."""
+    b, _, n, _ = q.shape
+    lengths = None if lengths is None else jnp.maximum(lengths, 1)  # a softmax over no key is NaN
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *lengths: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=causal, implementation=implementation,
+            key_value_seq_lengths=lengths[0] if lengths else None,
+            local_window_size=None if window is None else (window - 1, 0),
+        )  # fmt: skip
+
+    # Split by a number of heads that divides both, so that query groups stay with their keys.
+    heads = math.gcd(n, k.shape[2])
+    rows = [] if lengths is None else [lengths]
+    dims = [(0, None, 1, None)] * 3 + [(0,)] * len(rows)
+    run = shard_map_over(
+        local, (b, heads), (BATCH_AXES, "model"), dims, (0, None, 1, None), pallas=True
+    )
+    return run(q, k, v, *rows)
 
 
 SPLASH_BLOCK = 512  # queries, and keys, per block of the kernel

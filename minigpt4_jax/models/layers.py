@@ -15,9 +15,11 @@ from flax import nnx
 from minigpt4_jax.models.attention import CHUNKED_FROM
 from minigpt4_jax.parallel.sharding import BATCH_AXES, all_gather_fsdp, constrain
 from minigpt4_jax.quantization.matmul import linear
+from minigpt4_jax.utils.platform import backend, unrolls_layers
 from minigpt4_jax.utils.rounding import round_up
 
 TOKEN_CHUNK = 512  # tokens of a long prompt that an MLP processes at a time
+GPU_TOKENS = 1 << 14  # of all rows, on a GPU: products of fewer tokens at a time are slower
 
 
 class Linear(nnx.Module):
@@ -105,7 +107,7 @@ def map_token_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
     """f(x) for x [B, T, D] and an f that acts on each token separately. A long prompt is processed in
     chunks of tokens: the MLP's activations of all tokens would be the largest arrays of a prefill."""
     b, t, d = x.shape
-    if t <= CHUNKED_FROM:
+    if t <= CHUNKED_FROM or (backend() == "gpu" and b * t <= GPU_TOKENS):
         return f(x)
     padded = round_up(t, TOKEN_CHUNK)
     x = jnp.pad(x, ((0, 0), (0, padded - t), (0, 0)))
@@ -149,6 +151,14 @@ def stack_layers(make: Callable[[Any], nnx.Module], depth: int, rngs: Any) -> nn
     return layers
 
 
+def list_layers(layers: nnx.Module, depth: int) -> nnx.List[Any]:
+    """Layers from `stack_layers` as a list of modules. Call it outside jit."""
+    graphdef, state = nnx.split(layers)
+    return nnx.List(
+        [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(depth)]
+    )
+
+
 def run_layers(
     layers: Any,
     x: Any,
@@ -164,10 +174,10 @@ def run_layers(
     number of key heads, for their sharding.
 
     Stacked layers (from `stack_layers`) run as one `lax.scan` and extras are stacked [L, ...]; an
-    nnx.List runs unrolled and extras are a list. For the backward pass, a stacked layer saves only the
-    results of its weight products and recomputes norms, attention and activations: half the memory,
-    and faster than reading them back. remat: save only the input of each layer.
-    On a mesh, the arrays [B, ...] of x are split by rows between layers.
+    nnx.List runs unrolled and extras are a list. For the backward pass, a layer (of a list: on a GPU,
+    where training uses lists) saves only the results of its weight products and recomputes norms,
+    attention and activations: half the memory, and faster than reading them back. remat: save only the
+    input of each layer. On a mesh, the arrays [B, ...] of x are split by rows between layers.
     """
 
     def constrain_rows(x: Any) -> Any:
@@ -177,8 +187,23 @@ def run_layers(
         x, extra = step(layer, constrain_rows(x))
         return constrain_rows(x), extra
 
+    def gather(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = ".".join(map(str, (part, 0, *path)))
+        return leaf.replace(all_gather_fsdp(leaf.get_value(), name, heads))
+
+    def gathered_step(graphdef: Any, layer_state: Any, x: Any) -> tuple[Any, Any]:
+        # Inside the checkpoint, so recomputation and gradients share one gather in the backward pass.
+        flat = [(path, gather(path, leaf)) for path, leaf in nnx.to_flat_state(layer_state)]
+        return constrained_step(nnx.merge(graphdef, nnx.from_flat_state(flat)), x)
+
+    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     if isinstance(layers, nnx.List):
         body = jax.checkpoint(constrained_step) if remat else constrained_step
+        if unrolls_layers():
+            # Compiled as one function that is called for each layer, it is traced and lowered once.
+            body = jax.jit(
+                jax.checkpoint(lambda layer, x: gathered_step(*nnx.split(layer), x), policy=policy)
+            )
         extras = []
         for layer in layers:
             x, extra = body(layer, x)
@@ -186,15 +211,8 @@ def run_layers(
         return x, extras
     graphdef, state = nnx.split(layers)
 
-    def gather(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = ".".join(map(str, (part, 0, *path)))
-        return leaf.replace(all_gather_fsdp(leaf.get_value(), name, heads))
-
     def scan_step(x: Any, layer_state: Any) -> tuple[Any, Any]:
-        # Inside the checkpoint, so recomputation and gradients share one gather in the backward pass.
-        flat = [(path, gather(path, leaf)) for path, leaf in nnx.to_flat_state(layer_state)]
-        return constrained_step(nnx.merge(graphdef, nnx.from_flat_state(flat)), x)
+        return gathered_step(graphdef, layer_state, x)
 
-    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # XLA cannot merge a scan's body with its recomputation, so prevent_cse is not needed.
     return jax.lax.scan(jax.checkpoint(scan_step, policy=policy, prevent_cse=False), x, state)

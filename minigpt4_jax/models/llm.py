@@ -17,7 +17,14 @@ from minigpt4_jax.models.kv_cache import (
     new_cache,
     quantize_vectors,
 )
-from minigpt4_jax.models.layers import Linear, lookup_rows, make_norm, run_layers, stack_layers
+from minigpt4_jax.models.layers import (
+    Linear,
+    list_layers,
+    lookup_rows,
+    make_norm,
+    run_layers,
+    stack_layers,
+)
 from minigpt4_jax.models.llm_layers import Block, Encoded, KeysValues
 from minigpt4_jax.models.positions import Rope, relative_bias, rotary
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
@@ -260,14 +267,7 @@ def _positions(embeds: jax.Array) -> jax.Array:
 def unstack(llm: Llm) -> Llm:
     """The same model with its layers in nnx.Lists, for decoding. Call it outside jit."""
     copy: Llm = nnx.merge(*nnx.split(llm))
-    copy.blocks = _as_list(llm.blocks, llm.config.layers)
+    copy.blocks = list_layers(llm.blocks, llm.config.layers)
     if llm.config.encoder_layers:
-        copy.encoder_blocks = _as_list(llm.encoder_blocks, llm.config.encoder_layers)
+        copy.encoder_blocks = list_layers(llm.encoder_blocks, llm.config.encoder_layers)
     return copy
-
-
-def _as_list(blocks: nnx.Module, layers: int) -> nnx.List[Any]:
-    graphdef, state = nnx.split(blocks)
-    return nnx.List(
-        [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(layers)]
-    )

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.quantization.layout import is_grouped
+from minigpt4_jax.quantization.layout import is_grouped, outputs_first
 from minigpt4_jax.quantization.schemes import int4_group_size
 
 AXES = ("data", "fsdp", "model")
@@ -153,7 +153,7 @@ def partition_spec(name: str, shape: Shape, dtype: Any, heads: int, sizes: Mappi
         )
     grouped = is_grouped(plain, len(dims))
     if grouped:  # levels [groups, group, out] or scale [groups, out]: a group is not split
-        dims = [dims[-1], dims[0]]
+        dims = dims[:2] if outputs_first() else [dims[-1], dims[0]]
     elif dtype == jax.numpy.uint8:  # a packed table: a group is not split here either
         dims[-1] = 2 * dims[-1] // (int4_group_size(2 * dims[-1]) or 2 * dims[-1])
     axes: list[Axis] = [*spec[: len(dims)], *[None] * (len(dims) - len(spec))]
@@ -166,7 +166,9 @@ def partition_spec(name: str, shape: Shape, dtype: Any, heads: int, sizes: Mappi
     if grouped and axes == ["model", "fsdp"] and dims[1] % sizes["fsdp"]:
         axes = [("model", "fsdp"), None]  # the vision encoder's width has 22 groups
     split = divisible_axes(dims, axes, sizes)
-    if grouped:  # back to [groups, group, out] or [groups, out]
+    if grouped and outputs_first():  # [out, groups, group] or [out, groups]
+        split += [None] * (weight == plain)
+    elif grouped:  # back to [groups, group, out] or [groups, out]
         split = [split[1], *[None] * (weight == plain), split[0]]
     return P(*[None] * stacked, *split)
 

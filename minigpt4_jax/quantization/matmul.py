@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minigpt4_jax.quantization import gpu_matmul
 from minigpt4_jax.quantization.schemes import dequantize, unpack_nibbles
 from minigpt4_jax.utils.platform import backend
 
@@ -37,7 +38,7 @@ def linear(
     scale, offset: of a quantized weight, in memory layout; the product then has the scale's dtype.
     """
     if scale is not None:
-        y = _quantized_product(x, weight, scale, offset)  # [..., out] float32
+        y = _quantized_product(x, weight, scale, offset, out)  # [..., out] float32
         y = y if bias is None else y + bias.astype(y.dtype)
         return y.astype(out or scale.dtype)
     dtype = weight.dtype
@@ -64,9 +65,11 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _quantized_product(
-    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None
+    x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None, out: Any
 ) -> jax.Array:
-    """x [..., in] and a quantized weight in memory layout -> [..., out] float32."""
+    """x [..., in] and a quantized weight in memory layout -> [..., out] float32. out: as in `linear`."""
+    if backend() == "gpu" and (scale.ndim == 1 or levels.ndim == 3):
+        return gpu_matmul.quantized_product(x, levels, scale, offset, out, _float_product)
     # Without the barrier, XLA would dequantize the constant weights of a decoding loop before the loop
     # and keep all of them as floats.
     x, levels = jax.lax.optimization_barrier((x, levels))
@@ -77,6 +80,10 @@ def _quantized_product(
     if levels.ndim == 2:  # a tied embedding [out, in]
         return linear(x, dequantize(levels, scale, scale.dtype, offset=offset), out=jnp.float32)
     return _grouped_product(x, levels, scale, offset)
+
+
+def _float_product(x: jax.Array, weight: jax.Array, out: Any) -> jax.Array:
+    return linear(x, weight, out=out)
 
 
 def _grouped_product(

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax.quantization.layout import group_and_transpose
+from minigpt4_jax.quantization.layout import group_matrix, transpose_scales
 from minigpt4_jax.quantization.schemes import Array, BlockFormat, matrix_scheme, quantize
 
 
@@ -50,5 +50,5 @@ def quantize_parameter(
     groups = arrays["_scale"].shape[-1]
     for suffix, array in arrays.items():
         if has_groups and name == "weight":
-            array = array.swapaxes(-2, -1) if suffix else group_and_transpose(array, groups)
+            array = transpose_scales(array) if suffix else group_matrix(array, groups)
         setattr(module, name + suffix, make_param(array))

@@ -40,6 +40,7 @@ from minigpt4_jax.training.train_step import (
     split_model,
     trained_parts,
 )
+from minigpt4_jax.utils.platform import unrolls_layers
 
 
 class RunInputs(NamedTuple):
@@ -133,7 +134,13 @@ def build_program(c: TrainConfig, inputs: RunInputs) -> tuple[Program, Trainable
     """Load the weights onto the devices and make the optimizer and the training step."""
     config, parts, mesh = inputs.model_config, inputs.trained_parts, inputs.mesh
     model, _ = load_model(
-        c.model, c.dtype, trainable_parts=parts, lora=config.lora, seed=c.seed, mesh=mesh
+        c.model,
+        c.dtype,
+        stacked=not unrolls_layers(),
+        trainable_parts=parts,
+        lora=config.lora,
+        seed=c.seed,
+        mesh=mesh,
     )
     split = split_model(model, parts, jnp.dtype(DTYPES[c.dtype]))
     trainable, split = split.trainable, split._replace(trainable={})

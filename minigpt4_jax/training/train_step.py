@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from minigpt4_jax.checkpoint.loader import parameter_dtype
-from minigpt4_jax.checkpoint.parameters import STACKED, ParameterPath, part_of
+from minigpt4_jax.checkpoint.parameters import STACKED, ParameterPath, part_of, stacked_path
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
@@ -82,26 +82,34 @@ def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -
 
     dtype: of the frozen matrices. Trainable parameters are float32 masters, cast to it in every step;
     the projection and LoRA compute in float32. The trainable arrays are to be donated to the step.
+    Of layers in a list the frozen arrays stay apart, and the trainable ones are stacked: names, checkpoints
+    and the optimizer state are the same for both layouts.
     """
     graphdef, *states = nnx.split(model, lambda path, _: is_trained(path, parts), ...)
     trainable_state, frozen_state = states
-    variables = {
-        ".".join(map(str, path)): (path, variable)
-        for path, variable in nnx.to_flat_state(trainable_state)
-    }
+    variables: dict[str, list[tuple[ParameterPath, Any]]] = {}
+    for path, variable in nnx.to_flat_state(trainable_state):
+        name = ".".join(map(str, stacked_path(path)))
+        variables.setdefault(name, []).append((path, variable))
     frozen_variables = list(nnx.to_flat_state(frozen_state))
-    trainable = {n: v.get_value().astype(jnp.float32) for n, (_, v) in variables.items()}
+    trainable = {name: _stack(layers).astype(jnp.float32) for name, layers in variables.items()}
     frozen = tuple(variable.get_value() for _, variable in frozen_variables)
-    decay_mask = {name: is_decayed(path, v.shape) for name, (path, v) in variables.items()}
+    decay_mask = {
+        name: is_decayed(stacked_path(layers[0][0]), trainable[name].shape)
+        for name, layers in variables.items()
+    }
     # `join` must not keep the arrays alive, which are donated or replaced later.
-    variables = {name: (path, v.replace(None)) for name, (path, v) in variables.items()}
+    variables = {
+        name: [(path, v.replace(None)) for path, v in layers] for name, layers in variables.items()
+    }
     frozen_variables = [(path, v.replace(None)) for path, v in frozen_variables]
 
     def join(trainable: Trainable, frozen: Frozen) -> MiniGpt:
-        flat = [
-            (path, variable.replace(trainable[name].astype(parameter_dtype(path, dtype))))
-            for name, (path, variable) in variables.items()
-        ]
+        flat = []
+        for name, layers in variables.items():
+            array = trainable[name].astype(parameter_dtype(layers[0][0], dtype))
+            for (path, variable), layer in zip(layers, _unstack(array, layers), strict=True):
+                flat.append((path, variable.replace(layer)))
         flat += [
             (path, variable.replace(array))
             for (path, variable), array in zip(frozen_variables, frozen, strict=True)
@@ -109,6 +117,24 @@ def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     return Split(trainable, frozen, join, decay_mask)
+
+
+def _stack(layers: list[tuple[ParameterPath, Any]]) -> jax.Array:
+    """The array of a parameter; of layers in a list, their arrays as [L, ...], in the order of the layers."""
+    path, variable = layers[0]
+    if stacked_path(path) == path:
+        array: jax.Array = variable.get_value()
+        return array
+    layers.sort(key=lambda layer: layer[0][2])
+    return jnp.stack([variable.get_value() for _, variable in layers])
+
+
+def _unstack(array: jax.Array, layers: list[tuple[ParameterPath, Any]]) -> list[jax.Array]:
+    """The inverse of `_stack`, whose gradient is one concatenation."""
+    path, _ = layers[0]
+    if stacked_path(path) == path:
+        return [array]
+    return [a[0] for a in jax.lax.split(array, [1] * len(layers))]
 
 
 def parts_with_dropout(config: ModelConfig) -> set[str]:

@@ -23,6 +23,13 @@ _GPU_OPTIONS: dict[str, CompilerOptions] = {
     # Products of few rows (decoding) are bound by reading weights: those that share an input become one
     # kernel, which reads the weights where they are.
     "reads": {"xla_gpu_dot_merger_threshold_mb": 512},
+    # The same for weights with groups of 4 bits, which products unpack as they read them. Joined products
+    # would unpack them to memory, and so would products that are split over their inputs.
+    "packed reads": {
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
+        "xla_gpu_experimental_force_split_k": 1,
+    },
 }
 
 
@@ -42,6 +49,21 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def compiler_options(bound: str) -> CompilerOptions | None:
-    """`compiler_options` of jax.jit for a program bound by "products" or by "reads" of weights; None on
-    CPU and TPU."""
+    """`compiler_options` of jax.jit for a program bound by "products", or by "reads" or "packed reads" of
+    weights; None on CPU and TPU."""
     return _GPU_OPTIONS[bound] if backend() == "gpu" else None
+
+
+def compute_capability() -> tuple[int, int]:
+    """That of this machine's GPU; of a plan's, which is not looked up, (9, 0)."""
+    device = jax.devices()[0]
+    if _TARGET.get() is not None or device.platform != "gpu":
+        return 9, 0
+    major, minor = map(int, str(device.compute_capability).split("."))
+    return major, minor
+
+
+def unrolls_layers() -> bool:
+    """Whether training and encoding run a list of layers, as decoding does everywhere, instead of a scan over
+    stacked ones: on a GPU, XLA copies each layer's weights out of the stack, an eighth of a step."""
+    return backend() == "gpu"
