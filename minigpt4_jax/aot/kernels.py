@@ -2,7 +2,8 @@
 
 A step is an iteration of the loop that runs until the rows are done (decoding), or else the whole program.
 Every instruction of its computations that is neither bookkeeping nor free is one kernel: a fusion, a call
-of a library (cuBLAS, cuDNN), a copy, except of a few bytes. What autotuning on a real device replaces may split or join a few.
+of a library (cuBLAS, cuDNN), a copy of more than a few bytes. Autotuning on a real device may split or join
+a few.
 """
 
 from collections.abc import Iterator
