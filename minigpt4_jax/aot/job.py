@@ -46,6 +46,7 @@ class Job:
     topology: str
     mesh: str | None = None  # None: chosen automatically
     tokens: int | None = None  # of a training row; None: of the longest answer
+    quantize_base: str | None = None  # training only: a base that is stored in int8 or int4
     quantize: str | None = None  # inference only, as are the next three
     int8_cache: bool = False
     batch_size: int = 1
@@ -86,7 +87,7 @@ class Job:
         c = dataclasses.replace(self.train_config, mesh=self.mesh or self.train_config.mesh)
         chip = chip_of(self.topology)
         axis_sizes, reason = choose_mesh_sizes(
-            c, self.model_config, len(self.devices), chip.usable_hbm
+            c, self.trained_config, len(self.devices), chip.usable_hbm
         )
         return self._target(axis_sizes, reason)
 
@@ -136,6 +137,11 @@ class Job:
     # --- programs ---------------------------------------------------------------------------
 
     @property
+    def trained_config(self) -> ModelConfig:
+        quantize = self.quantize_base or self.model_config.quantize
+        return dataclasses.replace(self.model_config, quantize=quantize)
+
+    @property
     def inference_config(self) -> ModelConfig:
         quantize = self.quantize or self.model_config.quantize
         return dataclasses.replace(self.model_config, quantize=quantize)
@@ -152,15 +158,17 @@ class Job:
     def _compile_train(self) -> Report:
         c, shape = self.train_config, self.batch_shape
         trained = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
-        check_trainable(self.model_name, self.model_config, trained)
+        config = self.trained_config
+        check_trainable(self.model_name, config, trained)
         accumulation = f" in {c.accumulate} accumulation steps" if c.accumulate > 1 else ""
         remat = ", remat" if c.remat else ""
+        base = f", {config.quantize} base" if config.quantize else ""
         return compile_and_report(
             "train",
-            f"{shape.rows} rows of {shape.tokens} tokens{accumulation}{remat}",
+            f"{shape.rows} rows of {shape.tokens} tokens{accumulation}{remat}{base}",
             shape.rows,
             lambda: programs.lower_train_step(
-                c, self.model_config, self._mesh(self.train_target), shape, self.platform
+                c, config, self._mesh(self.train_target), shape, self.platform
             ),
             self.train_target,
             model_flops=count_model_flops(self.model_config, *shape, trained),
@@ -246,15 +254,16 @@ def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
             raise UserError(
                 f"--{name}={value}: expected more than {image_tokens}, the tokens of an image"
             )
-    if options.quantize and model_config.quantize not in (None, options.quantize):
-        raise UserError(
-            f"--quantize={options.quantize}: {model_name} is stored in {model_config.quantize}: "
-            "omit the option"
-        )
+    for name, scheme in (("quantize", options.quantize), ("quantize-base", options.quantize_base)):
+        if scheme and model_config.quantize not in (None, scheme):
+            raise UserError(
+                f"--{name}={scheme}: {model_name} is stored in {model_config.quantize}: omit the option"
+            )
+    is_gpu = chip_of(options.topology).platform == "gpu"
     return Job(
         config_name, model_name, c, model_config, options.topology, options.mesh,
-        tokens=options.tokens, quantize=options.quantize, int8_cache=options.kv_cache == "int8",
+        tokens=options.tokens, quantize_base=options.quantize_base,
+        quantize=options.quantize, int8_cache=options.kv_cache == "int8",
         batch_size=options.batch, context=options.context, hlo_dir=options.hlo,
-        # the compiler for GPUs takes seconds as a whole
-        machine_code=options.code or chip_of(options.topology).platform == "gpu",
+        machine_code=options.code or is_gpu,  # the compiler for GPUs takes seconds as a whole
     )  # fmt: skip

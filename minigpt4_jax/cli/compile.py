@@ -90,6 +90,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--tokens", type=int, help="per training row (default: enough for the longest answer)"
     )
+    p.add_argument("--quantize-base", choices=("int8", "int4"), help="frozen weights, for training")
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights, for inference")
     p.add_argument("--kv-cache", choices=("int8",), help="for inference (default: bfloat16)")
     p.add_argument("--batch", type=int, default=1, help="rows, for inference (default: 1)")

@@ -1,7 +1,7 @@
 """The platform that programs are traced for, and what is compiled otherwise on a GPU.
 
 CPU, GPU and TPU run the same model. Where XLA needs another form of the same computation, `backend()`
-decides: it is the default backend, or the target of a plan (`compiling_for`). docs/reference/platforms.md
+decides: it is the default backend, or the target of a plan (`compiling_for`). docs/guides/gpu.md
 lists all the places.
 """
 

@@ -45,7 +45,12 @@ def compiled(folder, *arguments):
 def test_decoding_7b(tmp_path, options, kernels, temporaries):
     """No unpacked weight is ever in memory, and hardly anything but weights and cache is read."""
     (record,) = compiled(
-        tmp_path, "--topology=h200:1", "--size=vicuna7b", "--program=decode", "--context=512", *options
+        tmp_path,
+        "--topology=h200:1",
+        "--size=vicuna7b",
+        "--program=decode",
+        "--context=512",
+        *options,
     )
     assert record["kernels"]["count"] <= kernels
     assert record["kernels"]["argument_copies"] == 0

@@ -1,0 +1,144 @@
+"""What fits on which NVIDIA GPU, for chat and for training; no GPU is needed.
+
+    python benchmarks/gpu_plan.py [--only=REGEX] [--out=gpu_plan.jsonl] [--list]
+
+Compiles full-size programs by `python -m minigpt4_jax.compile --topology=h200:1` (`pip install '.[cuda]'`,
+about half a minute each) and prints their memory, kernels and copies, and then a table of the cards that
+hold them: the memory of a program hardly depends on the card. Records are appended to --out and not
+compiled again, so the table can be made in parts.
+
+Chat: the larger of a prefill of a prompt of 512 tokens a row, and of decoding, with a cache of 2,048 tokens a
+row, and all weights. Training: LoRA of rank 16 and the projection, layers recomputed in the backward pass,
+rows of 160 tokens (a stage-2 answer of 96).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import RecordFile, Table, argument_parser, compile_figures
+
+from minigpt4_jax.aot import gpus
+from minigpt4_jax.errors import run
+
+TOPOLOGY = "h200:1"
+MODELS = {"vicuna7b": "Vicuna 7B", "vicuna13b": "Vicuna 13B", "v2": "MiniGPT-v2"}
+PRECISIONS = ("bfloat16", "int8", "int4")
+LORA = ("--config.lora.rank=16", "--config.lora.alpha=16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One program of the table."""
+
+    model: str
+    precision: str
+    program: str  # train, prefill, decode
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.precision} {self.program} {self.rows}"
+
+    @property
+    def arguments(self) -> list[str]:
+        quantized = self.precision != "bfloat16"
+        common = [f"--topology={TOPOLOGY}", f"--program={self.program}"]
+        if self.program == "train":
+            lora = () if self.model == "v2" else LORA
+            config = {"v2": "v2_stage3"}.get(self.model, f"stage2:{self.model}")
+            tokens = "--tokens=416" if self.model == "v2" else "--tokens=160"
+            return [
+                *common, f"--config={config}", tokens, "--config.remat=true", "--config.accumulate=1",
+                f"--config.batch_size={self.rows}", *lora,
+                *([f"--quantize-base={self.precision}"] if quantized else []),
+            ]  # fmt: skip
+        context = 512 if self.program == "prefill" else 2048
+        return [
+            *common, f"--size={self.model}", f"--batch={self.rows}", f"--context={context}",
+            *([f"--quantize={self.precision}"] if quantized else []),
+        ]  # fmt: skip
+
+
+def cells() -> Iterator[Cell]:
+    """All programs of the tables."""
+    for model in MODELS:
+        for precision in PRECISIONS:
+            for rows in (1, 8):
+                yield Cell(model, precision, "decode", rows)
+                yield Cell(model, precision, "prefill", rows)
+    for model in MODELS:
+        for precision in PRECISIONS:
+            for rows in (1, 4, 12):
+                yield Cell(model, precision, "train", rows)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--only", default="", help="cells whose name contains this, as 'vicuna7b int4'"
+    )
+    parser.add_argument("--out", type=Path, help="records, also read by the next run")
+    parser.add_argument("--list", action="store_true", help="print the cells, compile nothing")
+    options = parser.parse_args()
+    chosen = [cell for cell in cells() if re.search(options.only, cell.name)]
+    if options.list:
+        print("\n".join(cell.name for cell in chosen))
+        return
+    file = RecordFile(options.out, lambda record: str(record["cell"]))
+    table = Table({"cell": (34, ""), "GB": (8, ".2f"), "temporaries MB": (16, ".1f"), "kernels": (9, "d"),
+                   "of arguments": (14, "d"), "roofline ms": (13, ".2f"), "XLA s": (7, ".1f")})  # fmt: skip
+    for cell in chosen:
+        record = file.records.get(cell.name)
+        if record is None:
+            record = file.add({"cell": cell.name} | compile_figures(cell.arguments))
+        table.row(
+            cell.name, record["peak"] / 1e9, record["memory"]["temporaries"] / 1e6,
+            record["kernels"]["count"], record["kernels"]["argument_copies"],
+            record["predicted"]["seconds"] * 1e3, record["xla_seconds"],
+        )  # fmt: skip
+    _print_cards(file.records)
+
+
+def _print_cards(records: dict[str, dict[str, Any]]) -> None:
+    """Markdown: what each precision and number of rows needs, and the cards that have it."""
+    for use, programs in (("chat", ("prefill", "decode")), ("train", ("train",))):
+        print(f"\n| {use} | rows | memory | fits |\n|---|---|---|---|")
+        for model, title in MODELS.items():
+            for precision in PRECISIONS:
+                for rows in (1, 4, 8, 12):
+                    needed = [_peak(records, model, precision, p, rows) for p in programs]
+                    if None not in needed:
+                        peak = max(n for n in needed if n is not None)
+                        print(
+                            f"| {title}, {precision} | {rows} | {peak / 1e9:.1f} GB | {_cards(peak)} |"
+                        )
+
+
+def _peak(
+    records: dict[str, dict[str, Any]], model: str, precision: str, program: str, rows: int
+) -> float | None:
+    record = records.get(Cell(model, precision, program, rows).name)
+    if record is None:
+        return None
+    peak = float(record["peak"])
+    if program == "prefill":  # a cache of 512 tokens here, of 2,048 while decoding
+        decode = records.get(Cell(model, precision, "decode", rows).name)
+        if decode is None:
+            return None
+        peak += 0.75 * (decode["memory"]["arguments"] - record["memory"]["arguments"])
+    return peak
+
+
+def _cards(peak: float) -> str:
+    """The cards that hold a program; those that have as much memory are named together."""
+    fitting = [c for c in gpus.CHIPS.values() if peak <= c.usable_hbm]
+    if len(fitting) == len(gpus.CHIPS):
+        return "all"
+    return ", ".join(c.name for c in sorted(fitting, key=lambda c: c.hbm_bytes)) or "none"
+
+
+if __name__ == "__main__":
+    run(main)
