@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, float | int] = {
     "temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.05, "max_new_tokens": 300,
 }  # fmt: skip
+EXCLUDED = ("num_return_sequences",)  # options of `generate` that a conversation does not have
 DEFAULTS_V2 = DEFAULTS | {"temperature": 0.6, "max_new_tokens": 500}
 
 HELP = """\
@@ -65,9 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                    "phrase, the question, or for identify the box x1,y1,x2,y2 in pixels")  # fmt: skip
     p.add_argument("--save-image", type=Path, metavar="FILE",
                    help="with --prompt: draw the boxes of the answer into the image")  # fmt: skip
-    common.add_generation_options(
-        p, "defaults: the original's chat", excluded=["num_return_sequences"]
-    )
+    common.add_generation_options(p, "defaults: the original's chat", excluded=EXCLUDED)
     args = p.parse_args(argv)
     if args.task in BARE_TASKS and args.prompt is None:
         args.prompt = ""
@@ -188,10 +187,16 @@ class Session:
     def set(self, text: str) -> None:
         from minigpt4_jax.inference.generation_config import GenerationConfig
 
-        options = self.options | common.parse_options(_split_words(text))
+        changes = common.parse_options(_split_words(text))
+        for name in changes.keys() & set(EXCLUDED):
+            raise UserError(
+                f"{name} is not an option of a conversation, which goes on with one answer"
+            )
+        options = self.options | changes
         GenerationConfig(**options)
         self.options = options
-        note("  ".join(f"{name}={value}" for name, value in options.items()))
+        shown = {name: value for name, value in options.items() if name not in EXCLUDED}
+        note("  ".join(f"{name}={value}" for name, value in shown.items()))
 
     def save(self, text: str) -> None:
         path = self._output_file(text, "/save needs one file, for instance /save talk.json")
@@ -275,7 +280,8 @@ def _split_words(text: str) -> list[str]:
 
 def terminal(session: Session) -> int:
     """Read questions from a terminal, with line editing, history and completion, until Ctrl-D."""
-    with line_editing(COMMANDS, common.GENERATION_OPTIONS):
+    options = [name for name in common.GENERATION_OPTIONS if name not in EXCLUDED]
+    with line_editing(COMMANDS, options):
         note("Ask about the image. /help lists commands, Ctrl-C stops an answer, Ctrl-D exits.")
         while True:
             try:

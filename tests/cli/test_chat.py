@@ -134,6 +134,7 @@ def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):
     lines = [
         "one", "/image", "/image none.png", "/image 'a", "/set temperature", "/set temperature=-1",
         "/set top_k=1.5", "/set colour=1", "/save", f"/save {tmp_path}/taken.json",
+        "/set num_beams=2 num_return_sequences=2",
         f"/save {tmp_path}/no/where.json", "/dance", "two <ImageHere>", "/undo", "/undo", "/retry",
         "one",
     ]  # fmt: skip
@@ -142,7 +143,7 @@ def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):
     first, last = out.splitlines()
     assert first == last  # /undo returned the image to the next question
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 14 and "Traceback" not in err, err
+    assert len(errors) == 15 and "Traceback" not in err, err
     assert (tmp_path / "taken.json").read_text() == "mine"
 
 
