@@ -20,8 +20,8 @@ class BatchShapes:
         prompts: tokens of a prompt, or of a piece of it, ascending; the last is the longest piece. For a
             model that does not read in pieces the last holds the longest prompt.
         pieces: sizes of what follows a cached beginning of a prompt; none for such a model.
-        stages: sampling stages, cheapest first: greedy; all options with a top_k of at most CANDIDATES;
-            all options with the whole vocabulary.
+        stages: sampling stages, cheapest first: greedy with penalties; all options with a top_k of at
+            most CANDIDATES; all options with the whole vocabulary.
     """
 
     def __init__(
