@@ -116,6 +116,8 @@ def _add_export(commands: Commands) -> None:
     _add_model(e, "model directory, also one that training wrote")
     e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
     e.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    e.add_argument("--allow-nonfinite", action="store_true",
+                   help="export NaN and infinite values instead of refusing them")  # fmt: skip
 
 
 def _add_merge(commands: Commands) -> None:
@@ -213,7 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "export":
         from convert.export import export
 
-        export(args.model, args.out, overwrite=args.overwrite)
+        export(
+            args.model,
+            args.out,
+            overwrite=args.overwrite,
+            allow_nonfinite=args.allow_nonfinite,
+        )
     elif args.command == "merge":
         from convert.merge import merge
 

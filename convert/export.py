@@ -16,7 +16,13 @@ import numpy as np
 from convert.blip2_keys import INSTRUCT_T5, INSTRUCT_VICUNA, STAGE1, STAGE2_OPT, STAGE2_T5
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
-from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
+from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
+from minigpt4_jax.checkpoint.model_directory import (
+    ReadableTensors,
+    Tensors,
+    model_chain,
+    read_config,
+)
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
@@ -32,11 +38,13 @@ Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 
 
-def export(model_dir: Path, out: Path, *, overwrite: bool = False) -> list[str]:
+def export(
+    model_dir: Path, out: Path, *, overwrite: bool = False, allow_nonfinite: bool = False
+) -> list[str]:
     """Write projection, LoRA and whatever else was trained to `out`, atomically; returns the keys.
 
-    UserError: `model_dir` is not a model directory, `out` exists (unless overwrite) or cannot be
-    written.
+    UserError: `model_dir` is not a model directory, values are NaN or infinite (unless allow_nonfinite),
+    `out` exists (unless overwrite) or cannot be written.
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
@@ -56,7 +64,8 @@ def export(model_dir: Path, out: Path, *, overwrite: bool = False) -> list[str]:
                 f"{model_dir}: {name} was trained, but the original's format has no key for it"
             )
         shape = original_shape(name, tensors.shape(name), config)
-        trained[key] = partial(_load, tensors, name, shape)
+        source = tensors if allow_nonfinite else FiniteTensors(tensors, model_dir)
+        trained[key] = partial(_load, source, name, shape)
     write_torch(out, trained)
     print(f"wrote {out}: {len(trained)} tensors, {out.stat().st_size / 1e6:.1f} MB")
     return list(trained)
@@ -73,7 +82,7 @@ def _trained_names(model_dir: Path, tensors: Tensors, config: ModelConfig) -> se
     return names | {n for n in tensors if tensors.path(n).parent != base}
 
 
-def _load(tensors: Tensors, name: str, shape: Shape) -> np.ndarray:
+def _load(tensors: ReadableTensors, name: str, shape: Shape) -> np.ndarray:
     return tensors[name].reshape(shape)
 
 

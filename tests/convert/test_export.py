@@ -8,6 +8,7 @@ from helpers.paths import REFERENCE
 from helpers.released_files import CHECKPOINTS, lora_state, projection_state, save_pth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from convert.export import write_torch
 from convert.formats.readers import open_file
@@ -152,3 +153,19 @@ def test_an_existing_file_is_replaced_only_on_request(files, command, refused):
     assert out.read_bytes() == b"precious"
     assert command(*arguments, "--overwrite")[0] == 0
     assert "llama_proj.weight" in open_file(out).tensors
+
+
+def test_weights_that_are_not_finite_are_exported_only_on_request(files, command, refused):
+    assert command(*files.arguments("minigpt4-vicuna"))[0] == 0
+    name, out = "projection.weight", files.folder / "nan.pth"
+    path = next(p for p in (files.folder / "model_a").glob("*") if name in _tensors_of(p))
+    tensors = load_file(path)
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, path)
+    arguments = ["export", f"--model={files.folder / 'model_a'}", f"--out={out}"]
+    assert "projection.weight: 1 of 192 values are NaN" in refused(*arguments) and not out.exists()
+    assert command(*arguments, "--allow-nonfinite")[0] == 0 and out.exists()
+
+
+def _tensors_of(path):
+    return load_file(path) if path.suffix == ".safetensors" else ()
