@@ -133,8 +133,10 @@ class Gguf:
             )
         config["vocab_size"] = tensors[matrices[0]].shape[0]
         config["tie_word_embeddings"] = len(matrices) == 1
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        if arch != "qwen2" and "blk.0.attn_q.bias" in tensors:  # Qwen2 always has them
+            config["attention_bias"] = True
+        if "blk.0.ffn_up.bias" in tensors:
+            config["mlp_bias"] = True
         if "head_dim" not in config:
             width, heads = config["hidden_size"], config["num_attention_heads"]
             if width % heads:

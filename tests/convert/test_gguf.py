@@ -51,6 +51,20 @@ def test_gguf_and_hugging_face_files_give_equal_models(files, command, tmp_path,
     assert read_config(tmp_path / "m2").tokenizer == read_config(tmp_path / "m1").tokenizer
 
 
+def test_biases_follow_from_the_tensors(tmp_path):
+    config = llm_config()
+    state = llm_state(config)
+    for arch, bias, expected in (
+        ("llama", False, {}),
+        ("llama", True, {"attention_bias": True}),
+        ("qwen2", True, {}),
+    ):
+        more = {"blk.0.attn_q.bias": np.zeros(16, np.float32)} if bias else {}
+        path = write_gguf(tmp_path / f"{arch}{bias}.gguf", config, state, arch=arch, extra=more)
+        read = Gguf(path).hf_config()
+        assert {k: v for k, v in read.items() if k.endswith("bias")} == expected
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16"])
 def test_quantized_types_are_dequantized_as_gguf_does(tmp_path, kind):
     config = llm_config(
