@@ -226,7 +226,7 @@ def _read_tokenizer(
 
     llama = language.config.get("model_type") == "llama"
     original = llama or "tokenizer.json" not in language.tokenizer
-    own = wants_tokenizer_template(variant, language.chat_template(), settings)
+    own = wants_tokenizer_template(variant, language.chat_template(), settings, llama=llama)
     with tempfile.TemporaryDirectory() as tmp:
         for name, content in language.tokenizer.items():
             if isinstance(content, bytes):
@@ -261,7 +261,12 @@ def _read_tokenizer(
                 what = f"chat templates named {', '.join(named)}, but none named default"
             elif tokenizer.kind == "hf" and not language.chat_template():
                 what = "no chat template of its own"
-            else:  # the variant's format is that of the language model
+            elif language.chat_template():
+                what = (
+                    "a chat template, which this variant was not trained with (--set "
+                    "chat_template=tokenizer uses it)"
+                )
+            else:  # LLaMA itself
                 what = ""
             if what:
                 notes.append(

@@ -16,17 +16,21 @@ from minigpt4_jax.processing.tokenizer import HfTokenizer
 _LLAMA2_SYSTEM = "<<SYS>>"  # in Llama 2's chat template alone
 
 
-def wants_tokenizer_template(variant: Variant, template: str, settings: dict[str, Any]) -> bool:
+def wants_tokenizer_template(
+    variant: Variant, template: str, settings: dict[str, Any], *, llama: bool
+) -> bool:
     """Whether a model's prompts are to be rendered by its tokenizer's chat template.
 
-    template: the Jinja source, "" if there is none. The released variants were trained with formats of their
-    own on Llama 2 and Vicuna; with these language models they keep them. --set chat_template=NAME decides
-    otherwise.
+    template: the Jinja source, "" if there is none. llama: whether the model is a LLaMA. The released
+    variants were trained with formats of their own on Llama 2 and Vicuna; with these language models they
+    keep them. --set chat_template=NAME decides otherwise.
     """
     if chosen := settings.get("chat_template"):
         return bool(chosen == TOKENIZER_TEMPLATE)
     if "prompt_template" in settings or not template:
         return False
+    if not llama:
+        return True
     if variant.chat_template == "vicuna0":
         return not ("USER:" in template and "ASSISTANT:" in template)
     return _LLAMA2_SYSTEM not in template

@@ -95,8 +95,15 @@ def test_released_variants_keep_their_formats(tmp_path):
     (tmp_path / "v").mkdir()
     folder = chat_families.write_sentencepiece_tokenizer(tmp_path / "v" / "t", vicuna)
     llm, _ = language_model(tmp_path / "v", folder, 785, "llama")
-    config, _, _ = converted(llm, tmp_path / "vicuna")
+    config, _, notes = converted(llm, tmp_path / "vicuna")
     assert (config.chat_template, config.end_symbol) == ("vicuna0", "###")
+    assert any("--set chat_template=tokenizer uses it" in note for note in notes)
+    c = llm_config(
+        vocab_size=785, model_type="mistral"
+    )  # another model with a template like Vicuna's
+    save_hf(tmp_path / "mistral", c, llm_state(c), folder)
+    plan = make_plan(BuildRequest("minigpt4-vicuna", tmp_path / "mistral", tmp_path / "m"))
+    assert plan.config.tokenizer.chat_template and plan.config.prompt_template == "USER: {} "
 
 
 @pytest.mark.parametrize("variant", ["minigpt4-llama2", "minigpt-v2"])
