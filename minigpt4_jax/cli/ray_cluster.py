@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from minigpt4_jax.errors import UserError
 OPTIONS = ("ray", "ray_models", "ray_gpus", "ray_cpus", "ray_resources")
 # Environment variables that processes on other machines get too; none of them may be a secret.
 _PASSED = re.compile(r"(JAX|XLA|TPU|NCCL)_\w+|MINIGPT4_JAX_CACHE")
+
+_CONNECT_SECONDS = 10.0
+_NO_CLUSTER = "there is no Ray cluster ({}); start one with `ray start --head`, or use --ray=local"
 
 
 def add_options(group: Any) -> None:
@@ -45,6 +49,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more")
     parse_models(args.ray_models)
     _parse_resources(args.ray_resources)
+    _check_address(args.ray)
 
 
 def parse_models(text: str | None) -> tuple[int, int] | None:
@@ -65,6 +70,19 @@ def _parse_resources(texts: list[str] | None) -> dict[str, float]:
             raise UserError(f"--ray-resources={text}: expected NAME:N, as TPU:4")
         found[name] = float(amount)
     return found
+
+
+def _check_address(address: str) -> None:
+    """UserError: nothing listens there; Ray itself would wait for minutes."""
+    if address in ("", "local", "auto"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        raise UserError(f"--ray={address}: expected HOST:PORT, as 10.0.0.2:6379, or local")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(f"--ray={address}: {_NO_CLUSTER.format(e)}") from None
 
 
 # --- the cluster ----------------------------------------------------------------------------------
@@ -96,10 +114,7 @@ def connected(address: str) -> Iterator[None]:
         ray.init(address or None, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(
-            f"--ray={address}: there is no Ray cluster ({reason}); start one with `ray start --head`, or "
-            "use --ray=local"
-        ) from None
+        raise UserError(f"--ray={address}: {_NO_CLUSTER.format(reason)}") from None
     try:
         yield
     finally:

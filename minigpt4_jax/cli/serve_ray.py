@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt4_jax.cli import common, ray_cluster
 from minigpt4_jax.cli import serve as serve_command
@@ -87,12 +87,12 @@ def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
     with ray_cluster.connected(args.ray):
         from minigpt4_jax.serving.ray import application
 
+        _on_signal(_leave)
         begin = time.monotonic()
         port = args.port or _free_port(args.host)
         ingress = application.start(make_application(args, keys), args.host, port)
         stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
+        _on_signal(lambda *_: stopped.set())
         log.info("listening on http://%s:%d", args.host, port)
         log.info("ready in %.1f s", time.monotonic() - begin)
         stopped.wait()
@@ -101,6 +101,16 @@ def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
         if left:
             log.warning("%d requests took too long and were broken off", left)
     return 0
+
+
+def _on_signal(handler: Callable[..., object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _leave(*_: object) -> NoReturn:
+    """Before the server is ready: end at once, without replicas that start for nobody."""
+    raise SystemExit(0)
 
 
 def _free_port(host: str) -> int:

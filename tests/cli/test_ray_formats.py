@@ -152,6 +152,8 @@ def test_damaged_input_is_named(inputs, tmp_path):
         (["--ray=local", "--ray-models=4:2"], "expected N or MIN:MAX"),
         (["--ray=local", "--ray-gpus=-1"], "expected 0 or more"),
         (["--ray=local", "--ray-resources=TPU"], "expected NAME:N"),
+        (["--ray=10.0.0.1"], "expected HOST:PORT"),
+        (["--ray=127.0.0.1:1"], "there is no Ray cluster"),
         (["--ray=local", "--rows-per-shard=0"], "expected 1 or more"),
         (["--ray=local", "--shard=1/2"], "choose one of them"),
         (["--ray=local", "--output-format=webdataset"], "the input is jsonl; expected jsonl"),

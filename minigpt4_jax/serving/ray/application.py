@@ -104,12 +104,18 @@ def start(application: serve.Application, host: str, port: int) -> Any:
             f"Ray Serve of this cluster listens on {existing[0]}:{existing[1]} already: pass "
             f"--host={existing[0]} --port={existing[1]}, or end it with `serve shutdown`"
         )
+    if existing is not None and NAME in serve.status().applications:
+        raise UserError(
+            f"{NAME} is deployed on this cluster already; end the command that did, or `serve shutdown`"
+        )
     try:
         return serve.run(application, name=NAME, route_prefix="/")
-    except (RuntimeError, RayServeException) as e:
-        reason = _reason() or str(e).strip().splitlines()[-1]
-        serve.delete(NAME)
-        raise UserError(f"the model cannot be deployed: {reason}") from None
+    except BaseException as e:  # also a signal: nothing may be left on the cluster
+        reason = _reason() or str(e).strip().rpartition("\n")[2]
+        _remove()
+        if isinstance(e, (RuntimeError, RayServeException)):
+            raise UserError(f"the model cannot be deployed: {reason}") from None
+        raise
 
 
 def _serve_address() -> tuple[str, int] | None:
@@ -135,7 +141,11 @@ def stop(ingress: Any, seconds: float) -> int:
     else is deployed. Returns how many requests were broken off."""
     asked = ingress.broadcast("drain", seconds)
     left = asked.results(timeout_s=seconds + 10, return_exceptions=True)
+    _remove()
+    return sum(count for count in left if isinstance(count, int))  # not of a lost ingress
+
+
+def _remove() -> None:
     serve.delete(NAME)
     if not serve.status().applications:
         serve.shutdown()
-    return sum(count for count in left if isinstance(count, int))  # not of a lost ingress
