@@ -154,6 +154,7 @@ def _machines() -> list[dict[str, float]]:
 
 
 def num_machines() -> int:
+    """Of the cluster that this process is connected to."""
     return len(_machines())
 
 

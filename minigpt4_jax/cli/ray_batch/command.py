@@ -16,11 +16,8 @@ from minigpt4_jax.cli.ray_batch.worker import Worker
 from minigpt4_jax.errors import Parser, UserError
 
 ROWS_PER_SHARD = 1000
-NOT_RECORDED = (
-    *ray_cluster.OPTIONS,
-    "output_format",
-    "rows_per_shard",
-)  # recorded as what they mean
+# Options that answers do not depend on. `open_output` records the last two with their defaults filled in.
+NOT_RECORDED = (*ray_cluster.OPTIONS, "output_format", "rows_per_shard")
 
 
 def add_options(parser: Parser) -> None:
