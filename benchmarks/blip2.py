@@ -1,15 +1,18 @@
 """BLIP-2's language models beside `transformers` generate, with the same random weights, in turns.
 
-    python benchmarks/blip2.py [--rounds=3] [--width=768] [--layers=12] [--models=opt,t5]
+    python benchmarks/blip2.py [--rounds=3] [--width=768] [--layers=12] [--models=opt,t5] [--one-core]
 
 Both sides continue the same random prompts of 64 tokens by 64 tokens in float32: greedily at batch 1, and by
-a search with 5 beams. Prints seconds and their ratio.
+a search with 5 beams. Prints seconds and their ratio; with --one-core CPU seconds of one core, for a busy
+machine.
 """
+
+import time
 
 import numpy as np
 import torch
 import transformers
-from common import Table, argument_parser, median_ratio, time_in_turns
+from common import Clock, Table, argument_parser, median_ratio, time_in_turns, use_one_core
 from flax import nnx
 
 from convert.hf_config import llm_config_from_hf
@@ -75,7 +78,7 @@ def _copy_weights(model: MiniGpt, llm: LlmConfig, peer: torch.nn.Module) -> None
             leaf.set_value(tensors[found[".".join(["llm", *map(str, path)])].key])
 
 
-def compare(kind: str, width: int, layers: int, rounds: int, table: Table) -> None:
+def compare(kind: str, width: int, layers: int, rounds: int, table: Table, clock: Clock) -> None:
     """Print a row for greedy decoding and one for beam search."""
     peer = peer_model(kind, width, layers)
     engine = our_engine(peer)
@@ -94,7 +97,7 @@ def compare(kind: str, width: int, layers: int, rounds: int, table: Table) -> No
                     max_new_tokens=NEW, min_new_tokens=NEW, num_beams=beams, do_sample=False,
                 )  # fmt: skip
 
-        times = time_in_turns(rounds, {"ours": ours, "peer": theirs})
+        times = time_in_turns(rounds, {"ours": ours, "peer": theirs}, clock=clock)
         medians = [float(np.median(times[side])) for side in ("ours", "peer")]
         table.row(f"{kind}, {name}", *medians, median_ratio(times["ours"], times["peer"]))
 
@@ -105,10 +108,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--models", default="opt,t5")
+    parser.add_argument("--one-core", action="store_true")
     args = parser.parse_args()
+    clock: Clock = time.perf_counter
+    if args.one_core:
+        clock = use_one_core()
+        torch.set_num_threads(1)
     table = Table(COLUMNS)
     for kind in args.models.split(","):
-        compare(kind, args.width, args.layers, args.rounds, table)
+        compare(kind, args.width, args.layers, args.rounds, table, clock)
 
 
 if __name__ == "__main__":

@@ -40,22 +40,38 @@ def add_test_helpers_to_path() -> None:
 # --- timing -------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def seconds(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Time of one call, by default wall time."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def use_one_core() -> Clock:
+    """Keep this process on one core, with one thread for XLA's products. Returns the clock of its CPU time,
+    which other work on the machine hardly changes. Call it before JAX computes."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    return time.process_time
 
 
 def time_in_turns(
-    rounds: int, sides: Mapping[Side, Callable[[], object]], *, warm_up: bool = True
+    rounds: int,
+    sides: Mapping[Side, Callable[[], object]],
+    *,
+    warm_up: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> dict[Side, list[float]]:
     """Seconds of every side in every round. In a round the sides run one after another, so that other
     work on the machine affects all alike. warm_up: run a round that is not counted first."""
     times: dict[Side, list[float]] = {name: [] for name in sides}
     for number in range(rounds + warm_up):
         for name, work in sides.items():
-            elapsed = seconds(work)
+            elapsed = seconds(work, clock)
             if number >= warm_up:
                 times[name].append(elapsed)
     return times
