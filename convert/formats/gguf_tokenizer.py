@@ -113,13 +113,22 @@ PRE_TOKENIZERS = {
     "tekken": [_TEKKEN],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
-# Pre-tokenizers of models that use a whole word of the vocabulary instead of its merges.
+# Pre-tokenizers of models that use a whole word of the vocabulary instead of its merges. They put BOS
+# before a text unless the file says otherwise, as in llama.cpp.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
 
 def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
     """tokenizer.json of a byte-level BPE tokenizer. token_types: from NORMAL to BYTE."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
 
     pre = source.field("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
@@ -147,6 +156,12 @@ def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
             tokenizer.add_tokens(
                 [AddedToken(token, special=token_type == CONTROL, normalized=False)]
             )
+    bos = source.field("tokenizer.ggml.bos_token_id")
+    adds_bos = source.field("tokenizer.ggml.add_bos_token", pre in _IGNORE_MERGES)
+    if adds_bos and bos in range(len(tokens)):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+        )
     return tokenizer.to_str()
 
 

@@ -1,6 +1,7 @@
 """A converted model's prompts are those of its language model's own chat template, from any file format."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import chat_families
@@ -210,6 +211,23 @@ def test_a_sentencepiece_gguf_keeps_its_settings(tmp_path):
         assert ours.encode(text) == theirs.encode(text)
     ids = theirs.encode("A cat<|im_start|><|im_end|>")
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_a_byte_level_gguf_adds_bos_where_its_directory_does(tmp_path, said):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["llama3"])
+    _, file = language_model(tmp_path, folder, 400, "llama")
+    source = Gguf(file)
+    for name, value in (("pre", "llama-bpe"), ("add_bos_token", said)):
+        del source._values[f"tokenizer.ggml.{name}"]
+        if value is not None:
+            field = SimpleNamespace(contents=lambda value=value: value)
+            source._values[f"tokenizer.ggml.{name}"] = field
+    for file_name, content in tokenizer_files(source).items():
+        (tmp_path / file_name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path, "hf")
+    assert tokenizer.adds_bos == (said is not False)  # absent: as llama.cpp
+    assert tokenizer.bos_id not in tokenizer.encode("a")
 
 
 def test_added_tokens_that_only_tokenizer_json_lists_are_not_split(tmp_path):
