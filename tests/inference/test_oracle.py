@@ -4,7 +4,6 @@ Needs no dumps of the original."""
 
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import oracle
 from helpers.paths import TOKENIZER
 
@@ -12,9 +11,7 @@ from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LlmConfig, LoraConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.inference.loading import load
-from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.requests import Request
-from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import load_pixels, normalize
 from minigpt4_jax.processing.sequences import build_row, prompt_tokens
 
@@ -97,15 +94,3 @@ def test_equals_the_oracle(small):
 
 def _flatten(groups):
     return [None if v is None else v.reshape(-1, v.shape[-1]) for v in groups]
-
-
-def test_a_model_from_a_module_in_memory(small):
-    model, _ = small
-    module = MiniGpt(model.config, nnx.Rngs(0))
-    other = Model(module, model.config, model.tokenizer)
-    one = other.encode_images(pictures(1))
-    assert one.shape == (1, model.config.visual_tokens, 32)
-    again = MiniGpt(model.config, nnx.Rngs(1))
-    other.set_module(again)
-    assert not np.allclose(other.encode_images(pictures(1)), one)
-    assert len(other.generate(pictures(1), ["what"], template=True, max_new_tokens=3)) == 1
