@@ -17,11 +17,19 @@ SMOLLM2 = LlmConfig(
 SMALL_VISION = VisionConfig(image_size=112, patch_size=14, width=128, depth=4, heads=4, mlp=512)
 SMALL_QFORMER = QFormerConfig(queries=13, hidden=128, layers=2, heads=4, ffn=384, vision_width=128)
 
+# A few thousand parameters: whether a benchmark works at all
+TINY = ModelConfig(
+    vision=VisionConfig(image_size=28, patch_size=14, width=64, depth=2, heads=2, mlp=64),
+    qformer=QFormerConfig(queries=3, hidden=64, layers=2, heads=2, ffn=64, vision_width=64),
+    llm=LlmConfig(vocab=512, width=64, layers=2, heads=2, kv_heads=2, head_dim=32, ffn=128),
+)
+
 SIZES = {
+    "tiny": TINY,
     "smollm2": ModelConfig(vision=SMALL_VISION, qformer=SMALL_QFORMER, llm=SMOLLM2),
     "vicuna7b": ModelConfig(),  # MiniGPT-4 with EVA-ViT-g, the Q-Former and Vicuna 7B
 }
-BATCH = {"smollm2": 8, "vicuna7b": 12}
+BATCH = {"tiny": 2, "smollm2": 8, "vicuna7b": 12}
 
 
 def model_config(size: str, layers: int | None) -> ModelConfig:

@@ -4,6 +4,8 @@ The language model is the LLaMA of transformers, the vision side is written here
 names and come from `sizes.tensor`, so that both sides have the same numbers.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -109,9 +111,17 @@ def hf_config(m: LlmConfig) -> LlamaConfig:
 
 class TorchPeer:
     """One projection-only training step. labels_only: apply the output matrix to labelled positions only,
-    as this project does; otherwise to every position, as transformers and the original do."""
+    as this project does; otherwise to every position, as transformers and the original do. weight: makes
+    the weights, by default those of `sizes.tensor`."""
 
-    def __init__(self, config: ModelConfig, batch: Batch, dtype: torch.dtype, device: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: Batch,
+        dtype: torch.dtype,
+        device: str,
+        weight: Callable[[str, tuple[int, ...]], torch.Tensor] | None = None,
+    ):
         self.config, self.device, self.dtype = config, device, dtype
         shapes = parameter_shapes(config)
         with torch.device("meta"):
@@ -122,7 +132,7 @@ class TorchPeer:
         state = self.llm.state_dict()
         self.weights: Weights = {}
         for name, shape in shapes.items():
-            value = torch.from_numpy(tensor(name, shape))
+            value = torch.from_numpy(tensor(name, shape)) if weight is None else weight(name, shape)
             if name.startswith("llm."):
                 state[hf_name(name)].copy_(value)
             else:

@@ -55,17 +55,18 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
     from flax import nnx
 
     from minigpt4_jax.checkpoint.loader import parameter_dtype
-    from minigpt4_jax.checkpoint.parameters import STACKED, abstract_model
+    from minigpt4_jax.checkpoint.parameters import abstract_model, is_stacked
     from minigpt4_jax.training import optimizer
     from minigpt4_jax.training.train_step import make_step, split_model, trained_parts
     from minigpt4_jax.utils.malloc import keep_freed_memory
+    from minigpt4_jax.utils.platform import unrolls_layers
 
     keep_freed_memory()  # as training does
     weight_dtype = jnp.dtype(dtype)
 
     def fill(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
         array = np.empty(shape, parameter_dtype(path, weight_dtype))
-        if path[:2] not in STACKED:
+        if not is_stacked(path):
             array[...] = sizes.tensor(".".join(map(str, path)), shape)
         else:
             rest = ".".join(map(str, path[2:]))
@@ -73,7 +74,7 @@ def make_ours(config: Any, batch: Any, dtype: str) -> Side:
                 array[i] = sizes.tensor(f"{path[0]}.{path[1]}.{i}.{rest}", shape[1:])
         return jnp.asarray(array)
 
-    graphdef, state = nnx.split(abstract_model(config))
+    graphdef, state = nnx.split(abstract_model(config, stacked=not unrolls_layers()))
     flat = [(p, leaf.replace(fill(p, leaf.shape))) for p, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(flat))
     split = split_model(model, trained_parts(freeze_vit=True, freeze_qformer=True), weight_dtype)

@@ -248,6 +248,10 @@ def _plain_product_bf16(x: jax.Array, weight: jax.Array, out: jnp.dtype) -> jax.
     """x [..., in], weight [out, in], both bfloat16 -> [..., out]."""
     rows = x.reshape(-1, x.shape[-1])  # with more axes, XLA on CPU transposes the weights
     n = rows.shape[0]
+    if n == 1 and out == jnp.float32 and backend() == "gpu":
+        # XLA would convert the whole matrix (the logits of a prompt's last token) to float32 in memory.
+        y = jnp.sum(weight.astype(out) * rows.astype(out), axis=1)
+        return y.reshape(*x.shape[:-1], -1)
     if n == 1 and backend() == "cpu":  # there is no bfloat16 kernel for a single row either
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     y = _einsum_bf16("ni,oi->no", rows, weight, out)

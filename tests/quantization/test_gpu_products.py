@@ -63,6 +63,15 @@ def test_product_equals_that_of_dequantized_weights(scheme, rows, dtype):
     assert np.abs(dx[0] - weight[3]).max() < tolerance * np.abs(weight[3]).max()
 
 
+def test_logits_of_one_row_are_sums_in_float32():
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((1, N_IN), (N_OUT, N_IN)))
+    found = jax.jit(lambda x, w: linear(x, w, out=jnp.float32))(x, weight)
+    wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
 def test_layout_round_trip(dtype):
     rng = np.random.default_rng(0)
