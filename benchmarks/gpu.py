@@ -63,7 +63,8 @@ class Results:
     )  # part -> why it is missing or incomplete
 
     def add(self, part: str, figure: dict[str, Any]) -> None:
-        self.figures.append({"part": part, **figure})
+        figure = {"part": part, **figure}
+        self.figures.append(figure)
         self.say(f"{part:16} {figure['name']:34} {figure['value']:10.4g} {figure['unit']:9}"
                  f"{self._share(figure)}")  # fmt: skip
         self._write()

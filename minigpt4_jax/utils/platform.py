@@ -55,12 +55,13 @@ def compiler_options(bound: str) -> CompilerOptions | None:
 
 
 def compute_capability() -> tuple[int, int]:
-    """That of this machine's GPU; of a plan's, which is not looked up, (9, 0)."""
+    """That of this machine's NVIDIA GPU; (9, 0) in a plan, whose GPU is not looked up, and (0, 0) for GPUs of
+    other makers."""
     device = jax.devices()[0]
     if _TARGET.get() is not None or device.platform != "gpu":
         return 9, 0
-    major, minor = map(int, str(device.compute_capability).split("."))
-    return major, minor
+    major, _, minor = str(device.compute_capability).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
 def unrolls_layers() -> bool:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU with a tiny model: figures are written as they are measured, and it ends in time."""
+"""benchmarks/gpu.py on a CPU with a tiny model: figures are written as they come, and it ends in time."""
 
 import json
 import os
