@@ -117,6 +117,8 @@ PRE_TOKENIZERS = {
 # before a text unless the file says otherwise, as in llama.cpp.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
+_COMPOSED = ("qwen2",)  # whose tokenizers compose characters (NFC) first
+
 
 def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
     """tokenizer.json of a byte-level BPE tokenizer. token_types: from NORMAL to BYTE."""
@@ -126,6 +128,7 @@ def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
         Tokenizer,
         decoders,
         models,
+        normalizers,
         pre_tokenizers,
         processors,
     )
@@ -147,6 +150,8 @@ def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:
             f"{source.path}: its tokenizer is damaged ({e}): give --tokenizer=DIR"
         ) from e
     tokenizer = Tokenizer(bpe)
+    if pre in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

@@ -196,6 +196,32 @@ def test_pre_tokenizers(pre):
     assert made.encode("<|end|>ab").ids == [len(tokens) - 1, len(tokens) - 2]
 
 
+def test_qwen_composes_characters_as_in_transformers(tmp_path):
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    from convert.formats.gguf_tokenizer import _byte_level
+
+    class Source:
+        path = "x.gguf"
+
+        def field(self, name, default=None):
+            fields = {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["Ã ©"]}
+            return fields.get(name, default)
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ã©", "<|endoftext|>"]
+    made = Tokenizer.from_str(_byte_level(Source(), tokens, [1] * (len(tokens) - 1) + [3]))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nÃ ©\n")
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in ("e\u0301", "Cafe\u0301 in Mu\u0308nchen, 한글"):
+        assert made.encode(text).ids == theirs.encode(text)
+    assert made.encode("e\u0301").ids == [vocab["Ã©"]]
+
+
 def test_unknown_pre_tokenizer_lists_the_known(tmp_path):
     class Source:
         path = "x.gguf"

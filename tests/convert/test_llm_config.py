@@ -228,6 +228,9 @@ def test_fields_of_other_families_are_not_taken_from_their_switches():
     mixed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
     with pytest.raises(UserError, match="layer_types has sliding_attention"):
         llm_config(values_of("mistral", use_sliding_window=True, **mixed), "config.json", [])
+    nested = {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}}
+    with pytest.raises(UserError, match="rope_parameters has its own values for full_attention"):
+        llm_config(values_of("llama", rope_parameters=nested), "config.json", [])
     rope = {"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0}
     llm_config(values_of("llama", rope_scaling=rope), "config.json", notes := [])
     assert any("rope_scaling.attention_factor: not used" in note for note in notes)
