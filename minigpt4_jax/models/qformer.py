@@ -16,6 +16,8 @@ from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.quantization.matmul import linear
 
 KeysValues = tuple[jax.Array, jax.Array]  # [B, T, N, H] each
+# Vision tokens [B, S, Dv], or what `QFormer.project_vision` makes of them
+Vision = jax.Array | list[KeysValues | None]
 
 
 def _fold(key: jax.Array | None, i: int) -> jax.Array | None:
@@ -102,7 +104,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        vision: jax.Array | None,
+        vision: jax.Array | KeysValues | None,
         key: jax.Array | None,
         *,
         queries: int,
@@ -112,8 +114,8 @@ class Block(nnx.Module):
         """x [B, P + T, D] float32, of which the first `queries` = P are queries -> the same shape, and
         its own keys and values.
 
-        vision [B, S, Dv]: what queries read; key: for dropout; mask [B, 1, P + T, keys];
-        prefix: keys and values before those of x.
+        vision [B, S, Dv]: what queries read, or its keys and values; key: for dropout;
+        mask [B, 1, P + T, keys]; prefix: keys and values before those of x.
         """
         own = self.attn.project_kv(x)
         k, v = own
@@ -123,7 +125,8 @@ class Block(nnx.Module):
         query, text = x[:, :queries], x[:, queries:]
         if queries:
             if self.cross is not None and vision is not None:
-                query = self.cross(query, self.cross.project_kv(vision), _fold(key, 1))
+                kv = vision if isinstance(vision, tuple) else self.cross.project_kv(vision)
+                query = self.cross(query, kv, _fold(key, 1))
             query = self.mlp(query, _fold(key, 2))
         if text.shape[1] == 0:
             return query, own
@@ -181,12 +184,17 @@ class QFormer(nnx.Module):
         """vision [B, S, Dv] -> [B, P, D]. dropout_key: enables dropout."""
         return self.read_image(vision, dropout_key=dropout_key)[0]
 
+    def project_vision(self, vision: jax.Array) -> list[KeysValues | None]:
+        """vision [B, S, Dv] -> keys and values of each layer with cross-attention. Rows that read the same
+        images can share them."""
+        return [None if b.cross is None else b.cross.project_kv(vision) for b in self.blocks]
+
     def read_image(
-        self, vision: jax.Array, *, dropout_key: jax.Array | None = None
+        self, vision: Vision, *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, list[KeysValues]]:
         """As __call__, with the queries' keys and values of each layer, which text can attend to."""
         x = self.norm(self.query[...])
-        x = jnp.broadcast_to(x, (vision.shape[0], *x.shape))
+        x = jnp.broadcast_to(x, (_num_rows(vision), *x.shape))
         x = dropout(x, self.rate, _fold(dropout_key, 0))
         return self._run(x, vision, dropout_key, queries=x.shape[1])
 
@@ -200,7 +208,7 @@ class QFormer(nnx.Module):
 
     def read_both(
         self,
-        vision: jax.Array,
+        vision: Vision,
         tokens: jax.Array,
         lengths: jax.Array,
         *,
@@ -247,7 +255,7 @@ class QFormer(nnx.Module):
     def _run(
         self,
         x: jax.Array,
-        vision: jax.Array | None,
+        vision: Vision | None,
         key: jax.Array | None,
         *,
         queries: int,
@@ -256,9 +264,17 @@ class QFormer(nnx.Module):
     ) -> tuple[jax.Array, list[KeysValues]]:
         keys_values = []
         for i, block in enumerate(self.blocks):
+            of_layer = vision[i] if isinstance(vision, list) else vision
             x, kv = block(
-                constrain(x, BATCH_AXES), vision, _fold(key, i + 1), queries=queries, mask=mask,
+                constrain(x, BATCH_AXES), of_layer, _fold(key, i + 1), queries=queries, mask=mask,
                 prefix=None if prefix is None else prefix[i],
             )  # fmt: skip
             keys_values.append(kv)
         return x, keys_values
+
+
+def _num_rows(vision: Vision) -> int:
+    """B of vision tokens, or of their keys and values."""
+    if isinstance(vision, list):
+        return next(len(kv[0]) for kv in vision if kv is not None)
+    return len(vision)

@@ -65,7 +65,8 @@ def stage1_losses(
     if key is not None:
         *keys, drawn = jax.random.split(key, 5)
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    vision = model.read_pixels(jnp.asarray(batch.pixels)[:, 0], remat=remat)
+    # Each image is read three times more for matching, with the same keys and values.
+    vision = qformer.project_vision(model.read_pixels(jnp.asarray(batch.pixels)[:, 0], remat=remat))
     queries, image = qformer.read_image(vision, dropout_key=keys[0])
     text = qformer.read_text(tokens, lengths, dropout_key=keys[1])
     similarities = _similarities(model, queries, text[:, 0])
@@ -74,12 +75,12 @@ def stage1_losses(
     if negatives is None:
         negatives = draw_negatives(similarities, same | ~counted, drawn)
 
-    rows = jnp.concatenate([vision, vision[negatives.image_for_text], vision])
+    rows = jax.tree.map(lambda a: jnp.concatenate([a, a[negatives.image_for_text], a]), vision)
     texts, text_lengths = (
         jnp.concatenate([a, a, a[negatives.text_for_image]]) for a in (tokens, lengths)
     )
     both = qformer.read_both(rows, texts, text_lengths, dropout_key=keys[2])
-    is_match = (jnp.arange(len(rows)) < len(tokens)).astype(jnp.int32)
+    is_match = (jnp.arange(len(texts)) < len(tokens)).astype(jnp.int32)
     of_pairs = _cross_entropy(model.match(both), jax.nn.one_hot(is_match, 2))
     matching = _mean(of_pairs, jnp.tile(counted, 3))
 
