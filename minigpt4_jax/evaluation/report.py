@@ -32,6 +32,7 @@ class Section(NamedTuple):
     confusion: Confusion | None
     worst: list[ShownRow]
     sample: list[ShownRow]
+    has_boxes: bool  # drawn into pictures
 
 
 def write_report(
@@ -92,7 +93,7 @@ def _section(scores: Scores, shown: int) -> Section:
     chosen = worst(rows, shown, higher_is_better=better)
     return Section(
         scores, _figures(scores), _confusion(scores), [show(row) for row in chosen],
-        [show(row) for row in sample(rows, shown)],
+        [show(row) for row in sample(rows, shown)], any(row.get("true_box") for row in rows),
     )  # fmt: skip
 
 

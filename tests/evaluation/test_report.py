@@ -53,6 +53,7 @@ def test_report_is_one_file_with_its_pictures(make):
     html = (folder / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', html), "it refers to something outside"
     assert html.count("data:image/jpeg;base64,") == 6
+    assert html.count("</span> predicted") == 2  # what the colours of the boxes mean
     assert "&lt;b&gt;statement" in html and "<b>statement" not in html
     assert "MiniGPT-v2 7B 60.6" in html
     table = " ".join(html.split("Answers by true label")[1].split("</table>")[0].split())
