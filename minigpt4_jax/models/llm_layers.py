@@ -19,7 +19,14 @@ from minigpt4_jax.models.kv_cache import (
     quantize_vectors,
     write_cache,
 )
-from minigpt4_jax.models.layers import ACTIVATIONS, RMSNorm, make_norm, map_token_chunks
+from minigpt4_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    RMSNorm,
+    make_norm,
+    map_token_chunks,
+    normalize,
+)
 from minigpt4_jax.models.lora import apply_linear, make_linear
 from minigpt4_jax.models.positions import Rope, rotate
 
@@ -174,7 +181,12 @@ class Block(nnx.Module):
     def _add_residuals(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Input x and attention output y, [B, T, D] each -> the block's output [B, T, D] float32."""
         x = x + y.astype(jnp.float32)
-        return x + self.mlp(self.norm2(x), key).astype(jnp.float32)
+        return x + self.mlp(self._normalize(self.norm2, x), key).astype(jnp.float32)
+
+    def _normalize(self, norm: RMSNorm | LayerNorm, x: jax.Array) -> jax.Array:
+        # Products of one row with quantized weights compute the norm themselves.
+        is_quantized = self.attn.q.weight_scale is not None
+        return norm(x) if is_quantized else normalize(norm, x)
 
     def __call__(
         self,
@@ -216,7 +228,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """x [B, T, D] float32; other arguments and results as in `Attention.decode`. cross: the encoder's
         keys, values and mask, as for `Attention.read_cached`."""
-        y, kv = self.attn.decode(self.norm1(x), rope, update, kv, bias)
+        y, kv = self.attn.decode(self._normalize(self.norm1, x), rope, update, kv, bias)
         if cross is not None and self.cross is not None and self.cross_norm is not None:
             x = x + y.astype(jnp.float32)
             y = self.cross.read_cached(self.cross_norm(x), *cross)

@@ -60,11 +60,12 @@ def test_decoding_7b(tmp_path, options, kernels, temporaries):
 
 
 def test_a_training_step_of_7b_copies_no_weights(tmp_path):
-    """A scan over the layers copied 764 of them, 25 GB."""
+    """A scan over the layers copied 764 of them, 25 GB. Left is the patch embedding, 1.7 MB, which cuBLAS
+    wants padded from 588 to 592 inputs."""
     (record,) = compiled(
         tmp_path, "--topology=h200:1", "--config=stage2", "--program=train", "--tokens=160",
         "--config.remat=false",
     )  # fmt: skip
-    assert record["kernels"]["argument_copies"] == 0
-    assert record["memory"]["temporaries"] <= 6.11 * GB
-    assert record["kernels"]["count"] <= 3300
+    assert record["kernels"]["argument_copied_bytes"] <= 2 * MB
+    assert record["memory"]["temporaries"] <= 6.25 * GB * 1.03
+    assert record["kernels"]["count"] <= 2300

@@ -104,11 +104,12 @@ def test_a_quantized_model_answers_as_on_other_platforms(tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_decoding_equals_prefill(tmp_path):
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_decoding_equals_prefill(tmp_path, quantize):
     """One row at a time by sums along rows, as all rows together by products."""
     llm = LlmConfig(vocab=785, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, ffn=96)
     folder = tiny.write_random_model(tmp_path / "model", llm=llm)
-    model, config = load_model(folder, stacked=False, quantize="int4")
+    model, config = load_model(folder, stacked=False, quantize=quantize)
     decoder: Llm = model.llm
     embeds = decoder.embed_tokens(jnp.asarray([[5, 9, 30, 7]]))
     whole, _ = decoder.prefill(embeds, jnp.asarray([4]), 8)
