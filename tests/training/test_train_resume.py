@@ -14,6 +14,8 @@ from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.training.preemption import Stopped
 from minigpt4_jax.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
 STEPS = 7
 # The Q-Former is trained too: its dropout is the random state that a resumed run must continue.
 FIELDS = {

@@ -23,6 +23,8 @@ from minigpt4_jax.training.evaluation import Validation
 from minigpt4_jax.training.preemption import Stopped
 from minigpt4_jax.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -168,7 +170,10 @@ def test_before_the_first_step(home, uninterrupted, tmp_path, monkeypatch, capsy
     assert outcome(tmp_path / "w") == uninterrupted
 
 
-def test_while_the_step_is_compiled(home, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_while_the_step_is_compiled(
+    home, uninterrupted, traced_steps, tmp_path, monkeypatch, capsys
+):
+    traced_steps.clear()
     with monkeypatch.context() as patch:
         patch.setattr(MiniGpt, "token_nll", terminating(MiniGpt.token_nll))  # runs when traced
         stopped(config(home), tmp_path / "w")
