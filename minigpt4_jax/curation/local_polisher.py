@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minigpt4_jax.curation.answers import Answer, AnswerCache
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.chat_templates import IMAGE_TAG, ChatFormat
+from minigpt4_jax.processing.chat_templates import IMAGE_TAG, ChatFormat, TokenizerChatTemplate
 
 if TYPE_CHECKING:  # imports JAX, which a polisher on a server does not need
     from minigpt4_jax.inference.generation_config import GenerationConfig
@@ -60,10 +60,20 @@ class LocalPolisher:
 
     def _request(self, key: str, text: str) -> "Request":
         text = text.replace(IMAGE_TAG, "")  # no image belongs to it
-        prompt = self._template.render(
-            [(text, None)], system=self._instruction, extra_bos=self._config.extra_bos
+        prompt = instructed_prompt(
+            self._template, self._instruction, text, extra_bos=self._config.extra_bos
         )
         seed = self._config.seed_of_prompts(1)[0] + int(key[:7], 16)
         config = replace(self._config, seed=seed)
         (request,) = self._model.prepare_requests(None, [prompt], config)
         return request
+
+
+def instructed_prompt(
+    template: ChatFormat, instruction: str, text: str, *, extra_bos: bool = True
+) -> str:
+    """The prompt of a text with the instruction as system message. Where a template has no place for one,
+    the instruction comes before the text."""
+    if isinstance(template, TokenizerChatTemplate) and not template.takes_system:
+        return template.render([(f"{instruction}\n\n{text}", None)], extra_bos=extra_bos)
+    return template.render([(text, None)], system=instruction, extra_bos=extra_bos)

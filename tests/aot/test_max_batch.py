@@ -34,7 +34,7 @@ def attempts(monkeypatch):
 def make_job(*config_args, topology="v5e:2x4", mesh=None, batch=1):
     options = argparse.Namespace(
         topology=topology, size="vicuna7b", mesh=mesh, tokens=None, quantize=None, kv_cache=None,
-        batch=batch, context=64, hlo=None, code=False,
+        quantize_base=None, batch=batch, context=64, hlo=None, code=False,
     )  # fmt: skip
     return parse_job(options, ["--config=stage2", *config_args])
 

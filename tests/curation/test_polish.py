@@ -8,12 +8,17 @@ import sys
 import time
 
 import pytest
+from helpers.chat_families import FAMILIES, write_tokenizer
 from helpers.openai_server import MODEL, CountingServer, polite
 
 from minigpt4_jax import errors
 from minigpt4_jax.cli import curate
+from minigpt4_jax.config import ModelConfig, TokenizerConfig
 from minigpt4_jax.curation import answers, endpoint
 from minigpt4_jax.curation.answers import Answer, AnswerCache
+from minigpt4_jax.curation.local_polisher import instructed_prompt
+from minigpt4_jax.processing.chat_templates import chat_format
+from minigpt4_jax.processing.tokenizer import HfTokenizer
 
 NUM_TEXTS = 12
 
@@ -341,3 +346,17 @@ def test_answers_are_told_apart_by_what_they_depend_on(tmp_path):
     (tmp_path / "b.sqlite").write_text("no database" * 100)
     with pytest.raises(errors.UserError, match=r"b\.sqlite: file is not a database"):
         AnswerCache(tmp_path / "b.sqlite")
+
+
+def test_the_instruction_reaches_models_without_system_messages(tmp_path):
+    no_system = (
+        "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    family = FAMILIES["qwen2"]
+    for name, changed in (("with", family), ("without", family._replace(template=no_system))):
+        tokenizer = HfTokenizer(write_tokenizer(tmp_path / name, changed))
+        template = chat_format(
+            ModelConfig(tokenizer=TokenizerConfig("hf", chat_template=True)), tokenizer
+        )
+        prompt = instructed_prompt(template, "Mend it.", "A cat cat.")
+        assert prompt.index("Mend it.") < prompt.index("A cat cat."), name
