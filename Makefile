@@ -33,10 +33,10 @@ demo: $(VENV)/.demo
 
 # Most of a test's time is compilation, which uses one core: two workers. The first run compiles quickly; the
 # second runs the tests marked default_compiler, whose programs are compiled as for users (tests/conftest.py).
-# Single tests go to whichever of the workers is free then: most are of one file. Exit code 5: no test was selected.
+# Exit code 5: no test was selected.
 test: $(VENV)/.dev $(VENV)/.smollm2
 	$(PYTEST) --quick-codegen $(ARGS) || [ $$? = 5 ]
-	$(PYTEST) --dist worksteal -m default_compiler $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -m default_compiler $(ARGS) || [ $$? = 5 ]
 
 # A fast test of each part, without PyTorch: `make VENV=.venv312 PYTHON=python3.12 smoke`.
 smoke: $(VENV)/.package
