@@ -66,11 +66,8 @@ def test_commands(chat_home, chat_piped, tmp_path):
     assert [t["answer"] for t in turns] == [out.splitlines()[i] for i in (0, 2, 3)]
     (last,) = json.loads((tmp_path / "last.json").read_text())["turns"]
     assert (last["question"], last["images"]) == ("five", [b])
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "last.json",
-        "my b.png",
-        "conversation.json",
-    ]
+    names = ["conversation.json", "last.json", "my b.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_set_changes_the_next_answers(chat_piped):
@@ -175,7 +172,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(chat_home, monkeypatch, caps
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(chat, "line_editing", contextlib.nullcontext)
+    monkeypatch.setattr(chat, "line_editing", lambda *_: contextlib.nullcontext())
     assert chat.terminal(session) == 0
     out = capsys.readouterr().out.splitlines()
     assert [t.answer for t in session.conversation.turns] == [line.strip() for line in out]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def head() -> Iterator[Cluster]:
     """A cluster of one node with one CPU, this process connected to it; `add_node` adds others."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     arguments = {"include_dashboard": False, "_system_config": HEALTH, **NODE}
+    handler = signal.getsignal(signal.SIGTERM)  # Ray installs its own
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -27,6 +29,7 @@ def head() -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        signal.signal(signal.SIGTERM, handler)
         del os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
