@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
@@ -20,6 +19,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import Instruction
 from minigpt4_jax.processing.images import load_pixels, normalize
 
+torch = pytest.importorskip("torch")
 pytestmark = NEEDS_BLIP2
 PROMPTS = ["what color is the dog?", "Describe the two men and the boat in detail.", "a"]
 SIZE, QUERIES = 28, 3

@@ -166,16 +166,21 @@ def test_a_layer_of_full_size(kind):
             vocab_size=90, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32,
             ffn_dim=16384, word_embed_proj_dim=4096, max_position_embeddings=64,
         )  # fmt: skip
-        theirs = transformers.OPTForCausalLM(config).eval()
+        make = transformers.OPTForCausalLM
     else:
         sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}
         layers = {"num_layers": 1, "num_decoder_layers": 1}
         config = transformers.T5Config(**(T5_SIZES | sizes | layers))
-        theirs = transformers.T5ForConditionalGeneration(config).eval()
-        theirs.lm_head = torch.nn.Linear(4096, 90, bias=False)
+        make = transformers.T5ForConditionalGeneration
+    with transformers.initialization.no_init_weights():  # takes long
+        theirs = make(config).eval()
+        if kind.startswith("FlanT5"):
+            theirs.lm_head = torch.nn.Linear(4096, 90, bias=False)
+    numbers = torch.randn(1_000_003)
     with torch.no_grad():
         for path, p in theirs.named_parameters():
-            p.normal_(0, p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1).add_("norm" in path)
+            p.copy_(numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view_as(p))
+            p.mul_(p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1).add_("norm" in path)
     c = llm_config_from_hf(config.to_dict())
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if c.tie:
