@@ -25,6 +25,8 @@ LONGEST = (
 # Tests that import libraries of the extra [dev] at their top; the smoke run has none of these.
 REQUIRED = {
     "serving": "fastapi",
+    "serving/test_page.py": "gradio",
+    "serving/test_page_rendering.py": "gradio",
     "serving/test_ray_ingress.py": "ray",
     "serving/test_openai_client.py": "openai",
     "serving/test_serve_command.py": "openai",
