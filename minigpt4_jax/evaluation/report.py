@@ -18,8 +18,10 @@ Scores = Mapping[str, Any]
 
 
 class Confusion(NamedTuple):
-    """Answers to questions with yes or no. cells: label -> reading -> rows."""
+    """Answers to questions with yes or no. name: of the file, if the benchmark has several.
+    cells: label -> reading -> rows."""
 
+    name: str
     readings: tuple[str, ...]
     cells: Mapping[str, Mapping[str, int]]
 
@@ -29,7 +31,7 @@ class Section(NamedTuple):
 
     scores: Scores
     figures: list[tuple[str, str]]
-    confusion: Confusion | None
+    confusions: list[Confusion]
     worst: list[ShownRow]
     sample: list[ShownRow]
     has_boxes: bool  # drawn into pictures
@@ -92,7 +94,7 @@ def _section(scores: Scores, shown: int) -> Section:
     better = scores.get("higher_is_better", True)
     chosen = worst(rows, shown, higher_is_better=better)
     return Section(
-        scores, _figures(scores), _confusion(scores), [show(row) for row in chosen],
+        scores, _figures(scores), _confusions(scores), [show(row) for row in chosen],
         [show(row) for row in sample(rows, shown)], any(row.get("true_box") for row in rows),
     )  # fmt: skip
 
@@ -116,12 +118,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def _confusion(scores: Scores) -> Confusion | None:
-    rows = [row for row in scores["per_row"] if "label" in row]
-    if not rows:
-        return None
+def _confusions(scores: Scores) -> list[Confusion]:
+    """A table for each file of the benchmark."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in scores["per_row"]:
+        if "label" in row:
+            groups.setdefault(row.get("group", ""), []).append(row)
+    return [
+        _confusion(name if len(groups) > 1 else "", of_group) for name, of_group in groups.items()
+    ]
+
+
+def _confusion(name: str, rows: Sequence[Mapping[str, Any]]) -> Confusion:
     readings = ("yes", "no") + (("neither",) if any(row["reading"] is None for row in rows) else ())
     cells = {label: dict.fromkeys(readings, 0) for label in ("yes", "no")}
     for row in rows:
         cells[row["label"]][row["reading"] or "neither"] += 1
-    return Confusion(readings, cells)
+    return Confusion(name, readings, cells)

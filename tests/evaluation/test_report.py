@@ -12,6 +12,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmarks import find
 from minigpt4_jax.evaluation.compare import compare
 from minigpt4_jax.evaluation.metrics.answer_form import answer_form, repetition
+from minigpt4_jax.evaluation.report import write_report
 from minigpt4_jax.evaluation.report_curves import curves_of_run
 from minigpt4_jax.evaluation.results import describe, write_scores
 
@@ -62,6 +63,22 @@ def test_report_is_one_file_with_its_pictures(make):
     assert re.search(
         r"\| VSR zero-shot test \| accuracy \| 41.67 \| [\d.]+ to [\d.]+ \| 12 \|", markdown
     )
+
+
+def test_every_file_of_pope_has_a_confusion_table(tmp_path):
+    for name in ("random", "popular", "adversarial"):
+        row = {"question_id": name, "image": "0.jpg", "text": "Is there a cat?", "label": "yes"}
+        (tmp_path / f"coco_pope_{name}.json").write_text(json.dumps(row))
+    rows = find("pope").read(tmp_path, "")
+    scores = describe(find("pope"), "", rows, find("pope").judge(rows, ["Yes", "No", "Yes"]))
+    html = write_report([scores], tmp_path).read_text()
+    found = re.findall(r"<caption>(\w+)</caption>(.*?)</table>", html, re.DOTALL)
+    cells = {name: re.findall(r">(\d)</td>", table) for name, table in found}
+    assert cells == {
+        "random": ["1", "0", "0", "0"],
+        "popular": ["0", "1", "0", "0"],
+        "adversarial": ["1", "0", "0", "0"],
+    }
 
 
 def test_curves_over_checkpoints_and_of_a_run(make, tmp_path):
