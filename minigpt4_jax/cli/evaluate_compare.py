@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.cli.evaluate_score import write_json
 from minigpt4_jax.errors import Parser, UserError
 from minigpt4_jax.evaluation.compare import Comparison, Pair, compare
-from minigpt4_jax.evaluation.results import find_results
+from minigpt4_jax.evaluation.results import find_results, write_json
 from minigpt4_jax.utils.text import shorten
 
 

@@ -1,15 +1,13 @@
 """minigpt4_jax.evaluate score: the scores of answers from anywhere, without a model."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import Parser, UserError
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
-from minigpt4_jax.evaluation.results import number_text
+from minigpt4_jax.evaluation.results import number_text, write_json
 from minigpt4_jax.evaluation.scoring import score_file
-from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 PRINTED = ("original", "official", "lavis", "metrics", "domains", "files", "versions", "note")
 
@@ -37,16 +35,6 @@ def main(argv: Sequence[str]) -> int:
         write_json(args.json, scores)
     print_scores(scores)
     return 0
-
-
-def write_json(path: Path, value: Any) -> None:
-    """UserError: the file cannot be written."""
-    try:
-        write_text_atomically(
-            path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", errors="replace"
-        )
-    except OSError as e:
-        raise write_error(path, e) from None
 
 
 def print_scores(scores: Mapping[str, Any]) -> None:

@@ -84,14 +84,23 @@ def interval(benchmark: Benchmark, per_row: Sequence[Mapping[str, Any]]) -> tupl
 
 
 def write_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
-    """UserError: the file cannot be written."""
+    """Write folder/scores.json, and the folder if there is none. UserError: it cannot be written."""
     path = folder / SCORES
     try:
-        text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise write_error(path, e) from None
+    write_json(path, scores)
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """UserError: the file cannot be written."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
         write_text_atomically(path, text, errors="replace")
     except OSError as e:
         raise write_error(path, e) from None
-    return path
 
 
 def read_scores(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Benchmarks during training (`config.eval`): scores to the log, the best model kept."""
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.answering import AnswerOptions
+from minigpt4_jax.evaluation.results import write_scores
 from minigpt4_jax.evaluation.run_task import run_task
 from minigpt4_jax.evaluation.task import Task, open_tasks
-from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 from minigpt4_jax.training.config import EvalConfig, TrainConfig
 from minigpt4_jax.training.logs import EVAL_PREFIX
 
@@ -72,11 +71,5 @@ class Benchmarks:
 
 def write_results(directory: Path, step: int, scores: dict[str, dict[str, Any]]) -> None:
     """Write DIRECTORY/eval/STEP/TASK/scores.json. UserError: they cannot be written."""
-    try:
-        for name, of_task in scores.items():
-            folder = directory / RESULTS / f"{step:06d}" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(of_task, ensure_ascii=False, indent=1) + "\n"
-            write_text_atomically(folder / "scores.json", text, errors="replace")
-    except OSError as e:
-        raise write_error(directory / RESULTS, e) from e
+    for name, of_task in scores.items():
+        write_scores(directory / RESULTS / f"{step:06d}" / name, of_task)
