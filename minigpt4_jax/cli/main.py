@@ -26,7 +26,9 @@ COMMANDS = {
     "serve": Command("minigpt4_jax.cli.serve", "answer requests of OpenAI's API"),
     "demo": Command("minigpt4_jax.cli.demo", "open a web page to talk with a model"),
     "convert": Command("convert.cli", "convert weights to and from a model directory"),
-    "compile": Command("minigpt4_jax.cli.compile", "memory and time of a run on a TPU slice"),
+    "compile": Command(
+        "minigpt4_jax.cli.compile", "memory and time of a run on a TPU slice or GPU"
+    ),
     "check-data": Command(
         "minigpt4_jax.cli.check_data", "check the datasets of a configuration", ("check",)
     ),

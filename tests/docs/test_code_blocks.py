@@ -364,6 +364,13 @@ def test_links_of_the_readme_exist() -> None:
             assert os.path.exists(ROOT / target), f"{page}: {target}"
 
 
+def test_files_that_pages_name_exist() -> None:
+    folders = "benchmarks|configs|deploy|examples|minigpt4_jax|tests"
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
 API_NAMES = [
     name
     for page in sorted((ROOT / "docs/reference/api").glob("*.md"))

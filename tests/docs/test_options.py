@@ -25,7 +25,7 @@ from minigpt4_jax.cli import (
 )
 from minigpt4_jax.cli import compile as compile_cli
 from minigpt4_jax.data import tfds_build
-from minigpt4_jax.demos import quickstart, tiny_v2
+from minigpt4_jax.demos import compare, quickstart, tiny_v2
 from minigpt4_jax.shapes import dataset
 
 CURATE = ("describe", "polish", "check", "review", "export", "captions", "shards")
@@ -34,7 +34,8 @@ COMMANDS = {
     "demo": demo.main, "serve": serve.main,
     "chat": chat.main, "batch": batch.main, "batch merge": batch_merge.main,
     "check-data": check_data.main, "compile": compile_cli.main,
-    "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "tfds_build": tfds_build.main,
+    "quickstart": quickstart.main, "tiny-v2": tiny_v2.main, "compare": compare.main,
+    "tfds_build": tfds_build.main,
     "evaluate": evaluate_run.main, "evaluate check": evaluate_check.main,
     "evaluate score": evaluate_score.main, "evaluate compare": evaluate_compare.main,
     "evaluate report": evaluate_report.main,
