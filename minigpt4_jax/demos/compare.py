@@ -168,13 +168,10 @@ def measure(
 
 def judge(scenes: "Sequence[tuple[Path, Scene]]", texts: Sequence[str]) -> tuple[float, float]:
     """The share of texts that are entirely right, and the share of right attributes."""
-    from minigpt4_jax.shapes.claims import attribute_score
+    from minigpt4_jax.evaluation.benchmarks.shapes import description_rows, judge_descriptions
 
-    right = [
-        quickstart.is_right(scene, text) for (_, scene), text in zip(scenes, texts, strict=True)
-    ]
-    shares = [attribute_score(scene, text) for (_, scene), text in zip(scenes, texts, strict=True)]
-    return statistics.mean(right), statistics.mean(shares)
+    figures = judge_descriptions(description_rows(scenes), texts).original
+    return figures["exact"] / 100, figures["attributes"] / 100
 
 
 def count_trained(config: "ModelConfig", *, qformer: bool) -> int:
