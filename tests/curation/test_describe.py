@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -149,6 +154,38 @@ def test_an_interrupted_run_goes_on(home, command, tmp_path, kept):
     assert cut.read_bytes() == whole.read_bytes()
     code, _, err = command(*arguments(home, cut, "--temperature=0.5"))
     assert code == 2 and "was started with temperature 1.0, now 0.5" in err
+
+
+def test_a_killed_process_loses_no_row_and_none_is_described_again(
+    home, command, tmp_path, monkeypatch
+):
+    whole, out, samples = tmp_path / "whole", tmp_path / "out", "--samples=12"
+    assert command(*arguments(home, whole, samples))[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minigpt4_jax.curate", "describe", *arguments(home, out, samples)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (out.exists() and out.stat().st_size):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    written = out.read_bytes().count(b"\n")
+    assert 0 < written < 12 * NUM_IMAGES
+    described, run = [], command_line.Describer.run
+
+    def counted_run(self, tasks, batch_size):
+        described.extend(task.number for task in tasks)
+        return run(self, tasks, batch_size)
+
+    monkeypatch.setattr(command_line.Describer, "run", counted_run)
+    assert command(*arguments(home, out, samples))[0] == 0
+    assert described == list(range(written, 12 * NUM_IMAGES))
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_an_unreadable_image_is_an_error_of_its_row(home, command, tmp_path):
