@@ -158,6 +158,14 @@ def number_of(row: dict[str, Any], key: str, where: str) -> float:
     return value
 
 
+def integer_of(row: dict[str, Any], key: str, where: str) -> int:
+    """An integer; a number such as 7.0 is one too."""
+    value = number_of(row, key, where)
+    if isinstance(value, float) and not value.is_integer():  # NaN and infinity included
+        raise UserError(f'{where}: "{key}" is {kind(value)}; expected an integer')
+    return int(value)
+
+
 def identity_of(row: dict[str, Any], key: str, where: str) -> str | int:
     """An identifier: a non-empty string or an integer."""
     value = field_of(row, key, where)

@@ -108,13 +108,18 @@ def read_scores(path: Path) -> dict[str, Any]:
     where = f"results {path}"
     scores = expect_object(parse(where, read_text(path, "results")), where)
     needed = {"benchmark", "score", "title", "metric", "interval", "rows", "per_row"}
-    if not (needed <= scores.keys() and all(map(_is_entry, scores["per_row"]))):
+    if not (needed <= scores.keys() and _are_entries(scores["per_row"])):
         raise UserError(f"{where}: has no scores of a benchmark; expected a file of `evaluate`")
     return scores
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"id", "answer", "score"} <= entry.keys()
+def _are_entries(rows: Any) -> bool:
+    """Whether they are entries of `Result.per_row`, and at least one."""
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(isinstance(row, dict) and {"id", "answer", "score"} <= row.keys() for row in rows)
+    )
 
 
 def number_text(value: Any) -> str:

@@ -9,6 +9,7 @@ from helpers import benchmark_layouts
 from minigpt4_jax.cli import evaluate
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmarks import BENCHMARKS, find
+from minigpt4_jax.evaluation.layout import rows_of
 from minigpt4_jax.evaluation.metrics import meteor
 
 NAMES = [name for name in BENCHMARKS if not name.startswith("shapes")]
@@ -44,6 +45,11 @@ class Case:
             ["score", f"--benchmark={self.benchmark.name}", f"--data={self.data}", f"--split={self.split}",
              f"--predictions={self._predictions}", *options]
         )  # fmt: skip
+
+    def read_and_judge(self):
+        rows = rows_of(self.benchmark, self.data, self.split)
+        answer = 0 if self.benchmark.ranked else "a"
+        return self.benchmark.judge(rows, [answer] * len(rows))
 
     def edit(self, change):
         """Change the rows of the first annotation file."""
@@ -126,6 +132,39 @@ def test_files_of_another_kind(case):
     ):
         path.write_text(text)
         expect(case, re.escape(path.name))
+
+
+@of_all()
+def test_values_of_another_kind(case):
+    """Each field of the files in turn: the score, or one line that names the file or its row."""
+    for path in case.files:
+        before = path.read_text()
+        lines = [json.loads(line) for line in before.splitlines()]
+        whole = len(lines) == 1
+        content = lines[0] if whole else lines
+        for holder, key in fields(content):
+            value = holder[key]
+            for other in (None, True, -1, 2.5, float("nan"), "", "x", [], [1], {}, {"x": 1}):
+                holder[key] = other
+                texts = [json.dumps(content)] if whole else map(json.dumps, content)
+                path.write_text("\n".join(texts))
+                try:
+                    case.read_and_judge()
+                except UserError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 600
+                    assert path.name in str(error) or str(case.data) in str(error), error
+            holder[key] = value
+        path.write_text(before)
+
+
+def fields(content):
+    """(object or list, key) of every value in the first entries of nested objects and lists."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    rows = isinstance(content, list) or all(isinstance(v, dict) for v in content.values())
+    for key, value in list(entries)[: 1 if rows else None]:
+        yield content, key
+        if isinstance(value, (dict, list)):
+            yield from fields(value)
 
 
 @of_all(

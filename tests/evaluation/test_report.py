@@ -131,7 +131,8 @@ def test_compare_of_other_rows_and_nothing_to_compare(make, tmp_path):
         evaluate.main(["compare", str(a), str(tmp_path / "other")])
     with pytest.raises(UserError, match="no results there"):
         evaluate.main(["compare", str(a), str(a / "vsr" / "nothing")])
-    for content in ({}, {"benchmark": "x", "score": 1, "per_row": [{}]}, scores | {"per_row": [1]}):
+    no_results = [{}, *(scores | {"per_row": rows} for rows in (1, [], [1], [{}]))]
+    for content in no_results:
         (tmp_path / "other.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="has no scores"):
             evaluate.main(["report", str(tmp_path / "other.json")])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt4_jax.data.annotations import identity_of, number_of, text_of, texts_of
+from minigpt4_jax.data.annotations import identity_of, integer_of, text_of, texts_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
@@ -46,7 +46,7 @@ def read(data: Path, split: str) -> list[Row]:
                 )
             choice = choices[index]
         target = Target(answers, choice, bool(row.get("difficult_direct_answer", False)))
-        image = int(number_of(row, "image_id", where)) if "image_id" in row else 0
+        image = integer_of(row, "image_id", where) if "image_id" in row else 0
         images = coco_paths(image, "val2017", "train2017", "val2014")
         question = short_answer(text_of(row, "question", where) if "question" in row else "")
         rows.append(Row(identity_of(row, "question_id", where), question, images, target))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from minigpt4_jax.data.annotations import (
     expect_object,
     identity_of,
-    number_of,
+    integer_of,
     objects_of,
     parse,
     read_text,
@@ -51,13 +51,13 @@ def read(data: Path, split: str, *, name: str, prompt: str) -> list[Row]:
         if category not in names:
             raise UserError(f"{where}: category {category} is not in its list of categories")
         true[identity_of(annotation, "image_id", where)].add(names[category])
-    annotations = objects_of(captions, "annotations", f"data {data}, {CAPTIONS}")
-    tokenized = tokenize([text_of(a, "caption", CAPTIONS) for a in annotations])
+    where_captions = f"data {data}, {CAPTIONS}"
+    annotations = objects_of(captions, "annotations", where_captions)
+    tokenized = tokenize([text_of(a, "caption", where_captions) for a in annotations])
     for annotation, tokens in zip(annotations, tokenized, strict=True):
-        true[annotation["image_id"]].update(chair.find_objects(tokens))
-    images = [
-        int(number_of(image, "id", where)) for image in objects_of(instances, "images", where)
-    ]
+        image = identity_of(annotation, "image_id", where_captions)
+        true[image].update(chair.find_objects(tokens))
+    images = [integer_of(image, "id", where) for image in objects_of(instances, "images", where)]
     return [
         Row(image, prompt, coco_paths(image, "val2014", "val2017", "train2017"),
             Target(frozenset(true[image])))

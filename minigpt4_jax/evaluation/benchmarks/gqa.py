@@ -44,10 +44,10 @@ def _target(row: dict[str, Any], where: str) -> gqa.Question:
     types, groups = (
         expect_object(row.get(key) or {}, f'{where}, "{key}"') for key in ("types", "groups")
     )
-    return gqa.Question(
-        text_of(row, "answer", where), bool(row.get("isBalanced", True)),
-        str(types.get("structural", "")), str(types.get("semantic", "")), groups.get("global"),
-    )  # fmt: skip
+    structural, semantic = (str(types.get(key) or "") for key in ("structural", "semantic"))
+    group = str(groups["global"]) if groups.get("global") else None
+    balanced = bool(row.get("isBalanced", True))
+    return gqa.Question(text_of(row, "answer", where), balanced, structural, semantic, group)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

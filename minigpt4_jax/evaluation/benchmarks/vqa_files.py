@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.data.annotations import identity_of, number_of, text_of
+from minigpt4_jax.data.annotations import identity_of, integer_of, text_of
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.evaluation.benchmark import Answer, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import row_result, short_answer, vqa_question
@@ -30,7 +30,7 @@ def read_questions_and_annotations(
     rows = []
     for where, row in read_rows(path, "annotations"):
         question = vqa_question(row, where)
-        image = int(number_of(row, "image_id", where))
+        image = integer_of(row, "image_id", where)
         if not data.is_file() and question.id not in asked:
             raise UserError(f"{where}: question {question.id} is not in the question file")
         text = short_answer(asked.get(question.id, ""))
