@@ -10,6 +10,7 @@ from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Publi
 from minigpt4_jax.evaluation.benchmarks.common import (
     MINIGPT4_PAPER,
     no_split,
+    require_answers,
     row_result,
     short_answer,
 )  # fmt: skip
@@ -37,6 +38,7 @@ def read(data: Path, split: str) -> list[Row]:
     rows = []
     for where, row in read_rows(find_file(data, FILES, "aokvqa")):
         answers = texts_of(row, "direct_answers", where)
+        require_answers(answers, where, "direct_answers")
         choice, index = None, row.get("correct_choice_idx")
         if "choices" in row:
             choices = texts_of(row, "choices", where)

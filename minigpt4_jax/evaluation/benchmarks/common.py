@@ -50,12 +50,17 @@ def vqa_question(row: Mapping[str, Any], where: str) -> Question:
             raise UserError(
                 f'{where}: an answer has {kind(answer.get("answer"))} as "answer"; expected text'
             )
-    if not answers:
-        raise UserError(f'{where}: "answers" is empty; expected the answers of people')
+    require_answers(answers, where)
     return Question(
         identity_of(dict(row), "question_id", where),
         str(row.get("question_type", "")), str(row.get("answer_type", "")), answers,
     )  # fmt: skip
+
+
+def require_answers(answers: Sequence[Any], where: str, key: str = "answers") -> None:
+    """UserError: there are none."""
+    if not answers:
+        raise UserError(f'{where}: "{key}" is empty; expected the answers of people')
 
 
 def label_of(row: Mapping[str, Any], where: str, labels: Sequence[Any] = (0, 1)) -> Any:

@@ -9,6 +9,7 @@ from minigpt4_jax.evaluation.benchmarks.common import (
     LLAVA,
     LLAVA_ZOO,
     no_split,
+    require_answers,
     row_result,
     short_answer,
 )  # fmt: skip
@@ -31,6 +32,7 @@ def read(data: Path, split: str) -> list[Row]:
             {"answer": answer, "answer_id": i}
             for i, answer in enumerate(texts_of(row, "answers", where))
         ]
+        require_answers(answers, where)
         places = (f"textvqa/train_images/{image}", f"textvqa/{image}")
         rows.append(Row(identity_of(row, "question_id", where), question, places, answers))
     return rows

@@ -9,6 +9,7 @@ from minigpt4_jax.evaluation.benchmarks.common import (
     no_split,
     of_chat_model,
     of_paper,
+    require_answers,
     row_result,
 )  # fmt: skip
 from minigpt4_jax.evaluation.layout import find_file, read_rows
@@ -26,6 +27,7 @@ def read(data: Path, split: str) -> list[Row]:
     rows = []
     for number, (where, row) in enumerate(read_rows(find_file(data, ("val.json",), "vizwiz"))):
         answers = [text_of(answer, "answer", where) for answer in objects_of(row, "answers", where)]
+        require_answers(answers, where)
         question = (
             f"[vqa] The question is '{text_of(row, 'question', where)}' Based on the image, answer the "
             "question with a single word or phrase. and reply 'unanswerable' when the provided "

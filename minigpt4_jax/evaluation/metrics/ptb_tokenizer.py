@@ -60,6 +60,8 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     Captions are tokenized as the lines of one text, as the original does: "No." at the end of a caption
     is one token if the next begins with a digit.
     """
+    if not captions:
+        return []
     lines = [_LINE_BREAKS.sub(" ", caption) for caption in captions]
     followers = ["\n" + line[:1] for line in lines[1:]] + [""]
     return [
