@@ -2,13 +2,30 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import shorten
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
+NAMED = 3  # keys that a message names
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError: it has a key twice; the json module would keep the last value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = [f'"{shorten(key, 40)}"' for key, count in counts.items() if count > 1]
+        shown = ", ".join(twice[:NAMED]) + (", ..." if len(twice) > NAMED else "")
+        raise ValueError(f"an object has {shown} twice; expected each key once")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def read_text(path: Path, what: str = "data") -> str:
@@ -24,10 +41,10 @@ def read_text(path: Path, what: str = "data") -> str:
 def parse(where: str, text: str) -> Any:
     """Parse JSON. where: what error messages start with."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as e:
         raise _not_json(where, e) from None
-    except ValueError as e:  # an integer of thousands of digits
+    except ValueError as e:  # a key twice, or an integer of thousands of digits
         raise UserError(f"{where}: cannot be read ({e})") from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply to be a row") from None
@@ -78,12 +95,11 @@ def first_character(path: Path) -> str:
 
 def _elements(where: str, text: str, start: int) -> Iterator[Any]:
     """The values of a JSON array, parsed one at a time. start: the position after its `[`."""
-    decoder = json.JSONDecoder()
     try:
         position = _skip_whitespace(text, start)
         more = text[position : position + 1] != "]"
         while more:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
             yield value
             position = _skip_whitespace(text, position)
             more = text[position : position + 1] == ","
@@ -95,6 +111,8 @@ def _elements(where: str, text: str, start: int) -> Iterator[Any]:
             raise json.JSONDecodeError("Extra data", text, position)
     except json.JSONDecodeError as e:
         raise _not_json(where, e) from None
+    except ValueError as e:  # as in `parse`
+        raise UserError(f"{where}: cannot be read ({e})") from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply to be rows") from None
 

@@ -52,6 +52,12 @@ def test_rows_and_errors_have_positions(tmp_path):
     path.write_text('[{"a": 1},\n {"a" 2}]')
     with pytest.raises(UserError, match=r"rows\.json: is not JSON at line 2 \(.*, column 7\)"):
         list(read_list(path))
+    for twice in ('[{"a": 1}, {"b": {"a": 1, "a": 2}}]', "[" + "1" * 5000 + "]"):
+        path.write_text(twice)
+        with pytest.raises(
+            UserError, match=r"rows\.json: cannot be read \((an object has \"a\" twice|E)"
+        ):
+            list(read_list(path))
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
         list(read_list(path))

@@ -179,6 +179,14 @@ def test_ids_that_are_twice_in_the_data(case):
     expect(case, "twice", *(["--split=random"] if case.benchmark.name == "pope" else []))
 
 
+@pytest.mark.parametrize("case", ["scienceqa", "gqa"], indirect=True)
+def test_questions_that_are_twice_in_an_object_of_questions(case):
+    row = {"question": "is it?", "answer": "yes", "imageId": "1", "choices": ["a"]}
+    text = json.dumps({"12": row, "345": row}).replace("345", "12")
+    case.files[0].write_text(text)
+    expect(case, rf'{case.files[0].name}: .*an object has "12" twice')
+
+
 @of_all()
 def test_predictions_that_do_not_fit(case):
     right = list(case.lines)
@@ -194,6 +202,7 @@ def test_predictions_that_do_not_fit(case):
         ([{**right[0], "answer": [1.5, "a"]}, *right[1:]], "a list; expected text"),
         ([{"answer": "a"}, *right[1:]], 'line 1: .*"id" is missing'),
         ([json.dumps(right) + "\n"], "one JSON list; expected JSON lines"),
+        ([json.dumps(right[0])[:-1] + ', "answer": "b"}\n'], 'line 1: .* has "answer" twice'),
     ):
         case.lines = lines
         expect(case, problem)
