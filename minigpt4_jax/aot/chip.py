@@ -20,6 +20,7 @@ class Chip:
     platform: str = "tpu"  # or "gpu"
     reserved: int = GIB // 4  # bytes that programs cannot use
     ring_links: int = 2  # links that a ring sends over: one a direction on TPUs, all on GPUs
+    compute_capability: tuple[int, int] = (0, 0)  # of a GPU
 
     @property
     def usable_hbm(self) -> int:

@@ -62,18 +62,13 @@ GPUS = {
 
 
 def _chip(
-    name: str,
-    flops: float,
-    memory_mib: int,
-    bandwidth: float,
-    link: float,
-    links: int,
-    max_chips: int = NODE,
+    name: str, flops: float, memory_mib: int, bandwidth: float, link: float, links: int
 ) -> Chip:
     # CUDA's context and its libraries take about 1 GiB of the memory.
     return Chip(
-        name, flops, memory_mib * MIB, bandwidth, link, links, 1, max_chips, "gpu", GIB, links
-    )
+        name, flops, memory_mib * MIB, bandwidth, link, links, 1, NODE, "gpu", GIB, links,
+        GPUS[name].compute_capability,
+    )  # fmt: skip
 
 
 NVLINK = 25e9  # of one link of NVLink 3 and 4 in one direction, bytes/s

@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from minigpt4_jax.aot import programs
+from minigpt4_jax.aot.chip import Chip
 from minigpt4_jax.aot.presets import model_for
 from minigpt4_jax.aot.report import Report, Target, compile_and_report
 from minigpt4_jax.aot.roofline import count_model_flops
@@ -62,9 +63,9 @@ class Job:
         )
 
     @property
-    def platform(self) -> str:
-        """What programs are compiled for: "tpu" or "gpu"."""
-        return chip_of(self.topology).platform
+    def chip(self) -> Chip:
+        """What programs are compiled for."""
+        return chip_of(self.topology)
 
     @cached_property
     def devices(self) -> list[Any]:
@@ -73,7 +74,7 @@ class Job:
 
     @property
     def _devices_name(self) -> str:
-        name = "GPU" if self.platform == "gpu" else "chip"
+        name = "GPU" if self.chip.platform == "gpu" else "chip"
         return name if len(self.devices) == 1 else f"{name}s"
 
     def without_devices(self) -> "Job":
@@ -85,9 +86,8 @@ class Job:
     @cached_property
     def train_target(self) -> Target:
         c = dataclasses.replace(self.train_config, mesh=self.mesh or self.train_config.mesh)
-        chip = chip_of(self.topology)
         axis_sizes, reason = choose_mesh_sizes(
-            c, self.trained_config, len(self.devices), chip.usable_hbm
+            c, self.trained_config, len(self.devices), self.chip.usable_hbm
         )
         return self._target(axis_sizes, reason)
 
@@ -168,7 +168,7 @@ class Job:
             f"{shape.rows} rows of {shape.tokens} tokens{accumulation}{remat}{base}",
             shape.rows,
             lambda: programs.lower_train_step(
-                c, config, self._mesh(self.train_target), shape, self.platform
+                c, config, self._mesh(self.train_target), shape, self.chip
             ),
             self.train_target,
             model_flops=count_model_flops(self.model_config, *shape, trained),
@@ -178,9 +178,7 @@ class Job:
 
     def _compile_inference(self, program: str) -> Report:
         config, mesh = self.inference_config, self._mesh(self.inference_target)
-        engine = programs.AbstractEngine(
-            config, mesh, int8_cache=self.int8_cache, target=self.platform
-        )
+        engine = programs.AbstractEngine(config, mesh, int8_cache=self.int8_cache, chip=self.chip)
         rows, context = self.batch_size, self.context
         lower: Callable[[], Any]
         description, lower = {

@@ -4,6 +4,7 @@ They are the programs that really run, `train_step.make_step` and those of `infe
 with `jax.ShapeDtypeStruct`s that carry shardings instead of arrays.
 """
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from minigpt4_jax.aot.chip import Chip
+from minigpt4_jax.aot.topology import CHIPS
 from minigpt4_jax.checkpoint.loader import parameter_dtype
 from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import ModelConfig
@@ -48,6 +51,11 @@ P: Any = PartitionSpec
 
 BF16 = jnp.dtype(jnp.bfloat16)
 MAX_NEW_TOKENS = 256  # that the decoding state has buffers for
+ANY_TPU = CHIPS["v5e"]  # programs are traced alike for all TPUs
+
+
+def _compiling_for(chip: Chip) -> contextlib.AbstractContextManager[None]:
+    return platform.compiling_for(chip.platform, chip.compute_capability)
 
 
 def sharded_shape(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
@@ -121,10 +129,10 @@ def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Sp
 
 
 def lower_train_step(
-    c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape, target: str = "tpu"
+    c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: BatchShape, chip: Chip = ANY_TPU
 ) -> Any:
-    """The lowered training step, with one image per row. target: the platform, "tpu" or "gpu"."""
-    with platform.compiling_for(target):
+    """The lowered training step, with one image per row. chip: what it is traced for."""
+    with _compiling_for(chip):
         return _lower_train_step(c, config, mesh, shape)
 
 
@@ -154,11 +162,11 @@ def _lower_train_step(c: TrainConfig, config: ModelConfig, mesh: Mesh, shape: Ba
 
 class AbstractEngine(Engine):
     """An inference engine with shapes as parameters: its programs can be lowered, not run. Greedy
-    decoding. target: the platform, "tpu" or "gpu"."""
+    decoding. chip: what programs are traced for."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool, target: str = "tpu"):
-        self.mesh, self.target = mesh, target
-        with platform.compiling_for(target):
+    def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool, chip: Chip = ANY_TPU):
+        self.mesh, self.chip = mesh, chip
+        with _compiling_for(chip):
             self.model = model_shapes(config, mesh, stacked=False)
             if not config.is_stage1:
                 self.model.llm.int8_cache = int8_cache
@@ -174,7 +182,7 @@ class AbstractEngine(Engine):
         def encode(state: Any, pixels: jax.Array) -> jax.Array:
             return encode_pixels(nnx.merge(graphdef, state), pixels)
 
-        with platform.compiling_for(self.target):
+        with _compiling_for(self.chip):
             options = platform.compiler_options("products")
             return jax.jit(with_mesh(encode, self.mesh), compiler_options=options).lower(
                 state, pixels
@@ -182,14 +190,14 @@ class AbstractEngine(Engine):
 
     def lower_prefill(self, rows: int, tokens: int, context: int) -> Any:
         """Prefill of prompts of `tokens` tokens into a cache of `context`."""
-        with platform.compiling_for(self.target):
+        with _compiling_for(self.chip):
             return self._prefill.lower(
                 self._leaves, self._request_shapes(rows, tokens), context, MAX_NEW_TOKENS, self.plan
             )
 
     def lower_decode(self, rows: int, context: int) -> Any:
         """The decoding loop over a cache of `context`; an iteration generates one token per row."""
-        with platform.compiling_for(self.target):
+        with _compiling_for(self.chip):
             requests = self._request_shapes(rows, min(32, context))
             state = self._prefill.eval_shape(
                 self._leaves, requests, context, MAX_NEW_TOKENS, self.plan

@@ -11,7 +11,8 @@ from contextvars import ContextVar
 
 import jax
 
-_TARGET: ContextVar[str | None] = ContextVar("target", default=None)
+# Platform and compute capability that a plan is for
+_TARGET: ContextVar[tuple[str, tuple[int, int]] | None] = ContextVar("target", default=None)
 CompilerOptions = dict[str, bool | int | str]
 
 # Options of XLA's compiler for GPUs, by what bounds a program.
@@ -35,13 +36,14 @@ _GPU_OPTIONS: dict[str, CompilerOptions] = {
 
 def backend() -> str:
     """The platform of programs traced in this context: "cpu", "gpu" or "tpu"."""
-    return _TARGET.get() or jax.default_backend()
+    target = _TARGET.get()
+    return jax.default_backend() if target is None else target[0]
 
 
 @contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Trace programs for another platform than this machine's."""
-    token = _TARGET.set(platform)
+def compiling_for(platform: str, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Trace programs for another platform than this machine's. capability: compute capability of a GPU."""
+    token = _TARGET.set((platform, capability))
     try:
         yield
     finally:
@@ -55,11 +57,14 @@ def compiler_options(bound: str) -> CompilerOptions | None:
 
 
 def compute_capability() -> tuple[int, int]:
-    """That of this machine's NVIDIA GPU; (9, 0) in a plan, whose GPU is not looked up, and (0, 0) for GPUs of
-    other makers."""
+    """That of the NVIDIA GPU that programs are traced for; (0, 0) for GPUs of other makers, and without a
+    GPU."""
+    target = _TARGET.get()
+    if target is not None:
+        return target[1]
     device = jax.devices()[0]
-    if _TARGET.get() is not None or device.platform != "gpu":
-        return 9, 0
+    if device.platform != "gpu":
+        return 0, 0
     major, _, minor = str(device.compute_capability).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
