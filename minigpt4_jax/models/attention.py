@@ -41,6 +41,12 @@ def attention(
     causal, a query attends to itself and the window - 1 keys before it. bias [1, N, T, S]: added to
     the scores.
     """
+    if q.dtype == jnp.bfloat16 and _lacks_bfloat16():
+        y = attention(
+            *(a.astype(jnp.float32) for a in (q, k, v)), scale=scale, causal=causal, lengths=lengths,
+            mask=mask, segments=segments, window=window, bias=bias,
+        )  # fmt: skip
+        return y.astype(q.dtype)
     plain = segments is None and mask is None and bias is None
     if plain and cudnn_supports(q):
         return cudnn_attention(q, k, v, scale, causal=causal, lengths=lengths, window=window)
@@ -125,6 +131,12 @@ def cached_attention(
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return y.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
+def _lacks_bfloat16() -> bool:
+    """Whether programs are traced for an NVIDIA GPU before Ampere: XLA has no bfloat16 product with the
+    float32 sums that JAX's attention asks for there."""
+    return backend() == "gpu" and (0, 0) < compute_capability() < (8, 0)
 
 
 def cudnn_supports(q: jax.Array) -> bool:

@@ -1,11 +1,18 @@
-"""The splash attention kernel equals ordinary attention, forward and backward."""
+"""The splash attention kernel equals ordinary attention, forward and backward; which attention a GPU gets."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.models.attention import SPLASH_BLOCK, attention, splash_attention
+from minigpt4_jax.models.attention import (
+    SPLASH_BLOCK,
+    attention,
+    cudnn_supports,
+    splash_attention,
+)
 from minigpt4_jax.utils import platform
 
 
@@ -60,3 +67,19 @@ def test_long_rows_on_a_tpu_use_the_kernel(target, tokens, width, dtype, window,
     with platform.compiling_for(target):
         program = jax.jit(f).trace(q, k, k).lower(lowering_platforms=(target,)).as_text()
     assert ("tpu_custom_call" in program) == uses_kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "uses_cudnn", "dtype"),
+    [((7, 5), False, "f32"), ((8, 0), True, "bf16"), ((0, 0), False, "bf16")],
+)
+def test_attention_depends_on_the_gpu(capability, uses_cudnn, dtype, monkeypatch):
+    """cuDNN from Ampere on; before, float32, as XLA refuses bfloat16 there. (0, 0): not NVIDIA."""
+    q = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
+    with platform.compiling_for("gpu", capability):
+        assert cudnn_supports(q) == uses_cudnn
+        monkeypatch.setenv("MINIGPT4_JAX_CUDNN", "0")
+        program = jax.jit(lambda q: attention(q, q, q, scale=0.1, causal=True)).trace(q)
+    assert program.out_info.dtype == jnp.bfloat16
+    products = re.findall(r"dot_general.*?: \(tensor<[^>]*x(\w+)>", program.lower().as_text())
+    assert products and set(products) == {dtype}
