@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Product = Callable[
-    [jax.Array, jax.Array, Any], jax.Array
-]  # (x, weight [out, in], dtype of the result)
+# (x, weight [out, in], dtype of the result) -> the product
+Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def quantized_product(
@@ -80,10 +79,8 @@ def _dequantize(levels: jax.Array, scale: jax.Array, offset: jax.Array | None) -
     XLA unpacks int4 while it reads, but not nibbles that are taken from bytes."""
     shift = 0.0
     if levels.dtype == jnp.uint8:
-        levels, shift = (
-            jax.lax.bitcast_convert_type(levels, jnp.int4),
-            8.0,
-        )  # [out, groups, group / 2, 2]
+        levels = jax.lax.bitcast_convert_type(levels, jnp.int4)  # [out, groups, group / 2, 2]
+        shift = 8.0
     levels = levels.reshape(*scale.shape, -1)
     weight = levels.astype(scale.dtype) * scale[:, :, None]
     if offset is not None:
