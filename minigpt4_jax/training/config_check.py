@@ -53,6 +53,9 @@ def check(c: TrainConfig, *, model: bool = True, data: bool = True) -> TrainConf
     named = bool(c.data.path or c.data.mix) or not data
     _require("data.path", c.data.path, named, "a dataset: --config.data.path=FILE_OR_DIR")
     _check_mixture(c.data, c.batch_size, c.accumulate)
+    trains_qformer = c.qformer_lr_scale == 1 or not c.freeze_qformer
+    expected = "1.0, as the Q-Former is frozen, or config.freeze_qformer=false"
+    _require("qformer_lr_scale", c.qformer_lr_scale, trains_qformer, expected)
     needs_epoch = c.schedule == "step" and c.steps_per_epoch == 0
     expected = "a number above 0 with schedule=step"
     _require("steps_per_epoch", c.steps_per_epoch, not needs_epoch, expected)

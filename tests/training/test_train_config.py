@@ -120,6 +120,7 @@ def invalid_config_files(tmp_path):
         (["--config.init_lr=nan"], "config.init_lr is nan"),
         (["--config.min_lr=inf"], "config.min_lr is inf"),
         (["--config.seed=-1"], "config.seed is -1: expected 0 or more"),
+        (["--config.qformer_lr_scale=0.5"], "config.qformer_lr_scale is 0.5: expected 1.0, as"),
         (["--config.remat=maybe"], "config.remat is 'maybe': expected bool"),
         (["--config.batchsize=4"], "did you mean config.batch_size"),
         (["--config.path=x"], "did you mean config.data.path"),
