@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.chat_format import string_format, tokenizer_format, wants_tokenizer_template
+from convert.end_tokens import other_end_ids
 from convert.formats.gguf_blocks import BLOCK_FORMATS, kept_formats
 from convert.infer_config import lora_config, qformer_config, vision_config
 from convert.key_mapping import BLIP2, EVA, FINE_TUNED, NATIVE
@@ -273,8 +274,11 @@ def _read_tokenizer(
                     f"{language.tokenizer_origin} has {what}; prompts have the format "
                     f"{chat['chat_template']}: {chat['prompt_template']!r}"
                 )
+        ends: tuple[int, ...] = ()
+        if own:  # the other formats have stops of their own
+            ends = other_end_ids(language.end_ids, tokenizer, notes)
         config = TokenizerConfig(
-            tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, own
+            tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, own, ends
         )
         return config, tokenizer.vocab_size, chat
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.end_tokens import directory_end_ids, gguf_end_ids
 from convert.formats.gguf import PERMUTED, Gguf
 from convert.formats.gguf_tokenizer import tokenizer_files, unsaid
 from convert.formats.readers import Reader, combine, open_directory, read_json
@@ -38,6 +39,7 @@ class LanguageModelFiles:
     """Weights, the content of config.json, and tokenizer files (name -> path or content).
 
     tokenizer_origin: the directory or file they come from. config_label: of the configuration, in messages.
+    end_ids: tokens at which an answer ends.
     """
 
     reader: Reader
@@ -46,6 +48,7 @@ class LanguageModelFiles:
     tokenizer: Mapping[str, Path | bytes]
     tokenizer_origin: str
     config_label: str
+    end_ids: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)  # messages for the user
 
     def chat_template(self) -> str:
@@ -133,8 +136,9 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> LanguageModelFiles:
     table = gguf_table(heads, kv_heads, source.architecture in PERMUTED)
     files = find_tokenizer(tokenizer) if tokenizer else tokenizer_files(source)
     return LanguageModelFiles(
-        source.reader, table, config, files, str(tokenizer or path), str(path), notes
-    )
+        source.reader, table, config, files, str(tokenizer or path), str(path), gguf_end_ids(source),
+        notes,
+    )  # fmt: skip
 
 
 def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> LanguageModelFiles:
@@ -154,7 +158,7 @@ def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> Language
     folder = next((f for f in folders if _has_vocabulary(f)), folders[-1])
     return LanguageModelFiles(
         reader, llm_table(config.get("model_type")), config, find_tokenizer(folder), str(folder),
-        str(config_file),
+        str(config_file), directory_end_ids(config_file.parent, config),
     )  # fmt: skip
 
 

@@ -135,13 +135,15 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The kind of tokenizer in a model directory, and its special token ids."""
+    """The kind of tokenizer in a model directory, and its special token ids. end_ids: tokens besides EOS
+    that end an answer."""
 
     kind: str = "sentencepiece"  # or "hf"
     bos_id: int | None = 1
     eos_id: int = 2
     pad_id: int = 0
     chat_template: bool = False  # prompts are rendered by the tokenizer's own chat template
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

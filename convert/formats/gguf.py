@@ -250,8 +250,8 @@ _UNSUPPORTED: dict[str, Any] = {
     "leading_dense_block_count": 0, "attention.layer_norm_epsilon": None,
     "attention.group_norm_epsilon": None, "swin_norm": False,
 }  # fmt: skip
-# Metadata of the tokenizer that gguf_tokenizer.py reads, or that does not change the ids of a prompt: its
-# end follows from the chat template, and tokens for infilling, classes and masks are not used.
+# Metadata of the tokenizer that gguf_tokenizer.py and end_tokens.py read, or that is not used: tokens for
+# infilling, classes and masks.
 _TOKENIZER = (
     "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token",
     "add_space_prefix", "remove_extra_whitespaces", "bos_token_id", "eos_token_id",

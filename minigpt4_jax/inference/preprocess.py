@@ -169,6 +169,7 @@ class _StopRules(NamedTuple):
         sequences = [ids for text in (end, *texts) for ids in stop_sequences(tokenizer, text)]
         if not config.ends_at_eos:
             sequences = [ids for ids in sequences if ids != [tokenizer.eos_id]]
+        sequences += [[token] for token in config.tokenizer.end_ids]
         unique = [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
         # The end symbol needs a check of the text only if it is no single token.
         always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()

@@ -1,6 +1,7 @@
 """A converted model's prompts are those of its language model's own chat template, from any file format."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,12 @@ from helpers.released_files import llm_config, llm_state, save_hf
 
 from convert.build import build
 from convert.build_plan import BuildRequest, make_plan
+from convert.end_tokens import gguf_end_ids
 from convert.formats.gguf import Gguf
 from convert.formats.gguf_tokenizer import tokenizer_files
+from minigpt4_jax import load
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import RenderedPrompt, chat_format
 from minigpt4_jax.processing.sequences import build_conversation_row, prompt_tokens
 from minigpt4_jax.processing.tokenizer import load_tokenizer
@@ -228,6 +232,87 @@ def test_a_byte_level_gguf_adds_bos_where_its_directory_does(tmp_path, said):
     tokenizer = load_tokenizer(tmp_path, "hf")
     assert tokenizer.adds_bos == (said is not False)  # absent: as llama.cpp
     assert tokenizer.bos_id not in tokenizer.encode("a")
+
+
+@pytest.fixture
+def llama3(tmp_path):
+    """A Hugging Face directory and a GGUF file whose tokenizer is like Llama 3's."""
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["llama3"])
+    return language_model(tmp_path, folder, 400, "llama")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ([1, 2, "eos"], 3, (1, 2)),
+        (4, None, (4,)),
+        (None, None, ()),
+        ("eos", 3, ()),
+        ("none", [4, 5], (4, 5)),
+    ],
+)
+def test_end_tokens_of_a_directory_as_transformers_reads_them(
+    llama3, tmp_path, generation, config, expected
+):
+    """generation: eos_token_id of generation_config.json; "none": there is no such file."""
+    hf, _ = llama3
+    eos = load_tokenizer(hf, "hf").eos_id
+    document = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(document | {"eos_token_id": config}))
+    if generation != "none":
+        values = generation if isinstance(generation, list) else [generation]
+        ids = [eos if i == "eos" else i for i in values]
+        ids = ids if isinstance(generation, list) else ids[0]
+        (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    plan = make_plan(BuildRequest("minigpt4-vicuna", hf, tmp_path / "m"))
+    assert plan.config.tokenizer.end_ids == expected
+    assert any("an answer also ends at" in note for note in plan.notes) == bool(expected)
+    chosen = ["chat_template=vicuna0"]  # another format has stops of its own
+    plan = make_plan(BuildRequest("minigpt4-vicuna", hf, tmp_path / "m", settings=chosen))
+    assert plan.config.tokenizer.end_ids == ()
+
+
+def test_end_tokens_that_cannot_be_used_are_named(llama3, tmp_path):
+    hf, _ = llama3
+    path = hf / "generation_config.json"
+    path.write_text('{"eos_token_id": [1, 4000]}')
+    plan = make_plan(BuildRequest("minigpt4-vicuna", hf, tmp_path / "m"))
+    assert plan.config.tokenizer.end_ids == (1,)
+    assert any("end tokens 4000" in note and "not used" in note for note in plan.notes)
+    path.write_text('{"eos_token_id": "<|eot_id|>"}')
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id '<\|eot_id\|>'"):
+        make_plan(BuildRequest("minigpt4-vicuna", hf, tmp_path / "m"))
+
+
+def test_end_tokens_of_a_gguf_file(llama3, tmp_path):
+    _, file = llama3
+    source = Gguf(file)
+    ends = {"eot_token_id": 5, "eom_token_id": 6}
+    for name, value in ends.items():
+        source._values[f"tokenizer.ggml.{name}"] = SimpleNamespace(
+            contents=lambda value=value: value
+        )
+    assert gguf_end_ids(source) == (5, 6)
+
+
+def test_every_way_to_generate_ends_at_an_end_token(tmp_path):
+    folder = chat_families.write_tokenizer(tmp_path / "t", FAMILIES["llama3"])
+    llm, _ = language_model(tmp_path, folder, 400, "llama")
+    build(BuildRequest("minigpt4-vicuna", llm, tmp_path / "m"))
+    model = load(tmp_path / "m", "float32")
+    options = {"template": True, "max_new_tokens": 12}
+    uncut = model.generate_details(None, ["a"], **options)[0][0].ids
+    end = uncut[5]
+    cut = uncut[: uncut.index(end) + 1]
+    ends = replace(model.config.tokenizer, end_ids=(end,))
+    model.config = replace(model.config, tokenizer=ends)
+    for beams in (1, 2):
+        ((output,),) = model.generate_details(None, ["a"], num_beams=beams, **options)
+        assert output.finish_reason == "stop" or end not in output.ids
+        assert beams > 1 or output.ids == cut
+    text = model.generate(None, ["a"], **options)[0]
+    assert "".join(model.stream(None, "a", **options)) == text
+    assert model.conversation().ask("a", max_new_tokens=12) == text
 
 
 def test_added_tokens_that_only_tokenizer_json_lists_are_not_split(tmp_path):
