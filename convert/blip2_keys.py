@@ -103,6 +103,11 @@ STAGE2_OPT = stage2_table("BLIP-2 with OPT", "opt_proj", ["opt_model.lm_head.wei
 STAGE2_T5 = stage2_table("BLIP-2 with FlanT5", "t5_proj", _T5_EMBEDDINGS)
 INSTRUCT_VICUNA = stage2_table("InstructBLIP with Vicuna", "llm_proj", [], text=True)
 INSTRUCT_T5 = stage2_table("InstructBLIP with FlanT5", "t5_proj", _T5_EMBEDDINGS, text=True)
+# the variants whose checkpoints LAVIS writes
+LAVIS_TABLES = {
+    "blip2-qformer": STAGE1, "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5,
+    "instructblip-vicuna": INSTRUCT_VICUNA, "instructblip-flant5": INSTRUCT_T5,
+}  # fmt: skip
 
 # --- Hugging Face ---------------------------------------------------------------------------------
 

@@ -10,11 +10,7 @@ import numpy as np
 from convert.blip2_keys import (
     BERT,
     HF_QKV_BIAS,
-    INSTRUCT_T5,
-    INSTRUCT_VICUNA,
-    STAGE1,
-    STAGE2_OPT,
-    STAGE2_T5,
+    LAVIS_TABLES,
     Blip2Table,
 )
 from convert.formats.readers import Reader, open_directory, read_json
@@ -33,7 +29,7 @@ from convert.key_mapping import (
 from convert.sources import MappedCheckpoint, ParameterSource, open_checkpoint
 from minigpt4_jax.errors import UserError
 
-_LAVIS = (STAGE1, STAGE2_OPT, STAGE2_T5, INSTRUCT_VICUNA, INSTRUCT_T5)
+_LAVIS = tuple(LAVIS_TABLES.values())
 _KNOWN = (*_LAVIS, NATIVE, EVA, BLIP2, LLM, FINE_TUNED)
 
 # Adds the row of `[DEC]`, which BERT's vocabulary lacks.

@@ -1,5 +1,7 @@
 """Plans the build of BLIP-2 with a language model, OPT or FlanT5, and of InstructBLIP."""
 
+import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,8 @@ from typing import Any
 from convert.blip2_keys import (
     HF_INSTRUCT_RULES,
     HF_STAGE2_RULES,
-    INSTRUCT_T5,
-    INSTRUCT_VICUNA,
+    LAVIS_TABLES,
     STAGE1,
-    STAGE2_OPT,
-    STAGE2_T5,
     Blip2Table,
 )
 from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
@@ -19,7 +18,13 @@ from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
 from convert.build_plan import BuildPlan, BuildRequest
 from convert.formats.readers import read_json
 from convert.infer_config import qformer_config, text_config
-from convert.instructblip import CAPTION_PROMPT, MAX_TEXT_LENGTH, check_options, qformer_vocabulary
+from convert.instructblip import (
+    CAPTION_PROMPT,
+    MAX_TEXT_LENGTH,
+    check_options,
+    is_instructblip,
+    qformer_vocabulary,
+)
 from convert.key_mapping import BLIP2, NATIVE, ignore
 from convert.language_model import TokenizerFiles, find_tokenizer, open_llm
 from convert.llm_config import llm_config, resolve_tied_embeddings
@@ -38,16 +43,12 @@ _MODEL_TYPES = {
 _EXAMPLES = {
     "opt": "facebook/opt-2.7b", "t5": "google/flan-t5-xl", "llama": "lmsys/vicuna-7b-v1.1"
 }  # fmt: skip
-_LAVIS_TABLES = {
-    "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5, "instructblip-vicuna": INSTRUCT_VICUNA,
-    "instructblip-flant5": INSTRUCT_T5,
-}  # fmt: skip
 
 
 def plan_stage2(request: BuildRequest) -> BuildPlan:
     """As `make_blip2_plan`, for a variant with a language model."""
     settings, notes = parse_settings(request.settings), list[str]()
-    instructed = request.variant.startswith("instructblip")
+    instructed = is_instructblip(request.variant)
     if instructed:
         check_options(request)
     checkpoints = open_vision(request)
@@ -62,7 +63,7 @@ def plan_stage2(request: BuildRequest) -> BuildPlan:
         llm, of_llm, tokenizer = _open_language_model(request, notes)
         checkpoints.append(of_llm)
         if request.checkpoint is not None:
-            tables = (_LAVIS_TABLES[request.variant], NATIVE)
+            tables = (LAVIS_TABLES[request.variant], NATIVE)
             checkpoints.append(open_lavis("--checkpoint", request.checkpoint, tables))
     sources = combine_sources(checkpoints)
     files = _load_tokenizer(tokenizer)
@@ -125,22 +126,19 @@ def _open_hf_model(
     label = str(request.checkpoint / "config.json")
     whole_config = read_json(request.checkpoint / "config.json")
     values = whole_config.get("text_config") or {}
-    instructed = request.variant.startswith("instructblip")
+    instructed = is_instructblip(request.variant)
     if (whole_config["model_type"] == "instructblip") != instructed:
         raise UserError(
-            f"{label}: a {whole_config['model_type']} model, which is not {request.variant}: choose another "
-            "--variant"
+            f"{label}: model_type is {whole_config['model_type']!r}, but --variant is {request.variant}; "
+            f"choose {'a blip2' if instructed else 'an instructblip'} variant"
         )
     _check_model_type(request, values.get("model_type"), label)
     table = llm_table(values.get("model_type"))
     rules = [rule.with_prefix("language_model.") for rule in table.rules]
     ignored = ignore(*(rf"language_model\.({p.pattern})" for p in table.ignored))
-    kind, of_vision = (
-        "Instruct" if instructed else "",
-        HF_INSTRUCT_RULES if instructed else HF_STAGE2_RULES,
-    )
-    name = f"Hugging Face's {kind or 'Blip2'}ForConditionalGeneration"
-    whole = Blip2Table(name, [*of_vision, *rules], ignored)
+    name = f"Hugging Face's {'InstructBlip' if instructed else 'Blip2'}ForConditionalGeneration"
+    other_rules = HF_INSTRUCT_RULES if instructed else HF_STAGE2_RULES
+    whole = Blip2Table(name, [*other_rules, *rules], ignored)
     checkpoint = open_hf("--checkpoint", request.checkpoint, whole)
     llm = asdict(llm_config(values, label, notes))
     resolve_tied_embeddings(llm, checkpoint, notes)
@@ -156,7 +154,7 @@ def _open_language_model(
             f"{request.variant} needs --llm=PATH, its language model (for instance "
             f"{_EXAMPLES[_MODEL_TYPES[request.variant]]}), or --checkpoint=DIR in Hugging Face's layout"
         )
-    instructed = request.variant.startswith("instructblip")  # its --tokenizer is the Q-Former's
+    instructed = is_instructblip(request.variant)  # its --tokenizer is the Q-Former's
     tokenizer = None if instructed else request.tokenizer
     language = open_llm(request.llm, request.llm_delta, tokenizer)
     _check_model_type(request, language.config.get("model_type"), language.config_label)
@@ -188,7 +186,7 @@ def _qformer_values(
     if recorded is None:
         recorded = qformer_config(found[-1].shapes("qformer."), found[-1].label, settings)
     text = {"vocab": 0, "max_positions": 0, "itc_width": 0, "lm_head": False}
-    if request.variant.startswith("instructblip"):
+    if is_instructblip(request.variant):
         text |= text_config(found[-1].shapes("qformer."), found[-1].label)
     return {**recorded, **text}
 
@@ -197,9 +195,6 @@ def _load_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer as `load` will read it: LLaMA's sentencepiece model where it is alone, as LAVIS reads it.
     UserError: it cannot be read."""
     kind = "hf" if {"tokenizer.json", "vocab.json", "spiece.model"} & set(files.files) else None
-    import shutil
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.files.items():
             if isinstance(content, bytes):

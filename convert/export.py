@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from convert.blip2_keys import INSTRUCT_T5, INSTRUCT_VICUNA, STAGE1, STAGE2_OPT, STAGE2_T5
+from convert.blip2_keys import LAVIS_TABLES
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
 from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
@@ -29,11 +29,6 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_error
 from minigpt4_jax.storage.paths import parse_local_path, parse_path
 
-# the key tables of BLIP-2's variants
-_TABLES = {
-    "blip2-qformer": STAGE1, "blip2-opt": STAGE2_OPT, "blip2-flant5": STAGE2_T5,
-    "instructblip-vicuna": INSTRUCT_VICUNA, "instructblip-flant5": INSTRUCT_T5,
-}  # fmt: skip
 Load = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 
@@ -55,7 +50,7 @@ def export(
         )
     config = read_config(model_dir)
     tensors = Tensors(model_dir)
-    table = _TABLES.get(config.variant, FINE_TUNED)
+    table = LAVIS_TABLES.get(config.variant, FINE_TUNED)
     trained: dict[str, Load] = {}
     for name in sorted(_trained_names(model_dir, tensors, config)):
         key = original_key(table, name)

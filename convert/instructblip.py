@@ -14,6 +14,11 @@ _FOLDER = "qformer_tokenizer"  # in Hugging Face directories
 QFORMER_FILES = (f"{_FOLDER}/{VOCABULARY}", f"{_FOLDER}/tokenizer.json")
 
 
+def is_instructblip(variant: str) -> bool:
+    """Whether a variant's Q-Former reads the instruction."""
+    return variant.startswith("instructblip")
+
+
 def check_options(request: BuildRequest) -> None:
     """UserError: an option that InstructBLIP has no use for."""
     if request.qformer is not None:
@@ -33,20 +38,21 @@ def qformer_vocabulary(
     """BERT's vocabulary, from --tokenizer or the directory of --checkpoint. UserError: there is none, or
     it is another one than the Q-Former was trained with."""
     assert request.checkpoint is not None
-    folders = [request.tokenizer] if request.tokenizer else [request.checkpoint / _FOLDER]
-    for folder in folders:
-        content = _read_vocabulary(folder)
-        if content is None:
-            continue
-        words = len(content.splitlines())
-        rows = 0 if qformer is None else qformer.vocab
-        if words not in (rows, rows - 1):  # [DEC] is not in all files
-            raise UserError(f"{folder}: {words} tokens; the Q-Former has {rows} with [DEC]")
-        return {QFORMER_VOCABULARY: content}
-    raise UserError(
-        f"{request.variant} needs --tokenizer=DIR with BERT's {VOCABULARY}, which its Q-Former reads; "
-        f"{folders[0]} has none"
-    )
+    folder = request.tokenizer or request.checkpoint / _FOLDER
+    content = _read_vocabulary(folder)
+    if content is None:
+        raise UserError(
+            f"{request.variant} needs --tokenizer=DIR with BERT's {VOCABULARY}, which its Q-Former reads; "
+            f"{folder} has none"
+        )
+    words = len(content.splitlines())
+    rows = 0 if qformer is None else qformer.vocab
+    if words not in (rows, rows - 1):  # [DEC] is not in all files
+        raise UserError(
+            f"{folder}: {words} tokens, but the Q-Former has {rows} with [DEC]; give the --tokenizer that it "
+            "was trained with"
+        )
+    return {QFORMER_VOCABULARY: content}
 
 
 def _read_vocabulary(folder: Path) -> bytes | None:

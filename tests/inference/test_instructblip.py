@@ -196,8 +196,13 @@ def test_what_does_not_belong_together(case, tmp_path):
             build(BuildRequest(**(request | changes)))
         assert not (tmp_path / "x").exists()
 
-    refused("a instructblip model, which is not blip2-", variant="blip2-opt")
-    refused("has 3001 with", tokenizer=reference.CHECKPOINTS / "bert-base-uncased-full")
+    refused(
+        "model_type is 'instructblip', but --variant is blip2-opt; choose an", variant="blip2-opt"
+    )
+    refused(
+        "has 3001 with .* give the --tokenizer",
+        tokenizer=reference.CHECKPOINTS / "bert-base-uncased-full",
+    )
     copied = shutil.copytree(hf, tmp_path / "hf")
     (copied / "config.json").write_text(
         (copied / "config.json")
