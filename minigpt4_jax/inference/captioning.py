@@ -9,10 +9,8 @@ from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
 
 VQA_PROMPT = "Question: {} Short answer:"  # of LAVIS' evaluation
-INSTRUCTED_LENGTH = (
-    256  # of answers of InstructBLIP, and the penalty of tokens that they have already
-)
-INSTRUCTED_PENALTY = 1.5
+# max_length and repetition_penalty of LAVIS' `generate` of InstructBLIP
+INSTRUCTED_LENGTH, INSTRUCTED_PENALTY = 256, 1.5
 
 
 def caption_config(

@@ -89,10 +89,10 @@ class QFormerModel(Model):
         UserError: a text longer than the model's positions, or weights without projections.
         """
         self._check_projections()
-        tokens, lengths = self._tokenize(texts, max_length)
-        padded = pad_rows(tokens, lengths)
-        embeds, projected = self._programs.text(self._state, *padded)
-        b, t = len(lengths), int(lengths.max())
+        tokens = self._tokenize(texts, max_length)
+        embeds, projected = self._programs.text(self._state, *pad_rows(tokens))
+        lengths = np.array([len(row) for row in tokens], np.int32)
+        b, t = len(tokens), int(lengths.max())
         return TextFeatures(np.asarray(embeds)[:b, :t], np.asarray(projected)[:b, :t], lengths)
 
     def encode_multimodal(
@@ -107,8 +107,8 @@ class QFormerModel(Model):
         images may be the features of `encode_image`. Otherwise as `encode_text`.
         """
         features = self._image_features(images)
-        tokens, lengths = self._tokenize(texts, max_length)
-        queries, _ = self._read_pairs(features.vision, tokens, lengths)
+        tokens = self._tokenize(texts, max_length)
+        queries, _ = self._read_pairs(features.vision, tokens)
         return queries
 
     # --- scores ------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ class QFormerModel(Model):
         """Matching logits of pairs: [B, 2] float32, the second is that of a match. texts: one for each
         image, or several for a single image, or one for several images."""
         features = self._image_features(images)
-        tokens, lengths = self._tokenize(texts, max_length)
-        return self._read_pairs(features.vision, tokens, lengths)[1]
+        tokens = self._tokenize(texts, max_length)
+        return self._read_pairs(features.vision, tokens)[1]
 
     def itm_scores(
         self,
@@ -165,16 +165,15 @@ class QFormerModel(Model):
         if k_test < 1:
             raise UserError(f"k_test {k_test}: expected at least 1")
         features = self._image_features(images)
-        tokens, lengths = self._tokenize(texts, max_length)
-        padded = pad_rows(tokens, lengths)
-        projected = np.asarray(self._programs.text(self._state, *padded)[1])[: len(lengths)]
+        tokens = self._tokenize(texts, max_length)
+        _, padded = self._programs.text(self._state, *pad_rows(tokens))
+        projected = np.asarray(padded)[: len(tokens)]
         similarities = _max_cosine(features.projected, projected[:, 0])
 
         def match(pairs: np.ndarray) -> np.ndarray:  # [N, 2] image and text numbers -> [N]
             rows = [tokens[j] for j in pairs[:, 1]]
-            return self._read_pairs(features.vision[pairs[:, 0]], rows, lengths[pairs[:, 1]])[1][
-                :, 1
-            ]
+            _, logits = self._read_pairs(features.vision[pairs[:, 0]], rows)
+            return logits[:, 1]
 
         return rerank(similarities, match, k_test)
 
@@ -223,8 +222,8 @@ class QFormerModel(Model):
         if q is None or not q.itc_width:
             raise UserError("this Q-Former has no contrastive projections and no matching head")
 
-    def _tokenize(self, texts: Texts, max_length: int | None) -> tuple[list[list[int]], np.ndarray]:
-        """Rows of ids, and their lengths [B]. UserError: no text, or too long a one."""
+    def _tokenize(self, texts: Texts, max_length: int | None) -> list[list[int]]:
+        """Rows of ids. UserError: no text, or too long a one."""
         flat = [texts] if isinstance(texts, str) else list(texts)
         if not flat:
             raise UserError("there are no texts; expected at least one")
@@ -240,17 +239,17 @@ class QFormerModel(Model):
                     f"text {i}: {len(rows[-1])} tokens exceed the Q-Former's {limit} positions; shorten it, "
                     "or give max_length"
                 )
-        return rows, np.array([len(row) for row in rows], np.int32)
+        return rows
 
     def _read_pairs(
-        self, vision: np.ndarray, tokens: list[list[int]], lengths: np.ndarray
+        self, vision: np.ndarray, tokens: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Pairs of vision [B, S, Dv] and texts -> (queries [B, P, D], matching logits [B, 2])."""
-        vision, tokens, lengths = _broadcast_pairs(vision, tokens, lengths)
+        vision, tokens = _broadcast_pairs(vision, tokens)
         results = []
         for start in range(0, len(tokens), PAIR_BATCH):
             part = slice(start, start + PAIR_BATCH)
-            ids, counts = pad_rows(tokens[part], lengths[part])
+            ids, counts = pad_rows(tokens[part])
             images = np.zeros((len(ids), *vision.shape[1:]), np.float32)
             images[: len(vision[part])] = vision[part]
             outputs = self._programs.pairs(self._state, images, ids, counts)
@@ -290,19 +289,19 @@ def _max_cosine(queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def _broadcast_pairs(
-    vision: np.ndarray, tokens: list[list[int]], lengths: np.ndarray
-) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+    vision: np.ndarray, tokens: list[list[int]]
+) -> tuple[np.ndarray, list[list[int]]]:
     """Equally many images and texts; a single one goes with each of the others."""
     count = max(len(vision), len(tokens))
     if len(vision) == 1:
         vision = np.broadcast_to(vision, (count, *vision.shape[1:]))
     if len(tokens) == 1:
-        tokens, lengths = tokens * count, np.repeat(lengths, count)
+        tokens = tokens * count
     if len(vision) != len(tokens):
         raise UserError(
             f"{len(vision)} images and {len(tokens)} texts; expected the same number, or one of either"
         )
-    return vision, tokens, lengths
+    return vision, tokens
 
 
 class _Programs:

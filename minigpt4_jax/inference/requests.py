@@ -90,18 +90,16 @@ def bucket(n: int, smallest: int = 32) -> int:
     return three_quarters if size > 2 * smallest and n <= three_quarters else size
 
 
-def pad_rows(
-    rows: Sequence[Sequence[int]], lengths: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids -> tokens [B, T] and lengths [B], with B and T rounded up to limit compilations."""
-    lengths = np.array([len(row) for row in rows], np.int32) if lengths is None else lengths
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids -> tokens [B, T] and lengths [B] int32, with B and T rounded up to limit compilations.
+
+    Rows that fill up B have one token."""
     b = next_power_of_two(len(rows))
-    tokens = np.zeros((b, bucket(int(lengths.max()))), np.int32)
-    for target, row in zip(tokens, rows, strict=False):
-        target[: len(row)] = row
-    padded = np.ones(b, np.int32)
-    padded[: len(rows)] = lengths
-    return tokens, padded
+    tokens = np.zeros((b, bucket(max(map(len, rows)))), np.int32)
+    lengths = np.ones(b, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
 
 
 def section(request: Request, start: int, stop: int | None = None) -> Request:
