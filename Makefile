@@ -1,4 +1,4 @@
-# make quickstart   a model that describes images, from nothing, in about twelve minutes
+# make quickstart   a model that describes images, from nothing, in 8 to 16 minutes
 # make tiny_v2      MiniGPT-v2's tasks, with boxes, in about half an hour
 # make compare      BLIP-2's way of training beside MiniGPT-4's stages, in half an hour
 # make demo         a web page to talk with the models of these two

@@ -58,14 +58,19 @@ def draw_dataset(out: Path, images: int, seed: int) -> None:
     write_dataset(out, train=images, heldout=HELD_OUT, heldout_pairs=HELD_OUT, seed=seed, workers=2)
 
 
-def train_with_config(config: str, model: Path, data: Path, seed: int, workdir: Path) -> Path:
-    """Train by a shipped configuration on one data file; returns the trained model's directory."""
+def train_with_config(
+    config: str, model: Path, data: Path, seed: int, workdir: Path, **changes: Any
+) -> Path:
+    """Train by a shipped configuration on one data file; returns the trained model's directory.
+
+    changes: keys of the configuration with other values.
+    """
     from minigpt4_jax.training.config_cli import read_config_file
     from minigpt4_jax.training.config_values import from_mapping
     from minigpt4_jax.training.trainer import train
 
     values = read_config_file(config)
-    values |= {"model": str(model), "seed": seed}
+    values |= {"model": str(model), "seed": seed} | changes
     values["data"]["path"] = (str(data),)
     return train(from_mapping(values), workdir).model
 

@@ -34,14 +34,15 @@ class Way(NamedTuple):
 
     title: str
     config: str
+    steps: int  # fewer than the quickstart's: eight trainings are to fit into half an hour
     after: str | None = None
 
 
 WAYS = {
-    "a": Way("Q-Former and projection, captions (BLIP-2)", "quickstart:qformer"),
-    "b": Way("projection, captions (stage 1)", "quickstart:stage1"),
-    "c": Way("b, then stage 2 (MiniGPT-4)", "quickstart:stage2", after="b"),
-    "d": Way("a, then stage 2", "quickstart:stage2", after="a"),
+    "a": Way("Q-Former and projection, captions (BLIP-2)", "quickstart:qformer", 240),
+    "b": Way("projection, captions (stage 1)", "quickstart:stage1", 240),
+    "c": Way("b, then stage 2 (MiniGPT-4)", "quickstart:stage2", 200, after="b"),
+    "d": Way("a, then stage 2", "quickstart:stage2", 200, after="a"),
 }
 
 
@@ -99,7 +100,9 @@ class Comparison:
             stage = "stage2" if way.config.endswith("stage2") else "stage1"
             before = time.perf_counter()
             rows = data / "train" / f"{stage}.jsonl"
-            trained = common.train_with_config(way.config, start, rows, seed, folder / name)
+            trained = common.train_with_config(
+                way.config, start, rows, seed, folder / name, steps=way.steps
+            )
             seconds[name] = time.perf_counter() - before + seconds.get(way.after or "", 0.0)
             measured, answers[name] = measure(
                 trained, name, data / "heldout", self.judged, seconds[name]
