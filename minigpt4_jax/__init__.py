@@ -1,4 +1,4 @@
-"""MiniGPT-4 and MiniGPT-v2 in JAX: convert released weights, train the projection, describe images."""
+"""MiniGPT-4, MiniGPT-v2 and BLIP-2 in JAX: convert released weights, train, describe images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -46,7 +46,7 @@ def usage() -> str:
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: minigpt4 COMMAND [OPTION]...", "", "MiniGPT-4 and MiniGPT-v2 in JAX.", "",
+            "usage: minigpt4 COMMAND [OPTION]...", "", "MiniGPT-4, MiniGPT-v2 and BLIP-2 in JAX.", "",
             *lines, "", "minigpt4 COMMAND --help explains a command.",
         ]
     )  # fmt: skip

@@ -164,7 +164,7 @@ def measure(
         words=statistics.median(len(text.split()) for text in texts),
         loss=float(nll.sum() / tokens.sum()),
         seconds=round(seconds, 1),
-        trained=count_trained(model.config, qformer=way in ("a", "d")),
+        trained=count_trained(model.config, qformer=trains_qformer(way)),
     )
     return measured, texts
 
@@ -175,6 +175,18 @@ def judge(scenes: "Sequence[tuple[Path, Scene]]", texts: Sequence[str]) -> tuple
 
     figures = judge_descriptions(description_rows(scenes), texts).original
     return figures["exact"] / 100, figures["attributes"] / 100
+
+
+def trains_qformer(way: str) -> bool:
+    """Whether the Q-Former learns in a way, or in the one that it continues from."""
+    from minigpt4_jax.training.config import TrainConfig
+    from minigpt4_jax.training.config_cli import read_config_file
+    from minigpt4_jax.training.config_values import build
+
+    _, config, _, after = WAYS[way]
+    if after is not None and trains_qformer(after):
+        return True
+    return not build(TrainConfig, read_config_file(config), "config").freeze_qformer
 
 
 def count_trained(config: "ModelConfig", *, qformer: bool) -> int:

@@ -52,6 +52,12 @@ def test_judge_counts_entirely_right_texts(tmp_path):
     assert right == 0.5 and 0.5 <= attributes < 1
 
 
+def test_the_configurations_say_in_which_ways_the_qformer_learns(monkeypatch):
+    assert [way for way in WAYS if compare.trains_qformer(way)] == ["a", "d"]
+    monkeypatch.setitem(WAYS, "b", WAYS["b"]._replace(config="quickstart:qformer"))
+    assert compare.trains_qformer("b") and compare.trains_qformer("c")
+
+
 def test_trained_parameters_of_both_ways():
     config = ModelConfig()
     projection = compare.count_trained(config, qformer=False)
