@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +20,33 @@ class Outcome:
     row: int
     sent: float
     status: int = 0
+    retry_after: str = ""  # seconds, of a refused request
     text: str = ""
     tokens: int = 0
+    prompt_tokens: int = 0
     arrivals: list[float] = field(default_factory=list)  # of the pieces of a streamed answer
     ended: float = 0.0
     error: str = ""
 
 
 async def post(
-    port: int, row: int, body: dict[str, Any], *, read_delay: float = 0.0, leave_after: int = 0
+    port: int,
+    row: int,
+    body: dict[str, Any],
+    *,
+    read_delay: float = 0.0,
+    leave_after: int | None = None,
+    reset: bool = False,
+    begun: asyncio.Event | None = None,
 ) -> Outcome:
-    """One request to /v1/chat/completions. read_delay: seconds before each piece is read, as of a slow
-    reader. leave_after: close the connection after so many pieces."""
+    """One request to /v1/chat/completions. If it is left, the outcome's error is "left".
+
+    Args:
+        read_delay: seconds before each piece is read, as of a slow reader.
+        leave_after: close the connection after so many pieces; 0: as soon as the request is sent.
+        reset: break the connection (RST) instead of closing it, as when a client's machine fails.
+        begun: set at the first piece.
+    """
     outcome = Outcome(row, time.perf_counter())
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     data = json.dumps(body).encode()
@@ -39,49 +56,58 @@ async def post(
     )
     try:
         await writer.drain()
+        if leave_after == 0:
+            outcome.error = "left"
+            return outcome
         outcome.status = int((await reader.readline()).split()[1])
-        while (await reader.readline()).strip():
-            pass
+        while header := (await reader.readline()).decode().strip():
+            name, _, value = header.partition(":")
+            if name.lower() == "retry-after":
+                outcome.retry_after = value.strip()
         if outcome.status != 200 or not body.get("stream"):
             answer = await reader.read()
             outcome.error = "" if outcome.status == 200 else answer.decode(errors="replace")[:200]
         else:
-            await _read_stream(reader, outcome, read_delay, leave_after)
+            async for _ in _pieces(reader, outcome):
+                if begun is not None:
+                    begun.set()
+                if len(outcome.arrivals) == leave_after:
+                    outcome.error = "left"
+                    break
+                await asyncio.sleep(read_delay)
     except (OSError, asyncio.IncompleteReadError) as e:
         outcome.error = repr(e)
     finally:
         outcome.ended = time.perf_counter()
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        await _close(writer, reset=reset)
     return outcome
 
 
-async def _read_stream(
-    reader: asyncio.StreamReader, outcome: Outcome, read_delay: float, leave_after: int
-) -> None:
-    async for line in _lines(reader):
+async def _close(writer: asyncio.StreamWriter, *, reset: bool) -> None:
+    if reset:  # closing a socket that does not linger sends RST
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+async def _pieces(reader: asyncio.StreamReader, outcome: Outcome) -> AsyncIterator[str]:
+    """The pieces of a streamed answer, also noted in the outcome."""
+    while line := await reader.readline():
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[6:])
         if "error" in event:
             outcome.error = event["error"]["message"]
-        elif event["choices"]:
-            if piece := event["choices"][0]["delta"].get("content"):
-                outcome.text += piece
-                outcome.arrivals.append(time.perf_counter())
-        else:
+        elif not event["choices"]:
             outcome.tokens = event["usage"]["completion_tokens"]
-        if leave_after and len(outcome.arrivals) >= leave_after:
-            outcome.error = "left"
-            return
-        if read_delay:
-            await asyncio.sleep(read_delay)
-
-
-async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while line := await reader.readline():
-        yield line
+            outcome.prompt_tokens = event["usage"]["prompt_tokens"]
+        elif piece := event["choices"][0]["delta"].get("content"):
+            outcome.text += piece
+            outcome.arrivals.append(time.perf_counter())
+            yield piece
 
 
 async def closed_loop(

@@ -48,6 +48,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--api-key-file", type=Path, metavar="FILE",
                          help="keys, one on a line, of which every request must have one; also "
                          f"from the environment variable {KEY_VARIABLE}")  # fmt: skip
+    network.add_argument("--allowed-host", action="append", default=[], metavar="NAME",
+                         help="a name of this server beside localhost, for instance its proxy's; may be "
+                         "repeated. A server without keys and --host refuses other names")  # fmt: skip
     network.add_argument("--served-name", metavar="NAME",
                          help="the model's name in the API, by default the directory's")  # fmt: skip
     network.add_argument("--allow-image-urls", action="store_true",
@@ -207,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = create_app(
         service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts,
         unguarded=("/ui",) if args.ui else (),
+        hosts=args.allowed_host if args.host in LOOPBACK and not keys else None,
     )  # fmt: skip
     if args.ui:
         from minigpt4_jax.serving.ui.page import mount_page

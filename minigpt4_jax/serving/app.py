@@ -294,10 +294,11 @@ def create_app(
     allow_image_urls: bool = False,
     log_prompts: bool = False,
     unguarded: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """The application, ready for a server. The caller starts and stops the service's scheduler.
 
-    keys: API keys, one of which every request must have. unguarded: see `Gate`.
+    keys: API keys, one of which every request must have. unguarded, hosts: see `Gate`.
     `app.state.ready` turns True when the programs are compiled. `app.state.closing`: functions called when
     the server begins to stop, to end connections that would last.
     """
@@ -331,7 +332,9 @@ def create_app(
     app.exception_handler(RequestValidationError)(_validation_error)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(Exception)(_internal_error)
-    app.add_middleware(Gate, limits=service.limits, metrics=metrics, keys=keys, unguarded=unguarded)
+    app.add_middleware(
+        Gate, limits=service.limits, metrics=metrics, keys=keys, unguarded=unguarded, hosts=hosts
+    )
     return app
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import time
@@ -10,12 +11,14 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minigpt4_jax.serving.errors import RequestError
+from minigpt4_jax.serving.errors import RequestError, timed_out
 from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.utils.text import shorten
 
 log = logging.getLogger(__name__)
 OPEN_PATHS = ("/", "/health", "/ready")  # without a key; / leads to the page, if there is one
+READING_SECONDS = 30.0  # for a client to read the rest of its answer when its time is over
 
 
 class Gate:
@@ -23,21 +26,24 @@ class Gate:
 
     def __init__(
         self, app: ASGIApp, *, limits: Limits, metrics: Metrics, keys: Sequence[str] = (),
-        unguarded: Sequence[str] = (),
+        unguarded: Sequence[str] = (), hosts: Sequence[str] | None = None,
     ):  # fmt: skip
         """keys: one of them must be sent; without any, everyone may ask. unguarded: beginnings of paths
-        that need no key, such as a page with a login of its own."""
+        that need no key, such as a page with a login of its own. hosts: names of this server beside
+        localhost and addresses; other names are refused. None: every name is accepted."""
         self._app, self._limits, self._metrics = app, limits, metrics
         self._keys = [key.encode() for key in keys]
         self._unguarded = tuple(unguarded)
+        self._hosts = None if hosts is None else {"localhost", *map(str.lower, hosts)}
         self._open = 0  # requests to /v1
+        self._held = 0  # bytes of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            if self._is_allowed(scope):
+            if self._is_for_us(scope) and self._is_allowed(scope):
                 await self._app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
@@ -52,39 +58,58 @@ class Gate:
 
         try:
             await self._answer(scope, receive, send_and_note)
+        except RequestError as error:
+            if not status:
+                await _send_error(send_and_note, error)
         finally:
             # paths that do not exist are counted together
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.responses.labels(path, str(status)).inc()
             seconds = time.monotonic() - begin
-            log.info(
-                "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
-            )
+            path = shorten(scope["path"], 200)
+            log.info("%s %s %r %d %.3f s", request_id, scope["method"], path, status, seconds)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            if not self._is_allowed(scope):
-                raise RequestError(401, "a valid API key is missing", "invalid_api_key")
-            if not scope["path"].startswith("/v1/"):
-                await self._app(scope, receive, send)
-                return
-            if self._open >= self._limits.open_requests:
-                raise RequestError(
-                    429, f"{self._open} requests are open already; try again later", "too_many_requests",
-                    retry_after=2,
-                )  # fmt: skip
-        except RequestError as error:
-            await _send_error(send, error)
+        if not self._is_for_us(scope):
+            raise RequestError(
+                403, f"{shorten(_host_name(scope))!r} is not a name of this server, which is for this "
+                "machine only; start it with --allowed-host, or with a key", "unknown_host",
+            )  # fmt: skip
+        if not self._is_allowed(scope):
+            raise RequestError(401, "a valid API key is missing", "invalid_api_key")
+        if not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
             return
+        if self._open >= self._limits.open_requests:
+            raise _too_many(f"{self._open} requests are open already")
         self._open += 1
+        body = None
         try:
             body = await self._read(scope, receive)
             if body is not None:
-                await self._app(scope, _replay(body, receive), send)
-        except RequestError as error:
-            await _send_error(send, error)
+                await self._run(scope, replay(body, receive), send)
         finally:
             self._open -= 1
+            self._held -= len(body or b"")
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and end it if its client reads too slowly."""
+        seconds = self._limits.seconds
+        try:
+            async with asyncio.timeout(seconds + READING_SECONDS) as limit:
+                await self._app(scope, receive, send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise timed_out(seconds) from None
+
+    def _is_for_us(self, scope: Scope) -> bool:
+        """Whether a request names this server. A web page can give its own name the address of this
+        machine (DNS rebinding), and then ask the server as if it had come from it."""
+        if self._hosts is None:
+            return True
+        name = _host_name(scope)
+        return name in self._hosts or _is_address(name)
 
     def _is_allowed(self, scope: Scope) -> bool:
         path: str = scope["path"]
@@ -106,37 +131,64 @@ class Gate:
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
         body = bytearray()
+        is_complete = False
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                while True:
+                while not is_complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
+                    self._held += len(message.get("body", b""))
                     if len(body) > limit:
                         raise _too_large(limit)
-                    if not message.get("more_body"):
-                        return bytes(body)
+                    if self._held > self._limits.open_bytes:
+                        raise _too_many(f"the open requests have {self._held} bytes already")
+                    is_complete = not message.get("more_body")
+            return bytes(body)
         except TimeoutError:
             raise RequestError(
                 408,
                 f"the request did not arrive within {self._limits.body_seconds:.0f} s",
                 "timeout",
             ) from None
+        finally:
+            if not is_complete:
+                self._held -= len(body)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """`receive` of a request whose body has been read."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> Message:
+    async def receive_again() -> Message:
         return messages.pop() if messages else await receive()
 
-    return replay
+    return receive_again
 
 
 def _too_large(limit: int) -> RequestError:
     return RequestError(413, f"the request has more than {limit} bytes", "request_too_large")
+
+
+def _too_many(what: str) -> RequestError:
+    return RequestError(429, f"{what}; try again later", "too_many_requests", retry_after=2)
+
+
+def _host_name(scope: Scope) -> str:
+    """The host of a request without its port."""
+    given = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+    if given.startswith("["):
+        return given[1:].partition("]")[0]
+    return given.partition(":")[0]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 async def _send_error(send: Send, error: RequestError) -> None:

@@ -16,6 +16,7 @@ class Limits:
         candidates: of one ranking request.
         seconds: until a request must be answered.
         body_seconds: until a request's body must have arrived.
+        open_bytes: of the bodies of all open requests; further ones are refused.
         open_requests: that are read, waiting or running; more are refused before they are read.
     """
 
@@ -27,4 +28,5 @@ class Limits:
     candidates: int = 256
     seconds: float = 300.0
     body_seconds: float = 60.0
+    open_bytes: int = 1 << 30
     open_requests: int = 256

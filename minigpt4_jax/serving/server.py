@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.serving.connections import LimitedConnection
 from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.warm_up import warm_up
 
@@ -83,8 +84,8 @@ def make_server(
 
     app.router.lifespan_context = lifespan
     config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
+        app, host=host, port=port, http=LimitedConnection, log_config=None, access_log=False,
+        server_header=False, timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
     )  # fmt: skip
     server = Server(config)
     return server

@@ -2,12 +2,15 @@
 
 import asyncio
 import base64
+import contextlib
 import copy
+import dataclasses
 import http.server
 import io
 import json
 import random
 import threading
+import time
 import zlib
 
 import pytest
@@ -17,7 +20,7 @@ from helpers.serving import NAME, data_url, make_service, noise, user_message
 from PIL import Image
 
 import minigpt4_jax
-from minigpt4_jax.serving import image_urls
+from minigpt4_jax.serving import gate, image_urls
 from minigpt4_jax.serving.app import create_app
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.limits import Limits
@@ -29,6 +32,7 @@ LIMITS = Limits(
     pixels=10_000,
     images=3,
     body_seconds=0.5,
+    open_bytes=400_000,
     open_requests=40,
 )
 
@@ -129,6 +133,54 @@ def test_bodies_that_are_slow_and_requests_that_are_many(app, service):
     assert ask(app, CHAT, chat(user_message("x"))).status == 200
 
 
+def test_the_bodies_of_all_open_requests_have_a_limit(app):
+    async def main():
+        body = b'{"x": "' + b"x" * 150_000 + b'"}'
+        return await asyncio.gather(*(request(app, CHAT, body, delay=0.1) for _ in range(6)))
+
+    statuses = sorted(reply.status for reply in asyncio.run(main()))
+    assert statuses == [400] * statuses.count(400) + [429] * statuses.count(429)
+    assert 2 <= statuses.count(400) <= 5
+    assert ask(app, CHAT, chat(user_message("x" * 150_000))).status == 400  # there is room again
+
+
+def test_a_client_that_never_reads_ends(service, monkeypatch):
+    monkeypatch.setattr(gate, "READING_SECONDS", 0.0)
+    app = create_app(service)
+    app.user_middleware[0].kwargs["limits"] = dataclasses.replace(LIMITS, seconds=0.5)
+    begun = asyncio.Event()
+
+    async def receive():
+        if begun.is_set():
+            await asyncio.Future()
+        begun.set()
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Future()  # the buffers are full
+
+    body = chat(user_message("x"), stream=True)
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": CHAT, "query_string": b"",
+        "root_path": "", "scheme": "http", "client": ("test", 1), "server": ("test", 80),
+        "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+
+
+def test_names_of_a_server_for_this_machine(service):
+    """A web page whose name leads here (DNS rebinding) is refused."""
+    app = create_app(service, hosts=["proxy.example.org"])
+    for host, status in [
+        ("localhost:8000", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("192.168.1.5", 200),
+        ("Proxy.Example.org", 200), ("evil.example.org:8000", 403), ("localhost.evil.org", 403), ("", 403),
+    ]:  # fmt: skip
+        reply = ask(app, "/v1/models", method="GET", headers={"host": host})
+        assert reply.status == status, host
+    assert reply.error["code"] == "unknown_host" and "--allowed-host" in reply.error["message"]
+
+
 def test_keys_are_needed_everywhere_but_for_probes(service):
     app = create_app(service, keys=["one", "two"], unguarded=["/page"])
     paths = ["/v1/models", "/metrics", "/openapi.json", "/nothing", "/page/x", "/health"]
@@ -156,6 +208,7 @@ def test_prompts_are_logged_only_when_asked_for(service, caplog):
         ("169.254.169.254", False), ("0.0.0.0", False), ("224.0.0.1", False), ("100.64.0.1", False),
         ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("::ffff:127.0.0.1", False),
         ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("2001:0:7f00:1::", False),
+        ("fec0::1", False), ("::127.0.0.1", False), ("64:ff9b:1::1", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, public):
@@ -163,10 +216,16 @@ def test_public_addresses(address, public):
 
 
 class _Site(http.server.BaseHTTPRequestHandler):
-    """/image, /large, /missing, and redirects: /to?TARGET."""
+    """/image, /large, /missing, /slow, and redirects: /to?TARGET."""
 
     def do_GET(self):
         path, _, target = self.path.partition("?")
+        if path == "/slow":  # a byte now and then, so that no single read takes long
+            with contextlib.suppress(OSError):
+                for byte in b"HTTP/1.0 200 OK\r\nX: " + bytes(100):
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
+            return
         status = {"/to": 302, "/missing": 404}.get(path, 200)
         self.send_response(status)
         if status == 302:
@@ -234,8 +293,10 @@ def test_images_of_public_addresses(service, site, monkeypatch):
 
 def test_a_download_has_a_time_limit(monkeypatch, site):
     monkeypatch.setattr(image_urls, "is_public", lambda address: True)
+    begin = time.monotonic()
     with pytest.raises(RequestError, match="too long"):
-        image_urls.download(f"{site}/image", 50_000, -1.0)
+        image_urls.download(f"{site}/slow", 50_000, 0.5)
+    assert time.monotonic() - begin < 3
 
 
 JUNK = [

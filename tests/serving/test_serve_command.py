@@ -10,11 +10,12 @@ import sys
 import openai
 import pytest
 from helpers import tiny
-from helpers.serving import make_service, user_message
+from helpers.serving import make_service, running_server, user_message
 
 import minigpt4_jax
 from minigpt4_jax.cli import serve
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.serving import connections
 from minigpt4_jax.serving.app import create_app
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.server import make_server, run
@@ -98,6 +99,22 @@ def test_a_port_in_use(folder):
         server = make_server(create_app(service), service, "127.0.0.1", port, compiled=False)
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
             run(server)
+
+
+def test_headers_have_limits_of_time_and_size(folder, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with running_server(make_service(minigpt4_jax.load(folder))) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for begins_with_request in (False, True):
+            with socket.create_connection(address, timeout=3) as client:
+                if begins_with_request:
+                    client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert client.recv(1000).startswith(b"HTTP/1.1 200")
+                client.sendall(b"GET / HTTP/1.1\r\nX: ")
+                assert client.recv(1000) == b""  # the server has closed the connection
+        with socket.create_connection(address, timeout=3) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nX: " + bytes(100_000))
+            assert client.recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_a_program_that_cannot_be_compiled_ends_the_server(folder, monkeypatch):

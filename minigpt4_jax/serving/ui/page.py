@@ -18,6 +18,7 @@ from minigpt4_jax.serving.ui import layout
 from minigpt4_jax.serving.ui.answering import Settings
 from minigpt4_jax.serving.ui.conversation import PageConversation
 from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.guard import PageGuard
 from minigpt4_jax.serving.ui.handlers import Handlers, View
 from minigpt4_jax.serving.ui.layout import Page, PageInfo
 from minigpt4_jax.serving.ui.tasks import shortcuts
@@ -61,6 +62,7 @@ def mount_page(
         auth_message="Any name, and an API key of this server as the password.",
         allowed_paths=[str(folder)],
     )  # fmt: skip
+    app.add_middleware(PageGuard, path=PATH)
     app.state.closing.append(_mounted(app).stop_event.set)
 
     @app.get("/", include_in_schema=False)
