@@ -177,7 +177,7 @@ def _too_many(what: str) -> RequestError:
 
 def _host_name(scope: Scope) -> str:
     """The host of a request without its port."""
-    given = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+    given: str = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
     if given.startswith("["):
         return given[1:].partition("]")[0]
     return given.partition(":")[0]
