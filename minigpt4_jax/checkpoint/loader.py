@@ -1,16 +1,18 @@
 """Reading a model directory to devices: each device gets its shard, tensor by tensor."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from minigpt4_jax.checkpoint.adapters import TensorsWithNewLora
 from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
@@ -25,22 +27,26 @@ from minigpt4_jax.checkpoint.parameters import (
     part_of,
 )
 from minigpt4_jax.checkpoint.quantized_tensors import QuantizedTensors
+from minigpt4_jax.checkpoint.read_ahead import HostArray, read_ahead
 from minigpt4_jax.config import QUANTIZATIONS, LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import (
+    Index,
     devices_have_own_memory,
     make_sharded_array,
     make_sharded_array_in_chunks,
     parameter_sharding,
     replicated,
+    shards_to_read,
     single_device_mesh,
 )
 from minigpt4_jax.quantization.layout import is_grouped, outputs_first, to_memory_layout
 from minigpt4_jax.quantization.schemes import GGUF
+from minigpt4_jax.utils.aligned import aligned_empty
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-Index = tuple[slice, ...]  # the shard of an array
+ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # JAX does not annotate its constructor
 
 
 def load_model(
@@ -68,28 +74,59 @@ def load_model(
     UserError: the directory is damaged or incomplete, is quantized in another scheme, a trainable part is
     quantized, or a value is NaN or infinite.
     """
+    config = loaded_config(model_dir, dtype, quantize=quantize, lora=lora)
+    check_trainable(model_dir, config, trainable_parts)
+    tensors = open_tensors(model_dir, config, seed, base=base, allow_nonfinite=allow_nonfinite)
+    shapes = model_shapes(
+        config, DTYPES[dtype], mesh, stacked=stacked, trainable_parts=trainable_parts
+    )
+    graphdef, state = nnx.split(shapes)
+    leaves = nnx.to_flat_state(state)
+    arrays = _load_arrays(tensors, [(path, leaf.get_value()) for path, leaf in leaves])
+    loaded = [(path, leaf.replace(a)) for (path, leaf), a in zip(leaves, arrays, strict=True)]
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded)), config
+
+
+def loaded_config(
+    model_dir: Path | str,
+    dtype: str,
+    *,
+    quantize: str | None = None,
+    lora: LoraConfig | None = None,
+) -> ModelConfig:
+    """The configuration of the model that `load_model` gives. UserError: as there."""
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     config = _with_quantization(read_config(model_dir), quantize, model_dir)
-    config = dataclasses.replace(config, lora=lora or config.lora)
-    check_trainable(model_dir, config, trainable_parts)
-    tensors = open_tensors(model_dir, config, seed, base=base, allow_nonfinite=allow_nonfinite)
+    return dataclasses.replace(config, lora=lora or config.lora)
+
+
+def model_shapes(
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    *,
+    stacked: bool = True,
+    trainable_parts: Collection[str] = (),
+) -> MiniGpt:
+    """The model that `load_model` gives, with shapes, dtypes and shardings (jax.ShapeDtypeStruct) instead of
+    arrays: enough to compile its programs."""
     mesh = mesh or single_device_mesh()
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
-    loaded = []
+    leaves = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
         trainable = part_of(name) in trainable_parts
-        leaf_dtype = parameter_dtype(path, jnp.dtype(jnp.float32 if trainable else DTYPES[dtype]))
+        leaf_dtype = parameter_dtype(path, jnp.dtype(jnp.float32 if trainable else dtype))
         if jnp.issubdtype(leaf.dtype, jnp.integer):  # levels of a quantized matrix
             leaf_dtype = leaf.dtype
         if trainable:
             sharding = replicated(mesh)
         else:
             sharding = parameter_sharding(name, leaf.shape, leaf.dtype, config, mesh)
-        array = _load_parameter(tensors, path, leaf.shape, leaf_dtype, sharding)
-        loaded.append((path, leaf.replace(array)))
-    return nnx.merge(graphdef, nnx.from_flat_state(loaded)), config
+        shape = ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=sharding)
+        leaves.append((path, leaf.replace(shape)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def open_tensors(
@@ -152,41 +189,62 @@ def _with_quantization(
     return dataclasses.replace(config, quantize=quantize)
 
 
-def _load_parameter(
-    tensors: ReadableTensors,
-    path: ParameterPath,
-    shape: Shape,
-    dtype: jnp.dtype,
-    sharding: NamedSharding,
-) -> jax.Array:
-    """One parameter of the model as an array on its devices."""
-    read = partial(_read_shard, tensors, path, shape, dtype)
-    if is_stacked(path) and devices_have_own_memory():
-        return make_sharded_array_in_chunks(shape, dtype, sharding, read)
-    return make_sharded_array(shape, sharding, read)
+def _load_arrays(
+    tensors: ReadableTensors, parameters: Sequence[tuple[ParameterPath, Any]]
+) -> Iterator[jax.Array]:
+    """The parameters (path, shape with dtype and sharding) as arrays on their devices, in order.
+
+    Threads read ahead what the devices get next. Only the calling thread uses JAX, because all hosts must
+    run its programs in the same order.
+    """
+    shards = (
+        _shard(tensors, path, p.shape, p.dtype, index)
+        for path, p in parameters
+        for index in shards_to_read(p.shape, p.dtype, p.sharding, in_chunks=_in_chunks(path))
+    )
+    with contextlib.closing(read_ahead(shards)) as read:
+        previous: list[jax.Array] = []
+        for path, p in parameters:
+            if _in_chunks(path):
+                array = make_sharded_array_in_chunks(
+                    p.shape, p.dtype, p.sharding, lambda _: next(read)
+                )
+            else:
+                array = make_sharded_array(p.shape, p.sharding, lambda _: next(read))
+            # Copies that have begun hold their host arrays, too.
+            jax.block_until_ready(previous)
+            previous = [array]
+            yield array
 
 
-def _read_shard(
+def _in_chunks(path: ParameterPath) -> bool:
+    """Whether a parameter is copied to its devices some layers at a time."""
+    return is_stacked(path) and devices_have_own_memory()
+
+
+def _shard(
     tensors: ReadableTensors, path: ParameterPath, shape: Shape, dtype: jnp.dtype, index: Index
-) -> np.ndarray:
-    """The shard `index` of a parameter of this shape, on the host."""
+) -> HostArray:
+    """The shard `index` of a parameter of this shape, to be read."""
+    sizes = [len(range(n)[part]) for n, part in zip(shape, index, strict=True)]
+    nbytes = math.prod(sizes) * jnp.dtype(dtype).itemsize
     names = layer_names(path, shape)
-    if not is_stacked(path):
-        return _read_layer(tensors, names[0][0], shape, index).astype(dtype, copy=False)
-    layers, index = names[index[0]], index[1:]
-    sizes = (len(range(n)[part]) for n, part in zip(shape[1:], index, strict=True))
-    out = _aligned_empty((len(layers), *sizes), np.dtype(dtype))
-    for i, (name, layer_shape) in enumerate(layers):
-        out[i] = _read_layer(tensors, name, layer_shape, index)
-    return out
 
+    def read_layer(name: str, layer_shape: Shape, part: Index) -> np.ndarray:
+        return _read_layer(tensors, name, layer_shape, part).astype(dtype, copy=False)
 
-def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An array at a 64-byte boundary: a CPU device can use its memory without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    def begin() -> list[Callable[[], np.ndarray]]:
+        if not is_stacked(path):
+            return [partial(read_layer, *names[0], index)]
+        out = aligned_empty(tuple(sizes), np.dtype(dtype))
+
+        def fill(i: int, name: str, layer_shape: Shape) -> np.ndarray:
+            out[i] = _read_layer(tensors, name, layer_shape, index[1:])
+            return out
+
+        return [partial(fill, i, *layer) for i, layer in enumerate(names[index[0]])]
+
+    return HostArray(nbytes, begin)
 
 
 def _read_layer(tensors: ReadableTensors, name: str, shape: Shape, index: Index) -> np.ndarray:

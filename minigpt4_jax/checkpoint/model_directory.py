@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, and so with safetensors)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.storage.gcs_safetensors import GcsSafetensors
 from minigpt4_jax.storage.hub import fetch_model_directory, is_uri, source_uri
 from minigpt4_jax.storage.paths import (
     StorageError,
@@ -32,6 +31,7 @@ from minigpt4_jax.storage.paths import (
     relative_path,
     wrap_storage_errors,
 )
+from minigpt4_jax.storage.safetensors_file import SafetensorsFile
 
 FORMAT = 1
 MAX_CHAIN = 16  # directories from a model to its last base
@@ -234,7 +234,7 @@ class Tensors(ReadableTensors):
     def __init__(self, model_dir: Path | str, base: Path | str | None = None):
         """base: as for `model_chain`."""
         self._stored: dict[str, _Stored] = {}
-        self._in_bucket: dict[Path, GcsSafetensors] = {}  # file -> its tensors
+        self._files: dict[Path, SafetensorsFile] = {}
         chain = model_chain(model_dir, base)
         _check_fingerprints(chain)
         for folder in chain:
@@ -248,8 +248,6 @@ class Tensors(ReadableTensors):
                         self._stored.setdefault(name, stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # The file is opened for each tensor: pages read from a file that stays open stay mapped, and
-        # loading a model would take twice its size.
         with self._opened(self._stored[name].path) as file:
             tensor: np.ndarray = file.get_tensor(name)
             return tensor
@@ -278,16 +276,12 @@ class Tensors(ReadableTensors):
         return self._stored[name].dtype
 
     @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[Any]:
+    def _opened(self, path: Path) -> Iterator[SafetensorsFile]:
         try:
-            if is_remote(path):
-                with wrap_storage_errors(path):
-                    if path not in self._in_bucket:
-                        self._in_bucket[path] = GcsSafetensors(path)
-                    yield self._in_bucket[path]
-            else:
-                with safe_open(path, framework="np") as file:
-                    yield file
+            with wrap_storage_errors(path):
+                if path not in self._files:
+                    self._files[path] = SafetensorsFile(path)
+                yield self._files[path]
         except StorageError as e:
             raise UserError(f"cannot read {path}: {e}") from e
         except (SafetensorError, OSError, ValueError) as e:

@@ -1,6 +1,8 @@
 """Tensors of a model directory, quantized one at a time as they are written or read."""
 
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from minigpt4_jax.quantization.schemes import (
 )
 
 CHUNK = 1 << 22  # elements that are quantized at a time
+KEPT_RESULTS = 2  # matrices whose quantized rows are kept in case that more of them is requested
+Quantized = tuple[np.ndarray, np.ndarray]  # levels and scale
 
 
 def quantize_in_chunks(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +51,7 @@ class QuantizedTensors(ReadableTensors):
     """Lazy view of a directory's tensors in `scheme`: tensors stored as floats are quantized when read.
 
     A matrix that is stored in int8 and should be int4 is requantized: earlier versions wrote int4
-    models whose output matrix and vision encoder were in int8.
+    models whose output matrix and vision encoder were in int8. Several threads may read at once.
     """
 
     def __init__(self, tensors: ReadableTensors, scheme: str):
@@ -55,9 +59,10 @@ class QuantizedTensors(ReadableTensors):
         self._stored = set(tensors)
         self._names = list(self._stored)
         self._schemes: dict[str, str] = {}  # of the matrices to quantize
-        # The rows quantized last and their levels and scale.
-        self._cached_rows: tuple[str, range] | None = None
-        self._cached: tuple[np.ndarray, np.ndarray] | None = None
+        self._lock = threading.Lock()
+        # by matrix and rows: those being quantized and the last few; scales that were not requested yet
+        self._results: dict[tuple[str, range], Future[Quantized]] = {}
+        self._scales: dict[tuple[str, range], np.ndarray] = {}
         for name in self._stored:
             how = matrix_scheme(name, scheme, (tensors.shape(name) or (0,))[-1])
             if how is None:
@@ -82,21 +87,52 @@ class QuantizedTensors(ReadableTensors):
         weight = name.removesuffix("_scale")
         if weight not in self._schemes:
             return self._tensors.part(name, index)
-        levels, scale = self._quantized_rows(weight, index[0])
-        return (levels if name == weight else scale)[(slice(None), *index[1:])]
+        key = (weight, range(self._tensors.shape(weight)[0])[index[0]])
+        if name == weight:
+            rows, _ = self._quantized_rows(key)
+        else:
+            rows = self._scale(key)
+        return rows[(slice(None), *index[1:])]
 
-    def _quantized_rows(self, name: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Levels and scale of some rows. The last result is cached: the scale is requested after the
-        levels, and several parts of the same rows may be requested in turn."""
-        key = (name, range(self._tensors.shape(name)[0])[rows])
-        if self._cached is None or key != self._cached_rows:
-            self._cached = None  # before the next one is read, to hold one at a time
-            weight, scale = self._tensors.part(name, (rows, slice(None))), f"{name}_scale"
-            if scale in self._stored:
-                weight = dequantize(weight, self._tensors.part(scale, (rows,)), np.float32, np)
-            self._cached = quantize_in_chunks(weight, self._schemes[name])
-            self._cached_rows = key
-        return self._cached
+    def _scale(self, key: tuple[str, range]) -> np.ndarray:
+        """The scale of some rows."""
+        scale = self._scales.pop(key, None)
+        if scale is None:
+            _, scale = self._quantized_rows(key)
+            self._scales.pop(key, None)
+        return scale
+
+    def _quantized_rows(self, key: tuple[str, range]) -> Quantized:
+        """Levels and scale of some rows of a matrix. They are computed once for the threads that ask at the
+        same time; the last results and the scales are kept, as what else is requested comes soon."""
+        with self._lock:
+            result = self._results.get(key)
+            is_new = result is None
+            if result is None:
+                self._forget_results()
+                result = self._results[key] = Future()
+        if is_new:
+            try:
+                levels, scale = self._quantize(*key)
+            except BaseException as e:
+                result.set_exception(e)
+            else:
+                self._scales[key] = scale
+                result.set_result((levels, scale))
+        return result.result()
+
+    def _forget_results(self) -> None:
+        """Forget what is complete, but for the last results."""
+        complete = [key for key, result in self._results.items() if result.done()]
+        for key in complete[: len(complete) - KEPT_RESULTS + 1]:
+            del self._results[key]
+
+    def _quantize(self, name: str, rows: range) -> Quantized:
+        part = slice(rows.start, rows.stop)
+        weight, scale = self._tensors.part(name, (part, slice(None))), f"{name}_scale"
+        if scale in self._stored:
+            weight = dequantize(weight, self._tensors.part(scale, (part,)), np.float32, np)
+        return quantize_in_chunks(weight, self._schemes[name])
 
     def shape(self, name: str) -> Shape:
         weight = name.removesuffix("_scale")

@@ -31,7 +31,8 @@ CHUNK_BYTES = 64 << 20  # of an array of stacked layers, copied to devices at a 
 Axis = str | tuple[str, ...] | None  # the mesh axes that split a dimension
 Shape = tuple[int, ...]
 R = TypeVar("R")
-ReadShard = Callable[[tuple[slice, ...]], Any]  # index -> host array of that part
+Index = tuple[slice, ...]  # a part of an array
+ReadShard = Callable[[Index], Any]  # index -> host array of that part
 
 COLUMN_PARALLEL, ROW_PARALLEL = P("model", "fsdp"), P("fsdp", "model")  # of a matrix [out, in]
 
@@ -206,15 +207,20 @@ def make_sharded_array(shape: Shape, sharding: NamedSharding, read: ReadShard) -
     """An array whose shards are read from the host: `read` is called once per distinct shard of this
     process's devices, and the host holds one shard at a time. (jax.make_array_from_callback calls it
     once per device.)"""
-    shards: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
-    indices: Any = sharding.addressable_devices_indices_map(shape)
-    for device, index in indices.items():
-        shards.setdefault(str(index), (index, []))[1].append(device)
     arrays = []
-    for index, devices in shards.values():
+    for index, devices in _distinct_shards(shape, sharding):
         shard = read(index)
         arrays += [jax.device_put(shard, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _distinct_shards(shape: Shape, sharding: NamedSharding) -> list[tuple[Index, list[jax.Device]]]:
+    """The shards of this process's devices, and the devices of each."""
+    shards: dict[str, tuple[Index, list[jax.Device]]] = {}
+    indices: Any = sharding.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        shards.setdefault(str(index), (index, []))[1].append(device)
+    return list(shards.values())
 
 
 def devices_have_own_memory() -> bool:
@@ -233,22 +239,41 @@ def make_sharded_array_in_chunks(
     At most CHUNK_BYTES of a device's shard, or one layer, are copied at a time into a donated array, so
     neither the host nor a device holds the array twice.
     """
-    layer_bytes = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
-    count = max(1, CHUNK_BYTES // layer_bytes)
-    if count >= shape[0]:
+    chunks = _chunks(shape, dtype, sharding)
+    if len(chunks) == 1:
         return make_sharded_array(shape, sharding, read)
     array, previous = _zeros(shape, dtype, sharding)(), None
-    for start in range(0, shape[0], count):
-        layers = slice(start, min(start + count, shape[0]))
-        chunk_shape = (layers.stop - start, *shape[1:])
+    for layers in chunks:
+        chunk_shape = (layers.stop - layers.start, *shape[1:])
         chunk = make_sharded_array(chunk_shape, sharding, partial(_read_layers, read, layers))
-        array = _update_layers(sharding)(array, chunk, start)
+        array = _update_layers(sharding)(array, chunk, layers.start)
         jax.block_until_ready(previous)  # at most two chunks are on the host
         previous = chunk
     return array
 
 
-def _read_layers(read: ReadShard, layers: slice, index: tuple[slice, ...]) -> Any:
+def shards_to_read(
+    shape: Shape, dtype: Any, sharding: NamedSharding, *, in_chunks: bool
+) -> list[Index]:
+    """What `make_sharded_array`, or `make_sharded_array_in_chunks`, calls `read` with, in order."""
+    chunks = _chunks(shape, dtype, sharding) if in_chunks else []
+    if len(chunks) < 2:
+        return [index for index, _ in _distinct_shards(shape, sharding)]
+    return [
+        (layers, *index[1:])
+        for layers in chunks
+        for index, _ in _distinct_shards((layers.stop - layers.start, *shape[1:]), sharding)
+    ]
+
+
+def _chunks(shape: Shape, dtype: Any, sharding: NamedSharding) -> list[slice]:
+    """The layers of an array [L, ...] that are copied to devices at a time."""
+    layer_bytes = math.prod(sharding.shard_shape(shape)[1:]) * jax.numpy.dtype(dtype).itemsize
+    count = max(1, CHUNK_BYTES // layer_bytes)
+    return [slice(i, min(i + count, shape[0])) for i in range(0, shape[0], count)]
+
+
+def _read_layers(read: ReadShard, layers: slice, index: Index) -> Any:
     return read((layers, *index[1:]))
 
 
