@@ -59,7 +59,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 def queue_full(waiting: int, retry_after: int) -> RequestError:
     """No more requests are accepted for now."""
     return RequestError(
-        429, f"{waiting} requests are waiting already; try again in {retry_after} s", "queue_full",
+        429, f"the queue is full ({waiting} waiting); try again in {retry_after} s", "queue_full",
         retry_after=retry_after,
     )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """The web page in a real browser: a tiny MiniGPT-v2, one server, one browser."""
 
 import asyncio
+import base64
 import json
 import re
 import threading
 import time
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from helpers import tiny
@@ -17,7 +19,7 @@ import minigpt4_jax
 from minigpt4_jax.processing.boxes import parse_boxes
 from minigpt4_jax.serving.app import create_app
 from minigpt4_jax.serving.service import Sender
-from minigpt4_jax.serving.ui import answering
+from minigpt4_jax.serving.ui import answering, guard
 from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.page import mount_page
 from minigpt4_jax.visualization.boxes import PALETTE
@@ -162,7 +164,9 @@ def test_two_turns_a_retry_and_an_edited_question(site, visitor):
                      visitor.status.inner_text())  # fmt: skip
     visitor.ask("and why?")
     first, second = visitor.saved()
-    assert (len(first["images"]), len(second["images"])) == (1, 0)
+    (image,), second_images = first["images"], second["images"]
+    assert not second_images
+    assert base64.b64decode(image.partition(",")[2]) == site.picture.read_bytes()  # as uploaded
     assert first["answer"] == site.expected(["what is this?"], seed=7)
     assert second["answer"] == site.expected(["what is this?", "and why?"], seed=7)
 
@@ -185,7 +189,7 @@ def test_a_drawn_box_is_sent(site, visitor):
     visitor.press("Identify")
     visitor.page.locator("#hint", has_text="Draw a box").wait_for()
     visitor.ask(wait=False)
-    visitor.page.locator("#status", has_text="Draw a box into the picture first").wait_for()
+    visitor.page.locator("#status", has_text="Draw a box on the picture first").wait_for()
     canvas = visitor.page.locator("#picture canvas").bounding_box()
     y, height = canvas["y"], canvas["height"]
     width = height * 4 / 3  # of the picture, in the middle of the canvas
@@ -222,12 +226,29 @@ def test_boxes_of_an_answer_are_shown(site, visitor, tmp_path):
         "found => found.map(e => getComputedStyle(e).color)"
     )
     assert colors == [f"rgb{PALETTE[0]}", f"rgb{PALETTE[1]}"]
+    visitor.page.context.grant_permissions(["clipboard-read"])
+    visitor.page.get_by_label("Copy message").last.click()
+    visitor.page.wait_for_function(
+        "async () => await navigator.clipboard.readText() == 'a cat & a dog'"
+    )
     picture = Image.open(visitor.download("Save picture"))
     assert picture.format == "PNG"
     assert picture.getpixel((50, picture.height * 3 // 10)) == PALETTE[0]
     visitor.page.wait_for_function(
         "[...document.querySelectorAll('#chat [data-testid=bot] img')].some(i => i.naturalWidth == 500)"
     )
+
+
+def test_an_empty_seed_is_another_each_time(visitor):
+    visitor.set_seed("one")
+    visitor.ask("hello", wait=False)
+    visitor.page.locator("#status", has_text="expected a whole number").wait_for()
+    visitor.set_seed("")
+    seeds = set()
+    for _ in range(2):
+        visitor.ask("hello")
+        seeds.add(visitor.status.inner_text().rpartition("seed ")[2])
+    assert len(seeds) == 2
 
 
 def test_a_waiting_answer_is_stopped(site, visitor):
@@ -296,6 +317,21 @@ def test_a_closed_page_frees_its_row(site, browser):
     while site.service.scheduler.num_running and time.monotonic() < end:
         time.sleep(0.05)
     assert site.service.scheduler.num_running == 0
+
+
+def test_files_of_other_hosts_are_not_fetched(site):
+    """Gradio would fetch them, whatever --allow-image-urls says."""
+    address = f"{site.url}/health"
+    file = {"path": address, "meta": {"_type": "gradio.FileData"}}
+    api = f"{site.url}/ui/gradio_api"
+    replies = [
+        httpx.get(f"{api}/file={address}"),
+        httpx.get(f"{api}/file=HTTPS://example.org/x.png"),
+        httpx.post(f"{api}/queue/join", json={"data": [{"files": [file]}], "fn_index": 0}),
+        httpx.post(f"{api}/queue/join", content=b"x" * (guard.MAX_BYTES + 1)),
+    ]
+    assert [reply.status_code for reply in replies] == [403, 403, 403, 413]
+    assert "other hosts" in replies[2].json()["detail"]
 
 
 def test_a_key_is_asked_for(site):

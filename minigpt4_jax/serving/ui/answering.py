@@ -9,7 +9,7 @@ from typing import Any
 from minigpt4_jax.inference.detokenize import TextStream
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
-from minigpt4_jax.serving.errors import RequestError
+from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.images import RequestImage
 from minigpt4_jax.serving.jobs import Generation
 from minigpt4_jax.serving.service import SAMPLING, Sender, Service
@@ -55,6 +55,8 @@ async def answer(
     service: Service, conversation: PageConversation, settings: Settings
 ) -> AsyncIterator[Update]:
     """Answer the last turn of a conversation. RequestError: it cannot be answered."""
+    if settings.num_beams > service.limits.choices:
+        raise invalid(f"Beams: {settings.num_beams}; at most {service.limits.choices}.")
     config = service.generation_config(settings.options())
     images = [image.read for image in conversation.images]
     request = await service.chat_request(

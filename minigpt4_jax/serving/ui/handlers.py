@@ -1,19 +1,15 @@
 """What happens on the page: questions, stop, retry, undo, edit, examples, files."""
 
 import asyncio
-import hashlib
 import html
 import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.transcript import Transcript, read_transcript
@@ -24,7 +20,7 @@ from minigpt4_jax.serving.ui.answering import Settings, answer
 from minigpt4_jax.serving.ui.conversation import PageConversation, PageImage, PageTurn
 from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
-from minigpt4_jax.visualization.drawing import save_picture
+from minigpt4_jax.utils.text import shorten
 
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")  # of gradio_image_annotation
 LOST = (
@@ -66,12 +62,16 @@ class Handlers:
         system: str | None,
         *settings: Any,
     ) -> AsyncIterator[View]:
-        """Answer the question in the box."""
+        """Answer the question in the box.
+
+        box, picture and settings are as the browser sends them (`preprocess=False`): the annotator would
+        decode the picture, whatever its size and format, and encode it again."""
         lost = bool(token) and token != conversation.client
-        question, files = (box or {}).get("text") or "", (box or {}).get("files") or []
+        question, files = _question(box)
         try:
             self._check_free(conversation)
-            path, drawn = await self._picture_file(picture), _drawn_box(picture)
+            path, drawn = _picture_file(picture), _drawn_box(picture)
+            values = _settings(settings)
             images = await self._new_images(conversation, [path, *files])
             turn = await self._turn(question, images, drawn, path)
         except (RequestError, UserError) as e:
@@ -83,7 +83,7 @@ class Handlers:
         conversation.system = system if self._has_system else None
         conversation.turns.append(turn)
         shown = gr.skip() if not files else self._picture(images[-1].path)
-        async for view in self._answer(conversation, _settings(settings), restored=[]):
+        async for view in self._answer(conversation, values, restored=[]):
             yield view._replace(picture=shown)
             shown = gr.skip()
 
@@ -96,10 +96,14 @@ class Handlers:
                 conversation, status=_problem("" if token == conversation.client else LOST)
             )
             return
+        try:
+            values = _settings(settings)
+        except RequestError as e:
+            yield self._view(conversation, status=_problem(str(e)))
+            return
         turn = conversation.turns[-1]
         retries = turn.retries + 1
         conversation.update_last(answer="", marked_answer=None, note="", retries=retries)
-        values = _settings(settings)
         if values.seed is not None:
             values = replace(values, seed=values.seed + retries)
         async for view in self._answer(conversation, values, restored=[turn]):
@@ -152,7 +156,7 @@ class Handlers:
         if not (self._draws_boxes and needs_box(question)):
             return PageTurn(question, tuple(images))
         if path is None or drawn is None:
-            raise invalid("Draw a box into the picture first: press the mouse and drag.")
+            raise invalid("Draw a box on the picture first: press and drag.")
         image = await self._read(path)
         question = with_box(question, drawn, image.size)
         out = self._file("question", ".png")
@@ -180,20 +184,6 @@ class Handlers:
         if len(conversation.images) + len(new) > limit:
             raise invalid(f"More than {limit} pictures are in this conversation; start a new one.")
         return list(new.values())
-
-    async def _picture_file(self, value: Any) -> str | None:
-        """The file of the picture beside the chat."""
-        if isinstance(value, dict):
-            return await asyncio.to_thread(self._write_pixels, value["image"])
-        return value or None
-
-    def _write_pixels(self, pixels: np.ndarray | None) -> str | None:
-        if pixels is None:
-            return None
-        path = self._folder / f"{hashlib.sha256(pixels.tobytes()).hexdigest()}.png"
-        if not path.exists():
-            save_picture(path, partial(Image.fromarray(pixels).save, compress_level=1))
-        return str(path)
 
     async def _read(self, path: str) -> PageImage:
         try:
@@ -372,17 +362,36 @@ def _file_content(path: Path, text: str) -> dict[str, str]:
     return {"path": str(path), "alt_text": text}
 
 
+def _question(box: Any) -> tuple[str, list[str]]:
+    """Text and files of the question box."""
+    box = box or {}
+    return box.get("text") or "", [file["path"] for file in box.get("files") or []]
+
+
+def _picture_file(value: Any) -> str | None:
+    """The file of the picture beside the chat."""
+    file = value.get("image", value) if value else None
+    return file["path"] if file else None
+
+
 def _drawn_box(value: Any) -> Box | None:
     """The box drawn into the picture, in its pixels."""
-    boxes = value.get("boxes") if isinstance(value, dict) else None
-    return tuple(float(boxes[-1][key]) for key in BOX_KEYS) if boxes else None  # type: ignore[return-value]
+    boxes = value.get("boxes") if value else None
+    if not boxes:
+        return None
+    scale = boxes[-1].get("scaleFactor") or 1
+    return tuple(float(boxes[-1][key]) / scale for key in BOX_KEYS)  # type: ignore[return-value]
 
 
 def _settings(values: Sequence[Any]) -> Settings:
+    """RequestError: a seed that is no number."""
     temperature, top_p, num_beams, max_new_tokens, seed = values
+    seed = (seed or "").strip()
+    if seed and not seed.isdecimal():
+        raise invalid(f"Seed {shorten(seed)!r}: expected a whole number, or nothing.")
     return Settings(
         float(temperature), float(top_p), int(num_beams), int(max_new_tokens),
-        None if seed is None else int(seed),
+        int(seed) if seed else None,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.tasks import Shortcut
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-PLACEHOLDER = "### Ask about a picture\nAdd one on the left, or choose an example."
+PLACEHOLDER = "### Ask about a picture\nAdd one, or choose an example."
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # the reader's own: nothing is loaded
 MONO_FONTS = ("ui-monospace", "monospace")
 
@@ -87,9 +87,9 @@ def build(info: PageInfo) -> Page:
                 settings, system = _settings(info)
             with gr.Column(scale=7, min_width=340, elem_id="main"):
                 chat = gr.Chatbot(
-                    elem_id="chat", show_label=False, height="max(300px, min(56vh, 620px))",
-                    buttons=["copy", "copy_all"], placeholder=PLACEHOLDER, latex_delimiters=[],
-                    feedback_options=None, group_consecutive_messages=True,
+                    elem_id="chat", show_label=False, height="max(320px, min(60vh, 680px))",
+                    buttons=["copy"], placeholder=PLACEHOLDER, latex_delimiters=[],
+                    feedback_options=None, group_consecutive_messages=False,
                 )  # fmt: skip
                 status = gr.HTML(elem_id="status", padding=False)
                 with gr.Row(elem_id="tasks"):
@@ -99,7 +99,7 @@ def build(info: PageInfo) -> Page:
                     ]
                 box = gr.MultimodalTextbox(
                     elem_id="question", show_label=False, autofocus=True, lines=1, max_lines=8,
-                    placeholder="Ask about the picture; more pictures can be pasted or dropped here",
+                    placeholder="Ask about the picture",
                     file_count="multiple", file_types=["image"], sources=["upload"],
                 )  # fmt: skip
                 hint = gr.HTML(elem_id="hint", padding=False)
@@ -127,8 +127,8 @@ def _header(info: PageInfo) -> str:
 
 
 def _picture_caption(draws_boxes: bool) -> str:
-    marking = " Drag over it to mark a box." if draws_boxes else ""
-    return f"<b>Picture</b> goes with the next question.{marking}"
+    marking = " Drag on it to mark a box." if draws_boxes else ""
+    return f"<b>Picture</b> for the next question.{marking}"
 
 
 def _action(name: str, elem_id: str, **options: Any) -> Any:
@@ -142,12 +142,11 @@ def _picture(draws_boxes: bool) -> Any:
             label="Picture", show_label=False, sources=sources, type="filepath", image_mode=None, height=300,
             elem_id="picture",
         )  # fmt: skip
-    # as an array: its exact pixels; as a file it would be encoded again
     return image_annotator(
         label="Picture", show_label=False, sources=sources, single_box=True, disable_edit_boxes=True,
         boxes_alpha=0.1, box_thickness=3, height=300, elem_id="picture", show_share_button=False,
         show_download_button=False, label_list=["this"], label_colors=[(67, 56, 202)],
-        use_default_label=True, image_type="numpy",
+        use_default_label=True,
     )  # fmt: skip
 
 
@@ -172,8 +171,9 @@ def _settings(info: PageInfo) -> tuple[list[Any], Any]:
                       info="more than 1 searches for the most likely answer, without sampling or streaming"),
             gr.Slider(1, info.max_new_tokens, value=values.max_new_tokens, step=1, label="Length",
                       info="tokens of an answer at most"),
-            gr.Number(value=None, precision=0, label="Seed",
-                      info="the same one gives the same answer; empty: another each time"),
+            # not a Number, which turns an empty field into 0
+            gr.Textbox(label="Seed", placeholder="another each time", max_lines=1,
+                       info="a whole number; the same one gives the same answer"),
         ]  # fmt: skip
         system = gr.Textbox(
             label="System message", value=info.system or "", lines=2, visible=info.system is not None,

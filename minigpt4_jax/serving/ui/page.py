@@ -34,6 +34,16 @@ _HAD_CONVERSATION = """(_, conversation) => {
     sessionStorage.removeItem('minigpt4-conversation');
     return [had, conversation];
 }"""
+# Gradio copies an answer as the HTML that shows it; this copies what the reader sees.
+_COPY_AS_SHOWN = """() => {
+    document.querySelector('#chat').addEventListener('click', event => {
+        const button = event.target.closest('button[aria-label="Copy message"]');
+        const row = button?.closest('.message-buttons').previousElementSibling;
+        const shown = row?.querySelector('[data-testid=bot], [data-testid=user]');
+        if (!shown) return;
+        setTimeout(() => navigator.clipboard?.writeText(shown.innerText.trim()), 50);
+    });
+}"""
 _DOWNLOAD = "() => { setTimeout(() => document.querySelector('#download').click(), 100) }"
 
 
@@ -132,13 +142,15 @@ def connect(page: Page, handlers: Handlers) -> None:
 
         asked = [conversation, page.token, page.box, page.picture, page.system, *page.settings]
         again = [conversation, page.token, *page.settings]
-        on(page.box.submit, handlers.ask, asked, view).then(**remember)
+        on(page.box.submit, handlers.ask, asked, view, preprocess=False).then(**remember)
+        on(page.box.submit, lambda: "", None, page.hint)
         on(page.chat.retry, handlers.retry, again, view)
         on(page.box.stop, handlers.stop, conversation, None, queue=False)
         for trigger in (page.chat.undo, page.edit.click):
             on(trigger, handlers.undo, conversation, view)
-        for trigger in (page.new_conversation.click, page.chat.clear):
-            on(trigger, handlers.new_conversation, conversation, view).then(None, js=_FORGET)
+        on(page.new_conversation.click, handlers.new_conversation, conversation, view).then(
+            None, js=_FORGET
+        )
         on(
             page.open_conversation.upload,
             handlers.open_conversation,
@@ -154,6 +166,7 @@ def connect(page: Page, handlers: Handlers) -> None:
         for number, button in enumerate(page.shortcuts):
             fn = _with_number(handlers.shortcut, number)
             on(button.click, fn, page.box, [page.box, page.hint])
+        page.blocks.load(None, js=_COPY_AS_SHOWN)
         on(
             page.blocks.load,
             handlers.load,

@@ -22,7 +22,7 @@ V2_SHORTCUTS = (
     Shortcut("Detection", "[detection] ",
              "Name kinds of things, or paste a description; all of them get boxes."),
     Shortcut("Identify", "[identify] what is this ",
-             "Draw a box into the picture: press the mouse and drag. Then send."),
+             "Draw a box on the picture: press and drag. Then send."),
     Shortcut("VQA", "[vqa] ", "Ask a question that has a short answer."),
 )  # fmt: skip
 V1_SHORTCUTS = (
