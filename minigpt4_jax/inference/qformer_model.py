@@ -321,8 +321,9 @@ class _Programs:
 
         def pairs(state: Any, vision: jax.Array, tokens: jax.Array, lengths: jax.Array) -> Any:
             model = merge(state)
-            both = model.qformer.read_both(vision, _at_most(tokens, model), lengths)
-            return both[:, : model.config.visual_tokens], model.match(both)
+            text = model.qformer.embed_text(_at_most(tokens, model))
+            queries = model.qformer.read_both(vision, text, lengths)
+            return queries, model.match(queries)
 
         self.image, self.text, self.pairs = (
             jax.jit(with_mesh(_replicated(f), mesh), compiler_options=compiler_options("products"))

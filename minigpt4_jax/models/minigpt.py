@@ -146,8 +146,9 @@ class MiniGpt(nnx.Module):
         x = self.vit(normalize_pixels(pixels.reshape(b * i, *pixels.shape[2:])), remat=remat)
         x = self.ln_vision(x)  # [B * I, 1 + patches, Dv]
         if self.qformer is not None and instruction is not None:
-            x = self.qformer.read_both(x, *instruction, dropout_key=dropout_key)
-            x = x[:, : self.config.visual_tokens]
+            tokens, lengths = instruction
+            text = self.qformer.embed_text(tokens)
+            x = self.qformer.read_both(x, text, lengths, dropout_key=dropout_key)
         elif self.qformer is not None:
             x = self.qformer(x, dropout_key=dropout_key)
         else:

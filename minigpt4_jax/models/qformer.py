@@ -110,9 +110,10 @@ class Block(nnx.Module):
         queries: int,
         mask: jax.Array | None = None,
         prefix: KeysValues | None = None,
+        outputs: int | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """x [B, P + T, D] float32, of which the first `queries` = P are queries -> the same shape, and
-        its own keys and values.
+        """x [B, P + T, D] float32, of which the first `queries` = P are queries -> the same shape, or of
+        only the first `outputs` positions, and the keys and values of all.
 
         vision [B, S, Dv]: what queries read, or its keys and values; key: for dropout;
         mask [B, 1, P + T, keys]; prefix: keys and values before those of x.
@@ -121,7 +122,7 @@ class Block(nnx.Module):
         k, v = own
         if prefix is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, own, strict=True))
-        x = self.attn(x, (k, v), _fold(key, 0), mask)
+        x = self.attn(x[:, :outputs], (k, v), _fold(key, 0), mask)
         query, text = x[:, :queries], x[:, queries:]
         if queries:
             if self.cross is not None and vision is not None:
@@ -199,54 +200,68 @@ class QFormer(nnx.Module):
         return self._run(x, vision, dropout_key, queries=x.shape[1])
 
     def read_text(
-        self, tokens: jax.Array, lengths: jax.Array, *, dropout_key: jax.Array | None = None
+        self,
+        text: jax.Array,
+        lengths: jax.Array,
+        *,
+        outputs: int | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """tokens [B, T], lengths [B] -> [B, T, D]: text alone, each token attends to all of its row."""
-        mask = (jnp.arange(tokens.shape[1]) < lengths[:, None])[:, None, None]
-        x = dropout(self.norm(self.embed_text(tokens)), self.rate, _fold(dropout_key, 0))
-        return self._run(x, None, dropout_key, queries=0, mask=mask)[0]
+        """text [B, T, D] of `embed_text`, lengths [B] -> [B, T, D]: text alone, each token attends to all of
+        its row. outputs: how many positions are wanted, from the first."""
+        mask = (jnp.arange(text.shape[1]) < lengths[:, None])[:, None, None]
+        x = dropout(self.norm(text), self.rate, _fold(dropout_key, 0))
+        return self._run(x, None, dropout_key, queries=0, mask=mask, outputs=outputs)[0]
 
     def read_both(
         self,
         vision: Vision,
-        tokens: jax.Array,
+        text: jax.Array,
         lengths: jax.Array,
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """vision [B, S, Dv], tokens [B, T], lengths [B] -> [B, P + T, D]: queries and text attend to
-        each other."""
-        b, p = tokens.shape[0], self.query.shape[0]
+        """vision [B, S, Dv], text [B, T, D] of `embed_text`, lengths [B] -> query outputs [B, P, D]: queries
+        and text attend to each other."""
+        b, p = text.shape[0], self.query.shape[0]
         queries = jnp.broadcast_to(self.query[...], (b, *self.query.shape))
-        x = self.norm(jnp.concatenate([queries, self.embed_text(tokens)], axis=1))
+        x = self.norm(jnp.concatenate([queries, text], axis=1))
         x = dropout(x, self.rate, _fold(dropout_key, 0))
         mask = (jnp.arange(x.shape[1]) < p + lengths[:, None])[:, None, None]
-        return self._run(x, vision, dropout_key, queries=p, mask=mask)[0]
+        return self._run(x, vision, dropout_key, queries=p, mask=mask, outputs=p)[0]
 
     def write_text(
         self,
-        tokens: jax.Array,
+        text: jax.Array,
         lengths: jax.Array,
         image: Sequence[KeysValues],
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
-        """tokens [B, T], lengths [B] -> [B, T, D], and the text's keys and values of each layer.
+        """text [B, T, D] of `embed_text`, lengths [B] -> [B, T, D], and the text's keys and values of each
+        layer.
 
         A token attends to itself, to the text before it, and to the queries. image: their keys and
         values, of `read_image`.
         """
-        t, p = tokens.shape[1], image[0][0].shape[1]
+        b, t, p = *text.shape[:2], image[0][0].shape[1]
         steps = jnp.arange(t)
         causal = (steps[:, None] >= steps) & (steps < lengths[:, None])[:, None]  # [B, T, T]
-        mask = jnp.concatenate([jnp.ones((len(tokens), t, p), bool), causal], axis=2)[:, None]
-        x = dropout(self.norm(self.embed_text(tokens)), self.rate, _fold(dropout_key, 0))
+        mask = jnp.concatenate([jnp.ones((b, t, p), bool), causal], axis=2)[:, None]
+        x = dropout(self.norm(text), self.rate, _fold(dropout_key, 0))
         return self._run(x, None, dropout_key, queries=0, mask=mask, prefix=image)
 
     def embed_text(self, tokens: jax.Array) -> jax.Array:
         """Word and position embeddings of tokens [B, T] -> [B, T, D] float32, before the norm."""
-        words = lookup_rows(self.embed[...], tokens).astype(jnp.float32)
-        return words + self.positions[...][: tokens.shape[1]].astype(jnp.float32)
+        return self.add_positions(self.embed_words(tokens))
+
+    def embed_words(self, tokens: jax.Array) -> jax.Array:
+        """Word embeddings of tokens [...] -> [..., D] float32."""
+        return lookup_rows(self.embed[...], tokens).astype(jnp.float32)
+
+    def add_positions(self, words: jax.Array) -> jax.Array:
+        """Word embeddings [B, T, D] float32 -> the same with those of positions from 0."""
+        return words + self.positions[...][: words.shape[1]].astype(jnp.float32)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> scores of the next token [..., V] float32."""
@@ -261,13 +276,16 @@ class QFormer(nnx.Module):
         queries: int,
         mask: jax.Array | None = None,
         prefix: Sequence[KeysValues] | None = None,
+        outputs: int | None = None,
     ) -> tuple[jax.Array, list[KeysValues]]:
+        """The layers. outputs: of the last one only these positions are computed, from the first."""
         keys_values = []
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             of_layer = vision[i] if isinstance(vision, list) else vision
             x, kv = block(
                 constrain(x, BATCH_AXES), of_layer, _fold(key, i + 1), queries=queries, mask=mask,
-                prefix=None if prefix is None else prefix[i],
+                prefix=None if prefix is None else prefix[i], outputs=outputs if i == last else None,
             )  # fmt: skip
             keys_values.append(kv)
         return x, keys_values

@@ -16,7 +16,6 @@ from minigpt4_jax.models.kv_cache import (
     new_cache,
     write_cache,
 )
-from minigpt4_jax.models.layers import lookup_rows
 from minigpt4_jax.models.qformer import Block, KeysValues, QFormer
 
 
@@ -53,7 +52,8 @@ class TextDecoder:
         q, p = self._qformer, visual.shape[1]
         image = unpack_queries(visual, q.config.layers, q.config.heads)
         text_lengths = jnp.maximum(lengths - p, 1)
-        hidden, text = q.write_text(jnp.maximum(tokens[:, p:], 0), text_lengths, image)
+        embedded = q.embed_text(jnp.maximum(tokens[:, p:], 0))
+        hidden, text = q.write_text(embedded, text_lengths, image)
         k, v = (
             [
                 new_cache(jnp.concatenate([a[n], b[n].astype(a[n].dtype)], axis=1), cache_length)
@@ -66,7 +66,7 @@ class TextDecoder:
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] -> word embeddings [..., D] float32; `decode` adds positions."""
-        return lookup_rows(self._qformer.embed[...], tokens).astype(jnp.float32)
+        return self._qformer.embed_words(tokens)
 
     def decode(
         self,

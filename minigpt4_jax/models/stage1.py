@@ -116,7 +116,7 @@ class Stage1(MiniGpt):
 
     def text_features(self, tokens: jax.Array, lengths: jax.Array) -> TextFeatures:
         """tokens [B, T], lengths [B] -> features of the texts."""
-        hidden = self.qformer.read_text(tokens, lengths)
+        hidden = self.qformer.read_text(self.qformer.embed_text(tokens), lengths)
         return TextFeatures(hidden, self.project_text(hidden))
 
     def project_queries(self, queries: jax.Array) -> jax.Array:
@@ -127,9 +127,8 @@ class Stage1(MiniGpt):
         """[B, ..., D] -> [B, ..., E] of length 1."""
         return unit_length(self.qformer.text_projection(hidden))
 
-    def match(self, both: jax.Array) -> jax.Array:
-        """Rows [B, P + T, D] of `QFormer.read_both` -> logits [B, 2]; the second is that of a match."""
-        queries = both[:, : self.config.visual_tokens]
+    def match(self, queries: jax.Array) -> jax.Array:
+        """Outputs [B, P, D] of `QFormer.read_both` -> logits [B, 2]; the second is that of a match."""
         return self.qformer.itm_head(queries, out=jnp.float32).mean(axis=1)
 
 

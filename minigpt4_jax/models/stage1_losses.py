@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout
+from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.stage1 import Stage1
 
 SMOOTHING = 0.1
@@ -68,8 +69,12 @@ def stage1_losses(
     # Each image is read three times more for matching, with the same keys and values.
     vision = qformer.project_vision(model.read_pixels(jnp.asarray(batch.pixels)[:, 0], remat=remat))
     queries, image = qformer.read_image(vision, dropout_key=keys[0])
-    text = qformer.read_text(tokens, lengths, dropout_key=keys[1])
-    similarities = _similarities(model, queries, text[:, 0])
+    # One lookup for all passes: the gradient of each would be an array of the whole embedding's size.
+    begin = jnp.full((len(tokens), 1), model.config.tokenizer.bos_id or 0, tokens.dtype)
+    words = qformer.embed_words(jnp.concatenate([begin, tokens], axis=1))
+    text = qformer.add_positions(words[:, 1:])
+    read = qformer.read_text(text, lengths, outputs=1, dropout_key=keys[1])
+    similarities = _similarities(model, queries, read[:, 0])
     counted = (jnp.asarray(batch.label_positions) >= 0).any(axis=1)
     same = _same_image(batch)
     if negatives is None:
@@ -77,18 +82,17 @@ def stage1_losses(
 
     rows = jax.tree.map(lambda a: jnp.concatenate([a, a[negatives.image_for_text], a]), vision)
     texts, text_lengths = (
-        jnp.concatenate([a, a, a[negatives.text_for_image]]) for a in (tokens, lengths)
+        jnp.concatenate([a, a, a[negatives.text_for_image]]) for a in (text, lengths)
     )
-    both = qformer.read_both(rows, texts, text_lengths, dropout_key=keys[2])
+    pairs = qformer.read_both(rows, texts, text_lengths, dropout_key=keys[2])
     is_match = (jnp.arange(len(texts)) < len(tokens)).astype(jnp.int32)
-    of_pairs = _cross_entropy(model.match(both), jax.nn.one_hot(is_match, 2))
+    of_pairs = _cross_entropy(model.match(pairs), jax.nn.one_hot(is_match, 2))
     matching = _mean(of_pairs, jnp.tile(counted, 3))
 
-    begin = jnp.full((len(tokens), 1), model.config.tokenizer.bos_id or 0, tokens.dtype)
-    captions = jnp.concatenate([begin, tokens[:, 1:]], axis=1)
+    captions = qformer.add_positions(jnp.concatenate([words[:, :1], words[:, 2:]], axis=1))
     hidden, _ = qformer.write_text(captions, lengths, image, dropout_key=keys[3])
     counts = jnp.where(counted, lengths - 1, 0)
-    captioning = _captioning(qformer.logits(hidden[:, :-1]), tokens[:, 1:], counts, num_groups)
+    captioning = _captioning(qformer, hidden[:, :-1], tokens[:, 1:], counts, num_groups)
     return Stage1Losses(_contrastive(similarities, same, counted), matching, captioning)
 
 
@@ -143,16 +147,14 @@ def draw_negatives(similarities: Similarities, excluded: jax.Array, key: jax.Arr
 
 
 def _captioning(
-    logits: jax.Array, labels: jax.Array, counts: jax.Array, num_groups: int
+    qformer: QFormer, hidden: jax.Array, labels: jax.Array, counts: jax.Array, num_groups: int
 ) -> jax.Array:
-    """logits [B, T, V], labels [B, T], of which the first counts [B] are labelled."""
-    # Without log-probabilities and a scatter, arrays [B, T, V] are passed over fewer times.
-    is_label = labels[..., None] == jnp.arange(logits.shape[2])
-    target = jnp.where(is_label, logits, 0.0).sum(axis=2)
-    mean = (1 - SMOOTHING) * target + SMOOTHING * logits.mean(axis=2)
-    smoothed = jax.nn.logsumexp(logits, axis=2) - mean
+    """hidden [B, T, D], labels [B, T], of which the first counts [B] are labelled."""
+    # With two axes, the gradient of the logits is transposed faster than with three.
+    logits = qformer.logits(hidden.reshape(-1, hidden.shape[-1]))
+    losses = _smoothed_cross_entropy(logits, labels.reshape(-1)).reshape(labels.shape)
     is_labelled = jnp.arange(labels.shape[1]) < counts[:, None]
-    sums = jnp.where(is_labelled, smoothed, 0.0).sum(axis=1).reshape(num_groups, -1).sum(axis=1)
+    sums = jnp.where(is_labelled, losses, 0.0).sum(axis=1).reshape(num_groups, -1).sum(axis=1)
     numbers = counts.reshape(num_groups, -1).sum(axis=1)
     return (sums / jnp.maximum(numbers, 1)).mean()
 
@@ -160,3 +162,33 @@ def _captioning(
 def _cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
     """scores and target probabilities [B, N] -> [B]."""
     return -(jax.nn.log_softmax(scores) * targets).sum(axis=1)
+
+
+@jax.custom_vjp
+def _smoothed_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """logits [N, V], labels [N] -> [N], with smoothed labels."""
+    return _smoothed_forward(logits, labels)[0]
+
+
+def _smoothed_forward(
+    logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    log_sum = jax.nn.logsumexp(logits, axis=1)
+    target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    mean = (1 - SMOOTHING) * target + SMOOTHING * logits.mean(axis=1)
+    return log_sum - mean, (logits, labels, log_sum)
+
+
+def _smoothed_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    # Autodiff would pass over [N, V] several times, with a scatter for the labels.
+    logits, labels, log_sum = saved
+    vocab = logits.shape[1]
+    is_label = labels[:, None] == jnp.arange(vocab)
+    targets = jnp.where(is_label, 1 - SMOOTHING + SMOOTHING / vocab, SMOOTHING / vocab)
+    probs = jnp.exp(logits - log_sum[:, None])
+    return gradient[:, None] * (probs - targets), None
+
+
+_smoothed_cross_entropy.defvjp(_smoothed_forward, _smoothed_backward)
