@@ -1,6 +1,6 @@
 """Fifth question of a conversation: with the cache of the earlier turns, and with them read again.
 
-    python benchmarks/dialogue.py --model=DIR [--rounds=5] [--precision=float32] [--kv-cache=int8]
+    python benchmarks/dialogue.py --model=DIR [--rounds=5] [--precision=float32] [--kv-cache=int8|float8]
 
 In every round four questions are asked. The fifth is put to that conversation, which reuses its cache, and
 to a new one with the same four turns, which has to read them. Prints seconds until the first token and until
@@ -15,6 +15,7 @@ from pathlib import Path
 from common import Table, argument_parser
 
 import minigpt4_jax
+from minigpt4_jax.config import KV_CACHES
 from minigpt4_jax.errors import run
 from minigpt4_jax.inference.conversation import Conversation
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="float32", help="float32, bfloat16, int8 or int4")
-    parser.add_argument("--kv-cache", choices=["int8"])
+    parser.add_argument("--kv-cache", choices=KV_CACHES)
     args = parser.parse_args()
     quantize = args.precision if args.precision.startswith("int") else None
     model = minigpt4_jax.load(

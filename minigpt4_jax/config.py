@@ -16,6 +16,7 @@ BLIP2_VARIANTS = (
     "blip2-qformer", "blip2-opt", "blip2-flant5", "instructblip-vicuna", "instructblip-flant5"
 )  # fmt: skip
 QUANTIZATIONS = ("int8", "int4")  # the schemes of quantization/schemes.py
+KV_CACHES = ("int8", "float8")  # of keys and values in 8 bits: models/kv_cache.py
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that can have adapters
 
 

@@ -18,7 +18,7 @@ LONGEST = (
     "test_train_kills.py", "test_buckets.py", "test_blip2_losses.py", "test_blip2_model.py",
     "test_parity_answers.py", "test_train_resume.py", "test_prefix_cache.py", "test_instructblip.py",
     "test_train_survive.py", "test_llm_config.py", "test_qformer_model.py", "test_code_blocks.py",
-    "test_engine.py", "test_keep.py", "test_int8_cache.py", "test_batch.py", "test_scheduler.py",
+    "test_engine.py", "test_keep.py", "test_8bit_cache.py", "test_batch.py", "test_scheduler.py",
     "test_page.py", "test_caption_metrics.py", "test_mixture.py",
 )  # fmt: skip
 

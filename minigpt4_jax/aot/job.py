@@ -49,7 +49,7 @@ class Job:
     tokens: int | None = None  # of a training row; None: of the longest answer
     quantize_base: str | None = None  # training only: a base that is stored in int8 or int4
     quantize: str | None = None  # inference only, as are the next three
-    int8_cache: bool = False
+    kv_cache: str | None = None
     batch_size: int = 1
     context: int = 2048  # tokens
     hlo_dir: str | None = None  # where to save the HLO text
@@ -178,7 +178,7 @@ class Job:
 
     def _compile_inference(self, program: str) -> Report:
         config, mesh = self.inference_config, self._mesh(self.inference_target)
-        engine = programs.AbstractEngine(config, mesh, int8_cache=self.int8_cache, chip=self.chip)
+        engine = programs.AbstractEngine(config, mesh, kv_cache=self.kv_cache, chip=self.chip)
         rows, context = self.batch_size, self.context
         lower: Callable[[], Any]
         description, lower = {
@@ -261,7 +261,7 @@ def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
     return Job(
         config_name, model_name, c, model_config, options.topology, options.mesh,
         tokens=options.tokens, quantize_base=options.quantize_base,
-        quantize=options.quantize, int8_cache=options.kv_cache == "int8",
+        quantize=options.quantize, kv_cache=options.kv_cache,
         batch_size=options.batch, context=options.context, hlo_dir=options.hlo,
         machine_code=options.code or is_gpu,  # the compiler for GPUs takes seconds as a whole
     )  # fmt: skip

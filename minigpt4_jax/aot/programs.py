@@ -120,11 +120,15 @@ def split_shapes(config: ModelConfig, trained: frozenset[str], mesh: Mesh) -> Sp
 
     trainable, frozen_shapes = jax.eval_shape(split, state)
     # eval_shape drops the shardings
-    frozen = tuple(
+    loaded = [
         leaf.get_value() for path, leaf in nnx.to_flat_state(state) if not is_trained(path, trained)
-    )
-    if [a.shape for a in frozen] != [a.shape for a in frozen_shapes]:
+    ]
+    if [a.shape[:-1] for a in loaded] != [a.shape[:-1] for a in frozen_shapes]:
         raise AssertionError("split_model orders the frozen arrays differently")
+    frozen = tuple(
+        sharded_shape(a.shape, a.dtype, of.sharding)  # the last axis may be padded
+        for a, of in zip(frozen_shapes, loaded, strict=True)
+    )
     return splits[0]._replace(trainable=replicate_shapes(trainable, mesh), frozen=frozen)
 
 
@@ -164,12 +168,14 @@ class AbstractEngine(Engine):
     """An inference engine with shapes as parameters: its programs can be lowered, not run. Greedy
     decoding. chip: what programs are traced for."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, *, int8_cache: bool, chip: Chip = ANY_TPU):
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, *, kv_cache: str | None = None, chip: Chip = ANY_TPU
+    ):
         self.mesh, self.chip = mesh, chip
         with _compiling_for(chip):
             self.model = model_shapes(config, mesh, stacked=False)
             if not config.is_stage1:
-                self.model.llm.int8_cache = int8_cache
+                self.model.llm.cache_kind = kv_cache
             super().__init__(self.model, mesh)
         self.plan = required_stages([SamplingParams()], config.llm.vocab)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from minigpt4_jax.config import KV_CACHES
 from minigpt4_jax.errors import Parser, UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def make_parser(command: str, description: str, *, model_required: bool = True) 
     )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the large matrices")
     p.add_argument("--quantize", choices=("int8", "int4"), help="quantize them while loading")
-    p.add_argument("--kv-cache", choices=("int8",), help="store keys and values in 8 bits")
+    p.add_argument("--kv-cache", choices=KV_CACHES, help="store keys and values in 8 bits")
     p.add_argument(
         "--mesh", metavar="SIZES", help="devices to use, as data:2,model:4, or auto for all of them"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minigpt4_jax import errors
+from minigpt4_jax.config import KV_CACHES
 from minigpt4_jax.errors import Parser, UserError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _parser() -> Parser:
     )
     p.add_argument("--quantize-base", choices=("int8", "int4"), help="frozen weights, for training")
     p.add_argument("--quantize", choices=("int8", "int4"), help="weights, for inference")
-    p.add_argument("--kv-cache", choices=("int8",), help="for inference (default: bfloat16)")
+    p.add_argument("--kv-cache", choices=KV_CACHES, help="for inference (default: bfloat16)")
     p.add_argument("--batch", type=int, default=1, help="rows, for inference (default: 1)")
     p.add_argument(
         "--context", type=int, default=2048, help="tokens per row, for inference (default: 2048)"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
-from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.config import KV_CACHES, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.blip2_model import Blip2Model
 from minigpt4_jax.inference.instructblip_model import InstructBlipModel
@@ -48,7 +48,8 @@ def load(
             quantized already.
         merge_lora: merge LoRA into the weights, which makes it free at inference. Exact up to rounding
             in dtype; in bfloat16 a small update may be lost.
-        kv_cache: "int8" stores keys and values in 8 bits, half the size of bfloat16.
+        kv_cache: "int8" or "float8" stores keys and values in 8 bits, half the size of bfloat16. int8 is
+            more exact, float8 faster on a GPU.
         mesh: devices to use: sizes such as "data:2,model:4" (two groups of devices with different
             rows of a batch, every matrix split over the four of a group; see
             minigpt4_jax/parallel/sharding.py), "auto" for all devices, or a Mesh. By default the first
@@ -66,8 +67,11 @@ def load(
     UserError: not a model directory, damaged, a missing or another base, an unknown or another
     quantization, LoRA to be merged into quantized weights, or a mesh that does not fit the devices.
     """
-    if kv_cache not in (None, "int8"):
-        raise UserError(f"kv_cache {kv_cache!r}: expected 'int8', or None for the model's dtype")
+    if kv_cache not in (None, *KV_CACHES):
+        expected = " or ".join(map(repr, KV_CACHES))
+        raise UserError(
+            f"kv_cache {kv_cache!r}: expected {expected}, or None for the model's dtype"
+        )
     enable_compilation_cache()
     config = read_config(model_dir)
     if config.is_stage1 and kv_cache is not None:
@@ -92,7 +96,7 @@ def load(
             layer.merge()
     if config.is_stage1:
         return QFormerModel(module, config, tokenizer, mesh, exif=exif)
-    module.llm.int8_cache = kv_cache == "int8"
+    module.llm.cache_kind = kv_cache
     if config.reads_instruction:
         of_qformer = BertTokenizer(tokenizer_dir(model_dir, base), QFORMER_VOCABULARY)
         return InstructBlipModel(module, config, tokenizer, of_qformer, mesh, exif=exif)

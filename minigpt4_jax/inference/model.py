@@ -40,7 +40,8 @@ class Model(TextGenerator):
         tokenizer: the language model's tokenizer.
         engine: the generation engine, for token ids instead of text.
         mesh: the mesh that the parameters lie on; None for one device.
-        int8_cache: whether keys and values are stored in 8 bits.
+        kv_cache: "int8" or "float8" if keys and values are stored in 8 bits, else None.
+        int8_cache: whether it is "int8".
         exif: whether images are rotated as their EXIF orientation says.
     """
 

@@ -50,10 +50,15 @@ class TextGenerator:
         """mesh: the mesh that the module's parameters lie on; None for one device. exif: see `load`."""
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.exif = exif
-        self.int8_cache = module.decoder.int8_cache
+        self.kv_cache = module.decoder.cache_kind
         self.engine = Engine(module, mesh)
         self._state = nnx.state(module)
         self._encoder = ImageEncoder(nnx.graphdef(module), config, mesh)
+
+    @property
+    def int8_cache(self) -> bool:
+        """Whether keys and values are stored in int8."""
+        return self.kv_cache == "int8"
 
     def set_module(self, module: MiniGpt) -> None:
         """Use other parameters of the same shapes and sharding; nothing is compiled again."""

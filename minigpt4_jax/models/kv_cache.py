@@ -1,9 +1,10 @@
-"""The key-value cache of a language model, in the model's dtype or quantized to int8.
+"""The key-value cache of a language model: in the model's dtype, or in 8 bits ("int8" or "float8").
 
 In int8, each key or value vector of a head has its own scale (largest absolute value / 127). Attention
 does not dequantize the vectors: the scale of a key multiplies its score, and the scale of a value its
-probability. Prefill also attends to quantized keys and values, so results do not depend on whether
-tokens are processed together or one by one.
+probability. float8 (e4m3) has no scales: that is less exact, but writing a vector needs no more kernels
+than in bfloat16. Prefill also attends to the rounded keys and values, so results do not depend on
+whether tokens are processed together or one by one.
 
 Axes: B batch, T sequence, S cache length, K key/value heads, H head dim, L layers.
 """
@@ -26,6 +27,8 @@ class QuantizedArray(NamedTuple):
 
 
 Vectors = jax.Array | QuantizedArray  # keys or values [..., H]
+SCALE_BYTES = 4  # of a vector in int8
+FLOAT8 = jnp.float8_e4m3fn
 
 
 class KVCache(NamedTuple):
@@ -81,6 +84,20 @@ def causal_cache_update(positions: jax.Array, length: int, window: int | None) -
     return CacheUpdate(positions, mask, slots)
 
 
+def round_vectors(x: jax.Array, kind: str | None) -> Vectors:
+    """x [..., H] of floats as a cache of this kind holds it: "int8", "float8", or None for floats."""
+    if kind == "int8":
+        return quantize_vectors(x)
+    return x if kind is None else to_float8(x)
+
+
+def kind_of(x: Vectors) -> str | None:
+    """The kind of a cache, as for `round_vectors`."""
+    if isinstance(x, QuantizedArray):
+        return "int8"
+    return "float8" if x.dtype in (FLOAT8, jnp.uint8) else None
+
+
 def quantize_vectors(x: jax.Array) -> QuantizedArray:
     """x [..., H] of floats -> int8 with one scale per vector."""
     x = x.astype(jnp.float32)
@@ -89,11 +106,21 @@ def quantize_vectors(x: jax.Array) -> QuantizedArray:
     return QuantizedArray(levels.astype(jnp.int8), scale)
 
 
+def to_float8(x: jax.Array) -> jax.Array:
+    """x [..., H] of floats -> float8, on a CPU its bits as uint8; larger numbers become its largest, 448."""
+    limit = float(jnp.finfo(FLOAT8).max)
+    rounded = jnp.clip(x, -limit, limit).astype(FLOAT8)
+    # XLA on CPU updates an array of float8 through a copy of the whole array in floats.
+    return jax.lax.bitcast_convert_type(rounded, jnp.uint8) if backend() == "cpu" else rounded
+
+
 def dequantize_vectors(x: Vectors, dtype: Any) -> jax.Array:
     """Vectors [..., H] -> an array [..., H] of dtype."""
     array = x
     if isinstance(array, QuantizedArray):
         array = array.levels.astype(jnp.float32) * array.scale[..., None]
+    elif array.dtype == jnp.uint8:
+        array = jax.lax.bitcast_convert_type(array, FLOAT8)
     return array.astype(dtype)
 
 
@@ -161,14 +188,16 @@ def attend_to_cache(
     scale: float,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of q [B, T, N, H] to a cache, float or int8, of keys and values [B, K, S, H]; mask
+    """Attention of q [B, T, N, H] to a cache of any kind, of keys and values [B, K, S, H]; mask
     [B, T, S], bias [B, N, T, S] of the scores -> [B, T, N, H]."""
+    dtype = _storage_dtype(q.dtype)
     if isinstance(keys, QuantizedArray) and isinstance(values, QuantizedArray):
-        dtype = _storage_dtype(q.dtype)
         return cached_attention(
             q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
             scale=scale, key_scale=keys.scale, value_scale=values.scale, bias=bias,
         )  # fmt: skip
+    if kind_of(keys) == "float8":
+        keys, values = dequantize_vectors(keys, dtype), dequantize_vectors(values, dtype)
     assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)
     return cached_attention(q, keys, values, mask, scale=scale, bias=bias)
 

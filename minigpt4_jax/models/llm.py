@@ -12,10 +12,9 @@ from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
     CrossCache,
     KVCache,
-    Vectors,
     causal_cache_update,
     new_cache,
-    quantize_vectors,
+    round_vectors,
 )
 from minigpt4_jax.models.layers import (
     Linear,
@@ -38,7 +37,7 @@ class Llm(nnx.Module):
     """Embeddings to hidden states; `logits` maps hidden states to scores over the vocabulary.
 
     blocks: stacked parameters (training, encoding), or an nnx.List after `unstack` (decoding).
-    int8_cache: whether `prefill` creates an int8 cache.
+    cache_kind: of the cache that `prefill` creates; see `round_vectors`.
     """
 
     def __init__(self, c: LlmConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
@@ -51,7 +50,7 @@ class Llm(nnx.Module):
         self.blocks = stack_layers(lambda r: Block(c, lora, r, cross=has_encoder), c.layers, rngs)
         self.norm = make_norm(c.norm, c.width, c.eps)
         self.head = None if c.tie else Linear(c.width, c.vocab, bias=False, rngs=rngs)
-        self.int8_cache = False
+        self.cache_kind: str | None = None
 
         def table(*shape: int) -> nnx.Param[jax.Array]:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
@@ -145,7 +144,7 @@ class Llm(nnx.Module):
         x, rope = self._with_positions(embeds, _positions(embeds))
 
         def step(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
-            x, kv = block.prefill(x, rope, lengths, self.int8_cache)
+            x, kv = block.prefill(x, rope, lengths, self.cache_kind)
             k, v = kv
             return x, (new_cache(k, cache_length), new_cache(v, cache_length))
 
@@ -177,7 +176,7 @@ class Llm(nnx.Module):
 
         def empty(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
             zeros = jnp.zeros((b, 1, c.kv_heads, c.head_dim), dtype)
-            vectors: Vectors = quantize_vectors(zeros) if self.int8_cache else zeros
+            vectors = round_vectors(zeros, self.cache_kind)
             return x, (new_cache(vectors, cache_length), new_cache(vectors, cache_length))
 
         _, kv = run_layers(self.blocks, states, empty, part="llm.blocks", heads=c.kv_heads)

@@ -12,11 +12,11 @@ from minigpt4_jax.config import LlmConfig, LoraConfig
 from minigpt4_jax.models.attention import attention
 from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
-    QuantizedArray,
     Vectors,
     attend_to_cache,
     dequantize_vectors,
-    quantize_vectors,
+    kind_of,
+    round_vectors,
     write_cache,
 )
 from minigpt4_jax.models.layers import (
@@ -81,19 +81,19 @@ class Attention(nnx.Module):
         lengths: jax.Array,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
-        int8: bool = False,
+        cache: str | None = None,
         bias: jax.Array | None = None,
         causal: bool = True,
     ) -> tuple[jax.Array, KeysValues]:
         """Causal attention within right-padded rows, or within the segments of packed rows.
 
         x [B, T, D], lengths [B], segments [B, T] -> [B, T, D], and keys and values [B, T, K, H] for a
-        cache. int8: quantize keys and values, and attend to the quantized ones. bias [1, N, T, T]: added
-        to the scores. causal: False: each token attends to the whole row.
+        cache. cache: its kind, as for `round_vectors`; rounded keys and values are what is attended to.
+        bias [1, N, T, T]: added to the scores. causal: False: each token attends to the whole row.
         """
         c = self.config
         q, k, v = self.project_qkv(x, rope, key)
-        kv: KeysValues = (quantize_vectors(k), quantize_vectors(v)) if int8 else (k, v)
+        kv: KeysValues = round_vectors(k, cache), round_vectors(v, cache)
         k, v = (dequantize_vectors(a, q.dtype) for a in kv)
         y = attention(
             q, k, v, scale=self.scale, causal=causal, lengths=lengths, segments=segments,
@@ -134,12 +134,9 @@ class Attention(nnx.Module):
         """x [B, T, D] attends to the cached keys and values kv [B, K, S, H], to which its own are
         added. bias [B, N, T, S]: of the scores. Returns [B, T, D] and the updated keys and values."""
         q, k, v = self.project_qkv(x, rope)
-        if isinstance(kv[0], QuantizedArray):
-            keys = write_cache(kv[0], quantize_vectors(k), update.slots)
-            values = write_cache(kv[1], quantize_vectors(v), update.slots)
-        else:
-            keys = write_cache(kv[0], k, update.slots)
-            values = write_cache(kv[1], v, update.slots)
+        kind = kind_of(kv[0])
+        keys = write_cache(kv[0], round_vectors(k, kind), update.slots)
+        values = write_cache(kv[1], round_vectors(v, kind), update.slots)
         mask = update.attention_mask
         y = attend_to_cache(q, keys, values, mask, scale=self.scale, bias=bias)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
@@ -209,10 +206,10 @@ class Block(nnx.Module):
         return self._add_residuals(x, y, key), kv
 
     def prefill(
-        self, x: jax.Array, rope: Rope | None, lengths: jax.Array, int8: bool
+        self, x: jax.Array, rope: Rope | None, lengths: jax.Array, cache: str | None
     ) -> tuple[jax.Array, KeysValues]:
-        """As __call__, with the MLP in token chunks. int8: as in `Attention`."""
-        y, kv = self.attn(self.norm1(x), rope, lengths, int8=int8)
+        """As __call__, with the MLP in token chunks. cache: as in `Attention`."""
+        y, kv = self.attn(self.norm1(x), rope, lengths, cache=cache)
         x = x + y.astype(jnp.float32)
         return x + map_token_chunks(lambda x: self.mlp(self.norm2(x)), x).astype(jnp.float32), kv
 

@@ -59,7 +59,7 @@ NO_DROPOUT = Dropout()
 class Decoder(Protocol):
     """What continues rows, token by token: a language model, or a Q-Former's text branch."""
 
-    int8_cache: bool  # whether `prefill` creates an int8 cache
+    cache_kind: str | None  # of the cache that `prefill` creates; see `kv_cache.round_vectors`
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 -> [..., D] float32."""

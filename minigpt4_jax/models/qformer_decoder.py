@@ -38,7 +38,8 @@ class TextDecoder:
 
     def __init__(self, qformer: QFormer):
         self._qformer = qformer
-        self.int8_cache = False  # keys and values of the queries are computed elsewhere, in floats
+        # keys and values of the queries are computed elsewhere, in floats
+        self.cache_kind: str | None = None
 
     def prefill(
         self, tokens: jax.Array, visual: jax.Array, lengths: jax.Array, cache_length: int

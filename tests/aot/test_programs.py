@@ -51,7 +51,7 @@ def test_train_step_from_shapes():
 
 def test_decode_from_shapes():
     config, rows, context = tiny.config(), 2, 64
-    engine = programs.AbstractEngine(config, single_device_mesh(), int8_cache=False)
+    engine = programs.AbstractEngine(config, single_device_mesh())
     text, memory, _ = compiler.compile_lowered(engine.lower_decode(rows, context))
     llm = config.llm
     cache = 2 * llm.layers * rows * llm.kv_heads * context * llm.head_dim * 2

@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
         generated = []
         for devices in (None, mesh):
             module, _ = load_model(model_dir, stacked=False, quantize=scheme, mesh=devices)
-            module.llm.int8_cache = True
+            module.llm.cache_kind = "int8"
             engine = Engine(module, devices)
             # with int8, a slot is filled again; int4 needs fewer programs
             asked = requests(config)[: 9 if scheme == "int8" else 8]

@@ -31,16 +31,16 @@ def model(window=None, stacked=False):
 
 
 @cache
-def int8_cache_model(window=None, stacked=False):
-    """The model with an int8 key-value cache."""
+def cached_model(kind, window=None, stacked=False):
+    """The model with a key-value cache of this kind."""
     module = nnx.merge(*nnx.split(model(window, stacked)))
-    module.llm.int8_cache = True
+    module.llm.cache_kind = kind
     return module
 
 
 @cache
-def engine(window=None, stacked=False, int8=False):
-    return Engine((int8_cache_model if int8 else model)(window, stacked))
+def engine(window=None, stacked=False, kind=None):
+    return Engine(cached_model(kind, window, stacked))
 
 
 def prompt(rng, length, images=0):

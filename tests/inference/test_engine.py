@@ -315,8 +315,8 @@ def test_no_requests():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("count", "int8"), [(1, False), (4, False), (4, True)])
-def test_decoding_copies_neither_weights_nor_cache(dtype, count, int8):
+@pytest.mark.parametrize(("count", "kind"), [(1, None), (4, None), (4, "int8"), (4, "float8")])
+def test_decoding_copies_neither_weights_nor_cache(dtype, count, kind):
     """The temporary memory of the compiled loop is small. XLA tends to keep converted or transposed
     copies of loop invariants (27 GB for a 7B in bfloat16)."""
     llm = LlmConfig(vocab=4096, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, ffn=512)
@@ -327,7 +327,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, count, int8):
         lambda a: jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 1 else jnp.float32), state
     )
     module = nnx.merge(graphdef, state)
-    module.llm.int8_cache = int8
+    module.llm.cache_kind = kind
     an_engine = Engine(module)
     inputs = an_engine.batch_inputs([Request([1, 2], max_new_tokens=500)] * count)
     stages = required_stages([SamplingParams()], llm.vocab)
@@ -338,7 +338,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, count, int8):
     compiled = an_engine._decode.lower(an_engine._leaves, state, 5, stages).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     cache = jax.tree.leaves(state.cache)
-    if int8:  # XLA on CPU converts one layer's keys and values to floats at a time
+    if kind is not None:  # XLA on CPU converts one layer's keys and values to floats at a time
         assert temporary < 1.25 * 4 * sum(a.size for a in cache) / llm.layers
         return
     matrices = [a for a in an_engine._leaves if a.ndim > 1]

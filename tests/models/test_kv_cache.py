@@ -1,4 +1,6 @@
-"""The key-value cache in floats and in int8: quantization, writing, growing, attention, size."""
+"""The key-value cache in floats and in 8 bits: quantization, writing, growing, attention, size."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,15 @@ from minigpt4_jax.models.kv_cache import (
     causal_cache_update,
     dequantize_vectors,
     grow_cache,
+    kind_of,
     new_cache,
     quantize_vectors,
+    round_vectors,
+    to_float8,
     write_cache,
 )
 
-KINDS = {"float": lambda x: x, "int8": quantize_vectors}
+KINDS = [None, "int8", "float8"]
 
 
 def vectors(rng, *shape):
@@ -45,16 +50,25 @@ def test_quantization_error_is_at_most_half_a_step(h, size, seed):
     assert (np.abs(found - x) <= 0.501 * step).all()
 
 
+def test_float8_rounds_to_four_bits_within_its_range():
+    x = np.random.default_rng(0).normal(0, 30, (50, 8)).astype(np.float32)
+    x[0, :3] = 1e5, -1e5, 0.0
+    found = np.asarray(dequantize_vectors(to_float8(jnp.asarray(x)), jnp.float32))
+    np.testing.assert_allclose(found, np.clip(x, -448, 448), rtol=2**-4, atol=2**-10)
+    np.testing.assert_array_equal(found[0, :3], [448, -448, 0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_incremental_writes_and_growth_equal_one_write(kind):
     """Also with rows of different lengths, where padding is overwritten."""
-    rng, to = np.random.default_rng(0), KINDS[kind]
+    rng, to = np.random.default_rng(0), partial(round_vectors, kind=kind)
     x = vectors(rng, 2, 9, 3, 4)  # [B, T, K, H]
     whole = new_cache(to(x), 16)
     cache = KVCache([new_cache(to(x[:, :5]), 8)], [new_cache(to(x[:, :5]), 8)])
     (cache,) = grow_cache(cache, 16).k
     starts = jnp.asarray([[5], [3]])  # the second row's slots 3 and 4 were padding
     positions = starts + jnp.arange(4)
+    assert kind_of(cache) == kind
     rest = jnp.take_along_axis(x, positions[:, :, None, None], axis=1)
     cache = write_cache(cache, to(rest), positions)
     assert_equal(jax.tree.map(lambda a: a[0], cache), jax.tree.map(lambda a: a[0], whole))
@@ -63,13 +77,13 @@ def test_incremental_writes_and_growth_equal_one_write(kind):
     )
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_int8_attention_equals_attention_to_dequantized_vectors(window):
+@pytest.mark.parametrize(("kind", "window"), [("int8", None), ("int8", 4), ("float8", None)])
+def test_8_bit_attention_equals_attention_to_dequantized_vectors(kind, window):
     rng = np.random.default_rng(1)
     q = vectors(rng, 2, 3, 6, 8)
-    k, v = (quantize_vectors(vectors(rng, 2, 12, 2, 8)) for _ in range(2))
-    keys, values = new_cache(k, 12), new_cache(v, 12)
     seen = causal_cache_update(jnp.asarray([[7, 8, 9], [0, 1, 2]]), 12, window).attention_mask
+    k, v = (round_vectors(vectors(rng, 2, 12, 2, 8), kind) for _ in range(2))
+    keys, values = new_cache(k, 12), new_cache(v, 12)
     found = attend_to_cache(q, keys, values, seen, scale=0.3)
     wanted = attend_to_cache(
         q,
@@ -81,12 +95,12 @@ def test_int8_attention_equals_attention_to_dequantized_vectors(window):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("int8", "a_vector"), [(False, 256), (True, 132)])
-def test_bytes_of_vicuna_7b(int8, a_vector):
-    """128 numbers in bfloat16, or in int8 with a float32 scale."""
+@pytest.mark.parametrize(("kind", "a_vector"), [(None, 256), ("int8", 132), ("float8", 128)])
+def test_bytes_of_vicuna_7b(kind, a_vector):
+    """128 numbers in bfloat16, in int8 with a float32 scale, or in float8."""
     graphdef, state = nnx.split(abstract_model(ModelConfig(), stacked=False))
     llm = nnx.merge(graphdef, state).llm
-    llm.int8_cache = int8
+    llm.cache_kind = kind
     embeds = jax.ShapeDtypeStruct((1, 64, 4096), jnp.float32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     graphdef, state = nnx.split(llm)
@@ -96,6 +110,6 @@ def test_bytes_of_vicuna_7b(int8, a_vector):
         return nnx.merge(graphdef, state).prefill(embeds, lengths, 2048)[1]
 
     cache = jax.eval_shape(prefill, state, embeds, lengths)
-    held = {jnp.dtype("float32"): 2} if not int8 and jax.default_backend() == "cpu" else {}
+    held = {jnp.dtype("float32"): 2} if kind is None and jax.default_backend() == "cpu" else {}
     size = sum(a.size * a.dtype.itemsize // held.get(a.dtype, 1) for a in jax.tree.leaves(cache))
     assert size == 2 * 32 * 2048 * 32 * a_vector  # 1.07 and 0.55 GB
