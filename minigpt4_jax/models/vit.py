@@ -8,6 +8,17 @@ from minigpt4_jax.config import VisionConfig
 from minigpt4_jax.models.attention import attention
 from minigpt4_jax.models.layers import LayerNorm, Linear, gelu, run_layers, stack_layers
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
+from minigpt4_jax.utils.platform import backend
+
+GPU_INPUTS = 8  # cuBLAS multiplies bfloat16 matrices with a multiple of this many inputs
+
+
+def pad_patch_weight(weight: jax.Array) -> jax.Array:
+    """The weight [D, 3 * patch size ** 2] of the patch embedding as a GPU multiplies it: with inputs of 0 up
+    to a multiple of 8. XLA would make this copy in every step."""
+    if backend() != "gpu":
+        return weight
+    return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % GPU_INPUTS)))
 
 
 class Attention(nnx.Module):
@@ -75,7 +86,11 @@ class Vit(nnx.Module):
             raise ValueError(f"pixels {pixels.shape}: expected [B, {size}, {size}, 3]")
         g = size // p
         x = pixels.reshape(-1, g, p, g, p, 3).transpose(0, 1, 3, 5, 2, 4)  # [B, g, g, 3, p, p]
-        return self.patch(x.reshape(-1, g * g, 3 * p * p))
+        x = x.reshape(-1, g * g, 3 * p * p)
+        padding = self.patch.weight.shape[1] - x.shape[2]  # see `pad_patch_weight`
+        if padding:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)))
+        return self.patch(x)
 
     def __call__(self, pixels: jax.Array, *, remat: bool = False) -> jax.Array:
         """pixels [B, S, S, 3] -> [B, 1 + patches, D]. remat: save only each layer's input."""

@@ -20,6 +20,7 @@ from minigpt4_jax.checkpoint.loader import parameter_dtype
 from minigpt4_jax.checkpoint.parameters import STACKED, ParameterPath, part_of, stacked_path
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout, MiniGpt
+from minigpt4_jax.models.vit import pad_patch_weight
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
 from minigpt4_jax.training import optimizer
 from minigpt4_jax.utils.platform import compiler_options
@@ -93,7 +94,7 @@ def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -
         variables.setdefault(name, []).append((path, variable))
     frozen_variables = list(nnx.to_flat_state(frozen_state))
     trainable = {name: _stack(layers).astype(jnp.float32) for name, layers in variables.items()}
-    frozen = tuple(variable.get_value() for _, variable in frozen_variables)
+    frozen = tuple(_frozen_array(path, variable) for path, variable in frozen_variables)
     decay_mask = {
         name: is_decayed(stacked_path(layers[0][0]), trainable[name].shape)
         for name, layers in variables.items()
@@ -117,6 +118,12 @@ def split_model(model: MiniGpt, parts: frozenset[str], dtype: "np.dtype[Any]") -
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     return Split(trainable, frozen, join, decay_mask)
+
+
+def _frozen_array(path: ParameterPath, variable: Any) -> jax.Array:
+    """The array of a frozen parameter, as steps multiply it."""
+    array: jax.Array = variable.get_value()
+    return pad_patch_weight(array) if path == ("vit", "patch", "weight") else array
 
 
 def _stack(layers: list[tuple[ParameterPath, Any]]) -> jax.Array:

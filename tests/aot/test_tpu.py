@@ -4,12 +4,9 @@ Needs libtpu and a few minutes: `make tpu-check` runs it, in CI too.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers.compiled_programs import compiled
 
 GB = 1e9
 PROJECTION = (768 * 4096 + 4096) * 4  # bytes of its gradient
@@ -26,18 +23,6 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make tpu-check runs this"
     ),
 ]
-
-
-def compiled(folder, *arguments):
-    """The record of one program, as `python -m minigpt4_jax.compile` writes it."""
-    json_path = folder / "figures.json"
-    command = [sys.executable, "-m", "minigpt4_jax.compile", *arguments, f"--json={json_path}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (record,) = json.loads(json_path.read_text())
-    return record
 
 
 def test_full_size_step_needs_no_more_than_recorded(tmp_path):

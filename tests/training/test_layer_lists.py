@@ -59,3 +59,16 @@ def test_loss_and_gradient_are_those_of_stacked_layers(folder, remat, monkeypatc
         np.testing.assert_allclose(
             gradient[name], array, atol=1e-4 * np.abs(array).max() + 1e-8, err_msg=name
         )
+
+
+def test_the_frozen_patch_embedding_is_padded_once(folder):
+    """To a multiple of 8 inputs, which cuBLAS wants: XLA would copy the weight in every step."""
+    frozen_vit = trained_parts(freeze_vit=True, freeze_qformer=True)
+    with platform.compiling_for("gpu"):
+        model, _ = load_model(folder, stacked=False, trainable_parts=frozen_vit)
+        split = split_model(model, frozen_vit, jnp.dtype("float32"))
+        joined = split.join(split.trainable, split.frozen)
+    assert model.vit.patch.weight.shape == (16, 588)
+    assert joined.vit.patch.weight.shape == (16, 592)
+    pixels = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
+    np.testing.assert_allclose(joined.vit.embed(pixels), model.vit.embed(pixels), atol=1e-5)
