@@ -29,6 +29,7 @@ class QuantizedArray(NamedTuple):
 Vectors = jax.Array | QuantizedArray  # keys or values [..., H]
 SCALE_BYTES = 4  # of a vector in int8
 FLOAT8 = jnp.float8_e4m3fn
+FLOAT8_MAX = 448.0
 
 
 class KVCache(NamedTuple):
@@ -107,9 +108,8 @@ def quantize_vectors(x: jax.Array) -> QuantizedArray:
 
 
 def to_float8(x: jax.Array) -> jax.Array:
-    """x [..., H] of floats -> float8, on a CPU its bits as uint8; larger numbers become its largest, 448."""
-    limit = float(jnp.finfo(FLOAT8).max)
-    rounded = jnp.clip(x, -limit, limit).astype(FLOAT8)
+    """x [..., H] of floats -> float8, on a CPU its bits as uint8; larger numbers become FLOAT8_MAX."""
+    rounded = jnp.clip(x, -FLOAT8_MAX, FLOAT8_MAX).astype(FLOAT8)
     # XLA on CPU updates an array of float8 through a copy of the whole array in floats.
     return jax.lax.bitcast_convert_type(rounded, jnp.uint8) if backend() == "cpu" else rounded
 
