@@ -17,6 +17,8 @@ from minigpt4_jax.errors import UserError
 
 DEMONSTRATIONS = (Path("tiny_v2/run/model"), Path("quickstart/stage2/model"))  # with their workdirs
 FIRST_PORT = 8000
+# Small models need every digit of a box; the original's penalty makes a repeated one less likely.
+OPTIONS = ["--repetition_penalty=1"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if len(made) > 1 and any(word.split("=")[0] == "--port" for word in argv):
         raise UserError(f"--port is for one model; add --model={made[0]} or --model={made[1]}")
+    argv = [*OPTIONS, *argv]
     with ExitStack() as others:
         for n, path in enumerate(made[1:], 1):
             others.enter_context(_server_of(path, FIRST_PORT + n, argv))

@@ -31,9 +31,8 @@ def test_the_demonstration_that_has_been_made(started, tmp_path):
     folder.mkdir(parents=True)
     (folder / "model.json").write_text("{}")
     demo.main(["--port=0"])
-    assert started == [
-        ["--port=0", "--model=quickstart/stage2/model", "--served-name=quickstart", "--ui"]
-    ]
+    options = ["--port=0", "--model=quickstart/stage2/model", "--served-name=quickstart", "--ui"]
+    assert started == [["--repetition_penalty=1", *options]]
 
 
 def test_a_model_of_the_user(started):
