@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.decode_state import DecodeState
-from minigpt4_jax.inference.requests import BucketSizes, Request, bucket, bucket_sizes
+from minigpt4_jax.inference.requests import BucketSizes, Request
 from minigpt4_jax.inference.runner import ModelRunner
 from minigpt4_jax.inference.sampling import SamplingStages
 from minigpt4_jax.utils.rounding import next_power_of_two
@@ -41,13 +41,14 @@ class BatchSizing:
         """The other sizes of the arrays."""
         if self.shapes is not None:
             return self.shapes.sizes(requests)
-        return BucketSizes(*map(max, bucket_sizes(requests), self._min_sizes))
+        sizes = self._runner.bucket_sizes(requests, self.num_rows(1))
+        return BucketSizes(*map(max, sizes, self._min_sizes))
 
     def cache_length(self, tokens: int) -> int:
         """Cache slots that one row with this many tokens takes."""
-        return (
-            bucket(tokens) if self.shapes is None else self.shapes.with_cache(tokens).cache_length
-        )
+        if self.shapes is not None:
+            return self.shapes.with_cache(tokens).cache_length
+        return self._runner.cache_length(tokens, 1)
 
     def exceeds_cache(self, requests: Sequence[Request]) -> bool:
         """Whether these requests together need more than max_cache_tokens."""

@@ -69,7 +69,7 @@ class Engine(ModelRunner):
             return
         num_rows = min(batch_size, len(sized_for))
         batch = RunningBatch(
-            self, num_rows, min_rows=num_rows, min_sizes=bucket_sizes(sized_for),
+            self, num_rows, min_rows=num_rows, min_sizes=self.bucket_sizes(sized_for, num_rows),
             stages=self.stages(sized_for), prefix_cache=prefix_cache, report_progress=progress,
         )  # fmt: skip
         in_chunks = progress or any(request.stop_check for request in sized_for)

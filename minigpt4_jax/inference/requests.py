@@ -10,8 +10,9 @@ from minigpt4_jax.config import IMAGE
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.sampling import SamplingParams
 from minigpt4_jax.inference.visual_tokens import VisualTokens
-from minigpt4_jax.utils.rounding import next_power_of_two
+from minigpt4_jax.utils.rounding import next_power_of_two, round_up
 
+UNUSED_READS = 0.04  # of a decoding step: the bytes of cache slots that hold no token
 NUM_STOPS, STOP_WIDTH = 32, 16  # stop sequences of a row, ids of each, unless there are more
 GREEDY = SamplingParams()
 ONE_BEAM = BeamSearchConfig(1)
@@ -67,14 +68,17 @@ class BucketSizes(NamedTuple):
     stop_width: int  # W: ids of a stop sequence
 
 
-def bucket_sizes(requests: Sequence[Request]) -> BucketSizes:
-    """The smallest buckets that all the requests fit into.
+def bucket_sizes(
+    requests: Sequence[Request], cache_bucket: Callable[[int], int] | None = None
+) -> BucketSizes:
+    """The smallest buckets that all the requests fit into. cache_bucket: tokens -> cache slots.
 
     Coarse where size costs little: another max_new_tokens or list of stops rarely compiles again.
     """
     stops = [request.stop_sequences for request in requests]
+    tokens = max([128, *(len(r.tokens) + r.max_new_tokens for r in requests)])
     return BucketSizes(
-        bucket(max([128, *(len(r.tokens) + r.max_new_tokens for r in requests)])),
+        (cache_bucket or bucket)(tokens),
         next_power_of_two(max([256, *(request.max_new_tokens for request in requests)])),
         next_power_of_two(max([NUM_STOPS, *(len(row) for row in stops)])),
         next_power_of_two(max([STOP_WIDTH, *(len(ids) for row in stops for ids in row)])),
@@ -88,6 +92,18 @@ def bucket(n: int, smallest: int = 32) -> int:
         size *= 2
     three_quarters = size * 3 // 4
     return three_quarters if size > 2 * smallest and n <= three_quarters else size
+
+
+def fine_bucket(n: int, others: float) -> int:
+    """A cache length of at least n, at most `bucket(n)`, of whose slots few are unused: reading them takes
+    UNUSED_READS of a decoding step at most, or they are fewer than 16.
+
+    others: what a step reads besides the cache, the weights, as a number of slots of all rows.
+    """
+    step = 16
+    while 2 * step <= UNUSED_READS * (others + n):
+        step *= 2
+    return min(bucket(n), round_up(n, step))
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

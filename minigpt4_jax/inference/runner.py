@@ -33,15 +33,16 @@ from minigpt4_jax.inference.requests import (
     Request,
     bucket,
     bucket_sizes,
+    fine_bucket,
     section,
 )
 from minigpt4_jax.inference.sampling import SamplingStages, required_stages, stack_sampling_params
 from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
 from minigpt4_jax.inference.visual_tokens import stack_visual
-from minigpt4_jax.models.kv_cache import KVCache, grow_cache
+from minigpt4_jax.models.kv_cache import KVCache, bytes_per_position, grow_cache
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import with_mesh
-from minigpt4_jax.utils.platform import compiler_options
+from minigpt4_jax.utils.platform import backend, compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
@@ -55,6 +56,7 @@ class ModelRunner:
         self.config = model.config
         self._graphdef, state = nnx.split(model)
         self._leaves, self._treedef = jax.tree.flatten(state)
+        self._weight_slots = _weight_slots(model)
 
         def compiled(program: Callable[..., Any], bound: str, **options: Any) -> Any:
             """program(model, ...) as a compiled function of (leaves, ...). bound: see `compiler_options`."""
@@ -91,6 +93,18 @@ class ModelRunner:
         name = sizes.most_common(1)[0][0]
         return {"uint8": "int4"}.get(name, name)  # two levels in a byte
 
+    def bucket_sizes(self, requests: Sequence[Request], rows: int | None = None) -> BucketSizes:
+        """The sizes for some requests, in arrays of `rows` rows; see `cache_length`."""
+        rows = next_power_of_two(rows or len(requests))
+        return bucket_sizes(requests, partial(self.cache_length, rows=rows))
+
+    def cache_length(self, tokens: int, rows: int) -> int:
+        """Cache slots S for rows of this many tokens. On a GPU the buckets are finer where unused slots
+        would take a noticeable part of a decoding step: for many rows, and for small weights."""
+        if backend() != "gpu" or not self._weight_slots:
+            return bucket(tokens)
+        return fine_bucket(tokens, self._weight_slots / rows)
+
     def _model(self, leaves: list[jax.Array]) -> MiniGpt:
         model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
         return model
@@ -117,7 +131,7 @@ class ModelRunner:
         prompt_size: int | None = None,
     ) -> DecodeState:
         """Process the prompts and choose each row's first token. prompt_size: see `batch_inputs`."""
-        sizes = sizes or bucket_sizes(requests)
+        sizes = sizes or self.bucket_sizes(requests)
         stages = stages or self.stages(requests)
         inputs = self.batch_inputs(requests, sizes, prompt_size)
         return self.prefill_inputs(inputs, sizes, stages)
@@ -141,11 +155,12 @@ class ModelRunner:
         prompt_size: int | None = None,
     ) -> DecodeState:
         """As `prefill` of one request whose first `length` tokens are in a cache, which is donated."""
-        sizes, stages = sizes or bucket_sizes([request]), stages or self.stages([request])
+        sizes, stages = sizes or self.bucket_sizes([request]), stages or self.stages([request])
         inputs = self.batch_inputs([section(request, length)], sizes, prompt_size)
         cache_length = sizes.cache_length
         if prompt_size is None:
-            cache_length = max(cache_length, bucket(length + inputs.tokens.shape[1]))
+            needed = self.cache_length(length + inputs.tokens.shape[1], 1)
+            cache_length = max(cache_length, needed)
         if cache_length > cache.length:
             cache = self._grow_cache(cache, cache_length)
         return self.extend(cache, inputs, length, sizes.max_new_tokens, stages)
@@ -216,7 +231,7 @@ class ModelRunner:
 
         prompt_size: pads tokens and visual tokens to T, so that the number of images changes no shape.
         """
-        sizes = sizes or bucket_sizes(requests)
+        sizes = sizes or self.bucket_sizes(requests)
         b = next_power_of_two(len(requests))
         padding = Request(tokens=[0], max_new_tokens=0)
         rows = [*requests, *[padding] * (b - len(requests))]
@@ -238,3 +253,21 @@ class ModelRunner:
             jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
             stack_sampling_params([row.sampling for row in rows]),
         )  # fmt: skip
+
+
+def _weight_slots(model: MiniGpt) -> float:
+    """Bytes of the weights that decoding reads, over those of a cache slot; 0 without a language model."""
+    if model.config.is_stage1:
+        return 0.0
+    llm = model.llm
+    unused = {"encoder_blocks"} if model.config.llm.tie else {"encoder_blocks", "embed"}
+    arrays = [
+        leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(llm))
+        if path[0] not in unused
+    ]
+    itemsize = (
+        (llm.embed if llm.embed_scale is None else llm.embed_scale).get_value().dtype.itemsize
+    )
+    slot = bytes_per_position(model.config.llm, llm.cache_kind, itemsize)
+    return float(sum(a.size * a.dtype.itemsize for a in arrays)) / slot

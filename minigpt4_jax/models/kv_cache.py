@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from minigpt4_jax.config import LlmConfig
 from minigpt4_jax.models.attention import cached_attention
 from minigpt4_jax.parallel.sharding import BATCH_AXES, Axis, constrain, shard_map_over
 from minigpt4_jax.utils.platform import backend
@@ -58,6 +59,12 @@ class CrossCache(NamedTuple):
     k: Any
     v: Any
     mask: Any  # [B, 1, S, 1] bool: not padding; stacked layers: [1, B, 1, S, 1]
+
+
+def bytes_per_position(c: LlmConfig, kind: str | None, itemsize: int) -> int:
+    """Bytes of the keys and values of one position in all layers. itemsize: of a cache in floats."""
+    vector = c.head_dim * (itemsize if kind is None else 1)
+    return 2 * c.layers * c.kv_heads * (vector + (SCALE_BYTES if kind == "int8" else 0))
 
 
 def cache_axes(cache: KVCache) -> tuple[Axis, ...]:

@@ -8,7 +8,7 @@ import jax
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.batch_shapes import PROMPTS, SMALLEST_CACHE
 from minigpt4_jax.inference.model import Model
-from minigpt4_jax.models.kv_cache import SCALE_BYTES
+from minigpt4_jax.models.kv_cache import bytes_per_position
 from minigpt4_jax.serving.scheduler import SchedulerConfig
 
 MEMORY_SHARE = 0.45  # of the free memory for the cache of the running answers; resizing copies it
@@ -17,12 +17,9 @@ PREFIX_SHARE = 0.1  # of the free memory for the caches of earlier prompts
 
 def cache_bytes_per_token(model: Model) -> float:
     """Bytes of keys and values of one position, on one device."""
-    llm = model.config.llm
-    vectors = 2 * llm.layers * llm.kv_heads
-    itemsize = 1 if model.kv_cache else 4 if jax.default_backend() == "cpu" else 2
-    scale = SCALE_BYTES if model.kv_cache == "int8" else 0
+    itemsize = 4 if jax.default_backend() == "cpu" else 2
     split = 1 if model.mesh is None else model.mesh.shape["model"]
-    return vectors * (llm.head_dim * itemsize + scale) / split
+    return bytes_per_position(model.config.llm, model.kv_cache, itemsize) / split
 
 
 def free_memory() -> float:

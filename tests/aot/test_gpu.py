@@ -3,12 +3,21 @@
 Needs JAX's CUDA plugin, no GPU: `make gpu-check` runs this.
 """
 
+import dataclasses
 import importlib.util
 
 import pytest
 from helpers.compiled_programs import compiled
 
+from minigpt4_jax.aot.presets import PRESETS
+from minigpt4_jax.aot.programs import AbstractEngine
+from minigpt4_jax.aot.topology import chip_of
+from minigpt4_jax.models.kv_cache import bytes_per_position
+from minigpt4_jax.parallel.sharding import single_device_mesh
+from minigpt4_jax.utils import platform
+
 MB, GB = 1e6, 1e9
+EMBEDDING = 32000 * 4096  # numbers, of which a step looks up a few rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,8 +50,29 @@ def test_decoding_7b(tmp_path, options, kernels, temporaries):
     assert record["kernels"]["count"] <= kernels
     assert record["kernels"]["argument_copies"] == 0
     assert record["memory"]["temporaries"] <= temporaries
-    embedding = 32000 * 4096 * (1 if options else 2)  # of which rows are looked up
+    embedding = EMBEDDING * (1 if options else 2)
     assert record["bytes"] <= 1.1 * (record["memory"]["arguments"] - embedding)
+
+
+def test_decoding_reads_few_unused_cache_slots(tmp_path):
+    """Weights and live cache are 1 / 1.1 of what a step reads at least, at any length of the rows."""
+    rows, tokens = 8, 513
+    config = dataclasses.replace(PRESETS["vicuna7b"], quantize="int4")
+    chip = chip_of("h200:1")
+    engine = AbstractEngine(config, single_device_mesh(), chip=chip)
+    weights = engine._weight_slots
+    with platform.compiling_for(chip.platform, chip.compute_capability):
+        length = engine.cache_length(tokens, rows)
+        for n in range(129, 4097):
+            slots = engine.cache_length(n, 32)
+            assert 1.05 * (weights / 32 + slots) <= 1.1 * (weights / 32 + n), n
+    record = compiled(
+        tmp_path, "--topology=h200:1", "--size=vicuna7b", "--program=decode", "--quantize=int4",
+        f"--batch={rows}", f"--context={length}",
+    )  # fmt: skip
+    unused = rows * (length - tokens) * bytes_per_position(config.llm, None, 2)
+    assert record["bytes"] <= 1.1 * (record["memory"]["arguments"] - EMBEDDING - unused)
+    assert record["memory"]["temporaries"] <= 32 * MB
 
 
 def test_a_training_step_of_7b_copies_no_weights(tmp_path):

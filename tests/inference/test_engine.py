@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import LlmConfig, ModelConfig, VisionConfig
 from minigpt4_jax.inference.engine import Engine
-from minigpt4_jax.inference.requests import Request, bucket
+from minigpt4_jax.inference.requests import Request, bucket, fine_bucket
 from minigpt4_jax.inference.sampling import SamplingParams, required_stages
 from minigpt4_jax.inference.visual_tokens import stack_visual
+from minigpt4_jax.utils import platform
 
 
 @cache
@@ -308,6 +309,27 @@ def test_buckets():
         32, 32, 64, 64, 96, 96, 128, 192, 256, 512,
     ]  # fmt: skip
     assert all(n <= bucket(n) <= max(32, 2 * n) for n in range(1, 3000))
+
+
+@pytest.mark.parametrize("weights", [100.0, 880.0, 25_000.0])
+def test_few_slots_of_a_fine_bucket_are_unused(weights):
+    """At most 4 % of what a step reads, or 15 slots; with large weights the buckets are the coarse ones."""
+    lengths = [fine_bucket(n, weights) for n in range(1, 3000)]
+    assert lengths == sorted(lengths)
+    for n, length in enumerate(lengths, 1):
+        assert n <= length <= bucket(n)
+        assert length - n <= max(15, 0.04 * (weights + n))
+    if weights > 20_000:
+        assert all(fine_bucket(n, weights) == bucket(n) for n in range(1, 1024))
+
+
+def test_cache_lengths_are_finer_on_a_gpu():
+    an_engine = engine()
+    assert an_engine.cache_length(1025, 32) == 1536
+    with platform.compiling_for("gpu"):
+        assert an_engine.cache_length(1025, 32) == 1056
+        sizes = an_engine.bucket_sizes([Request([1] * 1000, max_new_tokens=25)], 32)
+    assert sizes.cache_length == 1056
 
 
 def test_no_requests():
