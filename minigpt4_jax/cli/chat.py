@@ -27,6 +27,7 @@ from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 if TYPE_CHECKING:
     from minigpt4_jax.inference.model import Model
+    from minigpt4_jax.inference.text_generator import TextGenerator
 
 # The original's chat (demo.py, demo_v2.py and Chat.answer_prepare in conversation.py)
 DEFAULTS: dict[str, float | int] = {
@@ -93,7 +94,15 @@ class Session:
     Answers go to stdout, everything else to stderr.
     """
 
-    def __init__(self, model: "Model", args: argparse.Namespace):
+    def __init__(
+        self,
+        model: "Model",
+        args: argparse.Namespace,
+        *,
+        before_answer: Callable[[], object] = lambda: None,
+    ):
+        """before_answer: called before each answer; waits for what is compiled in the background."""
+        self._before_answer = before_answer
         self.conversation = model.conversation(args.system, args.template)
         if args.load is not None:
             self._load(args)
@@ -128,6 +137,7 @@ class Session:
 
     def answer(self, question: str) -> str:
         """The answer to the next question, without printing it."""
+        self._before_answer()
         with _warnings_as_notes():
             return self.conversation.ask(
                 question, self.images, extra_bos=self.extra_bos, **self.options
@@ -138,6 +148,7 @@ class Session:
             print(self.answer(question), flush=True)
             self.images = []
             return
+        self._before_answer()
         with _warnings_as_notes():
             pieces = self.conversation.stream(
                 question, self.images, extra_bos=self.extra_bos, **self.options
@@ -360,16 +371,38 @@ def _check_arguments(args: argparse.Namespace) -> str | None:
     return question
 
 
+def _plan(planned: "TextGenerator", args: argparse.Namespace, question: str | None) -> None:
+    """Plan the first answer. If its question is not known yet: a short one, with one image."""
+    from PIL import Image
+
+    from minigpt4_jax.inference.compile_ahead import compile_answer
+    from minigpt4_jax.inference.conversation import Conversation
+
+    conversation = Conversation(planned, args.system, args.template)
+    images: list[Any] = list(args.image)
+    if question is None:
+        question, images = "Describe this image.", images or [Image.new("RGB", (8, 8))]
+    options = generation_options(planned.config.variant, args)
+    compile_answer(
+        planned, conversation.request(question, images, extra_bos=args.extra_bos, **options)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # undecodable characters end no conversation
             stream.reconfigure(errors="replace")
     question = _check_arguments(args)
-    session = Session(common.load_model(args), args)
-    if question is None:
-        return terminal(session) if sys.stdin.isatty() else pipe(session)
-    print(session.answer(question))
+    loading = common.begin_loading(args)
+    from minigpt4_jax.inference.compile_ahead import ProgramCompiler
+
+    with ProgramCompiler(loading.model) as compiler:
+        compiler.start(lambda planned: _plan(planned, args, question))
+        session = Session(loading.finish(), args, before_answer=compiler.wait)
+        if question is None:
+            return terminal(session) if sys.stdin.isatty() else pipe(session)
+        print(session.answer(question))
     if args.save_image:
         session.save_image(args.save_image)
     return 0

@@ -9,6 +9,7 @@ from minigpt4_jax.config import KV_CACHES
 from minigpt4_jax.errors import Parser, UserError
 
 if TYPE_CHECKING:
+    from minigpt4_jax.inference.loading import Loading
     from minigpt4_jax.inference.model import Model
 
 
@@ -150,10 +151,15 @@ def _parse_value(name: str, value: str, kind: Any) -> Any:
 
 def load_model(args: argparse.Namespace) -> "Model":
     """Load the model that the command line names. UserError: also options that do not fit it."""
-    from minigpt4_jax.inference.loading import load
+    return begin_loading(args).finish()
+
+
+def begin_loading(args: argparse.Namespace) -> "Loading":
+    """As `load_model`, but the weights are not read yet."""
+    from minigpt4_jax.inference.loading import begin_loading
 
     _check_options_of_model(args)
-    return load(
+    return begin_loading(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
         base=args.base, allow_nonfinite=args.allow_nonfinite, exif=args.exif,
     )  # fmt: skip

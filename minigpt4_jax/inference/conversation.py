@@ -112,6 +112,16 @@ class Conversation:
         finally:
             self.turns.append(turn)  # until the first piece; a generator may never be started
 
+    def request(
+        self,
+        text: str,
+        images: ImageSource | Sequence[ImageSource] | None = (),
+        config: GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> Request:
+        """What `ask` would ask the engine; nothing is answered."""
+        return self._prepare(text, images, _with_chat_context(config, overrides))[1]
+
     # --- history ----------------------------------------------------------------------------
 
     def undo(self) -> Turn:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 
+import jax
 import numpy as np
 
 from minigpt4_jax.inference.beam_search import Hypotheses, SearchInputs
@@ -99,7 +100,8 @@ class Engine(ModelRunner):
         """
         completions: list[list[Completion]] = [[] for _ in requests]
         for batch in self.search_batches(requests, batch_size):
-            best, nonfinite = self._search_batch([requests[i] for i in batch])
+            found = self.search_batch([requests[i] for i in batch])
+            best, nonfinite = Hypotheses(*map(np.asarray, found[0])), np.asarray(found[1])
             for row, i in enumerate(batch):
                 num_answers = requests[i].beam_search.num_return_sequences
                 completions[i] = _completions(best, row, bool(nonfinite[row]))[:num_answers]
@@ -121,7 +123,9 @@ class Engine(ModelRunner):
             batches += [indices[n : n + size] for n in range(0, len(indices), size)]
         return batches
 
-    def _search_batch(self, requests: Sequence[Request]) -> tuple[Hypotheses, np.ndarray]:
+    def search_batch(self, requests: Sequence[Request]) -> tuple[Hypotheses, jax.Array]:
+        """The hypotheses of requests with equally many beams, best first, and which rows had logits that were
+        NaN or infinite; on the device."""
         # The search takes num_stops more candidates of every beam, so this size is not rounded up much.
         num_stops = max([1, *(len(request.stop_sequences) for request in requests)])
         sizes = bucket_sizes(requests)._replace(num_stops=next_power_of_two(num_stops))
@@ -135,11 +139,11 @@ class Engine(ModelRunner):
         )  # fmt: skip
         stages = self.stages(requests)
         max_new_tokens = bucket(int(inputs.max_new_tokens.max()), 16)
-        best, nonfinite = self._search(
+        found: tuple[Hypotheses, jax.Array] = self._search(
             self._leaves, inputs.tokens, inputs.visual, search_inputs, configs[0].num_beams,
             max_new_tokens, stages,
         )  # fmt: skip
-        return Hypotheses(*map(np.asarray, best)), np.asarray(nonfinite)
+        return found
 
 
 def _completions(best: Hypotheses, row: int, nonfinite: bool) -> list[Completion]:

@@ -1,7 +1,8 @@
 """Pixels of images -> projected visual tokens on the device, in batches."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -41,7 +42,16 @@ class ImageEncoder:
             jax.jit(with_mesh(f, mesh), compiler_options=compiler_options("products"))
             for f in (encode, encode_instructed)
         )
-        self._take = jax.jit(with_mesh(_take_image, mesh))
+        self._take: Callable[..., Any] = jax.jit(with_mesh(_take_image, mesh))
+
+    def with_programs(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
+        """A copy that runs `wrap` of each program instead of it, and whose visual tokens are zeros."""
+        wrapped = copy(self)
+        for name in ("_encode", "_encode_instructed", "_take"):
+            setattr(wrapped, name, wrap(getattr(self, name)))
+        take = wrapped._take
+        wrapped._take = lambda *args: jax.tree.map(_zeros, take(*args))
+        return wrapped
 
     def encode(
         self,
@@ -97,6 +107,12 @@ def encode_pixels(
     """The compiled program: pixels [B, S, S, 3], split by rows -> [B, P, D], replicated."""
     pixels = constrain(pixels, BATCH_AXES)[:, None]
     return constrain(model.encode(pixels, instruction=instruction))
+
+
+def _zeros(a: Any) -> jax.Array:
+    """Zeros of a shape. Where programs are not run, the visual tokens of several images can be joined."""
+    zeros: jax.Array = jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)
+    return zeros
 
 
 def _take_image(visual: jax.Array, i: jax.Array) -> jax.Array:

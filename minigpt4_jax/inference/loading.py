@@ -2,12 +2,14 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from minigpt4_jax.checkpoint.loader import load_model
+from minigpt4_jax.checkpoint.loader import DTYPES, load_model, loaded_config, model_shapes
 from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import KV_CACHES, ModelConfig
@@ -17,6 +19,7 @@ from minigpt4_jax.inference.instructblip_model import InstructBlipModel
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.qformer_model import QFormerModel
 from minigpt4_jax.models.lora import lora_layers
+from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import inference_mesh
 from minigpt4_jax.processing.bert_tokenizer import QFORMER_VOCABULARY, BertTokenizer
 from minigpt4_jax.processing.chat_templates import chat_format
@@ -67,42 +70,81 @@ def load(
     UserError: not a model directory, damaged, a missing or another base, an unknown or another
     quantization, LoRA to be merged into quantized weights, or a mesh that does not fit the devices.
     """
+    loading = begin_loading(
+        model_dir, dtype, quantize=quantize, merge_lora=merge_lora, kv_cache=kv_cache, mesh=mesh,
+        base=base, allow_nonfinite=allow_nonfinite, exif=exif,
+    )  # fmt: skip
+    return loading.finish()
+
+
+class Loading(NamedTuple):
+    """A model whose weights are still to be read.
+
+    model: with shapes as parameters, for a `ProgramCompiler`. With merge_lora it is not the model that
+    `finish` gives.
+    finish: reads the weights and returns the model with them. UserError: as `load`.
+    """
+
+    model: Model
+    finish: Callable[[], Model]
+
+
+def begin_loading(
+    model_dir: str | Path,
+    dtype: str | None = None,
+    *,
+    quantize: str | None = None,
+    merge_lora: bool = False,
+    kv_cache: str | None = None,
+    mesh: str | Mesh | None = None,
+    base: str | Path | None = None,
+    allow_nonfinite: bool = False,
+    exif: bool = False,
+) -> Loading:
+    """As `load`, in two steps: programs can be compiled while the second reads the weights."""
     if kv_cache not in (None, *KV_CACHES):
         expected = " or ".join(map(repr, KV_CACHES))
         raise UserError(
             f"kv_cache {kv_cache!r}: expected {expected}, or None for the model's dtype"
         )
     enable_compilation_cache()
-    config = read_config(model_dir)
-    if config.is_stage1 and kv_cache is not None:
+    stored = read_config(model_dir)
+    if stored.is_stage1 and kv_cache is not None:
         raise UserError(f"kv_cache {kv_cache!r}: {model_dir} has no language model")
     if isinstance(mesh, str):
-        mesh = inference_mesh(mesh, config)
+        mesh = inference_mesh(mesh, stored)
     if dtype is None:
-        dtype = _default_dtype(config)
-    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
-    chat_format(config, tokenizer)  # an unknown one is an error before the weights are read
-    module, config = load_model(
-        model_dir,
-        dtype,
-        stacked=False,
-        quantize=quantize,
-        mesh=mesh,
-        base=base,
-        allow_nonfinite=allow_nonfinite,
-    )
-    if merge_lora:
-        for layer in lora_layers(module):
-            layer.merge()
-    if config.is_stage1:
-        return QFormerModel(module, config, tokenizer, mesh, exif=exif)
-    module.llm.cache_kind = kv_cache
-    if config.reads_instruction:
-        of_qformer = BertTokenizer(tokenizer_dir(model_dir, base), QFORMER_VOCABULARY)
-        return InstructBlipModel(module, config, tokenizer, of_qformer, mesh, exif=exif)
-    if config.image_first:
-        return Blip2Model(module, config, tokenizer, mesh, exif=exif)
-    return Model(module, config, tokenizer, mesh, exif=exif)
+        dtype = _default_dtype(stored)
+    tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), stored.tokenizer.kind)
+    chat_format(stored, tokenizer)  # an unknown one is an error before the weights are read
+    config = loaded_config(model_dir, dtype, quantize=quantize)
+
+    def make_model(module: MiniGpt) -> Model:
+        if config.is_stage1:
+            return QFormerModel(module, config, tokenizer, mesh, exif=exif)
+        module.llm.cache_kind = kv_cache
+        if config.reads_instruction:
+            of_qformer = BertTokenizer(tokenizer_dir(model_dir, base), QFORMER_VOCABULARY)
+            return InstructBlipModel(module, config, tokenizer, of_qformer, mesh, exif=exif)
+        if config.image_first:
+            return Blip2Model(module, config, tokenizer, mesh, exif=exif)
+        return Model(module, config, tokenizer, mesh, exif=exif)
+
+    model = make_model(model_shapes(config, DTYPES[dtype], mesh, stacked=False))
+
+    def finish() -> Model:
+        module, _ = load_model(
+            model_dir, dtype, stacked=False, quantize=quantize, mesh=mesh, base=base,
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+        if merge_lora:
+            for layer in lora_layers(module):
+                layer.merge()
+            return make_model(module)
+        model.set_module(module)
+        return model
+
+    return Loading(model, finish)
 
 
 def _default_dtype(config: ModelConfig) -> str:

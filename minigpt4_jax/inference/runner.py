@@ -7,8 +7,9 @@ so that few programs are compiled. The cache is donated, so that decoding does n
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.platform import backend, compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
+Program = Callable[..., Any]  # a function that jax.jit made
 UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
 
 
@@ -83,6 +85,16 @@ class ModelRunner:
         self._take_cache_row = jax.jit(with_mesh(take_cache_row, mesh), static_argnums=(2,))
         self._finish_rows = jax.jit(with_mesh(finish_rows, mesh), donate_argnums=(0,))
         self._snapshot = jax.jit(with_mesh(take_snapshot, mesh))
+
+    def with_programs(self, wrap: Callable[[Program], Program]) -> Self:
+        """A copy that runs `wrap` of each program instead of it."""
+        wrapped = copy(self)
+        for name in (
+            "_prefill", "_resume", "_decode", "_search", "_grow_cache", "_insert", "_resize",
+            "_take_cache_row", "_finish_rows", "_snapshot",
+        ):  # fmt: skip
+            setattr(wrapped, name, wrap(getattr(self, name)))
+        return wrapped
 
     @property
     def precision(self) -> str:

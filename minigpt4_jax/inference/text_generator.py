@@ -1,8 +1,9 @@
 """Answers to prompts as text: tokenizer, image encoder and engine of one model put together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from minigpt4_jax.inference.preprocess import (
     prepare_prompts,
 )
 from minigpt4_jax.inference.requests import Completion, Request
+from minigpt4_jax.inference.runner import Program
 from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import ImageSource, is_image, load_pixels, open_image
@@ -64,6 +66,13 @@ class TextGenerator:
         """Use other parameters of the same shapes and sharding; nothing is compiled again."""
         self.engine.set_parameters(module)
         self._state = nnx.state(module)
+
+    def with_programs(self, wrap: Callable[[Program], Program]) -> Self:
+        """A copy that generates with `wrap` of each compiled program instead of it."""
+        wrapped = copy(self)
+        wrapped.engine = self.engine.with_programs(wrap)
+        wrapped._encoder = self._encoder.with_programs(wrap)
+        return wrapped
 
     # --- images -----------------------------------------------------------------------------
 

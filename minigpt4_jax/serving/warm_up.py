@@ -1,40 +1,56 @@
 """Compile what a server needs before it is ready, or read it from the cache on disk."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
+from minigpt4_jax.inference.batch_shapes import BatchShapes
+from minigpt4_jax.inference.compile_ahead import ProgramCompiler
 from minigpt4_jax.inference.decode_state import DecodeState
 from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.text_generator import TextGenerator
 from minigpt4_jax.serving.jobs import DeviceCall
-from minigpt4_jax.serving.scheduler import Scheduler
+from minigpt4_jax.serving.scheduler import Scheduler, SchedulerConfig
 
 SECONDS = 3600.0  # for one program
 
 
 async def warm_up(scheduler: Scheduler) -> str:
-    """Run every program once, between the requests that come already. Returns what was done."""
+    """Compile every program, several at a time, then run each once, between the requests that come already.
+    Returns what was done."""
     begin, count = time.monotonic(), 0
-    for program in _programs(scheduler):
+    with ProgramCompiler(scheduler.model) as compiler:
+        compiler.start(partial(_plan, scheduler.shapes, scheduler.config))
+        compiled = await asyncio.to_thread(compiler.wait)
+    for program in _programs(scheduler.model, scheduler.shapes, scheduler.config):
         call = DeviceCall(partial(_run, program), client="warm-up", timeout=SECONDS)
         scheduler.submit(call)
         await call.result()
         count += 1
     seconds = time.monotonic() - begin
     scheduler.metrics.ready_seconds.set(seconds)
-    return f"{count} sets of programs in {seconds:.1f} s"
+    return f"{count} sets of programs in {seconds:.1f} s ({compiled})"
+
+
+def _plan(shapes: BatchShapes, config: SchedulerConfig, planned: TextGenerator) -> None:
+    """planned: of a `ProgramCompiler`."""
+    for program in _programs(planned, shapes, config):
+        program()
 
 
 def _run(program: Callable[[], object], _: list[np.ndarray]) -> None:
     program()
 
 
-def _programs(scheduler: Scheduler) -> Iterator[Callable[[], object]]:
+def _programs(
+    model: TextGenerator, shapes: BatchShapes, config: SchedulerConfig
+) -> Iterator[Callable[[], object]]:
     """Functions that run the programs of one set of array sizes each."""
-    warmer, shapes = _Warmer(scheduler), scheduler.shapes
-    for images in sorted({1, scheduler.config.encode_images}):
+    warmer = _Warmer(model, shapes, config.cache_tokens)
+    for images in sorted({1, config.encode_images}):
         yield partial(warmer.encode, images)
     for size in shapes.prompts:
         yield partial(warmer.prefill, size)
@@ -42,17 +58,17 @@ def _programs(scheduler: Scheduler) -> Iterator[Callable[[], object]]:
         yield partial(warmer.resume, length)
     for rows in shapes.rows:
         for length in shapes.cache_lengths:
-            if rows * length <= scheduler.config.cache_tokens:
+            if rows * length <= config.cache_tokens:
                 yield partial(warmer.decode, rows, length)
 
 
 class _Warmer:
     """Runs the engine's programs on a made-up prompt."""
 
-    def __init__(self, scheduler: Scheduler):
-        self._model, self._shapes = scheduler.model, scheduler.shapes
-        self._engine = scheduler.model.engine
-        self._limit = scheduler.config.cache_tokens
+    def __init__(self, model: TextGenerator, shapes: BatchShapes, limit: int):
+        """limit: rows times cache slots."""
+        self._model, self._shapes, self._limit = model, shapes, limit
+        self._engine = model.engine
 
     def encode(self, images: int) -> None:
         size = self._model.config.vision.image_size

@@ -1,4 +1,8 @@
-"""JAX's persistent compilation cache: a command that ran before starts without compiling."""
+"""JAX's persistent compilation cache: a command that ran before starts without compiling.
+
+On a GPU it also holds what XLA's autotuning has found (jax_persistent_cache_enable_xla_caches, whose default
+JAX applies to the folder that is set here), so that a changed program is not tuned again from nothing.
+"""
 
 import hashlib
 import os
@@ -6,6 +10,7 @@ import platform
 from pathlib import Path
 
 VARIABLE = "MINIGPT4_JAX_CACHE"  # the folder of the cache; empty, 0 or off: no cache
+MIN_SECONDS = 0.1  # programs that were compiled faster are not kept
 
 
 def enable_compilation_cache() -> Path | None:
@@ -30,7 +35,7 @@ def enable_compilation_cache() -> Path | None:
     if not os.access(folder, os.W_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     return folder
 
 
