@@ -243,7 +243,8 @@ def _accumulated(value_and_grad: Callable[..., Any], accumulate: int) -> Callabl
     of the batch: ((loss, terms), gradient). Each has its own dropout key."""
     if accumulate == 1:
         return value_and_grad
-    value_and_grad = jax.jit(value_and_grad, inline=True)  # traced once, for the shapes and the loop
+    # Traced once, for the shapes and for the loop.
+    value_and_grad = jax.jit(value_and_grad, inline=True)
 
     def to_micro_batches(a: jax.Array) -> jax.Array:
         # no -1 for the size: it is ambiguous for rows without images
