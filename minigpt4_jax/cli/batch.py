@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ray_command.check_options(args)
     generation_config(args)
     if args.ray is not None:
+        common.check_kind(args.model)  # before a cluster is started
         return ray_command.run(args, settings_of(args))
     rows, path = read_rows(args.input, args.prompt), args.output
     if args.shard is not None:

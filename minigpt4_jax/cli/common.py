@@ -165,13 +165,32 @@ def begin_loading(args: argparse.Namespace) -> "Loading":
     )  # fmt: skip
 
 
+def check_kind(model_dir: str, *, keeps_images: bool = False) -> None:
+    """Before anything is loaded. keeps_images: the command encodes images by themselves, to use them for
+    several questions. UserError: a model that answers no questions, or whose images it cannot keep."""
+    from minigpt4_jax.checkpoint.model_directory import read_config
+
+    config = read_config(model_dir)
+    if config.is_stage1:
+        raise UserError(
+            f"{model_dir}: {config.variant} has no language model, so it answers no questions; from Python "
+            "it compares images with texts and writes captions (minigpt4_jax.load; docs/guides/blip2.md)"
+        )
+    if keeps_images and config.reads_instruction:
+        raise UserError(
+            f"{model_dir}: {config.variant} encodes an image anew for every question, and this command keeps "
+            "encoded images; use chat, batch or evaluate, or another model"
+        )
+
+
 def _check_options_of_model(args: argparse.Namespace) -> None:
-    """Before the weights are read, which may take minutes. UserError: the model's chat template cannot be
-    used, or refuses the system message; an answer that is longer than the model's context."""
+    """Before the weights are read, which may take minutes. UserError: as `check_kind`; the model's chat
+    template cannot be used, or refuses the system message; an answer longer than the model's context."""
     from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
     from minigpt4_jax.processing.chat_templates import chat_format
     from minigpt4_jax.processing.tokenizer import load_tokenizer
 
+    check_kind(args.model)
     config = read_config(args.model)
     limit, context = getattr(args, "max_new_tokens", None), config.llm.max_length
     if limit is not None and limit >= context:

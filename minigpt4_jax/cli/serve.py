@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """UserError: a number out of range."""
+    """UserError: a number out of range, or options that exclude each other."""
     for name in (
         "max_batch", "max_queue", "max_context", "max_answer", "cache_tokens", "prefill_tokens",
         "request_timeout", "max_body_mb", "max_image_mb", "max_image_pixels", "max_images", "max_choices",
@@ -109,6 +109,11 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 1 << 16:
         raise UserError(f"--port={args.port}: expected 0 to 65535")
     ray_cluster.check_options(args)
+    if args.ray is not None and args.ui:
+        raise UserError(
+            "--ui is of a server without --ray; start a server with --ui on one machine, or use the "
+            "cluster's /v1 with another page for OpenAI's API"
+        )
     generation_options("", args)
 
 
@@ -196,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("minigpt4_jax").setLevel(logging.INFO)
     if args.host not in LOOPBACK and not keys:
         log.warning("no --api-key-file: anyone who reaches %s may use this server", args.host)
+    common.check_kind(args.model, keeps_images=True)
     if args.ray is not None:
         from minigpt4_jax.cli import serve_ray
 

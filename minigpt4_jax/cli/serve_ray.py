@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minigpt4_jax.cli import common, ray_cluster
 from minigpt4_jax.cli import serve as serve_command
-from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -61,9 +60,7 @@ def parse(options: Mapping[str, Any]) -> argparse.Namespace:
     words = ["--ray"]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    args = serve_command.parse(words)
-    _check(args)
-    return args
+    return serve_command.parse(words)
 
 
 def build(options: dict[str, Any]) -> "serve.Application":
@@ -75,14 +72,8 @@ def build(options: dict[str, Any]) -> "serve.Application":
     return make_application(args, serve_command.read_keys(args.api_key_file))
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.ui:
-        raise UserError("--ui is of a server without --ray; omit one of them")
-
-
 def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
     """Deploy, serve until SIGTERM or Ctrl-C, and end when what runs is answered."""
-    _check(args)
     ray_cluster.require("serve")
     with ray_cluster.connected(args.ray):
         from minigpt4_jax.serving.ray import application

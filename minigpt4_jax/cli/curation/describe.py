@@ -150,6 +150,7 @@ def _result(description: Description) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     _check(args)
+    common.check_kind(args.model, keeps_images=True)
     from minigpt4_jax.inference.generation_config import GenerationConfig
 
     options = DEFAULTS | common.given_options(args)

@@ -25,7 +25,7 @@ from minigpt4_jax.serving.ui.tasks import shortcuts
 
 PATH = "/ui"
 MAX_BEAMS = 10
-TITLES = {"minigpt-v2": "MiniGPT-v2"}
+TITLES = {"minigpt-v2": "MiniGPT-v2", "blip2-opt": "BLIP-2", "blip2-flant5": "BLIP-2"}
 # sessionStorage tells a page that was loaded again that it held a conversation
 _REMEMBER = "() => { sessionStorage.setItem('minigpt4-conversation', '1') }"
 _FORGET = "() => { sessionStorage.removeItem('minigpt4-conversation') }"

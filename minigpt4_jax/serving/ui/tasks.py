@@ -1,4 +1,4 @@
-"""The page's task buttons: MiniGPT-v2's shortcuts, and questions for the other models."""
+"""The page's task buttons: MiniGPT-v2's shortcuts, and beginnings for the other models."""
 
 from typing import NamedTuple
 
@@ -32,6 +32,11 @@ V1_SHORTCUTS = (
     Shortcut("What is it about?", "Could you describe the contents of this image for me?",
              "Send it as it is."),
 )  # fmt: skip
+# BLIP-2's models continue a text after the image
+BLIP2_SHORTCUTS = (
+    Shortcut("Caption", "a photo of", "Send it as it is; the model goes on."),
+    Shortcut("Question", "Question:  Answer:", "Write the question between the two words."),
+)
 IDENTIFY = "[identify]"
 
 Box = tuple[float, float, float, float]
@@ -39,6 +44,8 @@ Box = tuple[float, float, float, float]
 
 def shortcuts(variant: str) -> tuple[Shortcut, ...]:
     """The buttons of a model's page."""
+    if variant.startswith("blip2-"):
+        return BLIP2_SHORTCUTS
     return V2_SHORTCUTS if variant == "minigpt-v2" else V1_SHORTCUTS
 
 
