@@ -15,7 +15,7 @@ from minigpt4_jax.aot import programs
 from minigpt4_jax.aot.chip import Chip
 from minigpt4_jax.aot.presets import model_for
 from minigpt4_jax.aot.report import Report, Target, compile_and_report
-from minigpt4_jax.aot.roofline import count_model_flops
+from minigpt4_jax.aot.roofline import count_model_flops, uses_parameter
 from minigpt4_jax.aot.topology import chip_of, slice_devices, slice_shape
 from minigpt4_jax.checkpoint.loader import check_trainable
 from minigpt4_jax.config import ModelConfig
@@ -157,8 +157,10 @@ class Job:
 
     def _compile_train(self) -> Report:
         c, shape = self.train_config, self.batch_shape
-        trained = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer)
         config = self.trained_config
+        trained = trained_parts(
+            freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config
+        )
         check_trainable(self.model_name, config, trained)
         accumulation = f" in {c.accumulate} accumulation steps" if c.accumulate > 1 else ""
         remat = ", remat" if c.remat else ""
@@ -205,7 +207,8 @@ class Job:
         vision = count_model_flops(config, rows, 0, 0, None)
         if program == "encode":
             return vision
-        tokens = self.context if program == "prefill" else 1
+        # With an encoder, a step of decoding reads no token of the prompt.
+        tokens = self.context if program == "prefill" else int(not config.llm.encoder_layers)
         flops = count_model_flops(config, rows, tokens, 1, None) - vision
         if program == "decode":  # one token attends to the whole cache
             c = config.llm
@@ -214,10 +217,9 @@ class Job:
 
     def _unused_weight_bytes(self, program: str, mesh: Mesh) -> int:
         """Bytes per chip of weights that stay in HBM but that the program does not use."""
-        config, is_vision = self.inference_config, program == "encode"
-        total = 0
+        config, total = self.inference_config, 0
         for name, shape, dtype in programs.parameter_specs(config):
-            if name.startswith("llm.") == is_vision:
+            if not uses_parameter(program, name, config):
                 sharding = parameter_sharding(name, shape, dtype, config, mesh)
                 total += math.prod(sharding.shard_shape(shape)) * dtype.itemsize
         return total

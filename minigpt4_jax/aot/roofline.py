@@ -69,11 +69,13 @@ def count_model_flops(
     """FLOPs of the matrix products that a step requires, over all chips: the forward pass and the
     gradients of the trained parts, without recomputation.
 
-    tokens, labels: of a row with one image. trained: trained parts; None: forward pass only.
+    tokens, labels: of a row with one image. With an encoder these are its tokens and the decoder's.
+    trained: trained parts; None: forward pass only.
     """
     config, total = replace(config, quantize=None, kept=()), 0.0
     vision_tokens = config.vision.patches + 1
     queries = config.qformer.queries if config.qformer else 0
+    encodes = config.llm.encoder_layers > 0
     for name, shape in parameter_shapes(config).items():
         part = name.split(".")[0]
         if (not name.endswith(".weight") and ".lora_" not in name) or len(shape) != 2:
@@ -83,7 +85,8 @@ def count_model_flops(
         elif part == "projection":
             positions = config.visual_tokens
         elif part == "llm":
-            positions = labels if "head" in name else tokens
+            reads_prompt = not encodes or _reads_prompt(name)
+            positions = tokens if reads_prompt and "head" not in name else labels
         else:
             positions = vision_tokens if part == "vit" else 0
         total += 2 * positions * math.prod(shape) * _products(name, part, trained)
@@ -92,8 +95,26 @@ def count_model_flops(
         total += 2 * labels * c.vocab * c.width * (1 if trained is None else 2)
     # attention scores and weighted values; a causal row needs half of them
     total += 4 * vision_tokens**2 * v.width * v.depth * (3 if trained and "vit" in trained else 1)
-    total += 2 * tokens**2 * c.heads * c.head_dim * c.layers * (1 if trained is None else 3)
+    pairs = 2 * tokens**2 * c.layers
+    if encodes:
+        causal_and_cross = 2 * labels**2 + 4 * labels * tokens
+        pairs = 4 * tokens**2 * c.encoder_layers + causal_and_cross * c.layers
+    total += pairs * c.heads * c.head_dim * (1 if trained is None else 3)
     return total * rows
+
+
+def _reads_prompt(name: str) -> bool:
+    """Whether a parameter of an encoder-decoder processes the prompt, once for all tokens of an answer."""
+    return name.startswith("llm.encoder") or ".cross.k." in name or ".cross.v." in name
+
+
+def uses_parameter(program: str, name: str, config: ModelConfig) -> bool:
+    """Whether encode, prefill or decode reads a parameter."""
+    if not name.startswith("llm."):
+        return program == "encode"
+    if program == "decode" and config.llm.encoder_layers:
+        return not _reads_prompt(name)
+    return program != "encode"
 
 
 def _products(name: str, part: str, trained: frozenset[str] | None) -> int:

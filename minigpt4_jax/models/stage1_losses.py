@@ -66,8 +66,9 @@ def stage1_losses(
     if key is not None:
         *keys, drawn = jax.random.split(key, 5)
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    # Each image is read three times more for matching, with the same keys and values.
-    vision = qformer.project_vision(model.read_pixels(jnp.asarray(batch.pixels)[:, 0], remat=remat))
+    seen = model.read_pixels(jnp.asarray(batch.pixels)[:, 0], remat=remat)
+    # Each image is read twice more for matching, with the same keys and values.
+    vision = qformer.project_vision(seen)
     queries, image = qformer.read_image(vision, dropout_key=keys[0])
     # One lookup for all passes: the gradient of each would be an array of the whole embedding's size.
     begin = jnp.full((len(tokens), 1), model.config.tokenizer.bos_id or 0, tokens.dtype)
@@ -80,20 +81,25 @@ def stage1_losses(
     if negatives is None:
         negatives = draw_negatives(similarities, same | ~counted, drawn)
 
-    rows = jax.tree.map(lambda a: jnp.concatenate([a, a[negatives.image_for_text], a]), vision)
-    texts, text_lengths = (
-        jnp.concatenate([a, a, a[negatives.text_for_image]]) for a in (text, lengths)
-    )
-    pairs = qformer.read_both(rows, texts, text_lengths, dropout_key=keys[2])
-    is_match = (jnp.arange(len(texts)) < len(tokens)).astype(jnp.int32)
-    of_pairs = _cross_entropy(model.match(pairs), jax.nn.one_hot(is_match, 2))
-    matching = _mean(of_pairs, jnp.tile(counted, 3))
+    # Negatives come from other devices: their vision tokens are sent, less than keys and values.
+    negative = qformer.project_vision(seen[negatives.image_for_text])
+    images = jax.tree.map(lambda a, b: _in_threes(a, b, a), vision, negative)
+    texts, text_lengths = (_in_threes(a, a, a[negatives.text_for_image]) for a in (text, lengths))
+    pairs = qformer.read_both(images, texts, text_lengths, dropout_key=keys[2])
+    is_match = jax.nn.one_hot(jnp.tile(jnp.array([1, 0, 0]), len(tokens)), 2)
+    of_pairs = _cross_entropy(model.match(pairs), is_match)
+    matching = _mean(of_pairs, jnp.repeat(counted, 3))
 
     captions = qformer.add_positions(jnp.concatenate([words[:, :1], words[:, 2:]], axis=1))
     hidden, _ = qformer.write_text(captions, lengths, image, dropout_key=keys[3])
     counts = jnp.where(counted, lengths - 1, 0)
     captioning = _captioning(qformer, hidden[:, :-1], tokens[:, 1:], counts, num_groups)
     return Stage1Losses(_contrastive(similarities, same, counted), matching, captioning)
+
+
+def _in_threes(*arrays: jax.Array) -> jax.Array:
+    """Three arrays [B, ...] -> [3 B, ...]: first rows, second rows ... A device keeps its rows."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def _similarities(model: Stage1, queries: jax.Array, text: jax.Array) -> Similarities:

@@ -12,7 +12,7 @@ from minigpt4_jax.aot.cost import cost_of
 from minigpt4_jax.aot.hlo import parse
 from minigpt4_jax.aot.job import parse_job
 from minigpt4_jax.aot.presets import model_for
-from minigpt4_jax.aot.roofline import count_model_flops
+from minigpt4_jax.aot.roofline import count_model_flops, uses_parameter
 from minigpt4_jax.cli import compile as command
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.sharding import single_device_mesh
@@ -58,6 +58,28 @@ def test_decode_from_shapes():
     weights = weight_bytes(config, lambda name: name.startswith("llm"))
     assert 0 < memory.arguments - weights - cache < 10_000  # generated ids and log-probabilities
     assert cost_of(parse(text)).unknown_loops == 1  # it runs until every row is done
+
+
+def test_flant5_decodes_without_reading_its_encoder():
+    config = model_for(TrainConfig(), "blip2-flant5xl")[1]
+    llm = dataclasses.replace(
+        config.llm, vocab=64, width=24, layers=2, encoder_layers=2, heads=2, kv_heads=2, head_dim=8, ffn=40
+    )  # fmt: skip
+    config = dataclasses.replace(tiny.config(), variant="blip2-flant5", image_first=True, llm=llm)
+    used = weight_bytes(config, lambda name: uses_parameter("decode", name, config))
+    kept = weight_bytes(config, lambda name: name.startswith("llm.")) - used
+    assert kept > 0.3 * used  # the encoder, and what makes keys and values of its outputs
+
+    engine = programs.AbstractEngine(config, single_device_mesh(), int8_cache=False)
+    _, memory, _ = compiler.compile_lowered(engine.lower_decode(1, 64))
+    cache = (
+        2 * llm.layers * llm.kv_heads * 2 * 64 * llm.head_dim * 2
+    )  # of the answer and of the prompt
+    assert abs(memory.arguments - used - cache) < 10_000
+    # Of 32 prompt tokens and one of the answer: a third of the matrices is the decoder's.
+    flops = count_model_flops(config, 1, 32, 1, None) - count_model_flops(config, 1, 0, 0, None)
+    encoder = weight_bytes(config, lambda name: name.startswith("llm.encoder"))
+    assert encoder * 32 < flops < 1.6 * encoder * 32
 
 
 def test_model_follows_the_configuration(tmp_path):
