@@ -29,6 +29,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+MAX_VALUES = 10_000  # of a request's JSON
+
+
 class Body(BaseModel):
     """The base of all requests: JSON types are not converted, and unknown fields are refused."""
 
@@ -46,9 +49,11 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _take_out_foreign(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Validate without OpenAI's other fields. ValueError: one that would have an effect."""
+        """Validate without OpenAI's other fields. ValueError: one that would have an effect, or more
+        values than MAX_VALUES."""
         if not isinstance(values, dict):
             return handler(values)
+        _check_count(values)
         foreign = [n for n in values if n in (*IGNORED, *UNSUPPORTED) and n not in cls.model_fields]
         for name in foreign:
             harmless = (None, *UNSUPPORTED.get(name, (values[name],)))
@@ -57,6 +62,19 @@ class Body(BaseModel):
         body = handler({name: value for name, value in values.items() if name not in foreign})
         body._ignored = foreign
         return body
+
+
+def _check_count(body: dict[str, Any]) -> None:
+    """ValueError: more values than any request needs. Each of them could be an error of its own, of a
+    kilobyte and more."""
+    count, waiting = 0, [body]
+    while waiting:
+        value: Any = waiting.pop()
+        if isinstance(value, (dict, list)):
+            count += len(value)
+            if count > MAX_VALUES:
+                raise ValueError(f"the request has more than {MAX_VALUES} values")
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 class StreamOptions(BaseModel):

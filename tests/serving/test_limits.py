@@ -106,6 +106,8 @@ def encoded(data, kind="image/png"):
         (chat(user_message("x"), num_beams=99), 400, "num_beams"),
         (chat(user_message("x"), seed="1"), 400, "seed"),
         (chat(user_message("x \ud83d")), 400, "surrogate"),
+        ({"messages": [1] * 20_000}, 400, "more than 10000 values"),
+        ({f"a{n}": 1 for n in range(12_000)}, 400, "more than 10000 values"),
         (b"[" * 100_000, 400, ""),
         (b"x" * 300_000, 413, "more than 200000 bytes"),
     ],
