@@ -12,7 +12,7 @@ from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.tasks import Shortcut
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-PLACEHOLDER = "### Ask about a picture\nAdd one, or choose an example."
+PLACEHOLDER = "### Ask about a picture\nAdd one{}."
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # the reader's own: nothing is loaded
 MONO_FONTS = ("ui-monospace", "monospace")
 
@@ -88,7 +88,8 @@ def build(info: PageInfo) -> Page:
             with gr.Column(scale=7, min_width=340, elem_id="main"):
                 chat = gr.Chatbot(
                     elem_id="chat", show_label=False, height="max(320px, min(60vh, 680px))",
-                    buttons=["copy"], placeholder=PLACEHOLDER, latex_delimiters=[],
+                    buttons=["copy"], latex_delimiters=[],
+                    placeholder=PLACEHOLDER.format(", or choose an example" if info.examples else ""),
                     feedback_options=None, group_consecutive_messages=False,
                 )  # fmt: skip
                 status = gr.HTML(elem_id="status", padding=False)
