@@ -94,14 +94,24 @@ class Results:
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--size", default="vicuna7b", help="vicuna7b, smollm2 or tiny")
-    parser.add_argument("--layers", type=int, help="of the language model (default: all)")
-    parser.add_argument("--out", type=Path, help="figures as JSON")
-    parser.add_argument("--parts", default="", help="parts whose name contains this")
-    parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument(
-        "--slow", type=float, default=1.0, help="multiplies the limits of the parts"
+        "--size", default="vicuna7b", help="vicuna7b, smollm2 or tiny (default: vicuna7b)"
     )
+    parser.add_argument("--layers", type=int, help="of the language model (default: all)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write the figures here, as JSON"
+    )
+    parser.add_argument(
+        "--parts", default="", metavar="REGEX",
+        help=f"only parts whose name it matches, of: {', '.join(PARTS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="end after this long, at the latest (default: 6)"
+    )
+    parser.add_argument(
+        "--slow", type=float, default=1.0,
+        help="multiplies the time limit of each part, for slow machines (default: 1)",
+    )  # fmt: skip
     options = parser.parse_args()
     chosen = [part for part in PARTS if re.search(options.parts, part)]
     if not chosen:

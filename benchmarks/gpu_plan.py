@@ -94,9 +94,12 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
+        metavar="REGEX",
         help="cells whose name this regular expression matches: 'vicuna7b int4'",
     )
-    parser.add_argument("--out", type=Path, help="records, also read by the next run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="records, also read by the next run"
+    )
     parser.add_argument("--list", action="store_true", help="print the cells, compile nothing")
     options = parser.parse_args()
     chosen = [cell for cell in cells() if re.search(options.only, cell.name)]

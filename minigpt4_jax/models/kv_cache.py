@@ -1,9 +1,9 @@
 """The key-value cache of a language model: in the model's dtype, or in 8 bits ("int8" or "float8").
 
-In int8, each key or value vector of a head has its own scale (largest absolute value / 127). Attention
-does not dequantize the vectors: the scale of a key multiplies its score, and the scale of a value its
-probability. float8 (e4m3) has no scales: that is less exact, but writing a vector needs no more kernels
-than in bfloat16. Prefill also attends to the rounded keys and values, so results do not depend on
+In int8, each key or value vector of a head has its own scale (largest absolute value / 127). Except on a
+GPU, attention does not dequantize the vectors: the scale of a key multiplies its score, and the scale of a
+value its probability. float8 (e4m3) has no scales: that is less exact, but writing a vector needs no more
+kernels than in bfloat16. Prefill also attends to the rounded keys and values, so results do not depend on
 whether tokens are processed together or one by one.
 
 Axes: B batch, T sequence, S cache length, K key/value heads, H head dim, L layers.
@@ -24,10 +24,11 @@ class QuantizedArray(NamedTuple):
     """Keys or values [..., H] in int8 with one scale per vector."""
 
     levels: jax.Array  # [..., H] int8
-    scale: jax.Array  # [...] float32
+    scale: jax.Array  # [...] float32; in a cache of a GPU [..., 2], of keys and values
 
 
 Vectors = jax.Array | QuantizedArray  # keys or values [..., H]
+KeysValues = tuple[Vectors, Vectors]
 SCALE_BYTES = 4  # of a vector in int8
 FLOAT8 = jnp.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -101,7 +102,7 @@ def round_vectors(x: jax.Array, kind: str | None) -> Vectors:
 
 def kind_of(x: Vectors) -> str | None:
     """The kind of a cache, as for `round_vectors`."""
-    if isinstance(x, QuantizedArray):
+    if isinstance(x, QuantizedArray) or x.dtype == jnp.int8:
         return "int8"
     return "float8" if x.dtype in (FLOAT8, jnp.uint8) else None
 
@@ -131,6 +132,15 @@ def dequantize_vectors(x: Vectors, dtype: Any) -> jax.Array:
     return array.astype(dtype)
 
 
+def new_caches(keys: Vectors, values: Vectors, length: int) -> KeysValues:
+    """`new_cache` of keys and values. On a GPU the scales of both in int8 are one array [B, K, S, 2], which
+    is held with the keys: writing a vector of each takes a kernel less."""
+    k, v = new_cache(keys, length), new_cache(values, length)
+    if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray) and backend() == "gpu":
+        return QuantizedArray(k.levels, jnp.stack([k.scale, v.scale], axis=-1)), v.levels
+    return k, v
+
+
 def new_cache(x: Vectors, length: int) -> Vectors:
     """Keys or values [B, T, K, H] of positions 0 to T - 1 -> a cache [B, K, S = length, H]."""
 
@@ -148,7 +158,8 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
 
     def grow(x: Vectors) -> Vectors:
         if isinstance(x, QuantizedArray):
-            return QuantizedArray(_pad(x.levels, -2, more), _pad(x.scale, -1, more))
+            slots = x.levels.ndim - 2
+            return QuantizedArray(_pad(x.levels, slots, more), _pad(x.scale, slots, more))
         return _pad(x, -2, more)
 
     grown: KVCache = jax.tree.map(grow, cache, is_leaf=lambda x: isinstance(x, QuantizedArray))
@@ -160,6 +171,24 @@ def _pad(a: jax.Array, axis: int, more: int) -> jax.Array:
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, more)
     return jnp.pad(a, widths)
+
+
+def write_caches(
+    caches: KeysValues, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> KeysValues:
+    """`write_cache` of floats k and v [B, T, K, H], rounded to the kind of the caches of keys and values."""
+    keys, values = caches
+    kind = kind_of(keys)
+    if isinstance(keys, QuantizedArray) and isinstance(
+        values, jax.Array
+    ):  # of `new_caches` on a GPU
+        both = quantize_vectors(jnp.stack([k, v], axis=-2))  # [B, T, K, 2, H]
+        keys = write_cache(keys, QuantizedArray(both.levels[..., 0, :], both.scale), positions)
+        return keys, write_cache(values, both.levels[..., 1, :], positions)
+    return (
+        write_cache(keys, round_vectors(k, kind), positions),
+        write_cache(values, round_vectors(v, kind), positions),
+    )
 
 
 def write_cache(cache: Vectors, x: Vectors, positions: jax.Array) -> Vectors:
@@ -203,7 +232,13 @@ def attend_to_cache(
             q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
             scale=scale, key_scale=keys.scale, value_scale=values.scale, bias=bias,
         )  # fmt: skip
-    if kind_of(keys) == "float8":
+    if isinstance(keys, QuantizedArray) and isinstance(values, jax.Array):  # of a GPU
+        # Its kernels apply scales as they read vectors: those of scores and probabilities would be kernels.
+        keys, values = (
+            QuantizedArray(levels, keys.scale[..., n])
+            for n, levels in enumerate((keys.levels, values))
+        )
+    if kind_of(keys) is not None:
         keys, values = dequantize_vectors(keys, dtype), dequantize_vectors(values, dtype)
     assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)
     return cached_attention(q, keys, values, mask, scale=scale, bias=bias)

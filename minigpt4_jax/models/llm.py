@@ -11,9 +11,10 @@ from minigpt4_jax.config import LlmConfig, LoraConfig
 from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
     CrossCache,
+    KeysValues,
     KVCache,
     causal_cache_update,
-    new_cache,
+    new_caches,
     round_vectors,
 )
 from minigpt4_jax.models.layers import (
@@ -24,7 +25,7 @@ from minigpt4_jax.models.layers import (
     run_layers,
     stack_layers,
 )
-from minigpt4_jax.models.llm_layers import Block, Encoded, KeysValues
+from minigpt4_jax.models.llm_layers import Block, Encoded
 from minigpt4_jax.models.positions import Rope, relative_bias, rotary
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.quantization.matmul import linear
@@ -146,7 +147,7 @@ class Llm(nnx.Module):
         def step(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
             x, kv = block.prefill(x, rope, lengths, self.cache_kind)
             k, v = kv
-            return x, (new_cache(k, cache_length), new_cache(v, cache_length))
+            return x, new_caches(k, v, cache_length)
 
         x, kv = run_layers(self.blocks, x, step, part="llm.blocks", heads=self.config.kv_heads)
         return self.norm(x), KVCache(*self._by_kind(kv))
@@ -165,7 +166,7 @@ class Llm(nnx.Module):
         def step(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
             assert block.cross is not None
             k, v = block.cross.project_kv(x)
-            return x, (new_cache(k, cross_length), new_cache(v, cross_length))
+            return x, new_caches(k, v, cross_length)
 
         _, kv = run_layers(self.blocks, states, step, part="llm.blocks", heads=c.kv_heads)
         cross_k, cross_v = self._by_kind(kv)
@@ -177,7 +178,7 @@ class Llm(nnx.Module):
         def empty(block: Block, x: jax.Array) -> tuple[jax.Array, KeysValues]:
             zeros = jnp.zeros((b, 1, c.kv_heads, c.head_dim), dtype)
             vectors = round_vectors(zeros, self.cache_kind)
-            return x, (new_cache(vectors, cache_length), new_cache(vectors, cache_length))
+            return x, new_caches(vectors, vectors, cache_length)
 
         _, kv = run_layers(self.blocks, states, empty, part="llm.blocks", heads=c.kv_heads)
         cache = KVCache(*self._by_kind(kv), CrossCache(cross_k, cross_v, mask))

@@ -12,12 +12,12 @@ from minigpt4_jax.config import LlmConfig, LoraConfig
 from minigpt4_jax.models.attention import attention
 from minigpt4_jax.models.kv_cache import (
     CacheUpdate,
+    KeysValues,
     Vectors,
     attend_to_cache,
     dequantize_vectors,
-    kind_of,
     round_vectors,
-    write_cache,
+    write_caches,
 )
 from minigpt4_jax.models.layers import (
     ACTIVATIONS,
@@ -29,8 +29,6 @@ from minigpt4_jax.models.layers import (
 )
 from minigpt4_jax.models.lora import apply_linear, make_linear
 from minigpt4_jax.models.positions import Rope, rotate
-
-KeysValues = tuple[Vectors, Vectors]
 
 
 class Encoded(NamedTuple):
@@ -134,9 +132,7 @@ class Attention(nnx.Module):
         """x [B, T, D] attends to the cached keys and values kv [B, K, S, H], to which its own are
         added. bias [B, N, T, S]: of the scores. Returns [B, T, D] and the updated keys and values."""
         q, k, v = self.project_qkv(x, rope)
-        kind = kind_of(kv[0])
-        keys = write_cache(kv[0], round_vectors(k, kind), update.slots)
-        values = write_cache(kv[1], round_vectors(v, kind), update.slots)
+        keys, values = write_caches(kv, k, v, update.slots)
         mask = update.attention_mask
         y = attend_to_cache(q, keys, values, mask, scale=self.scale, bias=bias)
         return self.o(y.reshape(*x.shape[:2], -1)), (keys, values)
