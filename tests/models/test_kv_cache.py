@@ -14,17 +14,21 @@ from minigpt4_jax.checkpoint.parameters import abstract_model
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.kv_cache import (
     KVCache,
+    QuantizedArray,
     attend_to_cache,
     causal_cache_update,
     dequantize_vectors,
     grow_cache,
     kind_of,
     new_cache,
+    new_caches,
     quantize_vectors,
     round_vectors,
     to_float8,
     write_cache,
+    write_caches,
 )
+from minigpt4_jax.utils import platform
 
 KINDS = [None, "int8", "float8"]
 
@@ -92,6 +96,33 @@ def test_8_bit_attention_equals_attention_to_dequantized_vectors(kind, window):
         seen,
         scale=0.3,
     )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_of_a_gpu_hold_the_same_numbers(kind):
+    """There the scales of keys and values in int8 are one array."""
+    rng = np.random.default_rng(3)
+    x = [vectors(rng, 2, 9, 2, 8) for _ in range(2)]  # keys and values [B, T, K, H]
+    q, positions = vectors(rng, 2, 1, 6, 8), jnp.asarray([[8], [6]])
+    seen = causal_cache_update(positions, 16, None).attention_mask
+
+    def attended(target):
+        with platform.compiling_for(target):
+            start = [round_vectors(a[:, :6], kind) for a in x]
+            keys, values = new_caches(*start, 8)
+            grown = grow_cache(KVCache([keys], [values]), 16)
+            caches = grown.k[0], grown.v[0]
+            assert {kind_of(c) for c in caches} == {kind}
+            for n in range(6, 9):  # one by one; the second row repeats its last
+                at = jnp.minimum(jnp.asarray([[n], [n]]), positions)
+                new = [jnp.take_along_axis(a, at[:, :, None, None], axis=1) for a in x]
+                caches = write_caches(caches, *new, at)
+            y = attend_to_cache(q, *caches, seen, scale=0.3)
+        return y, isinstance(caches[1], QuantizedArray)
+
+    (wanted, apart), (found, apart_on_gpu) = attended("tpu"), attended("gpu")
+    assert (apart, apart_on_gpu) == (kind == "int8", False)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
