@@ -219,6 +219,7 @@ def test_boxes_of_an_answer_are_shown(site, visitor, tmp_path):
         tmp_path / "conversation.json"
     )
     visitor.page.locator("#boxes table").wait_for()
+    visitor.page.locator("#chat", has_text="a cat & a dog").wait_for()
     cells = visitor.page.locator("#boxes td").all_inner_texts()
     assert cells[:6] == ["a cat", "40", "60", "120", "120", "80 x 60"]
     assert visitor.answers.first.inner_text().strip() == "a cat & a dog"
