@@ -133,6 +133,11 @@ def read_keys(file: Path | None) -> list[str]:
     return found + keys
 
 
+def allowed_hosts(args: argparse.Namespace, keys: Sequence[str]) -> list[str] | None:
+    """The names that requests may give the server; None: any."""
+    return list(args.allowed_host) if args.host in LOOPBACK and not keys else None
+
+
 def _require_packages(*, page: bool) -> None:
     try:
         import fastapi  # noqa: F401
@@ -216,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = create_app(
         service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts,
         unguarded=("/ui",) if args.ui else (),
-        hosts=args.allowed_host if args.host in LOOPBACK and not keys else None,
+        hosts=allowed_hosts(args, keys),
     )  # fmt: skip
     if args.ui:
         from minigpt4_jax.serving.ui.page import mount_page

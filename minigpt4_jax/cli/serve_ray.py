@@ -37,7 +37,9 @@ def load(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     return app, service
 
 
-def make_application(args: argparse.Namespace, keys: Sequence[str]) -> "serve.Application":
+def make_application(
+    args: argparse.Namespace, keys: Sequence[str], hosts: Sequence[str] | None = None
+) -> "serve.Application":
     """The Ray Serve application of a command line, for the cluster that this process is connected to."""
     from minigpt4_jax.serving.ray.application import Deployment, build
 
@@ -52,7 +54,10 @@ def make_application(args: argparse.Namespace, keys: Sequence[str]) -> "serve.Ap
         shutdown_seconds=args.shutdown_timeout,
     )
     limits = serve_command.limits_of(args)
-    return build(partial(load, args), deployment, limits=limits, keys=keys, compiled=args.warm_up)
+    return build(
+        partial(load, args), deployment,
+        limits=limits, keys=keys, hosts=hosts, compiled=args.warm_up,
+    )  # fmt: skip
 
 
 def parse(options: Mapping[str, Any]) -> argparse.Namespace:
@@ -81,7 +86,8 @@ def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
         _on_signal(_leave)
         begin = time.monotonic()
         port = args.port or _free_port(args.host)
-        ingress = application.start(make_application(args, keys), args.host, port)
+        made = make_application(args, keys, serve_command.allowed_hosts(args, keys))
+        ingress = application.start(made, args.host, port)
         stopped = threading.Event()
         _on_signal(lambda *_: stopped.set())
         log.info("listening on http://%s:%d", args.host, port)

@@ -67,8 +67,10 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(ingress, "PAUSE", 0)
 
 
-def request(replicas, method="POST", path=CHAT, *, keys=(), limits=None, headers=None, **options):
-    app = Ingress(replicas, limits or Limits(), list(keys)).__serve_build_asgi_app__()
+def request(
+    replicas, method="POST", path=CHAT, *, keys=(), limits=None, hosts=None, headers=None, **options
+):
+    app = Ingress(replicas, limits or Limits(), list(keys), hosts).__serve_build_asgi_app__()
 
     async def send():
         transport = httpx.ASGITransport(app)
@@ -94,6 +96,7 @@ def test_keys_and_limits_are_checked_before_a_replica_is_asked():
     assert request(replicas, json=QUESTION, keys=["a"]).status_code == 401
     assert request(replicas, json=QUESTION, limits=Limits(body_bytes=10)).status_code == 413
     assert request(replicas, "GET", "/metrics", keys=["a"]).status_code == 401
+    assert request(replicas, json=QUESTION, hosts=[]).status_code == 403  # it is named "test"
     assert not replicas.calls
     headers = {"authorization": "Bearer b"}
     assert request(replicas, json=QUESTION, keys=["a", "b"], headers=headers).status_code == 200

@@ -49,6 +49,7 @@ def build(
     *,
     limits: Limits,
     keys: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
     compiled: bool = True,
 ) -> serve.Application:
     """The application. load: loads the model in a replica. Other arguments: as of the plain server."""
@@ -86,7 +87,9 @@ def build(
         **grace,
     )
     replica, ingress = deploy_replica(Replica), deploy_ingress(serve.ingress()(Ingress))
-    application: serve.Application = ingress.bind(replica.bind(load, compiled), limits, list(keys))
+    application: serve.Application = ingress.bind(
+        replica.bind(load, compiled), limits, list(keys), hosts
+    )
     return application
 
 

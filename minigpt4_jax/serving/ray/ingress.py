@@ -33,11 +33,17 @@ _LARGE = 1 << 20  # bytes of a body that is not parsed between two other request
 class Ingress:
     """A Ray Serve deployment with the routes of the plain server."""
 
-    def __init__(self, replicas: Any, limits: Limits, keys: Sequence[str]):
-        """replicas: Ray's handle of them. keys: one of them must be sent; without any, everyone may ask."""
+    def __init__(
+        self,
+        replicas: Any,
+        limits: Limits,
+        keys: Sequence[str],
+        hosts: Sequence[str] | None = None,
+    ):
+        """replicas: Ray's handle of them. keys, hosts: see `Gate`."""
         self._replicas = replicas
         self._metrics = Metrics()
-        self._gate = Gate(self._route, limits=limits, metrics=self._metrics, keys=keys)
+        self._gate = Gate(self._route, limits=limits, metrics=self._metrics, keys=keys, hosts=hosts)
         self._open, self._closing = 0, False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
