@@ -16,6 +16,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing import chat_templates, sequences
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
+MAX_ANSWER = 1024  # the server's own limit
 ANSWERS = 7  # with the long prompt a batch of 8 rows, which is not resized
 
 
@@ -28,7 +29,7 @@ def prefill(args: argparse.Namespace, server: Server, table: Table) -> None:
     admitted = []
     for number, prompt in enumerate(prompts):
         rows = make_rows(ANSWERS, seed=6000 + number)
-        rows = [row._replace(max_tokens=args.context // 2) for row in rows]
+        rows = [row._replace(max_tokens=min(args.context // 2, MAX_ANSWER)) for row in rows]
         answers, long = asyncio.run(_admit_beside(server, rows, prompt))
         _check(rows, answers, long)
         during += _gaps(answers, long.sent, long.ended)
