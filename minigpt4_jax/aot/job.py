@@ -31,6 +31,7 @@ from minigpt4_jax.training import config_cli
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.memory_estimate import BatchShape, largest_batch
 from minigpt4_jax.training.mesh_selection import choose_mesh_sizes
+from minigpt4_jax.training.model_config import frozen_config
 from minigpt4_jax.training.train_step import trained_parts
 
 MAX_SIZE = 1 << 20  # rows, or tokens of a row: compilers count elements in 32 bits
@@ -139,7 +140,8 @@ class Job:
     @property
     def trained_config(self) -> ModelConfig:
         quantize = self.quantize_base or self.model_config.quantize
-        return dataclasses.replace(self.model_config, quantize=quantize)
+        config = dataclasses.replace(self.model_config, quantize=quantize)
+        return frozen_config(self.train_config, config)
 
     @property
     def inference_config(self) -> ModelConfig:
@@ -259,6 +261,10 @@ def parse_job(options: argparse.Namespace, config_args: Sequence[str]) -> Job:
             raise UserError(
                 f"--{name}={scheme}: {model_name} is stored in {model_config.quantize}: omit the option"
             )
+    if c.frozen_dtype and (stored := options.quantize_base or model_config.quantize):
+        raise UserError(
+            f"config.frozen_dtype is {c.frozen_dtype!r}: the base is in {stored}; leave one of them out"
+        )
     is_gpu = chip_of(options.topology).platform == "gpu"
     return Job(
         config_name, model_name, c, model_config, options.topology, options.mesh,

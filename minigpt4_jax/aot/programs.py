@@ -32,6 +32,7 @@ from minigpt4_jax.parallel.sharding import (
     replicated,
     with_mesh,
 )
+from minigpt4_jax.quantization.schemes import holds_levels
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.memory_estimate import BatchShape
 from minigpt4_jax.training.optimizer import make_optimizer
@@ -81,9 +82,9 @@ def parameter_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def _dtype(path: tuple[Any, ...], leaf: Any, dtype: jnp.dtype) -> jnp.dtype:
-    """Integer parameters (quantized weights) keep their type."""
-    integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-    return jnp.dtype(leaf.dtype) if integer else parameter_dtype(path, dtype)
+    """Quantized weights keep their type."""
+    levels = holds_levels(leaf.dtype)
+    return jnp.dtype(leaf.dtype) if levels else parameter_dtype(path, dtype)
 
 
 def model_shapes(

@@ -42,7 +42,7 @@ from minigpt4_jax.parallel.sharding import (
     single_device_mesh,
 )
 from minigpt4_jax.quantization.layout import is_grouped, outputs_first, to_memory_layout
-from minigpt4_jax.quantization.schemes import GGUF
+from minigpt4_jax.quantization.schemes import FLOAT8, GGUF, holds_levels
 from minigpt4_jax.utils.aligned import aligned_empty
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -66,7 +66,8 @@ def load_model(
 
     dtype: "float32" or "bfloat16". stacked: the language model's layers as arrays [L, ...] (training),
     else as a list (generation). trainable_parts: parts that are float32 and replicated. quantize: "int8"
-    or "int4", for a directory that is not quantized already; each tensor is quantized as it is read.
+    or "int4" (in training also "float8"), for a directory that is not quantized already; each tensor is
+    quantized as it is read.
     lora: replaces the directory's own configuration and must have its shapes; a directory without LoRA
     gets new adapters, initialized from the seed. mesh: the devices, with parameters split by the rules
     of parallel/sharding.py; by default the first device. base: the directory of the model's base, instead
@@ -118,7 +119,7 @@ def model_shapes(
         name = ".".join(map(str, path))
         trainable = part_of(name) in trainable_parts
         leaf_dtype = parameter_dtype(path, jnp.dtype(jnp.float32 if trainable else dtype))
-        if jnp.issubdtype(leaf.dtype, jnp.integer):  # levels of a quantized matrix
+        if holds_levels(leaf.dtype):
             leaf_dtype = leaf.dtype
         if trainable:
             sharding = replicated(mesh)
@@ -179,7 +180,7 @@ def _with_quantization(
     """The configuration of the model in memory."""
     if quantize is None or quantize == config.quantize:
         return config
-    if quantize not in QUANTIZATIONS:
+    if quantize not in (*QUANTIZATIONS, FLOAT8):
         raise UserError(f"quantize {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}")
     if config.quantize is not None:
         raise UserError(

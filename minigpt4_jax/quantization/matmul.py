@@ -1,4 +1,4 @@
-"""Matrix products with weights in float32, bfloat16, int8 and int4 (schemes.py).
+"""Matrix products with weights in float32, bfloat16, float8, int8 and int4 (schemes.py).
 
 Weights are [out, in], or [groups, size, out] with groups (layout.py). N: rows of the input.
 """
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from minigpt4_jax.quantization import gpu_matmul
-from minigpt4_jax.quantization.schemes import dequantize, unpack_nibbles
+from minigpt4_jax.quantization.float8 import float8_product
+from minigpt4_jax.quantization.schemes import FLOAT8_DTYPE, dequantize, unpack_nibbles
 from minigpt4_jax.utils.platform import backend
 
 FEW_ROWS = 64  # products of at most this many rows (decoding) are bound by reading the weights
@@ -71,6 +72,9 @@ def _quantized_product(
     x: jax.Array, levels: jax.Array, scale: jax.Array, offset: jax.Array | None, out: Any
 ) -> jax.Array:
     """x [..., in] and a quantized weight in memory layout -> [..., out] float32. out: as in `linear`."""
+    if levels.dtype == FLOAT8_DTYPE:
+        sums = jnp.dtype(jnp.float32 if out == jnp.float32 else scale.dtype)
+        return float8_product(x, levels, scale, sums).astype(jnp.float32)
     if backend() == "gpu" and (scale.ndim == 1 or levels.ndim == 3):
         return gpu_matmul.quantized_product(x, levels, scale, offset, out, _float_product)
     # Without the barrier, XLA would dequantize the constant weights of a decoding loop before the loop

@@ -5,6 +5,7 @@ int4: one scale per group of 64 (or 32) inputs of an output channel, levels -8 t
 byte j of a group holds input j in its low nibble and input j + group / 2 in its high nibble, each as
 level + 8. XLA on CPU uses a byte for each int4 element, hence the explicit packing.
 gguf: the blocks of a GGUF file, kept bit-exact, see `BlockFormat`.
+float8: e4m3 with one scale per output channel, only in memory while other parts are trained, see float8.py.
 
 The scale of parameter `NAME` is `NAME_scale`, stored in bfloat16. Levels are computed with the rounded
 scale, so rounding the scale adds no error. Activations are not quantized.
@@ -23,6 +24,8 @@ import numpy as np
 Array = Any  # of NumPy or JAX
 Shape = tuple[int, ...]
 INT4_GROUPS = (64, 32)  # group sizes of int4: the first that divides the inputs is used
+FLOAT8 = "float8"  # the scheme of frozen matrices in training
+FLOAT8_DTYPE, FLOAT8_MAX = ml_dtypes.float8_e4m3fn, 448.0
 GGUF = "gguf"  # the scheme of a model whose language model keeps the blocks of a GGUF file
 
 
@@ -65,7 +68,8 @@ def matrix_scheme(
     """The scheme of parameter `name` in a model of `scheme`; None if it is not quantized.
 
     The matrices of the language model and of the vision encoder's blocks use `scheme`, the embedding
-    int8. A matrix whose inputs do not divide into groups uses int8.
+    int8. A matrix whose inputs do not divide into groups uses int8. In "float8" they are the matrices of
+    the blocks alone: the embedding and the output matrix stay floats.
     block_formats: for the scheme "gguf", "NAME FORMAT" of the language model's matrices
     (ModelConfig.kept); the vision encoder uses int8 there.
     """
@@ -74,10 +78,14 @@ def matrix_scheme(
     if scheme == GGUF and name.startswith("llm."):
         formats = dict(line.split(maxsplit=1) for line in block_formats)
         return formats.get(name_without_layer(name))
+    if scheme == FLOAT8 and name.startswith(("llm.embed", "llm.head")):
+        return None
     if name == "llm.embed":
         return "int8"
     if not re.fullmatch(r"((llm|vit)\.blocks\..*|llm\.encoder_blocks\..*|llm\.head)\.weight", name):
         return None
+    if scheme == FLOAT8:
+        return FLOAT8
     return "int4" if scheme == "int4" and int4_group_size(n_in) else "int8"
 
 
@@ -87,8 +95,8 @@ def int4_group_size(n_in: int) -> int:
 
 
 def quantized_shapes(shape: Shape, scheme: str) -> tuple[Shape, Shape]:
-    """Shapes of the levels and of the scale of a weight [..., out, in] in "int8" or "int4"."""
-    if scheme == "int8":
+    """Shapes of the levels and of the scale of a weight [..., out, in] in "int8", "int4" or "float8"."""
+    if scheme in ("int8", FLOAT8):
         return shape, shape[:-1]
     n_in = shape[-1]
     return (*shape[:-1], n_in // 2), (*shape[:-1], n_in // int4_group_size(n_in))
@@ -98,7 +106,8 @@ def quantize(weight: Array, scheme: str, xp: Any = np) -> tuple[Array, Array]:
     """weight [..., out, in] of floats -> (levels, scale in bfloat16).
 
     "int8": levels int8 [..., out, in], scale [..., out]. "int4": levels uint8 [..., out, in / 2], scale
-    [..., out, groups]. xp: numpy or jax.numpy, matching the weight.
+    [..., out, groups]. "float8": e4m3 [..., out, in], scale [..., out]. xp: numpy or jax.numpy, matching
+    the weight.
     """
     weight = weight.astype(np.float32)
     if scheme == "int8":
@@ -106,6 +115,10 @@ def quantize(weight: Array, scheme: str, xp: Any = np) -> tuple[Array, Array]:
         scale = _nonzero(largest / 127, xp)
         levels = xp.rint(weight / scale.astype(np.float32)[..., None])
         return xp.clip(levels, -127, 127).astype(np.int8), scale
+    if scheme == FLOAT8:
+        scale = _nonzero(xp.abs(weight).max(-1) / FLOAT8_MAX, xp)
+        levels = weight / scale.astype(np.float32)[..., None]
+        return xp.clip(levels, -FLOAT8_MAX, FLOAT8_MAX).astype(FLOAT8_DTYPE), scale
     groups = weight.reshape(*weight.shape[:-1], -1, int4_group_size(weight.shape[-1]))
     # The largest value of a group becomes level -8, whatever its sign, so all 16 levels are used. (A
     # smaller scale with less squared error was tried: SmolLM2's perplexity got worse.)
@@ -114,6 +127,11 @@ def quantize(weight: Array, scheme: str, xp: Any = np) -> tuple[Array, Array]:
     levels = xp.rint(groups / scale.astype(np.float32)[..., None])
     levels = (xp.clip(levels, -8, 7) + 8).astype(np.uint8)
     return pack_nibbles(levels).reshape(*weight.shape[:-1], -1), scale
+
+
+def holds_levels(dtype: Any) -> bool:
+    """Whether a parameter of this dtype is a quantized matrix, whose dtype is never converted."""
+    return jnp.issubdtype(dtype, jnp.integer) or dtype == FLOAT8_DTYPE
 
 
 def _nonzero(scale: Array, xp: Any) -> Array:

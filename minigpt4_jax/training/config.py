@@ -66,6 +66,8 @@ class TrainConfig:
     What is trained, and where
     freeze_vit, freeze_qformer: leave these parts as they are.
     dtype: of frozen matrices and their products; "float32" for exactness.
+    frozen_dtype: "float8" multiplies the frozen matrices of the language model and the vision encoder in
+        e4m3, which is faster on GPUs that can (docs/guides/gpu.md) and halves their memory; "": dtype.
     mesh: devices per axis, such as "data:2,fsdp:4"; "" or "auto": chosen and logged.
     remat: recompute activations in the backward pass: less memory, more time.
 
@@ -106,6 +108,7 @@ class TrainConfig:
     freeze_vit: bool = True
     freeze_qformer: bool = True
     dtype: str = "bfloat16"
+    frozen_dtype: str = ""
     mesh: str = ""
     remat: bool = False
 

@@ -9,6 +9,7 @@ import re
 
 from minigpt4_jax.data.config import MIX_BY, DataConfig, DatasetConfig
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.quantization.schemes import FLOAT8
 from minigpt4_jax.training.config import SCHEDULES, EvalConfig, LoraChoice, TrainConfig
 
 _POSITIVE = (
@@ -38,6 +39,10 @@ def check(c: TrainConfig, *, model: bool = True, data: bool = True) -> TrainConf
     _check_lora(c.lora)
     _check_eval(c.eval)
     _require("dtype", c.dtype, c.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
+    _require("frozen_dtype", c.frozen_dtype, c.frozen_dtype in ("", FLOAT8), "'' or 'float8'")
+    trained_vit = c.frozen_dtype == FLOAT8 and not c.freeze_vit
+    expected = "'' with a trained vision encoder, or config.freeze_vit=true"
+    _require("frozen_dtype", c.frozen_dtype, not trained_vit, expected)
     _require("schedule", c.schedule, c.schedule in SCHEDULES, " or ".join(SCHEDULES))
     _require("beta1", c.beta1, 0 <= c.beta1 < 1, "0 <= beta1 < 1")
     _require("beta2", c.beta2, 0 <= c.beta2 < 1, "0 <= beta2 < 1")

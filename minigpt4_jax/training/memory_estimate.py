@@ -17,7 +17,9 @@ from minigpt4_jax.checkpoint.loader import DTYPES, parameter_dtype
 from minigpt4_jax.checkpoint.parameters import abstract_model, part_of
 from minigpt4_jax.config import LlmConfig, ModelConfig
 from minigpt4_jax.parallel.sharding import parameter_spec
+from minigpt4_jax.quantization.schemes import holds_levels
 from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.model_config import frozen_config
 from minigpt4_jax.training.train_step import trained_parts
 from minigpt4_jax.utils.rounding import round_up
 
@@ -64,6 +66,7 @@ def largest_batch(c: TrainConfig, config: ModelConfig, tokens: int | None = None
 
 def estimate_memory(c: TrainConfig, config: ModelConfig, sizes: dict[str, int]) -> MemoryEstimate:
     """What a step on `largest_batch` needs on a mesh of these sizes (axis -> devices)."""
+    config = frozen_config(c, config)
     parts = trained_parts(freeze_vit=c.freeze_vit, freeze_qformer=c.freeze_qformer, config=config)
     parameters = _count_parameters(c, config, parts, sizes)
     shape = largest_batch(c, config)
@@ -100,8 +103,8 @@ def _count_parameters(
         if part_of(name) in parts:
             num_trained += math.prod(leaf.shape)
             continue
-        quantized = jnp.issubdtype(leaf.dtype, jnp.integer)
-        stored_dtype = leaf.dtype if quantized else parameter_dtype(path, dtype)
+        levels = holds_levels(leaf.dtype)
+        stored_dtype = jnp.dtype(leaf.dtype) if levels else parameter_dtype(path, dtype)
         size = math.prod(leaf.shape) * stored_dtype.itemsize
         spec = parameter_spec(name, leaf.shape, leaf.dtype, config, sizes)
         frozen_bytes += size // _num_shards(spec, sizes)

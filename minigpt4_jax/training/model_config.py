@@ -33,7 +33,17 @@ def read_model_config(c: TrainConfig) -> ModelConfig:
         raise UserError(
             f"config.data.image_ids is for blip2-qformer; {c.model} is a {config.variant} model"
         )
+    if c.frozen_dtype and config.quantize is not None:
+        raise UserError(
+            f"config.frozen_dtype is {c.frozen_dtype!r}: the matrices of {c.model} are stored in "
+            f"{config.quantize}: leave it out, or start from a model that is not quantized"
+        )
     return override_model_config(config, c, c.model)
+
+
+def frozen_config(c: TrainConfig, config: ModelConfig) -> ModelConfig:
+    """The configuration of the model in memory, with config.frozen_dtype. (`config` is what is saved.)"""
+    return dataclasses.replace(config, quantize=c.frozen_dtype) if c.frozen_dtype else config
 
 
 def override_model_config(config: ModelConfig, c: TrainConfig, model: str) -> ModelConfig:

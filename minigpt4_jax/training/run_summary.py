@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import describe_mesh
+from minigpt4_jax.quantization.float8 import has_float8_products
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.train_step import Frozen, OptState, Trainable
 from minigpt4_jax.utils.text import format_bytes
@@ -23,9 +24,21 @@ def summarize_run(
     num_parameters = num_trained + sum(a.size for a in frozen)
     processes = f", {jax.process_count()} processes" if is_multiprocess() else ""
     return (
-        f"{start}: {c.model}, {num_trained:,} of {num_parameters:,} parameters trained, {c.dtype}; "
+        f"{start}: {c.model}, {num_trained:,} of {num_parameters:,} parameters trained, {_dtypes(c)}; "
         f"batch {c.batch_size}, {c.steps} steps; device {jax.devices()[0].device_kind}{processes}; "
         f"log in {workdir}"
+    )
+
+
+def _dtypes(c: TrainConfig) -> str:
+    """What frozen matrices are multiplied in."""
+    if not c.frozen_dtype:
+        return c.dtype
+    if has_float8_products():
+        return f"{c.dtype}, frozen matrices in {c.frozen_dtype}"
+    return (
+        f"{c.dtype}, frozen matrices in {c.frozen_dtype} (this device has no such products: they are "
+        f"computed in {c.dtype} from rounded factors, which is slower than without config.frozen_dtype)"
     )
 
 

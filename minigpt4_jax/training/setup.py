@@ -138,6 +138,7 @@ def build_program(c: TrainConfig, inputs: RunInputs) -> tuple[Program, Trainable
         c.dtype,
         stacked=not unrolls_layers(),
         trainable_parts=parts,
+        quantize=c.frozen_dtype or None,
         lora=config.lora,
         seed=c.seed,
         mesh=mesh,

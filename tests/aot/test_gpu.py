@@ -6,14 +6,18 @@ Needs JAX's CUDA plugin, no GPU: `make gpu-check` runs this.
 import dataclasses
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 from helpers.compiled_programs import compiled
+from jax.sharding import SingleDeviceSharding
 
 from minigpt4_jax.aot.presets import PRESETS
 from minigpt4_jax.aot.programs import AbstractEngine
-from minigpt4_jax.aot.topology import chip_of
+from minigpt4_jax.aot.topology import chip_of, slice_devices
 from minigpt4_jax.models.kv_cache import bytes_per_position
 from minigpt4_jax.parallel.sharding import single_device_mesh
+from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.utils import platform
 
 MB, GB = 1e6, 1e9
@@ -86,3 +90,31 @@ def test_a_training_step_of_7b_copies_no_weights(tmp_path):
     assert record["kernels"]["argument_copies"] == 0
     assert record["memory"]["temporaries"] <= 6.25 * GB * 1.03
     assert record["kernels"]["count"] <= 2300
+
+
+@pytest.mark.parametrize(
+    ("topology", "products"), [("h100:1", 2), ("h200:1", 2), ("rtx4090:1", 2), ("a100-80:1", 0)]
+)
+def test_frozen_matrices_in_float8_are_multiplied_by_cublaslt(topology, products):
+    """Forward and backward, as in a training step."""
+    chip, sharding = chip_of(topology), SingleDeviceSharding(slice_devices(topology)[0])
+
+    def f(x, levels, scale):
+        return linear(x, levels, None, None, scale)
+
+    def step(x, levels, scale, dy):
+        return jax.vjp(lambda x: f(x, levels, scale), x)[1](dy), f(x, levels, scale)
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for shape, dtype in (
+            ((12, 160, 4096), jnp.bfloat16), ((11008, 4096), jnp.float8_e4m3fn),
+            ((11008,), jnp.bfloat16), ((12, 160, 11008), jnp.bfloat16),
+        )
+    ]  # fmt: skip
+    with platform.compiling_for(chip.platform, chip.compute_capability):
+        options = platform.compiler_options("products")
+        traced = jax.jit(step, compiler_options=options).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    assert text.count('"__cublas$lt$matmul$f8"') == products
+    assert text.count('"__cublas$lt$matmul"') == 2 - products
