@@ -5,6 +5,7 @@ POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/rank; GET /v1/mo
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -211,27 +212,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minigpt4_jax.cli import serve_ray
 
         return serve_ray.main(args, keys)
-    model = common.load_model(args)
-    log.info("loaded %s in %.1f s", args.model, time.monotonic() - begin)
     from minigpt4_jax.serving.app import create_app
     from minigpt4_jax.serving.server import make_server
     from minigpt4_jax.serving.server import run as run_server
+    from minigpt4_jax.serving.warm_up import start_compiling
 
-    service = make_service(model, args)
+    loading = common.begin_loading(args)
+    service = make_service(loading.model, args)
     app = create_app(
         service, keys=keys, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts,
         unguarded=("/ui",) if args.ui else (),
         hosts=allowed_hosts(args, keys),
     )  # fmt: skip
-    if args.ui:
-        from minigpt4_jax.serving.ui.page import mount_page
+    with contextlib.ExitStack() as exit_stack:
+        compiler = None
+        if args.warm_up:
+            compiler = exit_stack.enter_context(start_compiling(service.scheduler))
+        loading.finish()
+        log.info("loaded %s in %.1f s", args.model, time.monotonic() - begin)
+        if args.ui:
+            from minigpt4_jax.serving.ui.page import mount_page
 
-        mount_page(app, service, examples, keys=keys)
-    server = make_server(
-        app, service, args.host, args.port,
-        shutdown_seconds=args.shutdown_timeout, compiled=args.warm_up,
-    )  # fmt: skip
-    run_server(server)
+            mount_page(app, service, examples, keys=keys)
+        server = make_server(
+            app, service, args.host, args.port, shutdown_seconds=args.shutdown_timeout,
+            compiled=args.warm_up, compiler=compiler,
+        )  # fmt: skip
+        run_server(server)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The sizes of a server's caches, and how they follow from the model and the memory of the device."""
 
+import math
 import os
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def free_memory() -> float:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
 
 
+def unread_bytes(model: Model) -> float:
+    """What the weights will take of the first device, as far as they are not read yet."""
+    shapes = [leaf for leaf in model.engine.leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in shapes))
+
+
 def scheduler_config(
     model: Model,
     *,
@@ -49,7 +56,7 @@ def scheduler_config(
     context: at most the model's, by default 4096 tokens of it. UserError: the cache is too small.
     """
     context = min(context or 4096, model.config.llm.max_length)
-    per_token, free = cache_bytes_per_token(model), free_memory()
+    per_token, free = cache_bytes_per_token(model), free_memory() - unread_bytes(model)
     if cache_tokens is None:
         cache_tokens = min(int(MEMORY_SHARE * free / per_token), max_batch * _padded(context))
     on_cpu = jax.default_backend() == "cpu"

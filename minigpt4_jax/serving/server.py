@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.compile_ahead import ProgramCompiler
 from minigpt4_jax.serving.connections import LimitedConnection
 from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.warm_up import warm_up
@@ -63,11 +64,12 @@ def make_server(
     *,
     shutdown_seconds: float = 30.0,
     compiled: bool = True,
+    compiler: ProgramCompiler | None = None,
 ) -> Server:
     """A server whose `run` returns after SIGTERM or SIGINT, once everything has been answered.
 
     shutdown_seconds: for answering it. compiled: compile all programs after the start; until then
-    /ready says no.
+    /ready says no. compiler: of `warm_up.start_compiling`, if that has begun.
     """
 
     others = app.router.lifespan_context  # of what is mounted
@@ -75,7 +77,7 @@ def make_server(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
-        warming = asyncio.create_task(_get_ready(server, app, service, compiled))
+        warming = asyncio.create_task(_get_ready(server, app, service, compiled, compiler))
         async with others(app):
             yield
         warming.cancel()
@@ -91,10 +93,16 @@ def make_server(
     return server
 
 
-async def _get_ready(server: Server, app: FastAPI, service: Service, compiled: bool) -> None:
+async def _get_ready(
+    server: Server,
+    app: FastAPI,
+    service: Service,
+    compiled: bool,
+    compiler: ProgramCompiler | None,
+) -> None:
     if compiled:
         try:
-            summary = await warm_up(service.scheduler)
+            summary = await warm_up(service.scheduler, compiler)
         except Exception as error:
             server.startup_error, server.should_exit = error, True
             return

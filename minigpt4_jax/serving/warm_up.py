@@ -18,12 +18,18 @@ from minigpt4_jax.serving.scheduler import Scheduler, SchedulerConfig
 SECONDS = 3600.0  # for one program
 
 
-async def warm_up(scheduler: Scheduler) -> str:
-    """Compile every program, several at a time, then run each once, between the requests that come already.
-    Returns what was done."""
+def start_compiling(scheduler: Scheduler) -> ProgramCompiler:
+    """Begin to compile every program, several at a time. The model's weights need not be read yet."""
+    compiler = ProgramCompiler(scheduler.model)
+    compiler.start(partial(_plan, scheduler.shapes, scheduler.config))
+    return compiler
+
+
+async def warm_up(scheduler: Scheduler, compiler: ProgramCompiler | None = None) -> str:
+    """Compile every program, then run each once, between the requests that come already. Returns what was
+    done. compiler: of `start_compiling`, if that has begun."""
     begin, count = time.monotonic(), 0
-    with ProgramCompiler(scheduler.model) as compiler:
-        compiler.start(partial(_plan, scheduler.shapes, scheduler.config))
+    with compiler or start_compiling(scheduler) as compiler:
         compiled = await asyncio.to_thread(compiler.wait)
     for program in _programs(scheduler.model, scheduler.shapes, scheduler.config):
         call = DeviceCall(partial(_run, program), client="warm-up", timeout=SECONDS)
