@@ -72,7 +72,8 @@ class ModelRunner:
             )
 
         is_packed = any(leaf.dtype == jnp.uint8 for leaf in self._leaves)
-        reads = "packed reads" if is_packed else "reads"
+        is_split = mesh is not None and mesh.shape.get("model", 1) > 1
+        reads = "packed reads" if is_packed else "split reads" if is_split else "reads"
         self._prefill = compiled(programs.prefill, "products", static_argnums=(2, 3, 4))
         self._resume = compiled(
             programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)

@@ -128,6 +128,9 @@ def lookup_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     # XLA on CPU gathers bfloat16 in float32. Without the barrier it would convert the whole table once
     # outside a loop and keep the copy; with it, only the selected rows are converted.
     table, index = jax.lax.optimization_barrier((table, index))
+    if backend() == "gpu" and index.size == 1 and not jax.sharding.get_abstract_mesh().empty:
+        # XLA would take one row by a slice, for which every device gathers the whole table.
+        return table[jnp.concatenate([index, index])][: len(index)]
     return table[index]
 
 

@@ -30,6 +30,7 @@ from minigpt4_jax.models.positions import Rope, relative_bias, rotary
 from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.quantization.matmul import linear
 from minigpt4_jax.quantization.schemes import dequantize
+from minigpt4_jax.utils.platform import backend
 
 LEARNED_OFFSET = 2  # OPT's table of positions begins with two unused rows
 
@@ -236,6 +237,13 @@ class Llm(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> scores [..., V] float32."""
+        scores = self._scores(hidden)
+        if backend() == "gpu":
+            # Otherwise, on a mesh, XLA may gather the matrix on every device instead of the scores.
+            scores = constrain(scores, BATCH_AXES, *[None] * (scores.ndim - 2), "model")
+        return scores
+
+    def _scores(self, hidden: jax.Array) -> jax.Array:
         if self.head is not None:
             return self.head(hidden, out=jnp.float32)
         scale = None if self.embed_scale is None else self.embed_scale[...]

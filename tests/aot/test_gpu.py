@@ -60,6 +60,19 @@ def test_decoding_7b(tmp_path, options, kernels, temporaries):
     assert record["bytes"] <= 1.1 * (record["memory"]["arguments"] - embedding)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decoding_7b_on_eight_gpus_exchanges_no_weights(tmp_path, rows):
+    """Every device gathered the embedding, or the output matrix, for every token: 262 MB."""
+    record = compiled(
+        tmp_path, "--topology=h200:8", "--size=vicuna7b", "--program=decode", "--context=512",
+        f"--batch={rows}",
+    )  # fmt: skip
+    assert record["sent"] <= rows * 2 * MB
+    assert record["kernels"]["argument_copies"] == 0
+    assert record["memory"]["temporaries"] <= 8 * MB
+    assert record["bytes"] <= 1.15 * (record["memory"]["arguments"] - 2 * EMBEDDING / 8)
+
+
 def test_decoding_reads_few_unused_cache_slots(tmp_path):
     """Weights and live cache are 1 / 1.1 of what a step reads at least, at any length of the rows."""
     rows, tokens = 8, 513
