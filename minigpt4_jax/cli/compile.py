@@ -85,7 +85,7 @@ def _print_mesh(target: "Target") -> None:
 def _parser() -> Parser:
     p = Parser(prog="python -m minigpt4_jax.compile", description=__doc__)
     p.add_argument("--topology", required=True, metavar="SLICE", help="v5e:2x4, h200:1, h100:8 ...")
-    p.add_argument("--size", help="vicuna7b, vicuna13b, llama2 or v2 (default: the config's model)")
+    p.add_argument("--size", help="vicuna7b, v2, blip2-opt2.7b ... (default: the config's model)")
     p.add_argument("--mesh", help="as data:2,fsdp:4 (default: what a run would choose)")
     p.add_argument("--program", default="train,prefill,decode", help=", ".join(PROGRAMS))
     p.add_argument(
