@@ -16,6 +16,7 @@ the same work. Clients arrive as a Poisson process and then ask one question aft
               reset in mid-stream, or reset before the first token. Every answer is compared with that of
               `Model.generate` for the same seed, and memory is watched
 
+A prompt is processed in pieces of the server's --prefill-tokens; --context should hold several of them.
 `--clients-of-batch` changes the 32. The server is a process of its own, `python -m minigpt4_jax.serve`.
 """
 

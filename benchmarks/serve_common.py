@@ -83,6 +83,8 @@ def serve(args: argparse.Namespace, *options: str) -> Iterator[Server]:
     ]  # fmt: skip
     if args.dtype:
         command.append(f"--dtype={args.dtype}")
+    if args.prefill_tokens:
+        command.append(f"--prefill-tokens={args.prefill_tokens}")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(_read_until(process, r"listening on \S+:(\d+)"))
