@@ -153,6 +153,7 @@ def main() -> None:
         "--gap", type=float, default=0.05, help="mean seconds between arriving clients"
     )
     parser.add_argument("--context", type=int, default=512, help="of the server")
+    parser.add_argument("--prefill-tokens", type=int, help="of the server: pieces of a prompt")
     parser.add_argument(
         "--rounds", type=int, default=3, help="of the server beside batch, and long prompts"
     )
