@@ -1,5 +1,6 @@
 """The ASGI middleware in front of the page: Gradio would download files from addresses of other hosts."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minigpt4_jax.serving.gate import replay
 
 MAX_BYTES = 4 << 20  # of a page's JSON; files are uploaded by themselves
+BODY_SECONDS = 60.0  # until it must have arrived
 _SCHEMES = ("http:", "https:")
 
 
@@ -35,7 +37,12 @@ class PageGuard:
         if scope["method"] != "POST" or kind.startswith(b"multipart/"):
             await self._app(scope, receive, send)
             return
-        body = await _read(receive)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read(receive)
+        except TimeoutError:
+            await _refuse(408, "the request did not arrive in time", scope, receive, send)
+            return
         if body is None:
             await _refuse(413, f"more than {MAX_BYTES} bytes", scope, receive, send)
         elif _names_other_host(body):
