@@ -88,6 +88,10 @@ def only_model(client: "openai.OpenAI", url: str, key_variable: str) -> str:
     return names[0]
 
 
+class _NoCompletion(Exception):
+    """A reply that is no chat completion: of another server, or of a gateway in front of it."""
+
+
 class EndpointPolisher:
     """Asks a server about texts, several at a time."""
 
@@ -140,6 +144,13 @@ class EndpointPolisher:
         lasting = (
             openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError
         )  # fmt: skip
+        if isinstance(error, _NoCompletion):
+            message = "its answer is no chat completion of OpenAI's API"
+            if first:
+                raise UserError(
+                    f"--endpoint={self._config.url}: {message}; is the URL right? It usually ends in /v1"
+                ) from None
+            return message
         if isinstance(error, lasting) or getattr(error, "code", None) == "insufficient_quota":
             raise _fatal(error, self._config.url, self._config.key_variable) from None
         if isinstance(error, openai.OpenAIError):
@@ -182,17 +193,22 @@ class EndpointPolisher:
                 self._limit_name = "max_completion_tokens"
                 return self._request(key, text)
             raise
-        choices = getattr(completion, "choices", None)
-        if not choices:  # a web page, for instance
-            raise UserError(
-                f"--endpoint={self._config.url}: its answer is no chat completion of OpenAI's API; is the "
-                "URL right? It usually ends in /v1"
-            )
-        choice, usage = choices[0], completion.usage
+        except ValueError:  # no JSON
+            raise _NoCompletion from None
+        return _read_completion(completion)
+
+
+def _read_completion(completion: Any) -> Answer:
+    """The client passes on what a server sends, unchecked. _NoCompletion: something else."""
+    try:
+        choice, usage = completion.choices[0], completion.usage
         return Answer(
             choice.message.content or "", choice.finish_reason or "stop",
-            usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0,
+            (usage.prompt_tokens or 0) if usage else 0,
+            (usage.completion_tokens or 0) if usage else 0,
         )  # fmt: skip
+    except (AttributeError, IndexError, TypeError):
+        raise _NoCompletion from None
 
 
 def _fatal(error: BaseException, url: str, key_variable: str) -> UserError:

@@ -155,6 +155,22 @@ def test_a_text_that_fails_does_not_stop_the_others(source, command, tmp_path):
         assert set(server.asked.values()) == {1}
 
 
+@pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{"message": None}]}])
+def test_a_reply_that_is_no_completion_does_not_stop_the_others(source, command, tmp_path, reply):
+    with CountingServer() as server:
+        asks = [f"--input={source}", f"--output={tmp_path / 'o.jsonl'}", f"--endpoint={server.url}"]
+        first = server.reply
+
+        def then_fail(text):
+            server.failures, server.reply = [(200, {}, reply)], first
+            return first(text)
+
+        server.reply = then_fail
+        code, said, _ = command(*asks, "--concurrency=1")
+        assert code == 1 and "1 texts have no answer" in said and "no chat completion" in said
+        assert command(*asks)[0] == 0 and set(server.asked.values()) == {1}
+
+
 def test_what_the_server_refuses_is_removed_and_asked_again_on_request(source, command, tmp_path):
     refusal = (400, {}, {"error": {"message": "not this", "code": "content_filter"}})
     with CountingServer() as server:
@@ -202,7 +218,8 @@ def test_a_web_page_is_no_server(source, command, tmp_path):
     with CountingServer() as server:
         server.page = b"<html>hello</html>"
         asks = [f"--input={source}", f"--output={tmp_path / 'o.jsonl'}", f"--endpoint={server.url}"]
-        for more in ([], ["--served-model=m"]):
+        for more in ([], ["--served-model=m"], ["--served-model=m", "--concurrency=1"]):
+            server.kind = "application/json" if "--concurrency=1" in more else "text/html"
             code, _, err = command(*asks, *more)
             assert code == 2 and "OpenAI's API; is the URL right?" in err, err
 

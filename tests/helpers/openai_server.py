@@ -22,7 +22,7 @@ class CountingServer:
 
     asked: how often each text was asked. charged: the same without requests that repeat an
     Idempotency-Key. most: requests at a time. failures: what the next requests get instead of a reply:
-    (status, headers, body). page: sent instead of everything.
+    (status, headers, body). page: sent instead of everything, as content of type `kind`.
     """
 
     def __init__(self, reply: Reply = polite, *, key: str = "", delay: float = 0.0):
@@ -33,7 +33,7 @@ class CountingServer:
         self.failures: list[tuple[int, dict[str, str], dict[str, Any]]] = []
         self.times: list[float] = []
         self.models = [MODEL]
-        self.page = b""
+        self.page, self.kind = b"", "text/html"
         self.most = self.running = 0
         self._seen: set[str | None] = set()
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class CountingServer:
 
             def _send(self, status: int, headers: dict[str, str], content: dict[str, Any]) -> None:
                 data = outer.page or json.dumps(content).encode()
-                kind = "text/html" if outer.page else "application/json"
+                kind = outer.kind if outer.page else "application/json"
                 self.send_response(status)
                 for name, value in {"Content-Type": kind, **headers}.items():
                     self.send_header(name, value)
