@@ -41,6 +41,7 @@ PARTS = {
     "second start": 45,
     "prefill": 50,
     "encode": 45,
+    "step float8": 60,
     "step packed": 60,
     "step remat": 60,
     "answers": 60,

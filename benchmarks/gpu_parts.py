@@ -27,6 +27,7 @@ from minigpt4_jax.inference.engine import Engine  # noqa: E402
 from minigpt4_jax.inference.image_encoder import ImageEncoder  # noqa: E402
 from minigpt4_jax.inference.requests import Request  # noqa: E402
 from minigpt4_jax.models.minigpt import Batch, MiniGpt  # noqa: E402
+from minigpt4_jax.quantization.schemes import FLOAT8, FLOAT8_DTYPE, holds_levels  # noqa: E402
 from minigpt4_jax.training import optimizer  # noqa: E402
 from minigpt4_jax.training.train_step import make_step, split_model, trained_parts  # noqa: E402
 from minigpt4_jax.utils.platform import unrolls_layers  # noqa: E402
@@ -64,7 +65,8 @@ def median_seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if jnp.issubdtype(dtype, jnp.integer):
         return jax.random.bits(key, shape, jnp.uint8).astype(dtype)
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    deviation = 100.0 if dtype == FLOAT8_DTYPE else 0.02  # levels, or values
+    return (deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def random_model(config: ModelConfig, *, stacked: bool) -> MiniGpt:
@@ -72,8 +74,8 @@ def random_model(config: ModelConfig, *, stacked: bool) -> MiniGpt:
     graphdef, state = nnx.split(abstract_model(config, stacked=stacked))
     leaves = []
     for i, (path, leaf) in enumerate(nnx.to_flat_state(state)):
-        name, integer = str(path[-1]), jnp.issubdtype(leaf.dtype, jnp.integer)
-        dtype = jnp.dtype(leaf.dtype) if integer else parameter_dtype(path, DTYPE)
+        name, levels = str(path[-1]), holds_levels(leaf.dtype)
+        dtype = jnp.dtype(leaf.dtype) if levels else parameter_dtype(path, DTYPE)
         if name == "scale":
             array = jnp.ones(leaf.shape, dtype)
         elif name.endswith("_scale"):
@@ -176,6 +178,8 @@ def encode(config: ModelConfig) -> None:
 
 
 def step(config: ModelConfig, kind: str) -> None:
+    if kind == FLOAT8:
+        config = dataclasses.replace(config, quantize=FLOAT8)
     model = random_model(config, stacked=not unrolls_layers())
     split = split_model(model, trained_parts(freeze_vit=True, freeze_qformer=True), DTYPE)
     del model
@@ -240,6 +244,7 @@ PARTS: dict[str, Callable[[ModelConfig], None]] = {
     "prefill": prefill,
     "encode": encode,
     "step": partial(step, kind="kept"),
+    "step float8": partial(step, kind=FLOAT8),
     "step packed": partial(step, kind="packed"),
     "step remat": partial(step, kind="remat"),
     "answers": answers,
