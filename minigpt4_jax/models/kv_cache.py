@@ -21,7 +21,7 @@ from minigpt4_jax.utils.platform import backend
 
 
 class QuantizedArray(NamedTuple):
-    """Keys or values [..., H] in int8 with one scale per vector."""
+    """Keys or values [..., H] in int8 with one scale per vector; see also `new_caches`."""
 
     levels: jax.Array  # [..., H] int8
     scale: jax.Array  # [...] float32; in a cache of a GPU [..., 2], of keys and values
@@ -178,13 +178,11 @@ def write_caches(
 ) -> KeysValues:
     """`write_cache` of floats k and v [B, T, K, H], rounded to the kind of the caches of keys and values."""
     keys, values = caches
-    kind = kind_of(keys)
-    if isinstance(keys, QuantizedArray) and isinstance(
-        values, jax.Array
-    ):  # of `new_caches` on a GPU
+    if isinstance(keys, QuantizedArray) and not isinstance(values, QuantizedArray):  # of a GPU
         both = quantize_vectors(jnp.stack([k, v], axis=-2))  # [B, T, K, 2, H]
         keys = write_cache(keys, QuantizedArray(both.levels[..., 0, :], both.scale), positions)
         return keys, write_cache(values, both.levels[..., 1, :], positions)
+    kind = kind_of(keys)
     return (
         write_cache(keys, round_vectors(k, kind), positions),
         write_cache(values, round_vectors(v, kind), positions),
@@ -232,7 +230,7 @@ def attend_to_cache(
             q, keys.levels.astype(dtype), values.levels.astype(dtype), mask,
             scale=scale, key_scale=keys.scale, value_scale=values.scale, bias=bias,
         )  # fmt: skip
-    if isinstance(keys, QuantizedArray) and isinstance(values, jax.Array):  # of a GPU
+    if isinstance(keys, QuantizedArray) and not isinstance(values, QuantizedArray):  # of a GPU
         # Its kernels apply scales as they read vectors: those of scores and probabilities would be kernels.
         keys, values = (
             QuantizedArray(levels, keys.scale[..., n])
