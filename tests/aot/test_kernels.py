@@ -88,6 +88,13 @@ def test_traffic_of_library_calls_and_of_writes_in_place():
     assert cost.flops == 2 * 8 * 1024 * 512
 
 
+def test_float8_products_take_half_the_time():
+    in_bfloat16 = sum(i.mxu_flops * i.count for i in cost_of(parse(TEXT)).instructions)
+    in_float8 = cost_of(parse(TEXT.replace('lt$matmul"', 'lt$matmul$f8"')))
+    assert sum(i.mxu_flops * i.count for i in in_float8.instructions) == in_bfloat16 / 2 > 0
+    assert in_float8.flops == cost_of(parse(TEXT)).flops
+
+
 @pytest.mark.parametrize("name", gpus.GPUS)
 def test_a_gpu_is_described_to_the_compiler(name):
     chip = chip_of(f"{name}:1")
