@@ -70,7 +70,7 @@ def test_flant5_decodes_without_reading_its_encoder():
     kept = weight_bytes(config, lambda name: name.startswith("llm.")) - used
     assert kept > 0.3 * used  # the encoder, and what makes keys and values of its outputs
 
-    engine = programs.AbstractEngine(config, single_device_mesh(), int8_cache=False)
+    engine = programs.AbstractEngine(config, single_device_mesh())
     _, memory, _ = compiler.compile_lowered(engine.lower_decode(1, 64))
     cache = (
         2 * llm.layers * llm.kv_heads * 2 * 64 * llm.head_dim * 2
