@@ -41,6 +41,7 @@ from minigpt4_jax.inference.sampling import SamplingStages, required_stages, sta
 from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
 from minigpt4_jax.inference.visual_tokens import stack_visual
 from minigpt4_jax.models.kv_cache import KVCache, bytes_per_position, grow_cache
+from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.platform import backend, compiler_options
@@ -71,9 +72,7 @@ class ModelRunner:
                 with_mesh(of_leaves, mesh), compiler_options=compiler_options(bound), **options
             )
 
-        is_packed = any(leaf.dtype == jnp.uint8 for leaf in self._leaves)
-        is_split = mesh is not None and mesh.shape.get("model", 1) > 1
-        reads = "packed reads" if is_packed else "split reads" if is_split else "reads"
+        reads = _read_options(model, mesh)
         self._prefill = compiled(programs.prefill, "products", static_argnums=(2, 3, 4))
         self._resume = compiled(
             programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
@@ -266,6 +265,15 @@ class ModelRunner:
             jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
             stack_sampling_params([row.sampling for row in rows]),
         )  # fmt: skip
+
+
+def _read_options(model: MiniGpt, mesh: Mesh | None) -> str:
+    """What bounds a model's decoding, as `compiler_options` names it."""
+    if any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(nnx.state(model))):
+        return "packed reads"
+    is_split = mesh is not None and mesh.shape.get("model", 1) > 1
+    has_adapters = any(not layer.merged for layer in lora_layers(model))
+    return "separate reads" if is_split or has_adapters else "reads"
 
 
 def _weight_slots(model: MiniGpt) -> float:

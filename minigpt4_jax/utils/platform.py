@@ -24,9 +24,9 @@ _GPU_OPTIONS: dict[str, CompilerOptions] = {
     # Products of few rows (decoding) are bound by reading weights: those that share an input become one
     # kernel, which reads the weights where they are.
     "reads": {"xla_gpu_dot_merger_threshold_mb": 512},
-    # The same where the matrices of a layer are split over several GPUs: joined products of their shards,
-    # which are no multiples of a kernel's blocks, would copy the weights in every step.
-    "split reads": {"xla_gpu_dot_merger_threshold_mb": 0},
+    # The same for models with adapters, and for matrices that are split over several GPUs: their rows are no
+    # multiples of a kernel's blocks, so that joined products would copy the weights in every step.
+    "separate reads": {"xla_gpu_dot_merger_threshold_mb": 0},
     # The same for weights with groups of 4 bits, which products unpack as they read them. Joined products
     # would unpack them to memory, and so would products that are split over their inputs.
     "packed reads": {
@@ -54,7 +54,7 @@ def compiling_for(platform: str, capability: tuple[int, int] = (9, 0)) -> Iterat
 
 
 def compiler_options(bound: str) -> CompilerOptions | None:
-    """`compiler_options` of jax.jit for a program bound by "products", or by "reads", "split reads" or
+    """`compiler_options` of jax.jit for a program bound by "products", or by "reads", "separate reads" or
     "packed reads" of weights; None on CPU and TPU."""
     return _GPU_OPTIONS[bound] if backend() == "gpu" else None
 
