@@ -16,7 +16,12 @@ from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
 from minigpt4_jax.data.batching import pad_sequences
 from minigpt4_jax.models.minigpt import Batch
-from minigpt4_jax.models.stage1_losses import Negatives, stage1_losses
+from minigpt4_jax.models.stage1_losses import (
+    Negatives,
+    Similarities,
+    draw_negatives,
+    stage1_losses,
+)
 from minigpt4_jax.processing.sequences import build_row
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 from minigpt4_jax.training.train_step import split_model, trained_parts
@@ -129,6 +134,24 @@ def test_stage1(stage1, dump):
     wanted = expected["grad_word_embeddings"]
     rows = words[expected["grad_word_embeddings_rows"]]
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_negatives_are_drawn_by_similarity():
+    """As in LAVIS: an image for each text by text-to-image similarities, a text for each image by the others,
+    never one of the same image."""
+    similarities = Similarities(*np.random.default_rng(0).normal(0, 1.5, (2, 4, 4)))
+    same = np.eye(4, dtype=bool)
+    same[0, 1] = same[1, 0] = True
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda key: draw_negatives(similarities, same, key))(keys)
+    for rows, scores in (
+        (drawn.image_for_text, similarities.text_to_image),
+        (drawn.text_for_image, similarities.image_to_text),
+    ):
+        share = (np.asarray(rows)[..., None] == np.arange(4)).mean(axis=0)
+        expected = jax.nn.softmax(np.where(same, -np.inf, scores), axis=1)
+        assert not share[same].any()
+        np.testing.assert_allclose(share, expected, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "coco"])
