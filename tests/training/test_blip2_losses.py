@@ -136,6 +136,31 @@ def test_stage1(stage1, dump):
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
+def test_captions_of_an_image_share_their_targets(stage1):
+    """Against LAVIS' formula, for two crops of one image. In the dumps, equal images have equal pixels, and
+    then the loss is the same without shared targets."""
+    case, ids = stage1("pretrain"), np.array([3, 5, 3, 5, 5])
+    batch = case.batch(
+        "pretrain", np.arange(5), ["a dog", "two men", "a boat", "a cat", "a train"], None, ids
+    )
+
+    @jax.jit
+    def both(trainable, frozen, batch):
+        model = case.split.join(trainable, frozen)
+        negatives = Negatives(np.arange(5), np.arange(5))
+        loss = stage1_losses(model, batch, negatives=negatives).contrastive
+        images = model.image_features(batch.pixels[:, 0]).projected
+        read = model.text_features(batch.tokens, batch.lengths).projected[:, 0]
+        cosines = (images[:, None] @ read[..., None])[..., 0].max(axis=2)
+        return loss, cosines / model.qformer.temperature[0]
+
+    loss, scores = both(case.split.trainable, case.split.frozen, batch)
+    same = ids[:, None] == ids
+    targets = 0.9 * same / same.sum(axis=1, keepdims=True) + 0.1 / 5
+    losses = [-(jax.nn.log_softmax(s) * targets).sum(axis=1).mean() for s in (scores, scores.T)]
+    assert float(loss) == pytest.approx(float(sum(losses)) / 2, abs=1e-5)
+
+
 def test_negatives_are_drawn_by_similarity():
     """As in LAVIS: an image for each text by text-to-image similarities, a text for each image by the others,
     never one of the same image."""
