@@ -15,7 +15,7 @@ from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
 from minigpt4_jax.data.batching import pad_sequences
-from minigpt4_jax.models.minigpt import Batch
+from minigpt4_jax.models.minigpt import Batch, Dropout
 from minigpt4_jax.models.stage1_losses import (
     Negatives,
     Similarities,
@@ -134,6 +134,21 @@ def test_stage1(stage1, dump):
     wanted = expected["grad_word_embeddings"]
     rows = words[expected["grad_word_embeddings_rows"]]
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_dropout_of_every_pass_follows_the_key(stage1):
+    case = stage1("pretrain")
+    batch = case.batch("pretrain", np.arange(3), ["a dog", "two men", "a boat"])
+    negatives = Negatives(np.array([1, 2, 0]), np.array([2, 0, 1]))
+
+    @jax.jit
+    def losses(trainable, frozen, key):
+        model = case.split.join(trainable, frozen)
+        return stage1_losses(model, batch, negatives=negatives, dropout=Dropout(qformer=key))
+
+    runs = [losses(case.split.trainable, case.split.frozen, jax.random.key(n)) for n in (0, 0, 1)]
+    first, again, other = np.array([[float(loss) for loss in run] for run in runs])
+    assert (first == again).all() and (np.abs(first - other) > 1e-4).all()
 
 
 def test_captions_of_an_image_share_their_targets(stage1):
