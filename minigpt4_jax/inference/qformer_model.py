@@ -1,6 +1,6 @@
 """BLIP-2's Q-Former without a language model: features, matching scores, captions, retrieval."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,8 @@ from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.utils.platform import compiler_options
 
 PAIR_BATCH = 32  # pairs of image and text through the Q-Former at a time
+TEXT_BATCH = 256  # texts
+IMAGE_BLOCK = 64  # images whose cosines with all texts are computed at a time
 TEXT_LENGTH = 32  # tokens of a text that matching reads, as in training
 RETRIEVAL_LENGTH = 35  # tokens of a text in retrieval
 Texts = Sequence[str] | str
@@ -90,10 +92,11 @@ class QFormerModel(Model):
         """
         self._check_projections()
         tokens = self._tokenize(texts, max_length)
-        embeds, projected = self._programs.text(self._state, *pad_rows(tokens))
         lengths = np.array([len(row) for row in tokens], np.int32)
-        b, t = len(tokens), int(lengths.max())
-        return TextFeatures(np.asarray(embeds)[:b, :t], np.asarray(projected)[:b, :t], lengths)
+        longest = int(lengths.max())
+        parts = [[_to_length(a, longest) for a in arrays] for arrays in self._read_texts(tokens)]
+        embeds, projected = (np.concatenate(a) for a in zip(*parts, strict=True))
+        return TextFeatures(embeds, projected, lengths)
 
     def encode_multimodal(
         self,
@@ -108,8 +111,8 @@ class QFormerModel(Model):
         """
         features = self._image_features(images)
         tokens = self._tokenize(texts, max_length)
-        queries, _ = self._read_pairs(features.vision, tokens)
-        return queries
+        pairs = _broadcast_pairs(len(features.vision), tokens)
+        return np.concatenate([queries for queries, _ in self._read_pairs(features, *pairs)])
 
     # --- scores ------------------------------------------------------------------------------
 
@@ -136,7 +139,8 @@ class QFormerModel(Model):
         image, or several for a single image, or one for several images."""
         features = self._image_features(images)
         tokens = self._tokenize(texts, max_length)
-        return self._read_pairs(features.vision, tokens)[1]
+        pairs = _broadcast_pairs(len(features.vision), tokens)
+        return np.concatenate([logits for _, logits in self._read_pairs(features, *pairs)])
 
     def itm_scores(
         self,
@@ -166,14 +170,13 @@ class QFormerModel(Model):
             raise UserError(f"k_test {k_test}: expected at least 1")
         features = self._image_features(images)
         tokens = self._tokenize(texts, max_length)
-        _, padded = self._programs.text(self._state, *pad_rows(tokens))
-        projected = np.asarray(padded)[: len(tokens)]
-        similarities = _max_cosine(features.projected, projected[:, 0])
+        projected = np.concatenate([a[:, 0] for _, a in self._read_texts(tokens)])
+        similarities = _max_cosine(features.projected, projected)
 
         def match(pairs: np.ndarray) -> np.ndarray:  # [N, 2] image and text numbers -> [N]
             rows = [tokens[j] for j in pairs[:, 1]]
-            _, logits = self._read_pairs(features.vision[pairs[:, 0]], rows)
-            return logits[:, 1]
+            read = self._read_pairs(features, pairs[:, 0], rows)
+            return np.concatenate([logits[:, 1] for _, logits in read])
 
         return rerank(similarities, match, k_test)
 
@@ -241,21 +244,27 @@ class QFormerModel(Model):
                 )
         return rows
 
+    def _read_texts(self, tokens: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Embeddings [B, T, D] and projections [B, T, E] of some texts at a time, padded differently."""
+        for start in range(0, len(tokens), TEXT_BATCH):
+            rows = tokens[start : start + TEXT_BATCH]
+            embeds, projected = self._programs.text(self._state, *pad_rows(rows))
+            yield np.asarray(embeds)[: len(rows)], np.asarray(projected)[: len(rows)]
+
     def _read_pairs(
-        self, vision: np.ndarray, tokens: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of vision [B, S, Dv] and texts -> (queries [B, P, D], matching logits [B, 2])."""
-        vision, tokens = _broadcast_pairs(vision, tokens)
-        results = []
+        self, images: ImageFeatures, numbers: np.ndarray, tokens: list[list[int]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Queries [B, P, D] and matching logits [B, 2] of some pairs at a time: of the images `numbers` [N]
+        and of N texts. There may be millions of pairs."""
+        vision = images.vision
         for start in range(0, len(tokens), PAIR_BATCH):
             part = slice(start, start + PAIR_BATCH)
             ids, counts = pad_rows(tokens[part])
-            images = np.zeros((len(ids), *vision.shape[1:]), np.float32)
-            images[: len(vision[part])] = vision[part]
-            outputs = self._programs.pairs(self._state, images, ids, counts)
-            results.append([np.asarray(a)[: len(tokens[part])] for a in outputs])
-        queries, logits = (np.concatenate(a) for a in zip(*results, strict=True))
-        return queries, logits
+            rows = np.zeros((len(ids), *vision.shape[1:]), np.float32)
+            rows[: len(tokens[part])] = vision[numbers[part]]
+            queries, logits = self._programs.pairs(self._state, rows, ids, counts)
+            count = len(tokens[part])
+            yield np.asarray(queries)[:count], np.asarray(logits)[:count]
 
 
 def caption_config(
@@ -284,24 +293,29 @@ def similarity(images: ImageFeatures, texts: TextFeatures) -> np.ndarray:
 
 def _max_cosine(queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """queries [I, P, E], texts [T, E] -> [I, T]."""
-    result: np.ndarray = np.einsum("ipe,te->itp", queries, texts).max(axis=2)
-    return result
+    blocks = range(0, len(queries), IMAGE_BLOCK)
+    return np.concatenate(
+        [np.einsum("ipe,te->itp", queries[i : i + IMAGE_BLOCK], texts).max(axis=2) for i in blocks]
+    )
 
 
-def _broadcast_pairs(
-    vision: np.ndarray, tokens: list[list[int]]
-) -> tuple[np.ndarray, list[list[int]]]:
-    """Equally many images and texts; a single one goes with each of the others."""
-    count = max(len(vision), len(tokens))
-    if len(vision) == 1:
-        vision = np.broadcast_to(vision, (count, *vision.shape[1:]))
+def _to_length(a: np.ndarray, length: int) -> np.ndarray:
+    """a [B, T, D] with T = length: cut, or filled up with zeros."""
+    missing = max(length - a.shape[1], 0)
+    return np.pad(a[:, :length], ((0, 0), (0, missing), (0, 0)))
+
+
+def _broadcast_pairs(images: int, tokens: list[list[int]]) -> tuple[np.ndarray, list[list[int]]]:
+    """Numbers of images and texts, equally many; a single one goes with each of the others."""
+    count = max(images, len(tokens))
+    numbers = np.zeros(count, int) if images == 1 else np.arange(images)
     if len(tokens) == 1:
         tokens = tokens * count
-    if len(vision) != len(tokens):
+    if len(numbers) != len(tokens):
         raise UserError(
-            f"{len(vision)} images and {len(tokens)} texts; expected the same number, or one of either"
+            f"{images} images and {len(tokens)} texts; expected the same number, or one of either"
         )
-    return vision, tokens
+    return numbers, tokens
 
 
 class _Programs:

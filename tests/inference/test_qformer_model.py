@@ -8,6 +8,7 @@ from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference import qformer_model
 from minigpt4_jax.inference.qformer_model import caption_config
 from minigpt4_jax.inference.retrieval import recall, rerank
 
@@ -101,6 +102,31 @@ def test_wrong_input(pretrained):
         pretrained.generate(None, ["a"])
     with pytest.raises(UserError, match="no texts"):
         pretrained.encode_text([])
+
+
+@NEEDS_BLIP2
+def test_many_pairs_are_read_some_at_a_time(pretrained, monkeypatch):
+    """Vision tokens of all pairs of a benchmark would not fit into memory."""
+    taken = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, index):
+            taken.append(len(index))
+            return np.asarray(self)[index]
+
+    texts = ["a dog", "two men and a boat", "a", "a cat on a table", "a train"]
+    features = pretrained.encode_image(reference.pictures()[:3])
+    expected, read = pretrained.retrieve(features, texts), pretrained.encode_text(texts)
+    for name, size in (("PAIR_BATCH", 4), ("TEXT_BATCH", 2), ("IMAGE_BLOCK", 2)):
+        monkeypatch.setattr(qformer_model, name, size)
+    counted = features._replace(vision=features.vision.view(Counted))
+    for found, wanted in zip(pretrained.retrieve(counted, texts), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert taken == [4, 4, 4, 3]
+    again = pretrained.encode_text(texts)
+    assert (again.lengths == read.lengths).all() and again.embeds.shape == read.embeds.shape
+    for row, length in enumerate(read.lengths):
+        np.testing.assert_allclose(again.embeds[row, :length], read.embeds[row, :length], atol=1e-5)
 
 
 def test_rerank_scores_each_pair_once():

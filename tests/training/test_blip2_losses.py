@@ -136,7 +136,7 @@ def test_stage1(stage1, dump):
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_dropout_of_every_pass_follows_the_key(stage1):
+def test_dropout_follows_the_key(stage1):
     case = stage1("pretrain")
     batch = case.batch("pretrain", np.arange(3), ["a dog", "two men", "a boat"])
     negatives = Negatives(np.array([1, 2, 0]), np.array([2, 0, 1]))
