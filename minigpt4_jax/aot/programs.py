@@ -210,7 +210,8 @@ class AbstractEngine(Engine):
                 self._leaves, requests, context, MAX_NEW_TOKENS, self.plan
             )
             steps = sharded_shape((), jnp.int32, replicated(self.mesh))
-            return self._decode.lower(self._leaves, self._shard_state(state), steps, self.plan)
+            shapes = self._shard_state(state)
+            return self.decode_program(rows).lower(self._leaves, shapes, steps, self.plan)
 
     def _request_shapes(self, rows: int, tokens: int) -> BatchInputs:
         c = self.config

@@ -77,7 +77,10 @@ class ModelRunner:
         self._resume = compiled(
             programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
         )
-        self._decode = compiled(programs.decode, reads, static_argnums=(3,), donate_argnums=(1,))
+        decode = partial(compiled, programs.decode, static_argnums=(3,), donate_argnums=(1,))
+        self._decode = self._decode_row = decode(bound=reads)
+        if backend() == "gpu" and reads == "separate reads":
+            self._decode_row = decode(bound="reads")  # joined products of one row copy no weights
         self._search = compiled(programs.search, reads, static_argnums=(4, 5, 6))
         self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
         self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
@@ -194,11 +197,15 @@ class ModelRunner:
         )
         return state
 
+    def decode_program(self, rows: int) -> Any:
+        """The compiled function of (leaves, state, steps, stages) that decodes so many rows."""
+        return self._decode_row if rows == 1 else self._decode
+
     def decode(
         self, state: DecodeState, stages: SamplingStages, steps: int = UNLIMITED_STEPS
     ) -> DecodeState:
         """Up to `steps` more tokens for every row that is not done. `state` is donated."""
-        state = self._decode(self._leaves, state, steps, stages)
+        state = self.decode_program(state.ids.shape[0])(self._leaves, state, steps, stages)
         return state
 
     def insert(self, state: DecodeState, new: DecodeState, slot: int) -> DecodeState:
