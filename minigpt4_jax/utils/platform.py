@@ -25,7 +25,8 @@ _GPU_OPTIONS: dict[str, CompilerOptions] = {
     # kernel, which reads the weights where they are.
     "reads": {"xla_gpu_dot_merger_threshold_mb": 512},
     # The same with several rows for models with adapters, and for matrices that are split over several GPUs:
-    # their outputs are no multiples of a kernel's blocks, so that joined products would copy the weights in every step.
+    # their outputs are no multiples of a kernel's blocks, so that joined products would copy the weights in
+    # every step.
     "separate reads": {"xla_gpu_dot_merger_threshold_mb": 0},
     # The same for weights with groups of 4 bits, which products unpack as they read them. Joined products
     # would unpack them to memory, and so would products that are split over their inputs.
