@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny
+from helpers import blip2_reference, tiny
+from helpers.blip2_reference import NEEDS_BLIP2
 from helpers.paths import ROOT
 
 from minigpt4_jax.data.datasets import DATASETS
@@ -29,7 +30,8 @@ def run(folder, monkeypatch, capsys):
 
     def run_example(name: str, *args: str) -> str:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [name, *args, "--model", "model"])
+        model = () if "--model" in args else ("--model", "model")
+        monkeypatch.setattr(sys, "argv", [name, *args, *model])
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         return capsys.readouterr().out
 
@@ -81,6 +83,19 @@ def test_add_dataset(run, folder):
     finally:
         DATASETS.pop("birds", None)
     assert Path(folder, output.splitlines()[-1], "model.json").is_file()
+
+
+@NEEDS_BLIP2
+def test_retrieval(run, folder):
+    rows = [{"image": f"{n}.png", "caption": [f"a {n} dog", "two men"]} for n in range(6)]
+    (folder / "karpathy.json").write_text(json.dumps(rows))
+    model = str(blip2_reference.shared("pretrain"))
+    output = run(
+        "retrieval.py", "karpathy.json", "--images", "data", "--model", model, "--k-test=3"
+    )
+    shares = {name: float(value) for name, value in map(str.split, output.splitlines()[-9:])}
+    assert shares["text_r1"] <= shares["text_r5"] <= shares["text_r10"] <= 100.0
+    assert shares["image_r10"] == 100.0 and 0 < shares["mean"] <= 100.0
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda p: p.stem)
