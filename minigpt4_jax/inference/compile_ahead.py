@@ -67,6 +67,9 @@ class ProgramCompiler:
     def __exit__(self, *error: object) -> None:
         # After an error what has not begun is not compiled any more; the planner ends at its next program.
         self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
+        # A thread that still traces when the interpreter ends aborts the process.
+        if self._planner is not None:
+            self._planner.join()
 
     def start(self, plan: Callable[[TextGenerator], object]) -> None:
         """Call `plan` with `planned`, in a thread. What it raises is only logged, as the real call raises it

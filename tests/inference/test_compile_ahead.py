@@ -1,6 +1,7 @@
 """Programs compiled from shapes, in threads: what then runs compiles nothing more."""
 
 import contextlib
+import time
 
 import numpy as np
 import pytest
@@ -64,3 +65,16 @@ def test_a_plan_that_fails_ends_nothing(folder):
     with ProgramCompiler(loading.model) as compiler:
         compiler.start(lambda planned: Conversation(planned).request("", [PICTURE]))
         assert compiler.wait().programs == 0
+
+
+def test_a_plan_ends_before_the_compiler_is_left(folder):
+    # a thread that still traces when the interpreter ends aborts the process (exit code 134)
+    ended = []
+
+    def plan(planned):
+        time.sleep(0.2)
+        ended.append(True)
+
+    with ProgramCompiler(begin_loading(folder, "float32").model) as compiler:
+        compiler.start(plan)
+    assert ended
