@@ -11,7 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+# One worker more than cores: tests that wait for processes and sockets leave a core idle.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 TPU_VENV ?= .venv-tpu
 IMAGE_OPTIONS ?= --python=$(PYTHON)
