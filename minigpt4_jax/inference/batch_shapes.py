@@ -8,7 +8,8 @@ from minigpt4_jax.utils.rounding import next_power_of_two
 
 ROWS = (1, 8, 32, 128, 512)
 SMALLEST_CACHE = 128  # tokens
-PROMPTS = (64, 128, 256, 512, 1024, 2048)  # prompt tokens processed at a time
+# Prompt tokens processed at a time. 96: 32 visual tokens and a question.
+PROMPTS = (64, 96, 128, 256, 512, 1024, 2048)
 
 
 class BatchShapes:

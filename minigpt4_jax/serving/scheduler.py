@@ -50,7 +50,7 @@ class SchedulerConfig:
         prefix_tokens: cache slots of finished requests, which are kept beside that.
         prefill_tokens: prompt tokens processed in a step: fewer make the gaps between the tokens of
             running answers shorter, more start new ones sooner.
-        decode_steps: tokens of every answer in a step.
+        decode_steps: tokens of every answer in a step; one while more answers are about to begin.
         encode_images: images encoded in a step.
         image_bytes: visual tokens kept in the host's memory.
     """
@@ -182,8 +182,21 @@ class Scheduler:
         else:
             self._admit()
         if not self.batch.is_idle:
-            for progress in self.batch.step(self.config.decode_steps):
+            # A free row is decoded as well as a full one, to no use: short steps while rows are filled.
+            steps = 1 if self._is_filling else self.config.decode_steps
+            for progress in self.batch.step(steps):
                 self._publish(progress)
+
+    @property
+    def _is_filling(self) -> bool:
+        """Whether the next step can begin more answers."""
+        waits = self._next is not None or len(self.queue) > 0
+        return waits and self._has_room
+
+    @property
+    def _has_room(self) -> bool:
+        waiting = self.batch.num_waiting
+        return self.batch.num_free > waiting and waiting < MAX_STARTING
 
     def _drop_ended(self) -> None:
         """Drop work that nobody waits for any more, or whose time is over."""
@@ -231,9 +244,7 @@ class Scheduler:
     def _take(self) -> Work | None:
         """The work whose turn it is, out of the queue, if the batch has room for it."""
         work = self.queue.first(self._running)
-        if isinstance(work, Generation) and (
-            self.batch.num_free <= self.batch.num_waiting or self.batch.num_waiting >= MAX_STARTING
-        ):
+        if isinstance(work, Generation) and not self._has_room:
             return None
         if work is not None:
             self.queue.remove(work)
