@@ -1,5 +1,6 @@
 """python -m minigpt4_jax.chat: tasks by name, and the boxes of answers."""
 
+from threading import current_thread, main_thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,11 +29,13 @@ def answers_with(monkeypatch):
             return [[SimpleNamespace(text=text, error=None)]]
 
         prepare = Conversation._prepare
-        monkeypatch.setattr(
-            Conversation,
-            "_prepare",
-            lambda s, t, *rest: questions.append(t) or prepare(s, t, *rest),
-        )
+
+        def record(self, text, *rest):
+            if current_thread() is main_thread():  # another one plans what is compiled
+                questions.append(text)
+            return prepare(self, text, *rest)
+
+        monkeypatch.setattr(Conversation, "_prepare", record)
         monkeypatch.setattr(Model, "stream_request", stream)
         monkeypatch.setattr(Model, "answer_requests", answer)
         return questions

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import ray_batch
+from helpers import ray_batch, tiny
 from PIL import Image
 
 from minigpt4_jax.cli import batch, common
@@ -144,6 +144,11 @@ def test_damaged_input_is_named(inputs, tmp_path):
             list(make_pieces([tmp_path / name], 3))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_random_model(tmp_path_factory.mktemp("ray") / "model")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -159,20 +164,20 @@ def test_damaged_input_is_named(inputs, tmp_path):
         (["--ray=local", "--output-format=webdataset"], "the input is jsonl; expected jsonl"),
     ],
 )
-def test_wrong_options(inputs, tmp_path, options, words):
+def test_wrong_options(inputs, model, tmp_path, options, words):
     files = [f"--input={inputs['jsonl']}", f"--output={tmp_path / 'out'}"]
     with pytest.raises(UserError, match=words):
-        batch.main(["--model=/nowhere", *files, *options])
+        batch.main([f"--model={model}", *files, *options])
     assert not (tmp_path / "out").exists()
 
 
-def test_ray_absent_is_told(inputs, tmp_path, monkeypatch):
+def test_ray_absent_is_told(inputs, model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     files = [f"--input={inputs['jsonl']}", f"--output={tmp_path / 'out'}"]
     with pytest.raises(
         UserError, match=r"needs the package ray: pip install 'minigpt4_jax\[ray\]'"
     ):
-        batch.main(["--model=/nowhere", *files, "--ray=local"])
+        batch.main([f"--model={model}", *files, "--ray=local"])
     assert not (tmp_path / "out").exists()
 
 
