@@ -140,6 +140,20 @@ def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
     np.testing.assert_allclose(visual, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
+    async def main():
+        scheduler = Scheduler(model, CONFIG)
+        step, steps = scheduler.batch.step, []
+        monkeypatch.setattr(scheduler.batch, "step", lambda n: steps.append(n) or step(n))
+        scheduler.submit(*(generation(model, "<ImageHere>", [image(n)]) for n in range(10)))
+        while len(steps) < 5:
+            scheduler._step()
+        return steps, scheduler.num_running, len(scheduler.queue)
+
+    # two images are encoded in a step, and there are eight rows
+    assert asyncio.run(main()) == ([1, 1, 1, 4, 4], 8, 2)
+
+
 def test_a_stream_grows_and_ends_at_a_stop_text(model, scheduler):
     full = expected(model, "tell me", max_new_tokens=40)
     text = model.tokenizer.decode(full)
