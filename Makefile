@@ -59,6 +59,7 @@ endif
 # The Dockerfile's steps as plain commands, in a fresh environment. CI saves most of the time by installing
 # into one that it does not need any more: IMAGE_OPTIONS=--venv=DIR.
 image-check: $(VENV)/.package
+	rm -rf build/image-check
 	PYTHONPATH=tests $(BIN)/python -c 'from pathlib import Path; from helpers import tiny; \
 	  tiny.write_model(Path("build/image-check/model"))'
 	$(BIN)/python deploy/check_image.py build/image-check/model $(IMAGE_OPTIONS)
