@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from minigpt4_jax import errors
 from minigpt4_jax.cli import common, ray_cluster
-from minigpt4_jax.cli.chat import generation_options
+from minigpt4_jax.cli.chat_session import generation_options
 from minigpt4_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax.cli import chat, common
+from minigpt4_jax.cli.chat_session import DEFAULTS, Session
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.transcript import embedded_image
 
@@ -31,7 +32,7 @@ def test_a_pipe_is_one_conversation(chat_home, chat_piped):
     code, out, err = chat_piped("what is it\n\n  \nhow many?  \n")
     assert (code, err) == (0, "")
     conversation = minigpt4_jax.load(chat_home / "model", "float32").conversation()
-    options = chat.DEFAULTS | {"temperature": 0.0, "max_new_tokens": 6}
+    options = DEFAULTS | {"temperature": 0.0, "max_new_tokens": 6}
     first = conversation.ask("what is it", [chat_home / "a.png"], **options)
     assert out == f"{first}\n{conversation.ask('how many?', **options)}\n"
 
@@ -146,8 +147,8 @@ def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(chat_home, monkeypatch, capsys):
     session_args = chat.parse(arguments(chat_home, "--temperature=0"))
-    session = chat.Session(minigpt4_jax.load(chat_home / "model", "float32"), session_args)
-    uncut = chat.Session(session.conversation.model, session_args).answer("one")
+    session = Session(minigpt4_jax.load(chat_home / "model", "float32"), session_args)
+    uncut = Session(session.conversation.model, session_args).answer("one")
     stream = session.conversation.model.stream_request
 
     def interrupted(*args):

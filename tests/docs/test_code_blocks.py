@@ -8,12 +8,10 @@ is cut to two steps and answers to eight tokens; a command that several pages sh
 
 import configparser
 import contextlib
-import dataclasses
 import importlib
 import io
 import json
 import os
-import pkgutil
 import re
 import runpy
 import shutil
@@ -23,21 +21,18 @@ from pathlib import Path
 
 import pytest
 from helpers import benchmark_layouts, released_files, tiny
-from helpers.doc_blocks import Block, blocks, commands
+from helpers.doc_blocks import PAGES, Block, blocks, commands
 from helpers.paths import ROOT
 
 import convert.cli
 from minigpt4_jax.cli import batch, batch_merge, chat, check_data, curate, evaluate, serve, train
 from minigpt4_jax.cli import compile as compile_cli
-from minigpt4_jax.data.config import DatasetConfig
 from minigpt4_jax.inference import loading
 from minigpt4_jax.inference.model import Model
 from minigpt4_jax.parallel import distributed
 from minigpt4_jax.shapes.dataset import write_dataset
-from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_cli import parse as parse_config
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"sh", "python", "json", "text", "diff"}
 SHORT = [
     "steps=2",
@@ -352,51 +347,3 @@ def test_the_comment_is_spelled_as_the_test_reads_it() -> None:
         comments = re.findall(r"^ *<!--", page.read_text(), re.MULTILINE)
         marked = [block for block in blocks(page) if block.not_run]
         assert len(comments) == len(marked), f"{page}: a comment that marks no block"
-
-
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
-def test_links_of_the_readme_exist() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-            assert os.path.exists(ROOT / target), f"{page}: {target}"
-
-
-def test_files_that_pages_name_exist() -> None:
-    folders = "benchmarks|configs|deploy|examples|minigpt4_jax|tests"
-    for page in PAGES:
-        for name in re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", page.read_text()):
-            assert (ROOT / name).exists(), f"{page}: {name}"
-
-
-API_NAMES = [
-    name
-    for page in sorted((ROOT / "docs/reference/api").glob("*.md"))
-    for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
-]
-
-
-@pytest.mark.parametrize("name", API_NAMES)
-def test_names_of_the_api_reference_exist(name: str) -> None:
-    assert pkgutil.resolve_name(name) is not None
-
-
-def test_the_configuration_page_lists_every_key_with_its_default() -> None:
-    rows = re.findall(
-        r"^\| `([\w.]+)` \| `(.*?)` \|",
-        (ROOT / "docs/reference/configuration.md").read_text(),
-        re.M,
-    )
-    flat = {"data.mix": {}}
-    c = TrainConfig()
-    for prefix, config in (("", c), ("lora.", c.lora), ("eval.", c.eval), ("data.", c.data)):
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        flat |= {
-            prefix + key: v
-            for key, v in values.items()
-            if key not in ("data", "lora", "eval", "mix")
-        }
-    mixed = {f.name: getattr(DatasetConfig(), f.name) for f in dataclasses.fields(DatasetConfig)}
-    assert dict(rows) == {key: repr(value) for key, value in (flat | mixed).items()}
