@@ -19,10 +19,14 @@ _REQUIRED_OF = {
 }
 
 
+def required_llm_fields(model_type: str | None) -> tuple[str, ...]:
+    """The fields that the config.json of a language model must have."""
+    return _REQUIRED_OF.get(model_type or "", REQUIRED_LLM_FIELDS)
+
+
 def missing_llm_fields(c: dict[str, Any]) -> list[str]:
-    """The fields that a language model's config.json must have and does not."""
-    required = _REQUIRED_OF.get(c.get("model_type") or "", REQUIRED_LLM_FIELDS)
-    return [key for key in required if key not in c]
+    """Those that a config.json does not have."""
+    return [key for key in required_llm_fields(c.get("model_type")) if key not in c]
 
 
 def llm_config_from_hf(c: dict[str, Any]) -> LlmConfig:
@@ -78,12 +82,20 @@ def _expect(c: dict[str, Any], expected: dict[str, Any]) -> None:
 def _opt(c: dict[str, Any]) -> LlmConfig:
     """OPT: learned positions, LayerNorm, ReLU, biases."""
     width, heads = c["hidden_size"], c["num_attention_heads"]
+    if width % heads:
+        raise UserError(
+            f"language model: num_attention_heads {heads} does not divide hidden_size {width}"
+        )
+    if (embedding := c.get("word_embed_proj_dim", width)) != width:
+        raise UserError(
+            f"language model: word_embed_proj_dim {embedding} differs from hidden_size {width}, which is "
+            "not supported"
+        )
     _expect(
         c,
         {
             "activation_function": "relu", "do_layer_norm_before": True, "enable_bias": True,
             "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True,
-            "word_embed_proj_dim": width,
         },
     )  # fmt: skip
     return LlmConfig(
@@ -100,24 +112,46 @@ def _t5(c: dict[str, Any]) -> LlmConfig:
     # transformers 5 writes tie_word_embeddings true and says the same by another field
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
         raise UserError(
-            "language model: a t5 with tie_word_embeddings is not supported; expected T5 1.1 or FlanT5"
+            "language model: a t5 with tie_word_embeddings (or scale_decoder_outputs) is not supported; "
+            "expected T5 1.1 or FlanT5"
         )
     heads, act = c["num_heads"], c.get("feed_forward_proj", "relu")
-    activation = c.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(act, act.split("-")[-1])
-    if not act.startswith("gated-") or activation not in ("gelu_new", "gelu"):
+    if not act.startswith("gated-"):
         raise UserError(
             f"language model: feed_forward_proj {act!r} of t5 is not supported; expected 'gated-gelu'"
         )
+    activation = c.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(act, act.split("-")[-1])
+    if activation not in ("gelu_new", "gelu"):
+        raise UserError(
+            f"language model: activation {activation!r} of t5 (dense_act_fn, feed_forward_proj) is not "
+            "supported; expected 'gelu_new' or 'gelu'"
+        )
+    _expect(c, {"is_gated_act": True})
     return LlmConfig(
         model_type="t5", vocab=c["vocab_size"], width=c["d_model"],
         layers=c.get("num_decoder_layers") or c["num_layers"], heads=heads, kv_heads=heads,
         head_dim=c["d_kv"], ffn=c["d_ff"], eps=c.get("layer_norm_epsilon", 1e-6),
-        max_length=max(T5_MAX_LENGTH, c.get("n_positions", 512)), positions="relative",
+        max_length=max(T5_MAX_LENGTH, c.get("n_positions") or 512), positions="relative",
         activation=activation, scaled=False, encoder_layers=c["num_layers"],
-        start_id=c.get("decoder_start_token_id", c.get("pad_token_id", 0)),
+        start_id=_start_id(c),
         relative_buckets=c.get("relative_attention_num_buckets", 32),
         relative_distance=c.get("relative_attention_max_distance", 128),
     )  # fmt: skip
+
+
+def _start_id(c: dict[str, Any]) -> int:
+    """The token that an answer of T5 begins with: padding, unless config.json names another."""
+    for field in ("decoder_start_token_id", "pad_token_id"):
+        token = c.get(field)
+        if token is None:
+            continue
+        if type(token) is not int or not 0 <= token < c["vocab_size"]:
+            raise UserError(
+                f"language model: {field} is {token!r}; expected an id below vocab_size "
+                f"{c['vocab_size']}"
+            )
+        return token
+    return 0
 
 
 def _rope_scaling(s: dict[str, Any], c: dict[str, Any]) -> RopeScaling | None:

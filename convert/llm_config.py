@@ -12,6 +12,7 @@ from convert.hf_config import (
     SUPPORTED_LLMS,
     llm_config_from_hf,
     missing_llm_fields,
+    required_llm_fields,
 )
 from convert.sources import MappedCheckpoint
 from minigpt4_jax.config import LlmConfig
@@ -32,7 +33,15 @@ _HARMLESS = {
 _SIZES = (
     *REQUIRED_LLM_FIELDS, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"
 )  # fmt: skip
+_OWN_SIZES = {
+    "opt": ("ffn_dim",),
+    "t5": (
+        "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "n_positions",
+        "relative_attention_num_buckets", "relative_attention_max_distance",
+    ),
+}  # fmt: skip
 _NUMBERS = ("rms_norm_eps", "rope_theta")
+_OWN_NUMBERS = {"t5": ("layer_norm_epsilon",)}
 _SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 _OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config")
 _OTHERS = ("model_type", "hidden_act", "layer_types", "max_window_layers")
@@ -43,14 +52,12 @@ _ROPE = {
 # Fields that only some families have and that are used.
 _OWN = {
     "opt": {
-        "ffn_dim", "activation_function", "do_layer_norm_before", "enable_bias", "word_embed_proj_dim",
-        "_remove_final_layer_norm", "layer_norm_elementwise_affine",
+        *_OWN_SIZES["opt"], "activation_function", "do_layer_norm_before", "enable_bias",
+        "word_embed_proj_dim", "_remove_final_layer_norm", "layer_norm_elementwise_affine",
     },
     "t5": {
-        "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
-        "feed_forward_proj", "dense_act_fn", "layer_norm_epsilon", "relative_attention_num_buckets",
-        "relative_attention_max_distance", "scale_decoder_outputs", "decoder_start_token_id",
-        "is_gated_act",
+        *_OWN_SIZES["t5"], *_OWN_NUMBERS["t5"], "feed_forward_proj", "dense_act_fn", "is_gated_act",
+        "scale_decoder_outputs", "decoder_start_token_id",
     },
 }  # fmt: skip
 # Fields of transformers' classes that do not change the logits.
@@ -143,9 +150,12 @@ def _check_rope(values: dict[str, Any], label: str, notes: list[str]) -> None:
 
 def _check_values(values: dict[str, Any], label: str) -> None:
     """UserError: a field that is used has a value of another type, or one that no model has."""
+    model_type = values["model_type"]
+    sizes = (*_SIZES, *_OWN_SIZES.get(model_type, ()))
+    numbers = (*_NUMBERS, *_OWN_NUMBERS.get(model_type, ()))
     expected: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
-        (_SIZES, "a positive integer", lambda v: type(v) is int and v > 0),
-        (_NUMBERS, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
+        (sizes, "a positive integer", lambda v: type(v) is int and v > 0),
+        (numbers, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
         (_SWITCHES, "true or false", lambda v: type(v) is bool),
         (_OBJECTS, "an object", lambda v: isinstance(v, dict)),
         (("layer_types",), "a list", lambda v: isinstance(v, list)),
@@ -153,7 +163,7 @@ def _check_values(values: dict[str, Any], label: str) -> None:
     for names, what, fits in expected:
         for name in names:
             value = values.get(name)
-            may_be_null = name not in (*REQUIRED_LLM_FIELDS, *_NUMBERS)
+            may_be_null = name not in (*required_llm_fields(model_type), *numbers)
             if name in values and not (value is None and may_be_null) and not fits(value):
                 raise UserError(f"{label}: {name} is {value!r}; expected {what}")
 

@@ -1,6 +1,7 @@
 """BLIP-2 with a language model: captions and answers as LAVIS writes them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minigpt4_jax.errors import UserError
@@ -90,9 +91,13 @@ class Blip2Model(Model):
     def _answer(
         self, images: Images, prompts: list[str], config: GenerationConfig
     ) -> list[list[GenerationOutput]]:
-        requests = self.prepare_requests(images, prompts, config)
-        requests = [cut_prompt(request, self.config) for request in requests]
-        details = self.answer_requests(requests)
+        prepared = [
+            p
+            if isinstance(p, UserError)
+            else replace(p, request=cut_prompt(p.request, self.config))
+            for p in self.prepare_prompts(images, prompts, config)
+        ]
+        details = self.answer_all(prepared)
         for i, outputs in enumerate(details):
             if outputs[0].error is not None:
                 raise UserError(f"image {i}: {outputs[0].error}")

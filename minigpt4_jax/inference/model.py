@@ -122,10 +122,9 @@ class Model(TextGenerator):
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: expected at least 1")
         prepared = self.prepare_prompts(images, prompts, config)
-        details: list[list[GenerationOutput]] = [[] for _ in prepared]
-        for i, outputs in self.answer_prompts(prepared, batch_size, on_error=on_error):
-            details[i] = outputs * (config.num_return_sequences // len(outputs))
-        return details
+        details = self.answer_all(prepared, batch_size, on_error=on_error)
+        # a prompt that cannot be used has one answer
+        return [outputs * (config.num_return_sequences // len(outputs)) for outputs in details]
 
     def stream(
         self,

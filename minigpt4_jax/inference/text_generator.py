@@ -153,6 +153,19 @@ class TextGenerator:
             failed.clear()
         yield from failed
 
+    def answer_all(
+        self,
+        prompts: Sequence[PreparedPrompt | UserError],
+        batch_size: int = BATCH_SIZE,
+        *,
+        on_error: str = "raise",
+    ) -> list[list[GenerationOutput]]:
+        """The answers to each prompt, in order; otherwise as `answer_prompts`."""
+        details: list[list[GenerationOutput]] = [[] for _ in prompts]
+        for i, outputs in self.answer_prompts(prompts, batch_size, on_error=on_error):
+            details[i] = outputs
+        return details
+
     def _complete(
         self, prompts: Sequence[PreparedPrompt], batch_size: int, fail: OnFailure
     ) -> Iterator[tuple[int, list[Completion]]]:

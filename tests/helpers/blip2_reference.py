@@ -88,12 +88,15 @@ class _Recorded(Exception):
     """Ends a call whose requests are known."""
 
 
-def together(model: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that each ask `model.answer_requests` once.
+def together(
+    model: Any, calls: Sequence[Callable[[], Any]], method: str = "answer_requests"
+) -> list[Any]:
+    """The results of calls that each ask a method of the model once, `answer_requests` or `answer_all`.
 
     The requests of all calls are answered at once: those with equally many beams share a program,
     whatever their other options are, so that far fewer programs are compiled.
     """
+    answer = getattr(model, method)
     asked: list[list] = []
 
     def record(requests, *_):
@@ -101,16 +104,30 @@ def together(model: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         raise _Recorded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "answer_requests", record)
+        patch.setattr(model, method, record)
         for call in calls:
             with pytest.raises(_Recorded):
                 call()
     flat = [request for requests in asked for request in requests]
-    answers = iter(model.answer_requests(flat, batch_size=512))
+    answers = iter(_answer_searched_apart(answer, flat))
     of_calls = [[next(answers) for _ in requests] for requests in asked]
     results = []
     for call, found in zip(calls, of_calls, strict=True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "answer_requests", lambda *_, found=found: found)
+            patch.setattr(model, method, lambda *_, found=found: found)
             results.append(call())
+    return results
+
+
+def _answer_searched_apart(answer: Callable[..., list], asked: list) -> list:
+    """The answers to requests or prepared prompts, in order; those with beams in a call of their own."""
+    results: list = [None] * len(asked)
+    for searched in (False, True):
+        chosen = [
+            i for i, prompt in enumerate(asked)
+            if (getattr(prompt, "request", prompt).beam_search.num_beams > 1) == searched
+        ]  # fmt: skip
+        found = answer([asked[i] for i in chosen], batch_size=512)
+        for i, outputs in zip(chosen, found, strict=True):
+            results[i] = outputs
     return results

@@ -17,6 +17,7 @@ from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.blip2_model import Blip2Model
+from minigpt4_jax.inference.requests import Completion
 from minigpt4_jax.quantization.schemes import dequantize
 
 END = {"opt": 202, "flant5": 1}
@@ -59,9 +60,31 @@ def test_captions_and_answers(name):
 
     calls = [partial(caption, case) for case in captions]
     calls += [partial(answer, case) for case in answers]
-    results = reference.together(model, calls)
+    results = reference.together(model, calls, "answer_all")
     for case, details in zip([*captions, *answers], results, strict=True):
         check(case, details, END[llm])
+
+
+@NEEDS_BLIP2
+def test_captions_encode_images_as_they_are_needed(monkeypatch):
+    """Memory does not grow with the number of images: encoding and searching take turns."""
+    model, events = reference.load("opt"), []
+    encode = model._encoder.encode
+
+    def search(requests, batch_size):
+        events.append("search")
+        return [[Completion([END["opt"]], [0.0], True, 0.0)]] * len(requests)
+
+    def record(state, pixels):
+        events.append(len(pixels))
+        return encode(state, pixels)
+
+    monkeypatch.setattr(model._encoder, "encode", record)
+    monkeypatch.setattr(model.engine, "search", search)
+    assert model.caption([image.copy() for image in reference.pictures() * 4]) == [""] * 24
+    encoded = [n for n in events if n != "search"]
+    assert sum(encoded) == 24 and max(encoded) <= 8
+    assert events.count("search") == 4 and events.index("search") == 2  # batches of 32 // 5 rows
 
 
 @NEEDS_BLIP2

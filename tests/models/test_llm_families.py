@@ -8,13 +8,12 @@ transformers = pytest.importorskip("transformers")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from flax import nnx  # noqa: E402
+from helpers.llm_weights import with_weights  # noqa: E402
 
 from convert.hf_config import llm_config_from_hf  # noqa: E402
-from convert.key_mapping import map_keys  # noqa: E402
 from convert.llm_keys import llm_table  # noqa: E402
 from minigpt4_jax.errors import UserError  # noqa: E402
-from minigpt4_jax.models.llm import Llm, unstack  # noqa: E402
+from minigpt4_jax.models.llm import unstack  # noqa: E402
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
@@ -64,25 +63,6 @@ def build(family):
     if c.tie:
         tensors.pop("lm_head.weight", None)
     return theirs, with_weights(c, tensors, llm_table(c.model_type))
-
-
-def with_weights(c, tensors, table):
-    """Our model of a configuration, with tensors of transformers by the table that conversion uses."""
-    found, unknown = map_keys(table, tensors)
-    assert not unknown
-    ours = Llm(c, None, nnx.Rngs(0))
-    for path, leaf in nnx.to_flat_state(nnx.state(ours)):
-        name = ".".join(map(str, path[1:]))
-        if path[0] in ("blocks", "encoder_blocks"):
-            layers = c.layers if path[0] == "blocks" else c.encoder_layers
-            keys = [found.pop(f"llm.{path[0]}.{i}.{name}").key for i in range(layers)]
-            value = np.stack([tensors[k] for k in keys])
-        else:
-            value = tensors[found.pop(".".join(["llm", *map(str, path)])).key]
-        assert value.shape == leaf.get_value().shape, path
-        leaf.set_value(jnp.asarray(value))
-    assert not found
-    return ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
