@@ -121,9 +121,12 @@ def vision_values(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """VisionConfig fields, from the checkpoint that the vision encoder comes from."""
-    if "vit.pos" not in sources:
+    source = sources.get("vit.pos") or next(
+        (s for name, s in sources.items() if name.startswith("vit.")), None
+    )
+    if source is None:
         raise UserError("--vision=FILE is needed (for instance eva_vit_g.pth): no file has a ViT")
-    checkpoint = sources["vit.pos"].checkpoint
+    checkpoint = source.checkpoint
     if recorded := checkpoint.sizes.get("vision"):
         return dict(recorded)
     return vision_config(
@@ -200,6 +203,12 @@ def finish_plan(
         _missing(name, checkpoints) for name in shapes if name not in sources and name not in new
     ]
     raise_problems([*unknown_keys(checkpoints), *missing, *source_problems(shapes, sources)])
+    used = {id(source.checkpoint) for source in sources.values()}
+    notes += [
+        f"{c.label} is not used: a later file has all of its parameters"
+        for c in checkpoints
+        if id(c) not in used
+    ]
     stored = stored_config(config, request, sources, notes).check()
     return BuildPlan(config, stored, tokenizer, checkpoints, shapes, sources, new, notes)
 

@@ -179,7 +179,7 @@ def _qformer_values(
     request: BuildRequest, checkpoints: list[MappedCheckpoint], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """QFormerConfig fields, of the last checkpoint that has a Q-Former."""
-    found = [c for c in checkpoints if c.shapes("qformer.query")]
+    found = [c for c in checkpoints if c.shapes("qformer.blocks.")]
     if not found:
         raise UserError(f"{request.variant} needs --checkpoint=PATH or --qformer=PATH")
     recorded = found[-1].sizes.get("qformer")

@@ -1,6 +1,8 @@
 """Infers model sizes from tensor shapes."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +21,13 @@ _VISION_TENSORS = {
     "vit.cls": "class token (cls_token)",
     "vit.pos": "position embedding (pos_embed)",
     "vit.patch.weight": "patch embedding (patch_embed.proj)",
-    "vit.blocks.0.mlp.up.weight": "transformer blocks (blocks.0)",
+    "vit.blocks.": "transformer blocks (blocks.0)",
+}
+
+# What every Q-Former that reads text has, and its name in messages.
+_TEXT_TENSORS = {
+    "qformer.embed": "word_embeddings.weight",
+    "qformer.positions": "position_embeddings.weight",
 }
 
 
@@ -27,6 +35,27 @@ def layer_count(names: Mapping[str, Any], prefix: str) -> int:
     """1 + the highest layer number after `prefix`; 0 if there is none."""
     matches = (re.match(re.escape(prefix) + r"(\d+)\.", n) for n in names)
     return max((int(m[1]) + 1 for m in matches if m), default=0)
+
+
+def _usual_size(shapes: Mapping[str, Shape], pattern: str, axis: int, absent: str = "") -> int:
+    """The most common size along an axis of the matrices whose names match; 0 without any.
+
+    A single matrix of another shape is then what is reported, and not all that it should fit. UserError,
+    with the message `absent` if it is given: there are none.
+    """
+    sizes = Counter(
+        shape[axis]
+        for name, shape in shapes.items()
+        if len(shape) == 2 and re.fullmatch(pattern, name)
+    )
+    if absent and not sizes:
+        raise UserError(absent)
+    return sizes.most_common(1)[0][0] if sizes else 0
+
+
+def _rows(shape: Shape, width: int) -> int:
+    """How many rows of `width` numbers a tensor has."""
+    return shape[-2] if len(shape) > 1 else math.prod(shape) // max(1, width)
 
 
 def vision_config(
@@ -43,17 +72,25 @@ def vision_config(
     (EVA-ViT-g: 40 for 39). scale: image size / the size that the position embedding was trained at.
     settings: --set values.
     """
-    if missing := [what for name, what in _VISION_TENSORS.items() if name not in shapes]:
+    missing = [
+        what
+        for prefix, what in _VISION_TENSORS.items()
+        if not any(n.startswith(prefix) for n in shapes)
+    ]
+    if missing:
         raise UserError(
             f"{label} is not a vision encoder: it has no {', '.join(missing)}; expected the tensors of a "
             "ViT such as eva_vit_g.pth, or a model directory of this project"
         )
-    width = shapes["vit.cls"][-1]
+    block, no_block = r"vit\.blocks\.\d+\.", f"{label}: its vision encoder has no whole layer"
+    width = _usual_size(shapes, rf"{block}attn\.qkv\.weight", 1, no_block)
     patch = _patch_size(shapes["vit.patch.weight"], label)
-    grid = grid_side(shapes["vit.pos"][-2])
+    positions = _rows(shapes["vit.pos"], width)
+    grid = grid_side(positions)
     if grid == 0:
         raise UserError(
-            f"{label}: {shapes['vit.pos'][-2]} positions are not a class token and a square grid of patches"
+            f"{label}: pos_embed has shape {shapes['vit.pos']}, and {positions} positions are not a class "
+            "token and a square grid of patches"
         )
     blocks = layer_count(shapes, "vit.blocks.")
     depth = blocks - 1 if spare_block else blocks
@@ -63,18 +100,19 @@ def vision_config(
         "width": width,
         "depth": depth,
         "heads": _heads("vision.heads", width, _VISION_HEADS, label, settings),
-        "mlp": shapes["vit.blocks.0.mlp.up.weight"][0],
+        "mlp": _usual_size(shapes, rf"{block}mlp\.up\.weight", 0, no_block),
         "patch_size": patch,
         "image_size": grid * patch * scale,
     }
 
 
 def _patch_size(kernel: Shape, label: str) -> int:
-    patch = kernel[-1] if len(kernel) == 4 else round((kernel[-1] / 3) ** 0.5)
-    size = kernel[1:] if len(kernel) == 4 else (kernel[-1],)
+    size = kernel[1:]  # [3, p, p], or [3 p p] in this project's files
+    patch = round((math.prod(size) / 3) ** 0.5)
     if size not in ((3, patch, patch), (3 * patch * patch,)) or patch < 1:
         raise UserError(
-            f"{label}: a patch embedding of shape {kernel} is not for square RGB patches"
+            f"{label}: the patch embedding (patch_embed.proj.weight) has shape {kernel}, which is not for "
+            "square RGB patches"
         )
     return patch
 
@@ -83,47 +121,48 @@ def qformer_config(
     shapes: Mapping[str, Shape], label: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """QFormerConfig fields from the shapes of the parameters in a file."""
-    cross = sorted(
-        {
-            int(m[1])
-            for n in shapes
-            if (m := re.match(r"qformer\.blocks\.(\d+)\.cross\.k\.weight", n))
-        }
-    )
-    if "qformer.query" not in shapes or not cross or "qformer.blocks.0.mlp.up.weight" not in shapes:
+    layers = layer_count(shapes, "qformer.blocks.")
+    if "qformer.query" not in shapes or not layers:
         raise UserError(
             f"{label} holds no Q-Former: expected query_tokens and Qformer.bert.encoder layers"
         )
-    layers = layer_count(shapes, "qformer.blocks.")
+    cross = [
+        i for i in range(layers) if any(n.startswith(f"qformer.blocks.{i}.cross.") for n in shapes)
+    ]
     every = cross[1] - cross[0] if len(cross) > 1 else layers
     if cross != list(range(0, layers, every)):
         raise UserError(
             f"{label}: cross-attention in layers {cross} of {layers} is not at regular intervals"
         )
-    queries, hidden = shapes["qformer.query"][-2:]
+    block, no_block = r"qformer\.blocks\.\d+\.", f"{label}: its Q-Former has no whole layer"
+    hidden = _usual_size(shapes, rf"{block}attn\.q\.weight", 1, no_block)
     return {
-        "queries": queries,
+        "queries": _rows(shapes["qformer.query"], hidden),
         "hidden": hidden,
         "layers": layers,
         "heads": _heads("qformer.heads", hidden, _QFORMER_HEADS, label, settings),
-        "ffn": shapes["qformer.blocks.0.mlp.up.weight"][0],
+        "ffn": _usual_size(shapes, rf"{block}mlp\.up\.weight", 0, no_block),
         "cross_every": every,
-        "vision_width": shapes[f"qformer.blocks.{cross[0]}.cross.k.weight"][-1],
+        "vision_width": _usual_size(shapes, rf"{block}cross\.[kv]\.weight", 1, no_block),
     }
 
 
 def text_config(shapes: Mapping[str, Shape], label: str) -> dict[str, Any]:
     """QFormerConfig fields of a text branch and its heads, from the shapes of the parameters in a
     file."""
-    for name in ("qformer.embed", "qformer.positions"):
-        if name not in shapes:
-            raise UserError(f"{label}: its Q-Former has no text branch ({name})")
-    itc = shapes.get("qformer.vision_projection.weight", (0,))
+    for name, key in _TEXT_TENSORS.items():
+        shape = shapes.get(name)
+        if shape is None or len(shape) != 2:
+            found = "is missing" if shape is None else f"has shape {shape}"
+            raise UserError(
+                f"{label}: {key} {found}; expected the matrix of a Q-Former with a text branch"
+            )
+    caption = ("qformer.lm_head.", "qformer.temperature")
     return {
         "vocab": shapes["qformer.embed"][0],
         "max_positions": shapes["qformer.positions"][0],
-        "itc_width": itc[0],
-        "lm_head": "qformer.lm_head.bias" in shapes,
+        "itc_width": _usual_size(shapes, r"qformer\.(vision|text)_projection\.weight", 0),
+        "lm_head": any(name.startswith(caption) for name in shapes),
     }
 
 

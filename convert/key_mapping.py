@@ -41,7 +41,7 @@ FLATTEN = Transform(
 )
 # Interpolates position embeddings if the image size differs.
 RESAMPLE = Transform(
-    lambda source, target: source[-1] == target[-1],
+    lambda source, target: source[-1:] == target[-1:] and math.prod(source[:-2]) == 1,
     lambda x, target: (
         x.reshape(target) if x.shape[-2:] == target else resample_positions(x, target[0])
     ),

@@ -199,9 +199,16 @@ def resolve_tied_embeddings(
     """Let the file decide what a tied model's output matrix is, as transformers 5 does.
 
     config: LlmConfig fields, whose `tie` may change. An lm_head.weight that differs from the embedding is
-    kept; one without embedding is the embedding; an equal one is dropped.
+    kept; one without embedding is the embedding; an equal one is dropped. A T5 is tied if it lacks either of
+    them, whatever config.json says.
     """
     head, embed = llm.mapped.get("llm.head.weight"), llm.mapped.get("llm.embed")
+    if config["model_type"] == "t5" and (head is None) != (embed is None):
+        config["tie"] = True
+        if head is None:
+            notes.append(
+                f"{llm.label} has no lm_head.weight: the embedding is used, as in transformers 5"
+            )
     if not config["tie"] or head is None:
         return
     if embed is None:

@@ -3,8 +3,10 @@
 from functools import cached_property
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
@@ -14,8 +16,10 @@ from convert.key_mapping import original_key
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
+from minigpt4_jax.config import QFormerConfig
 from minigpt4_jax.data.batching import pad_sequences
 from minigpt4_jax.models.minigpt import Batch, Dropout
+from minigpt4_jax.models.qformer import QFormer
 from minigpt4_jax.models.stage1_losses import (
     Negatives,
     Similarities,
@@ -149,6 +153,59 @@ def test_dropout_follows_the_key(stage1):
     runs = [losses(case.split.trainable, case.split.frozen, jax.random.key(n)) for n in (0, 0, 1)]
     first, again, other = np.array([[float(loss) for loss in run] for run in runs])
     assert (first == again).all() and (np.abs(first - other) > 1e-4).all()
+
+
+PASSES = ["read_image", "read_text", "read_both", "write_text"]
+
+
+def test_each_pass_has_a_dropout_key_of_its_own(stage1, monkeypatch):
+    case = stage1("pretrain")
+    batch = case.batch("pretrain", np.arange(3), ["a dog", "two men", "a boat"])
+    keys = {}
+
+    def recorded(name, read):
+        def call(*args, dropout_key=None, **kwargs):
+            keys[name] = dropout_key
+            return read(*args, dropout_key=dropout_key, **kwargs)
+
+        return call
+
+    for name in PASSES:
+        monkeypatch.setattr(QFormer, name, recorded(name, getattr(QFormer, name)))
+
+    def losses(trainable, frozen, key):
+        model = case.split.join(trainable, frozen)
+        return stage1_losses(model, batch, dropout=Dropout(qformer=key))
+
+    jax.eval_shape(losses, case.split.trainable, case.split.frozen, jax.random.key(0))
+    assert set(keys) == set(PASSES) and None not in keys.values()
+    assert len({id(key) for key in keys.values()}) == len(PASSES)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_dropout_in_each_pass(layers):
+    """Of the embeddings, which is all that a Q-Former without layers has, and of layers."""
+    sizes = {"queries": 2, "hidden": 8, "heads": 2, "ffn": 12, "cross_every": 1, "vision_width": 6}
+    config = QFormerConfig(layers=layers, vocab=5, max_positions=4, **sizes)
+    qformer = QFormer(config, nnx.Rngs(0))
+    if layers:
+        qformer.rate = 0.0  # of the embeddings
+    vision, tokens, lengths = jnp.ones((3, 4, 6)), jnp.ones((3, 4), int), jnp.array([4, 3, 4])
+
+    @jax.jit
+    def outputs(key):
+        text = qformer.embed_text(tokens)
+        image = [(jnp.ones((3, 2, 2, 4)),) * 2]
+        return {
+            "read_image": qformer.read_image(vision, dropout_key=key)[0],
+            "read_text": qformer.read_text(text, lengths, dropout_key=key),
+            "read_both": qformer.read_both(vision, text, lengths, dropout_key=key),
+            "write_text": qformer.write_text(text, lengths, image, dropout_key=key)[0],
+        }
+
+    exact, random = outputs(None), outputs(jax.random.key(0))
+    for name in PASSES:
+        assert np.abs(exact[name] - random[name]).max() > 1e-2, name
 
 
 def test_captions_of_an_image_share_their_targets(stage1):
