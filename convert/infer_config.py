@@ -108,7 +108,7 @@ def vision_config(
 
 def _patch_size(kernel: Shape, label: str) -> int:
     size = kernel[1:]  # [3, p, p], or [3 p p] in this project's files
-    patch = round((math.prod(size) / 3) ** 0.5)
+    patch: int = round((math.prod(size) / 3) ** 0.5)
     if size not in ((3, patch, patch), (3 * patch * patch,)) or patch < 1:
         raise UserError(
             f"{label}: the patch embedding (patch_embed.proj.weight) has shape {kernel}, which is not for "
