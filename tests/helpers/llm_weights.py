@@ -12,7 +12,7 @@ def with_weights(c, tensors, table):
     """Our model of a configuration, with tensors of transformers by the table that conversion uses."""
     found, unknown = map_keys(table, tensors)
     assert not unknown
-    ours = Llm(c, None, nnx.Rngs(0))
+    ours = nnx.eval_shape(lambda: Llm(c, None, nnx.Rngs(0)))  # drawing large weights takes long
     for path, leaf in nnx.to_flat_state(nnx.state(ours)):
         name = ".".join(map(str, path[1:]))
         if path[0] in ("blocks", "encoder_blocks"):
