@@ -59,6 +59,7 @@ class ProgramCompiler:
         self._begin = time.monotonic()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile")
         self._compiled: dict[Hashable, Future[Any]] = {}
+        self._results: dict[Hashable, Any] = {}  # shapes
         self._planner: threading.Thread | None = None
 
     def __enter__(self) -> "ProgramCompiler":
@@ -98,16 +99,20 @@ class ProgramCompiler:
         shapes."""
 
         def compile_only(*args: Any) -> Any:
-            lowered = program.lower(*args)
             key = id(program), _signature(args)
-            if key not in self._compiled:
+            if key not in self._results:  # even the lowering of a known program takes time
+                lowered = program.lower(*args)
                 self._compiled[key] = self._pool.submit(lowered.compile)
-            if self._is_sharded:  # the compiler decides how results are split
-                shardings = self._compiled[key].result().output_shardings
-                return jax.tree.map(_shape, lowered.out_info, shardings)
-            return jax.tree.map(lambda a: _shape(a, self._out_sharding), lowered.out_info)
+                self._results[key] = self._result_shapes(lowered, self._compiled[key])
+            return self._results[key]
 
         return compile_only
+
+    def _result_shapes(self, lowered: Any, compiled: Future[Any]) -> Any:
+        """The shapes and shardings of what a program returns."""
+        if self._is_sharded:  # the compiler decides how results are split
+            return jax.tree.map(_shape, lowered.out_info, compiled.result().output_shardings)
+        return jax.tree.map(lambda a: _shape(a, self._out_sharding), lowered.out_info)
 
 
 def compile_answer(planned: TextGenerator, request: Request) -> None:
@@ -130,6 +135,8 @@ def _signature(args: Any) -> Hashable:
     """What a program is compiled for."""
     leaves, tree = jax.tree.flatten(args)
     return tree, tuple(
-        (a.shape, a.dtype, getattr(a, "sharding", None)) if hasattr(a, "shape") else a
+        (a.shape, a.dtype, getattr(a, "sharding", None), getattr(a, "weak_type", False))
+        if hasattr(a, "shape")
+        else a
         for a in leaves
     )

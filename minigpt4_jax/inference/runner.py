@@ -93,8 +93,8 @@ class ModelRunner:
         """A copy that runs `wrap` of each program instead of it."""
         wrapped = copy(self)
         for name in (
-            "_prefill", "_resume", "_decode", "_search", "_grow_cache", "_insert", "_resize",
-            "_take_cache_row", "_finish_rows", "_snapshot",
+            "_prefill", "_resume", "_decode", "_decode_row", "_search", "_grow_cache", "_insert",
+            "_resize", "_take_cache_row", "_finish_rows", "_snapshot",
         ):  # fmt: skip
             setattr(wrapped, name, wrap(getattr(self, name)))
         return wrapped

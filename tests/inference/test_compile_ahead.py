@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+import jax
 import numpy as np
 import pytest
 from helpers import tiny
@@ -52,13 +53,22 @@ def test_the_first_answer_compiles_nothing(folder, options):
 
         compiler.start(plan)
         model = loading.finish()
-        # encode, prefill, decode and snapshot; or encode, prefill and search
-        assert compiler.wait().programs == (3 if "num_beams" in options else 4)
+        # encode, one image of its result, prefill, decode and snapshot; or search in place of the last three
+        assert compiler.wait().programs == (3 if "num_beams" in options else 5)
     with compilations() as events:
         answer = model.conversation().ask("What is it?", [PICTURE], **options)
     assert events == []
     begun_anew = begin_loading(folder, "float32").finish().conversation()
     assert answer == begun_anew.ask("What is it?", [PICTURE], **options)
+
+
+def test_every_program_of_the_engine_is_planned(folder):
+    """One that is not fails, as it takes no shapes, and ends the plan."""
+    with ProgramCompiler(begin_loading(folder, "float32").model) as compiler:
+        engines = vars(compiler.planned.engine)
+        assert not [
+            name for name, value in engines.items() if isinstance(value, jax.stages.Wrapped)
+        ]
 
 
 def test_a_plan_that_fails_ends_nothing(folder):
