@@ -104,10 +104,13 @@ async def _pieces(reader: asyncio.StreamReader, outcome: Outcome) -> AsyncIterat
         elif not event["choices"]:
             outcome.tokens = event["usage"]["completion_tokens"]
             outcome.prompt_tokens = event["usage"]["prompt_tokens"]
-        elif piece := event["choices"][0]["delta"].get("content"):
-            outcome.text += piece
-            outcome.arrivals.append(time.perf_counter())
-            yield piece
+        else:
+            choice = event["choices"][0]
+            if piece := choice["delta"].get("content"):
+                outcome.text += piece
+                outcome.arrivals.append(time.perf_counter())
+                yield piece
+            outcome.text = choice.get("generated_text", outcome.text)
 
 
 async def closed_loop(

@@ -119,10 +119,23 @@ class Session:
             )
         num_turns = len(self.conversation.turns)
         try:
-            _print_pieces(pieces)
+            self._print_pieces(pieces)
         finally:
             if len(self.conversation.turns) > num_turns:  # not stopped before its first token
                 self.images = []
+
+    def _print_pieces(self, pieces: Generator[str]) -> None:
+        printed = ""
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                printed += piece
+        finally:
+            pieces.close()  # the conversation keeps what was printed
+            print(flush=True)
+        answer = self.conversation.turns[-1].answer
+        if answer != printed:  # see TextStream
+            note(f"note: only what follows the role name is the answer: {answer}")
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -147,7 +160,7 @@ class Session:
                 print(self.conversation.retry(**options), flush=True)
                 return
             pieces = self.conversation.stream_retry(**options)
-        _print_pieces(pieces)
+        self._print_pieces(pieces)
 
     def undo(self, _: str) -> None:
         turn = self.conversation.undo()
@@ -223,15 +236,6 @@ COMMANDS: dict[str, Callable[[Session, str], None]] = {
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _print_pieces(pieces: Generator[str]) -> None:
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    finally:
-        pieces.close()  # the conversation keeps what was printed
-        print(flush=True)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,22 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.generation_config import GenerationOutput
 from minigpt4_jax.inference.requests import Completion, Progress, Request
 from minigpt4_jax.inference.stop_sequences import stable_prefix
-from minigpt4_jax.processing.chat_templates import answer_ends, clean_answer, removed_text
+from minigpt4_jax.processing.chat_templates import (
+    answer_ends,
+    clean_answer,
+    removed_text,
+    role_names,
+)
 from minigpt4_jax.processing.tokenizer import SPACES_BEFORE, Tokenizer, clean_up_spaces
+
+_NO_CHARACTER = "\uffff"  # Unicode keeps it out of texts
 
 
 def completion_output(
     tokenizer: Tokenizer, config: ModelConfig, completion: Completion, stop_texts: Sequence[str]
 ) -> GenerationOutput:
     """A completion as the public API returns it, its text cut at the stop texts."""
+    stop_texts = _all_stop_texts(config, stop_texts)
     text = clean_answer(config, _decode(tokenizer, config, completion.ids, stop_texts))
     error = nonfinite_error(completion)
     finish_reason = "error" if error else "stop" if completion.hit_stop else "length"
@@ -40,27 +48,47 @@ def nonfinite_error(completion: Completion) -> str | None:
 
 
 class TextStream:
-    """The text of an answer that is being generated, piece by piece."""
+    """The text of an answer that is being generated, piece by piece.
+
+    The pieces join to the text of `completion_output`, with one exception: of an answer of the original's
+    formats, only what follows its last role name is kept. A role name at the start is never shown, but one
+    that follows other text comes too late: `text` has all of it then.
+
+    Attributes:
+        text: the pieces so far, joined.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, request: Request):
-        self._tokenizer, self._config, self._stop_texts = tokenizer, config, request.stop_texts
-        self._removed = removed_text(config)
+        self._tokenizer, self._config = tokenizer, config
+        self._stop_texts = _all_stop_texts(config, request.stop_texts)
+        self._removed, self._roles = removed_text(config), role_names(config)
         # what is removed from the text must not be shown in part either
         removed = [self._removed] if self._removed else []
-        self._hidden = [*_all_stop_texts(config, request.stop_texts), *removed]
+        self._hidden = [*_shown_of_stops(tokenizer, self._stop_texts), *removed]
         if config.image_first:  # neither what later tokens join
             self._hidden += [apart for apart, _ in SPACES_BEFORE]
-        self._streamed = ""
+        self.text = ""
 
     def push(self, completion: Completion, finished: bool) -> str:
         """The piece that an answer so far adds to the text; "" for none."""
-        text = _decode(self._tokenizer, self._config, completion.ids, self._stop_texts)
-        text = (text.replace(self._removed, "") if self._removed else text).lstrip()
-        text = text.rstrip() if finished else stable_prefix(text, self._hidden)
-        if not text.startswith(self._streamed):
+        text = _decode(
+            self._tokenizer, self._config, completion.ids, self._stop_texts, finished=finished
+        )
+        if not finished:
+            text = stable_prefix(text, self._hidden)
+        text = self._without_role(text.replace(self._removed, "") if self._removed else text)
+        might_be_role = not finished and any(role.startswith(text) for role in self._roles)
+        if might_be_role or not text.startswith(self.text):
             return ""
-        piece, self._streamed = text[len(self._streamed) :], text
+        piece, self.text = text[len(self.text) :], text
         return piece
+
+    def _without_role(self, text: str) -> str:
+        """The text without role names at its start, stripped."""
+        text = text.strip()
+        while role := next((role for role in self._roles if text.startswith(role)), None):
+            text = text.removeprefix(role).lstrip()
+        return text
 
 
 def stream_text(
@@ -97,15 +125,49 @@ def make_stop_check(
 
 
 def _decode(
-    tokenizer: Tokenizer, config: ModelConfig, ids: list[int], stop_texts: Sequence[str]
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    ids: list[int],
+    stop_texts: Sequence[str],
+    *,
+    finished: bool = True,
 ) -> str:
-    """The text of ids up to the first stop text."""
+    """The text of ids up to the first of all the stop texts. finished: no other ids follow."""
+    if finished:
+        ids = _without_mixed_stop(tokenizer, ids, stop_texts)
     text = tokenizer.decode(ids)
     if config.image_first:
-        text = clean_up_spaces(text)
-    for stop_text in _all_stop_texts(config, stop_texts):
+        # what follows a space at the end decides which mark it is joined to
+        text = clean_up_spaces(text if finished else text.rstrip())
+    for stop_text in stop_texts:
         text = text.split(stop_text)[0]
     return text
+
+
+def _without_mixed_stop(
+    tokenizer: Tokenizer, ids: list[int], stop_texts: Sequence[str]
+) -> list[int]:
+    """ids without a stop text at their end that is written with special tokens and others. Decoding leaves
+    the special tokens out, so that the text does not have it."""
+    written = tokenizer.decode(ids, skip_special=False).rstrip()
+    ends = sorted((text.strip() for text in stop_texts if text.strip()), key=len, reverse=True)
+    for end in (end for end in ends if written.endswith(end)):
+        if tokenizer.decode(ids).rstrip().endswith(end):
+            continue
+        for start in range(len(ids) - 1, -1, -1):
+            if end in tokenizer.decode(ids[start:], skip_special=False):
+                return ids[:start]
+    return ids
+
+
+def _shown_of_stops(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> list[str]:
+    """Texts of which a part may be decoded before they are cut off."""
+    shown = list(stop_texts)
+    for stop_text in stop_texts:
+        decoded = tokenizer.decode(tokenizer.encode(stop_text)).strip()
+        if decoded and decoded != stop_text.strip():
+            shown.append(decoded + _NO_CHARACTER)  # all of it is a part
+    return shown
 
 
 def _all_stop_texts(config: ModelConfig, stop_texts: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.processing import chat_templates
-from minigpt4_jax.processing.chat_templates import ChatTemplate
+from minigpt4_jax.processing.chat_templates import ChatTemplate, answer_ends
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.sequences import (
     cut_left,
@@ -171,10 +171,15 @@ class _StopRules(NamedTuple):
             sequences = [ids for ids in sequences if ids != [tokenizer.eos_id]]
         sequences += [[token] for token in config.tokenizer.end_ids]
         unique = [ids for n, ids in enumerate(sequences) if ids not in sequences[:n]]
-        # The end symbol needs a check of the text only if it is no single token.
-        always = (end,) if end.strip() and len(tokenizer.encode(end)) > 1 else ()
+        # Special tokens are recognized as tokens; the text of others may be spelled in several ways.
+        always = [e for e in (end, *answer_ends(config)) if _is_spelled(tokenizer, e)]
         checked = (*always, *texts)
         return cls(unique, make_stop_check(tokenizer, checked) if checked else None)
+
+
+def _is_spelled(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a text appears in what is decoded, as special tokens and white space do not."""
+    return bool(tokenizer.decode(tokenizer.encode(text)).strip())
 
 
 def _tokenize(

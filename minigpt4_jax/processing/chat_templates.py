@@ -353,13 +353,18 @@ def removed_text(config: ModelConfig) -> str:
     return "<s>" if _has_original_format(config) else ""
 
 
+def role_names(config: ModelConfig) -> tuple[str, ...]:
+    """What opens an answer in the original's formats: only the text behind it is the answer."""
+    return ("Assistant:", "[/INST]") if _has_original_format(config) else ()
+
+
 def clean_answer(config: ModelConfig, text: str) -> str:
     """A decoded answer as it is shown: stripped, and for the original's formats as its Chat.answer does:
-    cut at ### and </s>, without <s>, and only what follows the last role marker."""
+    cut at ### and </s>, without <s>, and only what follows the last role name."""
     for end in answer_ends(config):
         text = text.split(end)[0]
-    if _has_original_format(config):
-        text = text.replace("<s>", "")
-        for role in ("Assistant:", "[/INST]"):
-            text = text.split(role)[-1]
+    if removed := removed_text(config):
+        text = text.replace(removed, "")
+    for role in role_names(config):
+        text = text.split(role)[-1]
     return text.strip()

@@ -37,8 +37,8 @@ class Shape(Protocol):
         """An event with a piece of text. sent: characters of the answer's text, with this piece."""
         ...
 
-    def last(self, index: int, output: GenerationOutput) -> dict[str, Any]:
-        """The event that says why a choice ended."""
+    def last(self, index: int, output: GenerationOutput, sent: str) -> dict[str, Any]:
+        """The event that says why a choice ended. sent: the text of its events."""
         ...
 
 
@@ -86,8 +86,9 @@ class ChatShape:
         logprobs = self._log_probs(index, completion, sent)
         return self._chunk(index, {"content": text}) | {"logprobs": logprobs}
 
-    def last(self, index: int, output: GenerationOutput) -> dict[str, Any]:
-        return self._chunk(index, self._boxes(output.text), output.finish_reason)
+    def last(self, index: int, output: GenerationOutput, sent: str) -> dict[str, Any]:
+        choice = self._chunk(index, self._boxes(output.text), output.finish_reason)
+        return choice | _corrected(output, sent)
 
 
 class TextShape:
@@ -122,8 +123,14 @@ class TextShape:
     def piece(self, index: int, text: str, completion: Completion, sent: int) -> dict[str, Any]:
         return self._choice(index, text, None, completion, sent)
 
-    def last(self, index: int, output: GenerationOutput) -> dict[str, Any]:
-        return self._choice(index, "", output.finish_reason, None, 0)
+    def last(self, index: int, output: GenerationOutput, sent: str) -> dict[str, Any]:
+        choice = self._choice(index, "", output.finish_reason, None, 0)
+        return choice | _corrected(output, sent)
+
+
+def _corrected(output: GenerationOutput, sent: str) -> dict[str, Any]:
+    """The answer's text, where it is not what was sent; see TextStream."""
+    return {} if sent == output.text else {"generated_text": output.text}
 
 
 def _completion(output: GenerationOutput) -> Completion:
@@ -211,7 +218,6 @@ async def stream(
     """The events of a stream. jobs: of the question's choices, started. usage: a last event has it."""
     envelope = Envelope(shape.chunk_kind, shape.prefix, service.name)
     texts = [TextStream(service.model.tokenizer, service.model.config, job.request) for job in jobs]
-    sent = [0] * len(jobs)
     for index in range(len(jobs)):
         if (choice := shape.first(index)) is not None:
             yield event(envelope([choice]))
@@ -221,13 +227,13 @@ async def stream(
             if error is not None:
                 raise error
             assert completion is not None
-            piece = texts[index].push(completion, is_finished)
-            if piece:
-                sent[index] += len(piece)
-                yield event(envelope([shape.piece(index, piece, completion, sent[index])]))
+            text = texts[index]
+            if piece := text.push(completion, is_finished):
+                choice = shape.piece(index, piece, completion, len(text.text))
+                yield event(envelope([choice]))
             if is_finished:
                 output = service.output(jobs[index].request, completion)
-                yield event(envelope([shape.last(index, output)]))
+                yield event(envelope([shape.last(index, output, text.text)]))
                 finished.append(completion)
         if usage:
             yield event(envelope([], usage=responses.usage_of(jobs, finished)))

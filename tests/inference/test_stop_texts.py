@@ -1,13 +1,18 @@
 """Stop texts: found in the text, however its characters are split into tokens, by every way to generate."""
 
+import dataclasses
+
 import pytest
 from helpers import tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt4_jax import GenerationConfig
+from minigpt4_jax.inference.decode_state import truncate
 from minigpt4_jax.inference.detokenize import TextStream, completion_output, make_stop_check
+from minigpt4_jax.inference.preprocess import prepare_prompts
 from minigpt4_jax.inference.requests import Completion, Request
+from minigpt4_jax.processing.chat_templates import clean_answer, role_names
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(tiny.TOKENIZER, "sentencepiece")
@@ -46,6 +51,93 @@ def test_a_stop_text_is_found_however_it_is_spelled(stop, before, after):
     stream = TextStream(TOKENIZER, config, Request([1], stop_texts=(stop,)))
     pieces = [stream.push(completion(ids[:n]), n == length) for n in range(1, length + 1)]
     assert "".join(pieces) == output.text
+
+
+FORMATS = {
+    "vicuna": tiny.config(),
+    "llama2": tiny.config(qformer=False, chat_template="llama2", end_symbol="</s>"),
+    "special token": tiny.config(chat_template="chatml", end_symbol="<|im_end|>"),
+    "end of several tokens": tiny.config(chat_template="chatml", end_symbol="</end>"),
+    "blip2": dataclasses.replace(
+        tiny.config(), chat_template="blip2", end_symbol="\n", image_first=True
+    ),
+}
+PARTS = [
+    "Assistant:", "[/INST]", "Ass", "###", "#", "</s>", "<s>", "<", "s>", "<|im", "</end>", "</en", "\n",
+    " ", "  ", "é", "🙂", "dog", ".", " .", "'", " ' ", " n't", "User:", "\ufffd",
+]  # fmt: skip
+ENDS = ["\nUser:", " dog", "é!", "🙂", "\n\n", "Ass", " .", "'", "#d"]
+
+
+def stream_and_answer(config, ids, stops, chunk):
+    """The text of a stream that gets `chunk` tokens at a time, and the answer, as the engine ends it."""
+    stop_check = make_stop_check(TOKENIZER, [*stops, config.end_symbol.strip() or "###"])
+    stream = TextStream(TOKENIZER, config, Request([1], stop_texts=stops))
+    pieces = []
+    for n in [*range(chunk, len(ids), chunk), len(ids)]:
+        so_far, length = completion(ids[:n]), stop_check(ids[:n])
+        if length is not None:
+            so_far = truncate(so_far, length)
+        finished = length is not None or n == len(ids)
+        pieces.append(stream.push(so_far, finished))
+        if finished:
+            break
+    assert stream.text == "".join(pieces)
+    return stream.text, completion_output(TOKENIZER, config, so_far, stops).text
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.lists(st.tuples(st.sampled_from(PARTS), st.booleans()), min_size=1, max_size=8),
+    st.lists(st.sampled_from(ENDS), max_size=2, unique=True),
+)
+@example("vicuna", [("\nUser:", True)], ["\nUser:"])  # white space that begins a stop is not shown
+@example("vicuna", [("Assistant:", True), ("dog", True)], [])
+@example("llama2", [("[/INST]", True), ("Ass", True)], [])
+@example("blip2", [("dog", False), (" '", True), (" .", True)], [])  # joined to the full stop
+def test_a_stream_joins_to_the_answer(name, parts, stops):
+    """Whatever looks like an end, a role or a space to remove, and however many tokens come at once."""
+    config = FORMATS[name]
+    ids = [
+        i for text, split in parts for i in (spell(text, []) if split else TOKENIZER.encode(text))
+    ]
+    (text, answer), *others = (stream_and_answer(config, ids, tuple(stops), n) for n in (1, 3, 100))
+    assert all(other == (text, answer) for other in others)
+    assert clean_answer(config, text) == answer
+    if not any(role in text for role in role_names(config)):
+        assert text == answer
+    assert not text.startswith(role_names(config) or ("\0",))
+
+
+def test_a_role_name_after_other_text_cannot_be_taken_back():
+    ids = spell("one Assistant: two", [])
+    assert stream_and_answer(FORMATS["vicuna"], ids, (), 1) == ("one Assistant: two", "two")
+    assert stream_and_answer(FORMATS["special token"], ids, (), 1)[1] == "one Assistant: two"
+
+
+@pytest.mark.parametrize("stop", ["over</s>", "a</s>b", "</s>over"])
+def test_a_stop_text_with_special_tokens_and_others_is_cut_off(stop):
+    """Decoding leaves the special token out, and the rest is no part of the answer."""
+    config = FORMATS["special token"]
+    ids = TOKENIZER.encode("a dog " + stop)
+    stream = TextStream(TOKENIZER, config, Request([1], stop_texts=(stop,)))
+    pieces = [stream.push(completion(ids[:n]), n == len(ids)) for n in range(1, len(ids) + 1)]
+    output = completion_output(TOKENIZER, config, completion(ids, True), [stop])
+    assert "".join(pieces) == output.text == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("config", "end"),
+    [(FORMATS["llama2"], "###"), (tiny.config(chat_template="chatml", end_symbol="the"), "the")],
+    ids=["not its end symbol", "a single token"],
+)
+def test_what_answers_are_cut_at_also_ends_them(config, end):
+    """However it is spelled."""
+    (prepared,) = prepare_prompts(TOKENIZER, config, None, ["a"], GenerationConfig())
+    ids = spell(f"a{end}b", [])
+    assert prepared.request.stop_check(ids) == 1 + len(end)
+    assert prepared.request.stop_check(ids[: len(end)]) is None
 
 
 def test_a_stop_text_does_not_begin_in_the_prompt(model):

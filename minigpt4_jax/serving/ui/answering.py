@@ -85,19 +85,18 @@ async def _stream(
     service: Service, job: Generation, config: GenerationConfig
 ) -> AsyncIterator[Update]:
     stream = TextStream(service.model.tokenizer, service.model.config, job.request)
-    text, shown = "", 0.0
+    shown = 0.0
     try:
         async for completion, finished in job.updates():
             piece = stream.push(completion, finished)
-            text += piece
             if finished:
                 output = service.output(job.request, completion)
                 yield Update(output.text, _note(job, config, output.finish_reason))
             elif piece and time.monotonic() - shown > INTERVAL:
                 shown = time.monotonic()
-                yield Update(text)
+                yield Update(stream.text)
     except Stopped:
-        yield Update(text.strip(), _note(job, config, "stopped"))
+        yield Update(stream.text.strip(), _note(job, config, "stopped"))
 
 
 async def _search(
