@@ -134,7 +134,7 @@ class Model(TextGenerator):
         **overrides: Any,
     ) -> Iterator[str]:
         """Pieces of the answer to one prompt as it is generated; joined, they are its text. (One
-        exception: text before a role name, which is removed from the answer, has been shown.)
+        exception: a role name of the original's formats after other text, see `TextStream`.)
 
         image: one, a list of them for a prompt with several, or None. config, overrides: as
         `generate`, without beam search, which decides on the first token at the end. A piece never

@@ -32,19 +32,28 @@ def write_model(out: Path, seed: int = 0, **changes) -> Path:
     )
 
 
-def write_random_model(out: Path, scale: float = 0.3, **changes) -> Path:
+def write_random_model(
+    out: Path, scale: float = 0.3, tokenizer_files: Path = TOKENIZER, **changes
+) -> Path:
     """As write_model, with larger weights, so that outputs depend on the inputs."""
     rng = np.random.default_rng(0)
-    return _write(out, config(**changes), lambda shape: rng.normal(0, scale, shape))
+    return _write(
+        out, config(**changes), lambda shape: rng.normal(0, scale, shape), tokenizer_files
+    )
 
 
-def _write(out: Path, c: ModelConfig, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Path:
+def _write(
+    out: Path,
+    c: ModelConfig,
+    draw: Callable[[tuple[int, ...]], np.ndarray],
+    tokenizer_files: Path = TOKENIZER,
+) -> Path:
     """Write the tensors from NumPy: compiling an initialization would take seconds."""
     tensors = {
         name: (draw(shape) + name.endswith("scale")).astype(np.float32)
         for name, shape in parameter_shapes(c).items()
     }
-    files = {p.name: p for p in TOKENIZER.iterdir()}
+    files = {p.name: p for p in tokenizer_files.iterdir()}
     return writer.write_model(out, c, tensors.items(), tokenizer=files)
 
 
