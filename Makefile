@@ -11,7 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-# One worker more than cores: tests that wait for processes and sockets leave a core idle.
+# Most of a test's time is compilation, which uses one core. One worker more than the two cores of CI: tests that
+# wait for processes and sockets leave a core idle.
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 TPU_VENV ?= .venv-tpu
@@ -32,8 +33,8 @@ compare: $(VENV)/.package $(VENV)/.smollm2
 demo: $(VENV)/.demo
 	$(BIN)/python -m minigpt4_jax.demo $(ARGS)
 
-# Most of a test's time is compilation, which uses one core: two workers. The first run compiles quickly; the
-# second runs the tests marked default_compiler, whose programs are compiled as for users (tests/conftest.py).
+# The first run compiles quickly; the second runs the tests marked default_compiler, whose programs are compiled
+# as for users (tests/conftest.py).
 # Exit code 5: no test was selected.
 test: $(VENV)/.dev $(VENV)/.smollm2
 	$(PYTEST) --quick-codegen $(ARGS) || [ $$? = 5 ]

@@ -14,12 +14,15 @@ from PIL import Image
 # The slowest files start first, so that no worker is left with one of them at the end. (By default
 # xdist starts with the files of most tests, but a single test may restart a training many times.)
 LONGEST = (
-    "test_sharding.py", "test_parity.py", "test_blip2_train.py", "test_multihost.py", "test_ray.py",
-    "test_train_kills.py", "test_buckets.py", "test_blip2_losses.py", "test_blip2_model.py",
-    "test_parity_answers.py", "test_train_resume.py", "test_prefix_cache.py", "test_instructblip.py",
-    "test_train_survive.py", "test_llm_config.py", "test_qformer_model.py", "test_code_blocks.py",
-    "test_engine.py", "test_keep.py", "test_8bit_cache.py", "test_batch.py", "test_scheduler.py",
-    "test_page.py", "test_caption_metrics.py", "test_mixture.py",
+    "test_sharding.py", "test_parity.py", "test_ray.py", "test_blip2_train.py", "test_multihost.py",
+    "test_buckets.py", "test_llm_families.py", "test_train_kills.py", "test_blip2_losses.py",
+    "test_blip2_model.py", "test_llm_config.py", "test_page.py", "test_prefix_cache.py",
+    "test_instructblip.py", "test_train_resume.py", "test_parity_answers.py", "test_keep.py",
+    "test_packed_step.py", "test_quantization.py", "test_scheduler.py", "test_code_blocks.py",
+    "test_vision_encoder.py", "test_prefetch.py", "test_gguf.py", "test_gpu_products.py",
+    "test_chat_processes.py", "test_qformer_model.py", "test_multihost_checkpoints.py", "test_samples.py",
+    "test_caption_metrics.py", "test_compatibility.py", "test_gpu_benchmark.py", "test_train_survive.py",
+    "test_engine.py", "test_batch.py", "test_8bit_cache.py", "test_mixture.py",
 )  # fmt: skip
 
 # Tests that import libraries of the extra [dev] at their top; the smoke run has none of these.
