@@ -1,6 +1,7 @@
 """What is needed to use a model: memory, context, the prompt of a question, commands to try next."""
 
 import dataclasses
+import json
 import math
 import shlex
 from pathlib import Path
@@ -37,7 +38,7 @@ def describe_usage(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
             "image": config.visual_tokens,
         },
         "template": _template(model_dir, config),
-        "commands": _commands(model_dir),
+        "commands": commands(model_dir, config),
     }
 
 
@@ -56,7 +57,8 @@ def _memory(config: ModelConfig) -> dict[str, dict[str, int]]:
                 "weights": weight_bytes(config, dtype),
                 "cache_per_1000_tokens": cached * dtype.itemsize,
             }
-    for scheme in QUANTIZATIONS if config.quantize is None else (config.quantize,):
+    schemes = QUANTIZATIONS if config.quantize is None else (config.quantize,)
+    for scheme in () if config.is_stage1 else schemes:  # which has no matrices to quantize
         memory[scheme] = {
             "weights": weight_bytes(
                 dataclasses.replace(config, quantize=scheme), jnp.dtype(jnp.bfloat16)
@@ -79,10 +81,12 @@ def weight_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
 
 def _template(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
     """The prompt of QUESTION about one image as chat renders it, with its ids, and the text that
-    closes an answer; {"error": MESSAGE} if the tokenizer cannot be read.
+    closes an answer; {"error": MESSAGE} if there is none or the tokenizer cannot be read.
 
     `training_prompt` is there if training renders another one. Visual tokens have the id -1.
     """
+    if config.is_stage1:
+        return {"error": f"{config.variant} has no language model, so it answers no questions"}
     try:
         tokenizer = load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind)
         question = with_images(QUESTION, 1)
@@ -105,17 +109,45 @@ def _template(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
     return template
 
 
-def _commands(model_dir: Path) -> dict[str, str]:
-    """Commands to try next, with this directory filled in."""
-    model = shlex.quote(str(model_dir))
-    return {
-        "chat": f"python -m minigpt4_jax.chat --model={model} --image=photo.jpg "
-        f"--prompt={shlex.quote(QUESTION)}",
+def commands(model_dir: Path, config: ModelConfig) -> dict[str, str]:
+    """Commands to try next, with this directory filled in: of those that this kind of model can do."""
+    model, question = shlex.quote(str(model_dir)), shlex.quote(QUESTION)
+    if config.is_stage1:
+        return _stage1_commands(model_dir, config)
+    lines = {
+        "chat": f"python -m minigpt4_jax.chat --model={model} --image=photo.jpg --prompt={question}",
         "batch": f"python -m minigpt4_jax.batch --model={model} --input=rows.jsonl "
-        f"--output=answers.jsonl --prompt={shlex.quote(QUESTION)}",
-        "train": f"python -m minigpt4_jax.train --config=finetune --workdir=runs/mine "
-        f"--config.model={model} --config.data.path=rows.jsonl",
+        f"--output=answers.jsonl --prompt={question}",
     }
+    if config.reads_instruction:  # which is not trained
+        return lines | {"python": _python(model_dir, f'answer(["photo.jpg"], "{QUESTION}")')}
+    return lines | {
+        "train": f"python -m minigpt4_jax.train --config=finetune --workdir=runs/mine "
+        f"--config.model={model} --config.data.path=rows.jsonl"
+    }
+
+
+def _stage1_commands(model_dir: Path, config: ModelConfig) -> dict[str, str]:
+    """Those of a model without a language model."""
+    lines = {}
+    if config.qformer is not None and config.qformer.itc_width:
+        lines["compare"] = _python(model_dir, 'itm_scores(["photo.jpg"], ["a dog", "a cat"])')
+    if config.qformer is not None and config.qformer.lm_head:
+        lines["caption"] = _python(model_dir, 'caption(["photo.jpg"])')
+    lines["train"] = (
+        f"python -m minigpt4_jax.train --config=blip2_stage1 --workdir=runs/mine "
+        f"--config.model={shlex.quote(str(model_dir))} --config.data.path=rows.jsonl"
+    )
+    return lines
+
+
+def _python(model_dir: Path, call: str) -> str:
+    """A command that prints the result of a method of the model."""
+    path = json.dumps(
+        str(model_dir), ensure_ascii=False
+    )  # in double quotes, as single ones are the shell's
+    code = f"import minigpt4_jax; print(minigpt4_jax.load({path}).{call})"
+    return f"python -c {shlex.quote(code)}"
 
 
 def usage_lines(usage: dict[str, Any]) -> list[str]:

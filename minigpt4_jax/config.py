@@ -249,6 +249,10 @@ class ModelConfig:
                 m.heads % m.kv_heads == 0,
                 f"llm.heads {m.heads} is not a multiple of kv_heads {m.kv_heads}",
             ),
+            (
+                self.quantize is None or not self.is_stage1,
+                f"quantize {self.quantize!r}: a {self.variant} model cannot be quantized",
+            ),
             ("{}" in self.prompt_template, f"prompt_template {self.prompt_template!r} has no {{}}"),
             (
                 self.quantize in (None, *QUANTIZATIONS, "gguf"),

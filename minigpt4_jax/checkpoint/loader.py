@@ -187,7 +187,7 @@ def _with_quantization(
             f"quantize {quantize!r}: {model_dir} is stored in {config.quantize}; omit the "
             "option, or convert the model again"
         )
-    return dataclasses.replace(config, quantize=quantize)
+    return dataclasses.replace(config, quantize=quantize).check()
 
 
 def _load_arrays(

@@ -1,7 +1,10 @@
 """convert inspect: what a user reads about a model directory."""
 
+import ast
+import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import shutil
 
@@ -13,14 +16,21 @@ from helpers.released_files import CHECKPOINTS
 
 from convert.chat_format import tokenizer_format
 from convert.inspect import describe
-from convert.usage import QUESTION
+from convert.usage import QUESTION, commands, describe_usage
+from minigpt4_jax.aot.presets import PRESETS
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors, read_config, tokenizer_dir
 from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.cli import batch, chat
+from minigpt4_jax.cli.common import check_kind
+from minigpt4_jax.inference.instructblip_model import InstructBlipModel
+from minigpt4_jax.inference.qformer_model import QFormerModel
 from minigpt4_jax.processing.chat_templates import with_images
 from minigpt4_jax.processing.sequences import build_row
 from minigpt4_jax.processing.tokenizer import load_tokenizer
+from minigpt4_jax.training.config import TrainConfig
+from minigpt4_jax.training.config_cli import read_config_file
+from minigpt4_jax.training.model_config import read_model_config
 
 
 @pytest.mark.smoke
@@ -152,3 +162,56 @@ def test_refusals(refused, tmp_path):
     assert "not a model directory" in refused("inspect", tmp_path)
     (tmp_path / "model.json").write_text("{")
     assert "damaged" in refused("inspect", tmp_path)
+
+
+def kinds_of_models():
+    t5 = PRESETS["blip2-flant5xl"]
+    instructed = dataclasses.replace(t5.qformer, vocab=30523, max_positions=512)
+    bare = dataclasses.replace(PRESETS["blip2-stage1"].qformer, lm_head=False, itc_width=0)
+    return {
+        "minigpt4": PRESETS["vicuna7b"],
+        "blip2-flant5": t5,
+        "instructblip": dataclasses.replace(t5, variant="instructblip-flant5", qformer=instructed),
+        "stage1": PRESETS["blip2-stage1"],
+        "stage1 without heads": dataclasses.replace(PRESETS["blip2-stage1"], qformer=bare),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("minigpt4", ["chat", "batch", "train"]),
+        ("blip2-flant5", ["chat", "batch", "train"]),
+        ("instructblip", ["chat", "batch", "python"]),
+        ("stage1", ["compare", "caption", "train"]),
+        ("stage1 without heads", ["train"]),
+    ],
+)
+def test_commands_are_those_that_a_kind_of_model_can_do(tmp_path, kind, names):
+    config, model = kinds_of_models()[kind], tmp_path / "it's one"
+    model.mkdir()
+    (model / "model.json").write_text(
+        json.dumps({"format": 1, "config": dataclasses.asdict(config)})
+    )
+    lines = commands(model, config)
+    assert list(lines) == names
+    methods = dir(QFormerModel if config.is_stage1 else InstructBlipModel)
+    for name, line in lines.items():
+        _, option, *arguments = shlex.split(line)
+        settings = dict(word.split("=", 1) for word in arguments[1:] if "=" in word)
+        if option == "-c":
+            path, method = re.search(r"load\((.*?)\)\.(\w+)\(", arguments[0]).groups()
+            ast.parse(arguments[0])
+            assert ast.literal_eval(path) == str(model) and method in methods
+        elif name == "train":
+            values = read_config_file(settings["--config"])
+            c = TrainConfig(model=settings["--config.model"], variant=values.get("variant", ""))
+            assert read_model_config(c).variant == config.variant
+        else:
+            check_kind(settings["--model"])
+
+
+def test_a_model_without_a_language_model_has_no_prompt(tmp_path):
+    usage = describe_usage(tmp_path, PRESETS["blip2-stage1"])
+    assert "has no language model" in usage["template"]["error"]
+    assert list(usage["memory"]) == ["float32", "bfloat16"]

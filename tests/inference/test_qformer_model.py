@@ -7,6 +7,7 @@ import pytest
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
+from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference import qformer_model
 from minigpt4_jax.inference.qformer_model import caption_config
@@ -102,6 +103,9 @@ def test_wrong_input(pretrained):
         pretrained.generate(None, ["a"])
     with pytest.raises(UserError, match="no texts"):
         pretrained.encode_text([])
+    for scheme in ("int8", "float8"):
+        with pytest.raises(UserError, match=f"'{scheme}': a blip2-qformer model cannot be quant"):
+            load_model(reference.shared("pretrain"), quantize=scheme)
 
 
 @NEEDS_BLIP2

@@ -341,3 +341,21 @@ def test_few_rows_of_int4_are_a_convolution_on_a_tpu():
 
     assert operations(8) == (True, False)
     assert operations(1) == (False, True)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_loop_of_int4_products_unpacks_no_weights_before_it(rows):
+    """On a CPU, as on a TPU: the matrix stays packed in memory, whatever the number of rows."""
+    packed = jax.ShapeDtypeStruct((16, 16, 512), jnp.uint8)  # 32 inputs a group
+    scale = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+
+    def decode(x, packed, scale):
+        def step(_, x):
+            return jnp.tanh(matmul.linear(x, packed, scale=scale))
+
+        return jax.lax.fori_loop(0, 10, step, x)
+
+    memory = jax.jit(decode).lower(x, packed, scale).compile().memory_analysis()
+    unpacked = 2 * math.prod(packed.shape)  # bytes, in int8
+    assert memory.temp_size_in_bytes < unpacked
