@@ -264,12 +264,13 @@ class Checkpoints:
             new_path = path.with_name(f"damaged-{path.name}-{number}")
         # Process 0's name is everybody's: it may rename before another process has looked.
         new_path = path.with_name(all_gather_json(new_path.name)[0])
-        try:
-            with wrap_storage_errors(path):
-                if is_main_process():
-                    path.rename(new_path)
-        except OSError as e:
-            raise self._error("rename", e) from e
+        with raise_together():  # the others must not wait for a process 0 that has ended
+            try:
+                with wrap_storage_errors(path):
+                    if is_main_process():
+                        path.rename(new_path)
+            except OSError as e:
+                raise self._error("rename", e) from e
         return (
             f"checkpoint {path} is damaged ({why}): kept as {new_path.name}; continuing from the one "
             f"before, of step {restored_step}"

@@ -95,8 +95,8 @@ def train(
     ):
         stop_signal.deferred = is_multiprocess()  # processes stop together, between steps
         _prepare_process()
+        c = keep_old_defaults(directory, c)
         with raise_together():
-            c = keep_old_defaults(directory, c)
             inputs = open_inputs(c, exit_stack)
         with raise_together():
             if is_main_process():
@@ -104,7 +104,9 @@ def train(
                     print(message, flush=True)
         with raise_together():
             check_is_shared(directory)
-        if all_gather_json(is_finished(directory, c))[0]:
+        with raise_together():
+            finished = is_main_process() and is_finished(directory, c)
+        if all_gather_json(finished)[0]:
             if is_main_process():
                 print(f"{directory} is done: its model is in {directory / MODEL}", flush=True)
             return _read_result(directory, c)

@@ -28,20 +28,23 @@ BEST = "best"  # the model with the best score on a benchmark (config.eval.best)
 
 def keep_old_defaults(workdir: Path, c: TrainConfig) -> TrainConfig:
     """The configuration of a run that was started before `data.exif` existed: its images are not rotated.
+    Collective: another process may not see the file of process 0 yet.
 
     A working directory that cannot be read is left to `open_workdir`.
     """
+    if all_gather_json(_is_without_exif(workdir))[0]:
+        return replace(c, data=replace(c.data, exif=False))
+    return c
+
+
+def _is_without_exif(workdir: Path) -> bool:
+    """Whether a run's config.json can be read and has no `data.exif`."""
     try:
         with wrap_storage_errors(workdir):
-            path = workdir / CONFIG
-            data = (
-                json.loads(path.read_text())["config"]["data"] if path.exists() else {"exif": True}
-            )
+            data = json.loads((workdir / CONFIG).read_text())["config"]["data"]
     except (OSError, ValueError, LookupError, TypeError):
-        return c
-    if not isinstance(data, dict) or "exif" in data:
-        return c
-    return replace(c, data=replace(c.data, exif=False))
+        return False
+    return isinstance(data, dict) and "exif" not in data
 
 
 def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:

@@ -69,7 +69,8 @@ def restore(directory: str, fault: str | None, faulty_process: int) -> dict:
     """Save steps 3, 6 and 9, restore with a fault in one process, and save step 12.
 
     fault: "stale", the listing lacks the last checkpoint; "ahead", it has one more that is gone;
-    "damaged", the arrays of the last one are read wrongly; "invisible", the last one does not appear.
+    "damaged", the arrays of the last one are read wrongly; "fixed", they are, and it cannot be renamed;
+    "invisible", the last one does not appear.
     """
     import jax
     import numpy as np
@@ -124,15 +125,21 @@ def inject(patch: Any, fault: str | None) -> None:
             return [*paths, base_path / "00000013"]
 
         patch.setattr(name_format, "_glob_step_paths", stale_listing)
-    elif fault == "damaged":
+    elif fault in ("damaged", "fixed"):
         checksum = checkpoints._array_checksum
         patch.setattr(
             checkpoints,
             "_array_checksum",
             lambda a: "wrong" if np_max(a) == 9 else checksum(a),
         )
+        if fault == "fixed":
+            patch.setattr(Path, "rename", refuse_rename)
     elif fault == "invisible":
         patch.setattr(checkpoints, "wait_until_visible", lambda path: not path.name.endswith("9"))
+
+
+def refuse_rename(path: Path, target: Path) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 def np_max(array: Any) -> float:

@@ -10,6 +10,7 @@ FAULTS = [
     ("ahead-1", "ahead", 1),
     ("damaged-1", "damaged", 1),
     ("damaged-0", "damaged", 0),
+    ("fixed-0", "fixed", 0),
     ("invisible-1", "invisible", 1),
 ]
 
@@ -71,3 +72,12 @@ def test_a_checkpoint_that_one_process_cannot_see_is_not_called_damaged(folder, 
     assert "checkpoint" in second["error"] and "is not visible, though process 0" in second["error"]
     assert first["error"] == "process 1: " + second["error"]
     assert step_directories(folder, "invisible-1") == ["00000003", "00000006", "00000009"]
+
+
+@pytest.mark.slow
+def test_all_end_where_process_0_cannot_rename_a_damaged_checkpoint(folder, restored):
+    """Process 1 would otherwise wait for process 0 until JAX aborts it (exit code 134)."""
+    first, second = restored["fixed-0"]
+    assert "cannot rename checkpoints" in first["error"] and "Permission denied" in first["error"]
+    assert second["error"] == "process 0: " + first["error"]
+    assert step_directories(folder, "fixed-0") == ["00000003", "00000006", "00000009"]
