@@ -68,9 +68,9 @@ def noise(seed: int, width: int = 40, height: int = 30) -> Image.Image:
 
 
 def data_url(image: Image.Image) -> str:
-    """The image as a PNG in a data URL."""
+    """The image as a PNG in a data URL, with its EXIF fields."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", exif=image.getexif())
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

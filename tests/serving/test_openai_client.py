@@ -164,13 +164,17 @@ def test_models_embeddings_and_ranking(model, client):
     np.testing.assert_allclose(ranked[0]["nll"], nll[ranked[0]["index"]], rtol=1e-4)
 
 
-def test_boxes_in_pixels_of_the_last_image(server, client, monkeypatch):
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_boxes_in_pixels_of_the_last_image(server, client, monkeypatch, orientation):
+    """As it is shown: a photo whose EXIF orientation is 6 or 8 is stored lying on its side."""
     answer = _output("<p>a cup</p> {<10><20><50><100>}")
     monkeypatch.setattr(server.service.model, "output", lambda *_: answer)
+    size = {"width": 50, "height": 200} if orientation > 4 else {"width": 200, "height": 50}
+    image = noise(1, **size)
+    image.getexif()[0x0112] = orientation
     response = client.chat.completions.create(
-        messages=[user_message("[refer] cup", noise(1, width=200, height=50))],
-        extra_body={"boxes": True}, **GREEDY,
-    )  # fmt: skip
+        messages=[user_message("[refer] cup", image)], extra_body={"boxes": True}, **GREEDY
+    )
     assert response.choices[0].message.boxes == [{"phrase": "a cup", "box": [20, 10, 100, 50]}]
 
 
