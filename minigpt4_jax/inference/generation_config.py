@@ -50,7 +50,8 @@ class GenerationConfig:
         repetition_penalty: divides the scores of tokens generated before (not the prompt's); 1 is off.
         frequency_penalty: subtracted from a token's score for each time that it was generated; 0 is off.
         presence_penalty: subtracted once from the scores of generated tokens; 0 is off.
-        min_new_tokens: no stop token before this many.
+        min_new_tokens: no stop token before this many; a stop text that is spelled by others before
+            cuts the text, but ends the answer only then.
         num_beams: more than 1 is beam search, which excludes sampling.
         length_penalty: beams are ranked by log-probability / length ** length_penalty. The length
             counts a BOS before the answer, as in the original.

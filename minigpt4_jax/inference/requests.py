@@ -35,6 +35,15 @@ class Request:
     # Called between chunks of decoding steps; not used in beam search.
     stop_check: Callable[[list[int]], int | None] | None = None
 
+    def stopped_after(self, ids: list[int]) -> int | None:
+        """After how many of the generated ids `stop_check` ends the answer, which min_new_tokens may delay;
+        None to continue."""
+        length = self.stop_check(ids) if self.stop_check else None
+        if length is None:
+            return None
+        length = max(length, int(self.sampling.min_new_tokens))
+        return length if length <= len(ids) else None
+
 
 @dataclass(frozen=True)
 class Completion:

@@ -213,7 +213,7 @@ class RunningBatch:
         rows = [None if row is None or row.finished else row for row in unread.rows]
         news = []
         for _, row, completion, done in read_snapshot(rows, unread.snapshot):
-            length = row.request.stop_check(completion.ids) if row.request.stop_check else None
+            length = row.request.stopped_after(completion.ids)
             if length is not None:
                 completion = truncate(completion, length)
                 if not done and row.slot is not None:

@@ -149,6 +149,20 @@ def test_a_stop_text_does_not_begin_in_the_prompt(model):
     assert stopped.ids == output.ids
 
 
+def test_min_new_tokens_delays_the_end_at_a_stop_text(model):
+    """Whose tokens are not those that are forbidden before. The text is cut there all the same."""
+    prompt = "what is it"
+    (uncut,) = model.generate_details(None, [prompt], max_new_tokens=24)[0]
+    stop = uncut.text[len(uncut.text) // 2 :][:2]
+    (short,) = model.generate_details(None, [prompt], max_new_tokens=24, stop=[stop])[0]
+    (long,) = model.generate_details(
+        None, [prompt], max_new_tokens=24, stop=[stop], min_new_tokens=20
+    )[0]
+    assert len(short.ids) < 20 and long.ids == uncut.ids[:20]
+    assert long.text == short.text == uncut.text.split(stop)[0].strip()
+    assert long.finish_reason == "stop"
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_way_to_generate_ends_at_the_same_text(model, number):
     conversation = model.conversation()
