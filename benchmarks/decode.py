@@ -39,8 +39,7 @@ from common import (
     seconds,
     time_in_turns,
 )
-from torch_peer import hf_config, hf_name
-from transformers import LlamaForCausalLM
+from torch_peer import load_weights
 from transformers.utils import logging
 
 from minigpt4_jax.checkpoint import model_directory
@@ -73,12 +72,7 @@ class Peers:
         assert isinstance(model, MiniGpt)
         self.engine, self.config = Engine(model), config.llm
         torch_dtype = getattr(torch, dtype)
-        self.torch = LlamaForCausalLM(hf_config(config.llm)).to(torch_dtype).eval()
-        self.torch.config.use_cache = True
-        state, tensors = self.torch.state_dict(), model_directory.Tensors(folder)
-        for name in (n for n in tensors if n.startswith("llm.")):
-            state[hf_name(name)].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
-        self.torch.tie_weights()
+        self.torch, _ = load_weights(config.llm, model_directory.Tensors(folder), torch_dtype)
         num_weights = sum(p.numel() for p in self.torch.parameters())
         self.weight_bytes = num_weights * torch_dtype.itemsize
 

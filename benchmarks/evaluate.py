@@ -18,12 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import argument_parser, median_ratio, time_in_turns
-from torch_peer import hf_config, hf_name, qformer, vit
-from transformers import LlamaForCausalLM
+from torch_peer import load_weights, qformer, vit
 
 import minigpt4_jax
 from minigpt4_jax.checkpoint import model_directory
-from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.config import IMAGE, IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import UserError, run
 from minigpt4_jax.evaluation.answering import AnswerOptions, answer_task
@@ -41,16 +39,7 @@ class OriginalWay:
     def __init__(self, folder: Path, model: Model):
         self._model, self._config = model, model.config
         tensors = model_directory.Tensors(folder)
-        self._llm = LlamaForCausalLM(hf_config(model.config.llm)).eval()
-        self._llm.config.use_cache = True
-        state, self._weights = self._llm.state_dict(), {}
-        for name in parameter_shapes(model.config):
-            value = torch.from_numpy(np.asarray(tensors[name], np.float32))
-            if name.startswith("llm."):
-                state[hf_name(name)].copy_(value)
-            else:
-                self._weights[name] = value
-        self._llm.tie_weights()
+        self._llm, self._weights = load_weights(model.config.llm, tensors)
         self._chat = chat_format(model.config, model.tokenizer)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 A run of 20 steps that saves after each one is killed with SIGKILL and restarted until it ends; then the
 next run begins. Prints whether each run ended with the same batches, records and parameters as an
-undisturbed one, and what the kills hit. Exit code 1 if one differs. The tests do the same with 12 kills
+undisturbed one, and what the kills hit. Exit code 1 if one differs. The tests do the same with 8 kills
 (tests/training/test_train_kills.py).
 """
 

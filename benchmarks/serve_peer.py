@@ -18,8 +18,7 @@ import torch.nn.functional as F
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
-from torch_peer import hf_config, hf_name, qformer, vit
-from transformers import LlamaForCausalLM
+from torch_peer import load_weights, qformer, vit
 
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.config import IMAGE
@@ -37,16 +36,8 @@ class Peer:
             model_directory.tokenizer_dir(folder), self.config.tokenizer.kind
         )
         self.template = chat_templates.chat_format(self.config, self.tokenizer)
-        self.llm = LlamaForCausalLM(hf_config(self.config.llm)).eval()
-        self.llm.config.use_cache = True
-        state, tensors = self.llm.state_dict(), model_directory.Tensors(folder)
-        self.weights: dict[str, torch.Tensor] = {}
-        for name in tensors:
-            value = torch.from_numpy(np.asarray(tensors[name], np.float32))
-            if name.startswith("llm."):
-                state[hf_name(name)].copy_(value)
-            else:
-                self.weights[name] = value
+        tensors = model_directory.Tensors(folder)
+        self.llm, self.weights = load_weights(self.config.llm, tensors)
         self.lock = threading.Lock()
 
     @torch.inference_mode()

@@ -1,10 +1,11 @@
-"""The same model and training step in PyTorch, for train_step.py and decode.py; not run by hand.
+"""The same models and training step in PyTorch, for other benchmarks; not run by hand.
 
 The language model is the LLaMA of transformers, the vision side is written here. Weights have this project's
-names and come from `sizes.tensor`, so that both sides have the same numbers.
+names. Those of a training step come from `sizes.tensor`, so that both sides have the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,6 +108,23 @@ def hf_config(m: LlmConfig) -> LlamaConfig:
         max_position_embeddings=m.max_length, attn_implementation="sdpa", use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
     )  # fmt: skip
+
+
+def load_weights(
+    config: LlmConfig, tensors: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[LlamaForCausalLM, Weights]:
+    """The language model of a model directory's tensors for `generate`, and the other tensors in float32."""
+    llm = LlamaForCausalLM(hf_config(config)).to(dtype).eval()
+    llm.config.use_cache = True
+    state, others = llm.state_dict(), {}
+    for name in tensors:
+        value = torch.from_numpy(np.asarray(tensors[name], np.float32))
+        if name.startswith("llm."):
+            state[hf_name(name)].copy_(value)
+        else:
+            others[name] = value
+    llm.tie_weights()
+    return llm, others
 
 
 class TorchPeer:
