@@ -79,7 +79,7 @@ class ModelRunner:
         )
         decode = partial(compiled, programs.decode, static_argnums=(3,), donate_argnums=(1,))
         self._decode = self._decode_row = decode(bound=reads)
-        if backend() == "gpu" and reads == "separate reads":
+        if backend() == "gpu" and reads in ("separate reads", "unsplit reads"):
             self._decode_row = decode(bound="reads")  # joined products of one row copy no weights
         self._search = compiled(programs.search, reads, static_argnums=(4, 5, 6))
         self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
@@ -276,11 +276,14 @@ class ModelRunner:
 
 def _read_options(model: MiniGpt, mesh: Mesh | None) -> str:
     """What bounds a model's decoding, as `compiler_options` names it."""
-    if any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(nnx.state(model))):
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
+    if jnp.dtype(jnp.uint8) in dtypes:
         return "packed reads"
-    is_split = mesh is not None and mesh.shape.get("model", 1) > 1
+    splits = 1 if mesh is None else mesh.shape.get("model", 1)
+    if splits > 1 and jnp.dtype(jnp.int8) in dtypes and model.config.llm.ffn // splits % 64:
+        return "unsplit reads"
     has_adapters = any(not layer.merged for layer in lora_layers(model))
-    return "separate reads" if is_split or has_adapters else "reads"
+    return "separate reads" if splits > 1 or has_adapters else "reads"
 
 
 def _weight_slots(model: MiniGpt) -> float:

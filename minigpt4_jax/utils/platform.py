@@ -28,6 +28,13 @@ _GPU_OPTIONS: dict[str, CompilerOptions] = {
     # their outputs are no multiples of a kernel's blocks, so that joined products would copy the weights in
     # every step.
     "separate reads": {"xla_gpu_dot_merger_threshold_mb": 0},
+    # The same for int8 weights whose inputs, split over several GPUs, are no multiple of 64 (11,008 over 8):
+    # products that also split their inputs within a GPU would pad them, and write the unpacked matrix in
+    # every step.
+    "unsplit reads": {
+        "xla_gpu_dot_merger_threshold_mb": 0,
+        "xla_gpu_experimental_force_split_k": 1,
+    },
     # The same for weights with groups of 4 bits, which products unpack as they read them. Joined products
     # would unpack them to memory, and so would products that are split over their inputs.
     "packed reads": {
@@ -55,8 +62,8 @@ def compiling_for(platform: str, capability: tuple[int, int] = (9, 0)) -> Iterat
 
 
 def compiler_options(bound: str) -> CompilerOptions | None:
-    """`compiler_options` of jax.jit for a program bound by "products", or by "reads", "separate reads" or
-    "packed reads" of weights; None on CPU and TPU."""
+    """`compiler_options` of jax.jit for a program bound by "products", or by "reads", "separate reads",
+    "unsplit reads" or "packed reads" of weights; None on CPU and TPU."""
     return _GPU_OPTIONS[bound] if backend() == "gpu" else None
 
 
