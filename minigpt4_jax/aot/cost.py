@@ -70,10 +70,6 @@ class Cost:
         return sum(c.sent_bytes * c.count for c in self.collectives)
 
 
-# Opcodes that run a computation's instructions as they are (unlike a fusion); None: the entry
-_EXECUTES_BODY = (None, "while", "conditional", "call", "async-start")
-
-
 def cost_of(module: Module) -> Cost:
     """Count a whole program. ValueError: unknown format of replica groups."""
     instructions: list[InstructionCost] = []
@@ -91,7 +87,7 @@ def cost_of(module: Module) -> Cost:
             kind, size = i.opcode.removesuffix("-start"), _full_size(i, computation)
             key = (kind, _group_size(i), size, overlapped, channel)
             executions[key] = min(executions.get(key, count), count)
-        if caller in _EXECUTES_BODY:
+        if module.runs_body(name):
             costs = (_instruction_cost(i, computation, module, count) for i in computation.values())
             instructions += [cost for cost in costs if cost.flops or cost.hbm_bytes]
     return Cost(tuple(instructions), _merge(executions), module.unknown_loops)

@@ -23,6 +23,8 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Opcodes that run a computation's instructions as they are; None: the entry
+_RUNS_BODY = (None, "while", "conditional", "call", "async-start")
 _TRIP_COUNT = re.compile(r'"?known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 
 
@@ -180,6 +182,11 @@ class Module:
             if name in self.execution_counts
             for i in computation.values()
         )
+
+    def runs_body(self, name: str) -> bool:
+        """Whether a computation's instructions run one by one, unlike those of a fusion. Known once
+        `execution_counts` has been read."""
+        return self.caller_opcodes.get(name) in _RUNS_BODY
 
     def _known(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.computations]

@@ -19,7 +19,6 @@ _NO_KERNEL = {
 }  # fmt: skip
 _MOVES = ("copy", "copy-start", "slice", "dynamic-slice", "transpose", "concatenate", "pad")
 _IN_MOVES = (*_MOVES, "parameter", "bitcast", "constant", "tuple", "get-tuple-element", "reshape")
-_EXECUTES_BODY = (None, "while", "conditional", "call", "async-start")
 _SMALL = 1 << 16  # bytes: positions, lengths and other bookkeeping
 
 
@@ -42,7 +41,7 @@ def kernels_of(module: Module) -> Kernels:
     inside = set(counts) if loop is None else _reachable(loop, module)
     count = library_calls = copies = copied = argument_copies = argument_copied = 0
     for name in inside:
-        if module.caller_opcodes.get(name) not in _EXECUTES_BODY:
+        if not module.runs_body(name):
             continue
         for i in module.computations[name].values():
             if i.opcode in _NO_KERNEL:

@@ -241,9 +241,10 @@ def test_boxes_of_an_answer_are_shown(site, visitor, tmp_path):
 
 
 def test_an_empty_seed_is_another_each_time(visitor):
-    visitor.set_seed("one")
-    visitor.ask("hello", wait=False)
-    visitor.page.locator("#status", has_text="expected a whole number").wait_for()
+    for seed in ("one", "9" * 5000):
+        visitor.set_seed(seed)
+        visitor.ask("hello", wait=False)
+        visitor.page.locator("#status", has_text=f"Seed '{seed[:3]}").wait_for()
     visitor.set_seed("")
     seeds = set()
     for _ in range(2):

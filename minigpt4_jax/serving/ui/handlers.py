@@ -22,6 +22,7 @@ from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
 from minigpt4_jax.utils.text import shorten
 
+MAX_SEED_DIGITS = 18
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")  # of gradio_image_annotation
 LOST = (
     "The conversation that was here is gone: the server was restarted, or the page loaded again. "
@@ -321,35 +322,31 @@ class Handlers:
         table = ""
         if self._draws_boxes and last and last.marked_answer and partial is None:
             table = rendering.box_table(last.answer, conversation.images[-1].size)
-        messages = [message for _, message in self._messages(conversation, partial)]
+        messages = self._messages(conversation, partial)
         return View(messages, box or gr.skip(), gr.skip(), status, table)
 
     def _messages(
         self, conversation: PageConversation, partial: str | None = None
-    ) -> list[tuple[int, dict[str, Any]]]:
-        """(number of the turn, message of the chat)."""
-        messages: list[tuple[int, dict[str, Any]]] = []
+    ) -> list[dict[str, Any]]:
+        """The messages of the chat, as Gradio's Chatbot takes them."""
+        messages: list[dict[str, Any]] = []
 
-        def add(number: int, role: str, content: Any) -> None:
-            messages.append((number, {"role": role, "content": content}))
+        def add(role: str, content: Any) -> None:
+            messages.append({"role": role, "content": content})
 
         for number, turn in enumerate(conversation.turns):
             for image in turn.images:
                 if turn.marked_question is None or image is not turn.images[-1]:
-                    add(number, "user", _file_content(image.thumbnail, "picture"))
+                    add("user", _file_content(image.thumbnail, "picture"))
             if turn.marked_question is not None:
-                add(
-                    number,
-                    "user",
-                    _file_content(turn.marked_question, "picture with the marked box"),
-                )
-            add(number, "user", rendering.question_html(turn.question))
+                add("user", _file_content(turn.marked_question, "picture with the marked box"))
+            add("user", rendering.question_html(turn.question))
             if partial is not None and number == len(conversation.turns) - 1:
-                add(number, "assistant", self._html(partial, finished=False) or "…")
+                add("assistant", self._html(partial, finished=False) or "…")
                 continue
-            add(number, "assistant", self._html(turn.answer) or "*(no answer)*")
+            add("assistant", self._html(turn.answer) or "*(no answer)*")
             if turn.marked_answer is not None:
-                add(number, "assistant", _file_content(turn.marked_answer, "picture with boxes"))
+                add("assistant", _file_content(turn.marked_answer, "picture with boxes"))
         return messages
 
     def _html(self, answer: str, *, finished: bool = True) -> str:
@@ -384,11 +381,13 @@ def _drawn_box(value: Any) -> Box | None:
 
 
 def _settings(values: Sequence[Any]) -> Settings:
-    """RequestError: a seed that is no number."""
+    """RequestError: a seed that is no whole number, or a very large one."""
     temperature, top_p, num_beams, max_new_tokens, seed = values
     seed = (seed or "").strip()
-    if seed and not seed.isdecimal():
-        raise invalid(f"Seed {shorten(seed)!r}: expected a whole number, or nothing.")
+    if seed and not (seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
+        raise invalid(
+            f"Seed {shorten(seed)!r}: expected a whole number of up to {MAX_SEED_DIGITS} digits, or nothing."
+        )
     return Settings(
         float(temperature), float(top_p), int(num_beams), int(max_new_tokens),
         int(seed) if seed else None,

@@ -1,5 +1,6 @@
 """The components of the page and where they stand."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,6 @@ class PageInfo(NamedTuple):
     max_beams: int
     shortcuts: Sequence[Shortcut]
     examples: Sequence[Example]
-    links: Sequence[tuple[str, str]] = ()  # (name, path) of the pages of other models
 
 
 class Page(NamedTuple):
@@ -122,9 +122,9 @@ def build(info: PageInfo) -> Page:
 
 
 def _header(info: PageInfo) -> str:
-    facts = "".join(f"<span>{fact}</span>" for fact in info.facts)
-    links = "".join(f"<a href='{path}'>{name}</a>" for name, path in info.links)
-    return f"<h1>{info.title}</h1><div class='facts'><b>{info.name}</b>{facts}{links}</div>"
+    facts = "".join(f"<span>{html.escape(fact)}</span>" for fact in info.facts)
+    name = html.escape(info.name)  # by default that of the model's directory
+    return f"<h1>{info.title}</h1><div class='facts'><b>{name}</b>{facts}</div>"
 
 
 def _picture_caption(draws_boxes: bool) -> str:
