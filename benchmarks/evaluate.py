@@ -3,9 +3,10 @@
     python benchmarks/evaluate.py --model=DIR --data=DATA [--benchmark=shapes_description] [--rows=100]
         [--rounds=3] [--batch=32] [--peer-batch=10]
 
-DIR is a model directory with a Q-Former and a LLaMA-like language model (the quickstart's stage2/model),
-DATA a data root with DATA/shapes (python -m minigpt4_jax.shapes --out=DATA/shapes). Ours is what the command
-does: images read by threads, each encoded once, rows joining and leaving a running batch. The original's way
+DIR is a model directory with a LLaMA-like language model and without LoRA: the quickstart's stage2/model, or
+tiny_v2's after `python -m convert merge`. DATA is a data root with DATA/shapes (python -m minigpt4_jax.shapes
+--out=DATA/shapes). Ours is what the command does: images read by threads, each encoded once, rows joining and
+leaving a running batch, prompts that begin alike processed once. The original's way
 (eval_vqa.py) is transformers' generate on left-padded batches of 10 rows in file order, each with the images
 of its rows, until the last row has ended. Both are greedy, with the same prompts and limits, in float32.
 Prints rows/s, their ratio, and the share of equal answers.
@@ -58,7 +59,10 @@ class OriginalWay:
         pixels = np.stack([load_pixels(path, size) for path in paths if path])
         mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
         encoded = vit(w, self._config, (torch.from_numpy(pixels) / 255 - mean) / std)
-        queries = qformer(w, self._config, encoded)
+        if self._config.qformer is None:
+            queries = encoded[:, 1:].reshape(len(paths), self._config.visual_tokens, -1)
+        else:
+            queries = qformer(w, self._config, encoded)
         return torch.nn.functional.linear(queries, w["projection.weight"], w["projection.bias"])
 
     def _embed(self, question: str, visual: torch.Tensor) -> torch.Tensor:
@@ -105,8 +109,8 @@ def main() -> None:
     parser.add_argument("--peer-batch", type=int, default=10, help="the original's is 10")
     args = parser.parse_args()
     model = minigpt4_jax.load(args.model, "float32")
-    if model.config.qformer is None:
-        raise UserError(f"--model={args.model}: expected a model with a Q-Former")
+    if model.config.lora is not None:
+        raise UserError(f"--model={args.model}: has LoRA; run `python -m convert merge` first")
     task = open_tasks([args.benchmark], args.data, ["heldout"], args.rows)[0]
     peer = OriginalWay(args.model, model)
     answers: dict[str, list[str]] = {}

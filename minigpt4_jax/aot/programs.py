@@ -209,9 +209,9 @@ class AbstractEngine(Engine):
             state = self._prefill.eval_shape(
                 self._leaves, requests, context, MAX_NEW_TOKENS, self.plan
             )
-            steps = sharded_shape((), jnp.int32, replicated(self.mesh))
+            limit = sharded_shape((), jnp.int32, replicated(self.mesh))
             shapes = self._shard_state(state)
-            return self.decode_program(rows).lower(self._leaves, shapes, steps, self.plan)
+            return self.decode_program(rows).lower(self._leaves, shapes, limit, limit, self.plan)
 
     def _request_shapes(self, rows: int, tokens: int) -> BatchInputs:
         c = self.config

@@ -39,10 +39,10 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "a": Way("Q-Former and projection, captions (BLIP-2)", "quickstart:qformer", 240),
-    "b": Way("projection, captions (stage 1)", "quickstart:stage1", 240),
-    "c": Way("b, then stage 2 (MiniGPT-4)", "quickstart:stage2", 200, after="b"),
-    "d": Way("a, then stage 2", "quickstart:stage2", 200, after="a"),
+    "a": Way("Q-Former and projection, captions (BLIP-2)", "quickstart:qformer", 200),
+    "b": Way("projection, captions (stage 1)", "quickstart:stage1", 200),
+    "c": Way("b, then stage 2 (MiniGPT-4)", "quickstart:stage2", 160, after="b"),
+    "d": Way("a, then stage 2", "quickstart:stage2", 160, after="a"),
 }
 
 

@@ -124,6 +124,7 @@ def _ask(
     config = GenerationConfig(
         max_new_tokens=task.benchmark.max_new_tokens, stop=stop, extra_bos=options.extra_bos
     )
+    numbers = _by_image(task, numbers)
     rows = [task.rows[n] for n in numbers]
     images = [task.image(row) for row in rows]
     prompts = [_prompt(row, round, chat, options) for row in rows]
@@ -131,6 +132,15 @@ def _ask(
     for i, (answer,) in model.answer_prompts(prepared, options.batch_size, on_error="return"):
         file.add(numbers[i], _values(answer), round)
         bar.update()
+
+
+def _by_image(task: Task, numbers: Sequence[int]) -> list[int]:
+    """The rows in an order in which those of an image follow each other: it is encoded once, and its part
+    of the prompt is processed once."""
+    first: dict[tuple[str, ...], int] = {}
+    for n in numbers:
+        first.setdefault(tuple(task.rows[n].images), n)
+    return sorted(numbers, key=lambda n: (first[tuple(task.rows[n].images)], n))
 
 
 def _prompt(row: Row, round: int, chat: ChatFormat, options: AnswerOptions) -> str:

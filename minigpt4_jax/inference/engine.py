@@ -9,7 +9,7 @@ import numpy as np
 from minigpt4_jax.inference.beam_search import Hypotheses, SearchInputs
 from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.requests import Completion, Progress, Request, bucket, bucket_sizes
-from minigpt4_jax.inference.runner import UNLIMITED_STEPS, ModelRunner
+from minigpt4_jax.inference.runner import UNLIMITED, ModelRunner
 from minigpt4_jax.inference.running_batch import CHUNK_STEPS, RunningBatch
 from minigpt4_jax.utils.rounding import next_power_of_two
 
@@ -72,6 +72,7 @@ class Engine(ModelRunner):
         batch = RunningBatch(
             self, num_rows, min_rows=num_rows, min_sizes=self.bucket_sizes(sized_for, num_rows),
             stages=self.stages(sized_for), prefix_cache=prefix_cache, report_progress=progress,
+            share_prompts=prefix_cache is None and len(sized_for) > num_rows,
         )  # fmt: skip
         in_chunks = progress or any(request.stop_check for request in sized_for)
         indexed = enumerate(requests)
@@ -83,8 +84,9 @@ class Engine(ModelRunner):
                     batch.add(index, request)
                 if batch.is_idle:
                     return
-                steps = chunk if in_chunks or batch.num_waiting else UNLIMITED_STEPS
-                for news in batch.step(steps):
+                waits = batch.num_waiting > 0
+                steps = chunk if in_chunks or waits else UNLIMITED
+                for news in batch.step(steps, until_row_ends=waits):
                     if news.error is not None:
                         raise news.error
                     yield news

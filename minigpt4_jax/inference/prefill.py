@@ -17,7 +17,10 @@ from minigpt4_jax.inference.requests import (
 )
 from minigpt4_jax.inference.runner import ModelRunner
 from minigpt4_jax.models.kv_cache import KVCache
+from minigpt4_jax.utils.rounding import next_power_of_two
 
+SHARED_PROMPTS = 2  # prompts whose caches are kept for those that follow
+SMALLEST_SHARED = 64  # tokens
 NOTHING = Completion([], [], False, 0.0)
 
 
@@ -52,15 +55,24 @@ class Prefill:
         sizing: BatchSizing,
         piece_tokens: int | None,
         prefix_cache: PrefixCache | None,
+        *,
+        share_prompts: bool = False,
     ):
-        """piece_tokens: of a prompt, processed at a time; None: the whole prompt."""
+        """
+        Args:
+            piece_tokens: of a prompt, processed at a time; None: the whole prompt.
+            prefix_cache: of finished requests, which prompts continue from.
+            share_prompts: prompts continue from those processed before them. Without the other two.
+        """
         self._runner, self._sizing = runner, sizing
-        self._piece_tokens, self._prefix_cache = piece_tokens, prefix_cache
+        self._piece_tokens, self._finished = piece_tokens, prefix_cache
+        self._shared = PrefixCache(SHARED_PROMPTS, compare_visual=False) if share_prompts else None
 
     def reuse_prefix(self, row: Row) -> None:
-        """Let a row continue from the prefix cache, if its prompt begins alike."""
-        if self._prefix_cache is not None:
-            cached = self._prefix_cache.take(row.request, self._runner.leaves)
+        """Let a row continue from a cached prompt that begins alike, if there is one."""
+        caches = self._finished or self._shared
+        if caches is not None:
+            cached = caches.take(row.request, self._runner.leaves)
             row.num_cached, row.cache = cached or (0, None)
             row.num_reused = row.num_cached
 
@@ -89,6 +101,7 @@ class Prefill:
         into a state that exists, which also fills the rest of the arrays.
         """
         request, shapes = row.request, self._sizing.shapes
+        grows = starts_batch and (shapes is not None or self._shared is not None)
         if starts_batch:
             sizes = self._sizing.sizes([request])
         else:
@@ -96,7 +109,7 @@ class Prefill:
             sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
         state = self._run(row, request, sizes)
         row.cache = None
-        if starts_batch and shapes is not None:
+        if grows:
             slots = [0, *[None] * (self._sizing.num_rows(1) - 1)]
             state = self._runner.resize(state, slots, self._sizing.sizes([request]))
         return state
@@ -105,11 +118,32 @@ class Prefill:
         """request: the row's, up to the last token of this piece."""
         if self._sizing.shapes is not None:
             return self._run_in_shapes(self._sizing.shapes, row, request)
+        if self._shared is not None:
+            return self._run_shared(self._shared, row)
         stages = self._sizing.stages([request])
         if row.cache is None:
             return self._runner.prefill([request], sizes, stages)
         cache, row.cache = row.cache, None
         return self._runner.resume(cache, row.num_cached, request, sizes, stages)
+
+    def _run_shared(self, shared: PrefixCache, row: Row) -> DecodeState:
+        """Process the rest of a row's prompt, and keep its cache for those that follow."""
+        request, runner = row.request, self._runner
+        # Powers of two: the caches of most prompts have the same shape, as have the programs.
+        length = next_power_of_two(max(SMALLEST_SHARED, len(request.tokens)))
+        sizes = bucket_sizes([request])._replace(cache_length=length, max_new_tokens=1)
+        stages = self._sizing.stages([request])
+        if row.cache is None:
+            state = runner.prefill([request], sizes, stages)
+        else:
+            cache, row.cache = row.cache, None
+            if cache.length > length:
+                cache = runner.take_cache_row(cache, 0, length)
+            # The padded rest must lie within the cache: it may repeat some tokens.
+            start = min(row.num_cached, length - bucket(len(request.tokens) - row.num_cached))
+            state = runner.resume(cache, start, request, sizes, stages)
+        shared.store(request, [], state.cache, runner.leaves, state.nonfinite)
+        return state
 
     def _run_in_shapes(self, shapes: BatchShapes, row: Row, request: Request) -> DecodeState:
         size = shapes.prompt(len(request.tokens) - row.num_cached, resumed=row.cache is not None)

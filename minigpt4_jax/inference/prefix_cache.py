@@ -18,6 +18,7 @@ class _Entry(NamedTuple):
     visual: VisualTokens | None
     cache: KVCache  # of one row
     leaves: list[jax.Array]
+    nonfinite: jax.Array | None  # [1] bool: cannot be used; None: can
 
 
 class PrefixCache:
@@ -26,9 +27,17 @@ class PrefixCache:
     They stay on the device until they are taken, replaced, cleared or garbage-collected.
     """
 
-    def __init__(self, max_entries: int = 1, max_tokens: int | None = None) -> None:
-        """max_tokens: of all entries together, see `num_tokens`."""
+    def __init__(
+        self, max_entries: int = 1, max_tokens: int | None = None, *, compare_visual: bool = True
+    ) -> None:
+        """
+        Args:
+            max_tokens: of all entries together, see `num_tokens`.
+            compare_visual: compare visual tokens by their values, for which the host waits until they are
+                computed. Otherwise they are equal only if they are the same array.
+        """
         self._max_entries, self._max_tokens = max_entries, max_tokens
+        self._compare_visual = compare_visual
         self._entries: list[_Entry] = []  # oldest first
 
     @property
@@ -37,12 +46,22 @@ class PrefixCache:
         return sum(entry.cache.length for entry in self._entries)
 
     def store(
-        self, request: Request, generated: Sequence[int], cache: KVCache, leaves: list[jax.Array]
+        self,
+        request: Request,
+        generated: Sequence[int],
+        cache: KVCache,
+        leaves: list[jax.Array],
+        nonfinite: jax.Array | None = None,
     ) -> None:
-        """Keep the cache of a request. generated: ids of its answer, the last of which is not cached.
-        leaves: the parameters that computed it."""
+        """Keep the cache of a request.
+
+        Args:
+            generated: ids of its answer, the last of which is not cached.
+            leaves: the parameters that computed it.
+            nonfinite: [1] bool, whether it cannot be used, as NaN spread through it. Read when it is taken.
+        """
         tokens = [*request.tokens, *generated[:-1]]
-        self._entries.append(_Entry(tokens, request.visual, cache, leaves))
+        self._entries.append(_Entry(tokens, request.visual, cache, leaves, nonfinite))
         del self._entries[: -self._max_entries]
         while self._max_tokens is not None and self.num_tokens > self._max_tokens:
             del self._entries[0]
@@ -56,7 +75,9 @@ class PrefixCache:
         """
         self._entries = [e for e in self._entries if e.leaves is leaves and not is_deleted(e.cache)]
         lengths = [
-            common_prefix_length(e.tokens, e.visual, request.tokens, request.visual)
+            common_prefix_length(
+                e.tokens, e.visual, request.tokens, request.visual, self._compare_visual
+            )
             for e in self._entries
         ]
         total = len(request.tokens)
@@ -67,6 +88,8 @@ class PrefixCache:
             del self._entries[: max(0, len(self._entries) - self._max_entries + 1)]
             return None
         entry = self._entries.pop(best)
+        if entry.nonfinite is not None and np.asarray(entry.nonfinite).any():
+            return self.take(request, leaves)
         if self._max_entries == 1 or length >= len(entry.tokens):
             return length, entry.cache
         self._entries.append(entry)
@@ -89,14 +112,20 @@ def is_deleted(cache: KVCache) -> bool:
 
 
 def common_prefix_length(
-    a: Sequence[int], a_visual: VisualTokens | None, b: Sequence[int], b_visual: VisualTokens | None
+    a: Sequence[int],
+    a_visual: VisualTokens | None,
+    b: Sequence[int],
+    b_visual: VisualTokens | None,
+    compare_visual: bool = True,
 ) -> int:
-    """How many leading tokens two rows share; visual tokens are compared by their values."""
+    """How many leading tokens two rows share. compare_visual: see PrefixCache."""
     size = min(len(a), len(b))
     a_tokens, b_tokens = np.asarray(a[:size]), np.asarray(b[:size])
     equal = a_tokens == b_tokens
     slots = np.flatnonzero(np.cumprod(equal) * (a_tokens == IMAGE))
     if len(slots) and a_visual is not b_visual:
+        if not compare_visual:
+            return int(slots[0])
         count = len(slots)
         equal[slots] = (np.asarray(a_visual)[:count] == np.asarray(b_visual)[:count]).all(axis=1)
     return size if equal.all() else int(np.argmin(equal))

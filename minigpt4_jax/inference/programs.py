@@ -74,10 +74,16 @@ def _first_tokens(
 
 
 def decode(
-    model: MiniGpt, state: DecodeState, steps: jax.Array, stages: SamplingStages
+    model: MiniGpt,
+    state: DecodeState,
+    steps: jax.Array,
+    max_ended: jax.Array,
+    stages: SamplingStages,
 ) -> DecodeState:
-    """Up to `steps` more tokens for every row, until all rows are done."""
+    """Up to `steps` more tokens for every row, until `max_ended` more rows, or all, are done."""
     decoder = model.decoder
+    b, num_done = state.done.shape[0], jnp.sum(state.done)
+    enough_done = num_done + jnp.minimum(max_ended, b - num_done)
 
     def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         i, s = carry
@@ -86,7 +92,7 @@ def decode(
         return i + 1, advance(s._replace(cache=cache), decoder.logits(hidden[:, 0]), stages)
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        return (carry[0] < steps) & ~jnp.all(carry[1].done)
+        return (carry[0] < steps) & (jnp.sum(carry[1].done) < enough_done)
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return constrain_state(state)

@@ -95,12 +95,12 @@ def bucket_sizes(
 
 
 def bucket(n: int, smallest: int = 32) -> int:
-    """The smallest of smallest * 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+    """The smallest of 16, 32, 48, 64, 96, 128, 192, ..., from `smallest` on, that is at least n."""
     size = smallest
     while size < n:
         size *= 2
     three_quarters = size * 3 // 4
-    return three_quarters if size > 2 * smallest and n <= three_quarters else size
+    return three_quarters if three_quarters >= 48 and n <= three_quarters else size
 
 
 def fine_bucket(n: int, others: float) -> int:

@@ -48,7 +48,9 @@ from minigpt4_jax.utils.platform import backend, compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 Program = Callable[..., Any]  # a function that jax.jit made
-UNLIMITED_STEPS = 1 << 30  # more than any max_new_tokens: decode until every row is done
+UNLIMITED = (
+    1 << 30
+)  # more than any max_new_tokens or number of rows: decode until every row is done
 
 
 class ModelRunner:
@@ -77,7 +79,7 @@ class ModelRunner:
         self._resume = compiled(
             programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
         )
-        decode = partial(compiled, programs.decode, static_argnums=(3,), donate_argnums=(1,))
+        decode = partial(compiled, programs.decode, static_argnums=(4,), donate_argnums=(1,))
         self._decode = self._decode_row = decode(bound=reads)
         if backend() == "gpu" and reads in ("separate reads", "unsplit reads"):
             self._decode_row = decode(bound="reads")  # joined products of one row copy no weights
@@ -198,14 +200,22 @@ class ModelRunner:
         return state
 
     def decode_program(self, rows: int) -> Any:
-        """The compiled function of (leaves, state, steps, stages) that decodes so many rows."""
+        """The compiled function of (leaves, state, steps, max_ended, stages) that decodes so many rows."""
         return self._decode_row if rows == 1 else self._decode
 
     def decode(
-        self, state: DecodeState, stages: SamplingStages, steps: int = UNLIMITED_STEPS
+        self,
+        state: DecodeState,
+        stages: SamplingStages,
+        steps: int = UNLIMITED,
+        max_ended: int = UNLIMITED,
     ) -> DecodeState:
-        """Up to `steps` more tokens for every row that is not done. `state` is donated."""
-        state = self.decode_program(state.ids.shape[0])(self._leaves, state, steps, stages)
+        """Up to `steps` more tokens for every row that is not done, until `max_ended` more rows are done.
+
+        `state` is donated.
+        """
+        program = self.decode_program(state.ids.shape[0])
+        state = program(self._leaves, state, steps, max_ended, stages)
         return state
 
     def insert(self, state: DecodeState, new: DecodeState, slot: int) -> DecodeState:
@@ -231,10 +241,10 @@ class ModelRunner:
         snapshot: Snapshot = self._snapshot(state)
         return snapshot
 
-    def take_cache_row(self, state: DecodeState, slot: int, length: int) -> KVCache:
-        """A copy of the first `length` slots, or all if there are fewer, of a row's cache."""
-        cache: KVCache = self._take_cache_row(state.cache, slot, min(length, state.cache.length))
-        return cache
+    def take_cache_row(self, cache: KVCache, row: int, length: int) -> KVCache:
+        """A copy of the first `length` slots, or all if there are fewer, of a row of a cache."""
+        taken: KVCache = self._take_cache_row(cache, row, min(length, cache.length))
+        return taken
 
     def stages(self, requests: Sequence[Request]) -> SamplingStages:
         """The sampling stages that these requests need."""

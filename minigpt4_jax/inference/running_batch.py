@@ -18,7 +18,7 @@ from minigpt4_jax.inference.decode_state import DecodeState, Snapshot, read_snap
 from minigpt4_jax.inference.prefill import NOTHING, Prefill, Row
 from minigpt4_jax.inference.prefix_cache import PrefixCache, is_deleted
 from minigpt4_jax.inference.requests import BucketSizes, Progress, Request
-from minigpt4_jax.inference.runner import ModelRunner
+from minigpt4_jax.inference.runner import UNLIMITED, ModelRunner
 from minigpt4_jax.inference.sampling import SamplingStages
 
 CHUNK_STEPS = 16  # decoding steps between two decisions of the host, if it has any to make
@@ -55,6 +55,7 @@ class RunningBatch:
         max_cache_tokens: int | None = None,
         prefill_tokens: int | None = None,
         prefix_cache: PrefixCache | None = None,
+        share_prompts: bool = False,
         stages: SamplingStages | None = None,
         shapes: BatchShapes | None = None,
         report_progress: bool = True,
@@ -70,6 +71,8 @@ class RunningBatch:
                 between which the running answers go on. None: no limit.
             prefix_cache: prompts continue from it where they begin alike, and finished requests are
                 stored in it.
+            share_prompts: prompts continue from one before them in this batch, if they begin alike.
+                Without prefix_cache, prefill_tokens and shapes.
             stages: sampling stages that all requests to come need together. By default those of the
                 running requests.
             shapes: the only sizes and stages that are used; min_rows, min_sizes and stages then have no
@@ -77,7 +80,7 @@ class RunningBatch:
             report_progress: also report unfinished requests.
         """
         if not runner.config.reads_in_pieces:
-            prefill_tokens = prefix_cache = None
+            prefill_tokens, prefix_cache, share_prompts = None, None, False
         self._runner, self._max_rows = runner, max_rows
         self._sizing = BatchSizing(
             runner,
@@ -87,8 +90,11 @@ class RunningBatch:
             stages=stages,
             shapes=shapes,
         )
-        self._prefill = Prefill(runner, self._sizing, prefill_tokens, prefix_cache)
+        self._prefill = Prefill(
+            runner, self._sizing, prefill_tokens, prefix_cache, share_prompts=share_prompts
+        )
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
+        self._starts_together = not (prefill_tokens or prefix_cache or share_prompts)
         self._report_progress = report_progress
         self._waiting: deque[Row] = deque()
         self._prefilling: Row | None = None  # a prompt of which a part is processed
@@ -168,9 +174,10 @@ class RunningBatch:
 
     # --- a step -----------------------------------------------------------------------------
 
-    def step(self, steps: int = CHUNK_STEPS) -> list[Progress]:
+    def step(self, steps: int = CHUNK_STEPS, *, until_row_ends: bool = False) -> list[Progress]:
         """Admit requests, decode up to `steps` tokens of each, and return the news of the chunk before.
 
+        until_row_ends: fewer tokens if a request finishes, so that another can take its place.
         A request whose prompt fails is reported with an error, and the others go on. After any
         exception the batch is undefined: call `abort`.
         """
@@ -179,7 +186,7 @@ class RunningBatch:
         news = self._admit()
         decoding = self._state is not None and bool(self._running())
         if decoding:
-            self._decode(steps)
+            self._decode(steps, 1 if until_row_ends else UNLIMITED)
         while len(self._unread) > decoding:
             news += self._read(self._unread.popleft())
         if not self._running():
@@ -199,10 +206,10 @@ class RunningBatch:
             self._state = self._runner.finish_rows(self._state, rows)
         self._stopped.clear()
 
-    def _decode(self, steps: int) -> None:
+    def _decode(self, steps: int, max_ended: int) -> None:
         assert self._state is not None
         stages = self._sizing.stages([row.request for row in self._running()])
-        self._state = self._runner.decode(self._state, stages, steps)
+        self._state = self._runner.decode(self._state, stages, steps, max_ended)
         self._snapshot(self._state, self._slots)
 
     def _snapshot(self, state: DecodeState, rows: Sequence[Row | None]) -> None:
@@ -243,7 +250,7 @@ class RunningBatch:
 
     def _admit(self) -> list[Progress]:
         """Process prompts and put their rows into slots, as the limits allow: those that failed."""
-        if self._state is None and self._prefill_tokens is None and self._prefix_cache is None:
+        if self._state is None and self._starts_together:
             return self._admit_together()
         failed: list[Progress] = []
         limit, num_tokens = self._prefill_tokens, 0
@@ -383,7 +390,7 @@ class RunningBatch:
             self._state, self._slots, row.slot = None, [], None
         else:
             length = self._sizing.cache_length(len(row.request.tokens) + len(ids))
-            cache = self._runner.take_cache_row(state, row.slot, length)
+            cache = self._runner.take_cache_row(state.cache, row.slot, length)
         self._prefix_cache.store(row.request, ids, cache, self._runner.leaves)
 
 

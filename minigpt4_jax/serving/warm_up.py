@@ -109,7 +109,7 @@ class _Warmer:
         state = self._engine.finish_rows(state, np.zeros(rows, bool))
         for stored in self._shapes.cache_lengths:
             if stored <= length:
-                self._engine.take_cache_row(state, 0, stored)
+                self._engine.take_cache_row(state.cache, 0, stored)
         self._resize(state, rows, length)
 
     def _resize(self, state: DecodeState, rows: int, length: int) -> None:

@@ -305,8 +305,8 @@ def test_log_probabilities_are_those_of_a_full_forward_pass():
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 32, 33, 64, 65, 96, 97, 129, 193, 385)] == [
-        32, 32, 64, 64, 96, 96, 128, 192, 256, 512,
+    assert [bucket(n) for n in (1, 32, 33, 49, 65, 96, 97, 129, 193, 385)] == [
+        32, 32, 48, 64, 96, 96, 128, 192, 256, 512,
     ]  # fmt: skip
     assert all(n <= bucket(n) <= max(32, 2 * n) for n in range(1, 3000))
 
@@ -357,7 +357,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, count, kind):
         lambda leaves, inputs: an_engine._prefill(leaves, inputs, 512, 512, stages),
         an_engine._leaves, inputs,
     )  # fmt: skip
-    compiled = an_engine._decode.lower(an_engine._leaves, state, 5, stages).compile()
+    compiled = an_engine._decode.lower(an_engine._leaves, state, 5, 1, stages).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     cache = jax.tree.leaves(state.cache)
     if kind is not None:  # XLA on CPU converts one layer's keys and values to floats at a time

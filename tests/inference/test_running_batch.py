@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.small_engine import engine, greedy_requests, prompt
+from helpers.small_engine import P, engine, greedy_requests, prompt
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
@@ -133,6 +133,56 @@ def test_prompts_continue_from_the_prefix_cache(monkeypatch):
         ]
     assert resumed == [60 + 3 + k + 5 for k in range(3)]  # but the last token of the answer
     assert prefix_cache.num_tokens == 3 * 96  # slots for 74 to 76 tokens
+
+
+def test_prompts_continue_from_those_before_them(monkeypatch):
+    """As in an evaluation: the same words begin all prompts, and some have the same image. What is not
+    finite in one image, and the length of one prompt, change nothing in the others."""
+    resumed, resume = [], engine()._resume
+    monkeypatch.setattr(engine(), "_resume", lambda *a: resumed.append(a[3]) or resume(*a))
+    rng = np.random.default_rng(4)
+    words, image = prompt(rng, 70)[0], prompt(rng, 0, 1)
+    other, broken = prompt(rng, 0, 1)[1], np.full_like(image[1], np.nan)
+
+    def request(visual, length):
+        return Request([*words, *image[0], *prompt(rng, length)[0]], visual, 5)
+
+    requests = [
+        request(image[1], 5), request(image[1], 9), request(broken, 50), request(other, 6),
+        request(other, 100), request(image[1], 8), Request(prompt(rng, 50)[0], max_new_tokens=5),
+    ]  # fmt: skip
+    batch = RunningBatch(engine(), 2, share_prompts=True)
+    for key, one in enumerate(requests):
+        batch.add(key, one)
+    news = run(batch)
+    # The padded rest, here of 64 tokens, lies within the cache of 128 slots, so it may repeat some tokens.
+    assert resumed == [70 + P, 128 - 64, 70, 70 + P, 70]
+    assert news[2][-1].completion.nonfinite
+    assert answers(news) == expected(requests)
+
+
+def test_decoding_stops_when_a_row_ends():
+    requests = [
+        replace(r, max_new_tokens=n) for r, n in zip(greedy_requests(3), (9, 3, 6), strict=True)
+    ]
+    state, stages = engine().prefill(requests), engine().stages(requests)
+    generated = []
+    for _ in range(4):
+        state = engine().decode(state, stages, 30, max_ended=1)
+        generated.append(engine().snapshot(state).numbers[:3, 0].tolist())
+    assert generated == [[3, 3, 3], [6, 3, 6], [9, 3, 6], [9, 3, 6]]
+
+
+def test_a_row_that_ends_makes_room_at_once():
+    """The others are not decoded on while a request waits for the row's place."""
+    batch = RunningBatch(engine(), 2)
+    for key, limit in enumerate((30, 4, 4)):
+        batch.add(key, Request([3 + key], max_new_tokens=limit))
+    lengths = {}
+    while 2 not in lengths:
+        for progress in batch.step(16, until_row_ends=True):
+            lengths[progress.key] = len(progress.completion.ids)
+    assert lengths[1] == 4 and lengths[0] <= 4 + 16
 
 
 def test_a_prompt_that_fails_ends_alone(monkeypatch):
