@@ -144,14 +144,19 @@ def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
     async def main():
         scheduler = Scheduler(model, CONFIG)
         step, steps = scheduler.batch.step, []
-        monkeypatch.setattr(scheduler.batch, "step", lambda n: steps.append(n) or step(n))
+
+        def record(n, *, until_row_ends):
+            steps.append((n, until_row_ends))
+            return step(n, until_row_ends=until_row_ends)
+
+        monkeypatch.setattr(scheduler.batch, "step", record)
         scheduler.submit(*(generation(model, "<ImageHere>", [image(n)]) for n in range(10)))
         while len(steps) < 5:
             scheduler._step()
         return steps, scheduler.num_running, len(scheduler.queue)
 
-    # two images are encoded in a step, and there are eight rows
-    assert asyncio.run(main()) == ([1, 1, 1, 4, 4], 8, 2)
+    # two images are encoded in a step, and there are eight rows; a row that ends makes room for the queue
+    assert asyncio.run(main()) == ([(1, True), (1, True), (1, True), (4, True), (4, True)], 8, 2)
 
 
 def test_a_stream_grows_and_ends_at_a_stop_text(model, scheduler):
