@@ -74,7 +74,7 @@ else
 	  echo "error: the compiler for NVIDIA GPUs (jax[cuda12], 2.5 GB) could not be installed, so the" \
 	    "full-size programs were not checked; to go on without this check: make gpu-check GPU_CHECK=skip" >&2; \
 	  exit 1; }
-	$(GPU_VENV)/bin/python -m pytest tests/aot/test_gpu.py --durations 5
+	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m pytest tests/aot/test_gpu.py --durations 5
 endif
 
 lint: $(VENV)/.dev
