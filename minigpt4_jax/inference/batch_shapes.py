@@ -8,8 +8,9 @@ from minigpt4_jax.utils.rounding import next_power_of_two
 
 ROWS = (1, 8, 32, 128, 512)
 SMALLEST_CACHE = 128  # tokens
-# Prompt tokens processed at a time. 96: 32 visual tokens and a question.
-PROMPTS = (64, 96, 128, 256, 512, 1024, 2048)
+# Prompt tokens processed at a time. 48 and 96: 32 visual tokens and a question, short or long.
+PROMPTS = (32, 48, 64, 96, 128, 256, 512, 1024, 2048)
+PIECES = (32, 64)  # as many after a cached beginning, besides the longest piece
 
 
 class BatchShapes:
@@ -42,7 +43,8 @@ class BatchShapes:
         self.prompts = [n for n in PROMPTS if n <= prefill_tokens] or [PROMPTS[0]]
         longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
         self.cache_lengths = _steps([SMALLEST_CACHE << n for n in range(16)], longest)
-        self.pieces = sorted({self.prompts[0], self.prompts[-1]})
+        longest_piece = self.prompts[-1]
+        self.pieces = sorted({*(n for n in PIECES if n < longest_piece), longest_piece})
         if not reads_in_pieces:
             self.prompts, self.pieces = _steps(PROMPTS, longest), []
         greedy = SamplingStages(False, 0, False)

@@ -72,7 +72,7 @@ class Prefill:
         """Let a row continue from a cached prompt that begins alike, if there is one."""
         caches = self._finished or self._shared
         if caches is not None:
-            cached = caches.take(row.request, self._runner.leaves)
+            cached = caches.take(row.request, self._runner.leaves, self._padded)
             row.num_cached, row.cache = cached or (0, None)
             row.num_reused = row.num_cached
 
@@ -81,10 +81,17 @@ class Prefill:
         total = len(row.request.tokens)
         limit = self._piece_tokens
         stop = total if limit is None else min(total, row.num_cached + limit)
-        num_tokens, shapes = stop - row.num_cached, self._sizing.shapes
-        if shapes is not None:
-            return stop, shapes.prompt(num_tokens, resumed=row.cache is not None)
-        return stop, bucket(num_tokens)
+        return stop, self._padded(stop - row.num_cached, row.cache is not None)
+
+    def _padded(self, tokens: int, resumed: bool) -> int:
+        """How many tokens of a prompt are processed for these, with their padding. resumed: after others."""
+        before_last = 0  # tokens of whole pieces
+        if self._piece_tokens is not None:
+            before_last = (tokens - 1) // self._piece_tokens * self._piece_tokens
+        last, shapes = tokens - before_last, self._sizing.shapes
+        if shapes is None:
+            return before_last + bucket(last)
+        return before_last + shapes.prompt(last, resumed=resumed or before_last > 0)
 
     def process_part(self, row: Row, stop: int) -> None:
         """Process a row's prompt up to a token that is not its last."""

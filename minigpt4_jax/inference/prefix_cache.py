@@ -1,6 +1,6 @@
 """The key-value caches of finished requests, which requests that begin alike continue from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,11 @@ from minigpt4_jax.config import IMAGE
 from minigpt4_jax.inference.requests import Request, bucket
 from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.models.kv_cache import KVCache
+
+
+def bucket_of_prompt(tokens: int, resumed: bool) -> int:
+    """What a prompt takes with its padding, or what follows its cached beginning."""
+    return bucket(tokens)
 
 
 class _Entry(NamedTuple):
@@ -66,8 +71,15 @@ class PrefixCache:
         while self._max_tokens is not None and self.num_tokens > self._max_tokens:
             del self._entries[0]
 
-    def take(self, request: Request, leaves: list[jax.Array]) -> tuple[int, KVCache] | None:
+    def take(
+        self,
+        request: Request,
+        leaves: list[jax.Array],
+        padded: Callable[[int, bool], int] = bucket_of_prompt,
+    ) -> tuple[int, KVCache] | None:
         """How many tokens of a request are cached, and the cache, which may be donated.
+
+        padded: (tokens to process, whether others are cached) -> how many that takes with their padding.
 
         The entry that shares most is removed if the request continues all of it, or there is only room
         for one; else a copy is returned, as others may continue it. None if none saves much or belongs
@@ -84,12 +96,12 @@ class PrefixCache:
         best = max(range(len(lengths)), key=lambda i: (lengths[i], i), default=None)
         # the last token is processed for its logits
         length = 0 if best is None else min(lengths[best], total - 1)
-        if best is None or bucket(total - length) >= bucket(total):
+        if best is None or padded(total - length, True) >= padded(total, False):
             del self._entries[: max(0, len(self._entries) - self._max_entries + 1)]
             return None
         entry = self._entries.pop(best)
         if entry.nonfinite is not None and np.asarray(entry.nonfinite).any():
-            return self.take(request, leaves)
+            return self.take(request, leaves, padded)
         if self._max_entries == 1 or length >= len(entry.tokens):
             return length, entry.cache
         self._entries.append(entry)

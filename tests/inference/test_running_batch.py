@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.small_engine import P, engine, greedy_requests, prompt
+from helpers.small_engine import VOCAB, P, engine, greedy_requests, prompt
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.prefix_cache import PrefixCache
 from minigpt4_jax.inference.requests import Request
@@ -238,3 +239,20 @@ def test_a_row_of_nan_leaves_nothing_in_its_slot():
     news = run(batch)
     assert news["poisoned"][-1].completion.nonfinite
     assert news["short"][-1].completion.ids == engine().generate([short])[0]
+
+
+def test_a_server_reuses_a_prefix_where_that_saves_padded_tokens():
+    """Of its few sizes: 40 tokens take a program of 48, or of 64 after a cached beginning."""
+    shapes = BatchShapes(VOCAB, max_rows=2, context=256, max_new_tokens=16, prefill_tokens=64)
+    cached = []
+    for begin, total in ((4, 40), (20, 40), (4, 64), (30, 64)):
+        batch = RunningBatch(
+            engine(), 2, prefill_tokens=64, prefix_cache=PrefixCache(4), shapes=shapes
+        )
+        for rest in (7, 8):
+            tokens = [5] * begin + [rest] * (total - begin)
+            batch.add(rest, Request(tokens, max_new_tokens=2))
+            news = run(batch)
+        cached.append(news[8][-1].num_cached)
+        assert answers(news) == {8: engine().generate([Request(tokens, max_new_tokens=2)])[0]}
+    assert cached == [0, 20, 0, 0]
