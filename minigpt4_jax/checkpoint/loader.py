@@ -187,7 +187,9 @@ def _with_quantization(
             f"quantize {quantize!r}: {model_dir} is stored in {config.quantize}; omit the "
             "option, or convert the model again"
         )
-    return dataclasses.replace(config, quantize=quantize).check()
+    quantized = dataclasses.replace(config, quantize=quantize)
+    # float8 is a scheme of training, which a model directory never has: `check` refuses it.
+    return quantized if quantize == FLOAT8 else quantized.check()
 
 
 def _load_arrays(

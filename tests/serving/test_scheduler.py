@@ -155,7 +155,7 @@ def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
             scheduler._step()
         return steps, scheduler.num_running, len(scheduler.queue)
 
-    # two images are encoded in a step, and there are eight rows; a row that ends makes room for the queue
+    # two images are encoded in a step, and there are eight rows; steps end with a row, which makes room
     assert asyncio.run(main()) == ([(1, True), (1, True), (1, True), (4, True), (4, True)], 8, 2)
 
 
