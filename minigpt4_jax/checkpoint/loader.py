@@ -187,9 +187,9 @@ def _with_quantization(
             f"quantize {quantize!r}: {model_dir} is stored in {config.quantize}; omit the "
             "option, or convert the model again"
         )
-    quantized = dataclasses.replace(config, quantize=quantize)
-    # float8 is a scheme of training, which a model directory never has: `check` refuses it.
-    return quantized if quantize == FLOAT8 else quantized.check()
+    if config.is_stage1:
+        raise UserError(f"quantize {quantize!r}: a {config.variant} model cannot be quantized")
+    return dataclasses.replace(config, quantize=quantize)
 
 
 def _load_arrays(
