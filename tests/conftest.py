@@ -32,6 +32,7 @@ REQUIRED = {
     "serving/test_page_rendering.py": "gradio",
     "serving/test_ray_ingress.py": "ray",
     "serving/test_openai_client.py": "openai",
+    "serving/test_same_text.py": "httpx",
     "serving/test_serve_command.py": "openai",
     "cli/test_ray.py": "ray",
     "cli/test_ray_formats.py": "pyarrow",
