@@ -11,6 +11,13 @@ import pytest
 from helpers.virtual_devices import quick_codegen_flags
 from PIL import Image
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # A busy machine is no fault of the code.
+    settings.register_profile("tests", settings.default, deadline=None)
+    settings.load_profile("tests")
+
 # The slowest files start first, so that no worker is left with one of them at the end. (By default
 # xdist starts with the files of most tests, but a single test may restart a training many times.)
 LONGEST = (
