@@ -136,8 +136,8 @@ def command(home, workdir) -> list[str]:
     return [*head, f"--workdir={workdir}", *args]
 
 
-def run_until(args, step) -> tuple[int, str]:
-    """Start the command, send SIGTERM when it reports `step`; (exit code, output)."""
+def run_until(args, step, number) -> tuple[int, str]:
+    """Start the command, send the signal when it reports `step`; (exit code, output)."""
     with subprocess.Popen(
         args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -145,15 +145,16 @@ def run_until(args, step) -> tuple[int, str]:
         for line in process.stdout:
             lines.append(line)
             if line.startswith(f"step {step}/"):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
         return process.wait(), "".join(lines)
 
 
 @pytest.mark.slow
-def test_a_stopped_command_is_continued(home, uninterrupted, tmp_path):
-    """SIGTERM here; processes that are killed: test_train_kills.py."""
+def test_killed_processes(home, uninterrupted, tmp_path):
     args = command(home, tmp_path / "w")
-    code, text = run_until(args, 5)
+    code, _ = run_until(args, 4, signal.SIGKILL)  # the checkpoint of step 3 may be half written
+    assert code == -signal.SIGKILL
+    code, text = run_until(args, 5, signal.SIGTERM)
     assert code == 143, text
     assert "stopped by SIGTERM" in text and "Traceback" not in text
     done = subprocess.run(args, capture_output=True, text=True, check=False)
