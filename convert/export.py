@@ -16,6 +16,7 @@ import numpy as np
 from convert.blip2_keys import LAVIS_TABLES
 from convert.formats.tensors import contiguous
 from convert.key_mapping import FINE_TUNED, original_key
+from convert.output import check_apart
 from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
 from minigpt4_jax.checkpoint.model_directory import (
     ReadableTensors,
@@ -39,11 +40,12 @@ def export(
     """Write projection, LoRA and whatever else was trained to `out`, atomically; returns the keys.
 
     UserError: `model_dir` is not a model directory, values are NaN or infinite (unless allow_nonfinite),
-    `out` exists (unless overwrite) or cannot be written.
+    `out` exists (unless overwrite), is in a directory of the model, or cannot be written.
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
+    check_apart(out, model_chain(model_dir))
     if out.exists() and not overwrite:
         raise UserError(
             f"--out: {out} exists: choose another name, or give --overwrite to replace it"

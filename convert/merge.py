@@ -8,9 +8,15 @@ import dataclasses
 from pathlib import Path
 
 from convert.formats.tensors import DTYPES
-from convert.output import Arrays, refuse_quantized_merge, with_lora, write_complete_model
+from convert.output import (
+    Arrays,
+    check_apart,
+    refuse_quantized_merge,
+    with_lora,
+    write_complete_model,
+)
 from minigpt4_jax.checkpoint.loader import open_tensors
-from minigpt4_jax.checkpoint.model_directory import Tensors, read_config
+from minigpt4_jax.checkpoint.model_directory import Tensors, model_chain, read_config
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.errors import UserError
 
@@ -18,9 +24,11 @@ from minigpt4_jax.errors import UserError
 def merge(model_dir: Path, out: Path, dtype: str = "float32") -> None:
     """Write model_dir with its adapters added to the weights, as a model without LoRA.
 
-    dtype: of the changed matrices. UserError: no LoRA, quantized, damaged, or `out` exists.
+    dtype: of the changed matrices. UserError: no LoRA, quantized, damaged, or `out` exists or is in a directory
+    that is read.
     """
     config = read_config(model_dir)
+    check_apart(out, model_chain(model_dir))
     if config.lora is None:
         raise UserError(f"{model_dir} has no LoRA to merge")
     refuse_quantized_merge(model_dir, config)
@@ -38,6 +46,7 @@ def unmerge(model_dir: Path, lora_dir: Path, out: Path, dtype: str = "float32") 
     UserError: model_dir has LoRA, lora_dir has none or is for another language model; else as `merge`.
     """
     config, lora = read_config(model_dir), read_config(lora_dir).lora
+    check_apart(out, [*model_chain(model_dir), *model_chain(lora_dir)])
     if lora is None:
         raise UserError(f"--lora: {lora_dir} has no LoRA")
     if config.lora is not None:

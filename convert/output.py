@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from minigpt4_jax.checkpoint.writer import write_model
 from minigpt4_jax.config import LoraConfig, ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.models.lora import merge_lora
-from minigpt4_jax.storage.paths import is_remote
+from minigpt4_jax.storage.paths import absolute_path, is_remote
 
 Arrays = Iterator[tuple[str, np.ndarray]]
 
@@ -31,7 +31,7 @@ def check_output(out: Path) -> Path | None:
     with bucket_errors_as_user_errors(out):
         exists = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if exists:
-        raise UserError(f"--out: {out} exists and is not empty: choose another or remove it first")
+        raise UserError(f"--out: {out} exists and is not empty: choose another")
     if is_remote(out):
         return None
     parent = out.absolute().parent
@@ -42,6 +42,23 @@ def check_output(out: Path) -> Path | None:
             return parent
     except OSError as e:
         raise UserError(f"--out: cannot write into {parent}: {e.strerror}") from e
+
+
+def check_apart(out: Path, folders: Iterable[Path]) -> None:
+    """Before `out` is written from these model directories. UserError: it is one of them, in one, or above
+    one: the output would become part of its own source, or replace it."""
+    target = absolute_path(out)
+    for folder in folders:
+        source = absolute_path(folder)
+        if target == source:
+            where = "exists: it is the directory of a model that is read"
+        elif source in target.parents:
+            where = f"is inside the directory of a model that is read, {folder}"
+        elif target in source.parents:
+            where = f"holds the directory of a model that is read, {folder}"
+        else:
+            continue
+        raise UserError(f"--out: {out} {where}: choose a place outside of it")
 
 
 def check_space(parent: Path | None, size: int) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from convert.formats.tensors import DTYPES
 from convert.output import (
     Arrays,
+    check_apart,
     check_output,
     check_space,
     refuse_quantized_merge,
@@ -23,7 +24,12 @@ from convert.output import (
 )
 from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors, check_finite
 from minigpt4_jax.checkpoint.loader import parameter_dtype
-from minigpt4_jax.checkpoint.model_directory import ReadableTensors, Tensors, read_config
+from minigpt4_jax.checkpoint.model_directory import (
+    ReadableTensors,
+    Tensors,
+    model_chain,
+    read_config,
+)
 from minigpt4_jax.checkpoint.parameters import check_shapes, parameter_shapes, part_of
 from minigpt4_jax.config import LoraConfig
 from minigpt4_jax.errors import UserError
@@ -44,8 +50,8 @@ def pack(
 
     base: the directory of its base, if that is no longer where model.json says. merge: add LoRA to the
     weights. dtype: of the frozen parts' matrices; by default they stay as they are, and merged ones
-    are float32. UserError: a directory is missing or damaged, LoRA cannot be merged, `out` exists, or
-    values are NaN or infinite (unless allow_nonfinite).
+    are float32. UserError: a directory is missing or damaged, LoRA cannot be merged, `out` exists or is in
+    one of the directories that are read, or values are NaN or infinite (unless allow_nonfinite).
     """
     out = parse_path("--out", out)
     config = read_config(model_dir)
@@ -55,6 +61,7 @@ def pack(
         refuse_quantized_merge(model_dir, config)
     if dtype is not None and config.quantize is not None:
         raise UserError(f"--dtype: {model_dir} is quantized to {config.quantize}; omit the option")
+    check_apart(out, model_chain(model_dir, base))
     parent = check_output(out)
     stored = Tensors(model_dir, base)
     shapes = {name: stored.shape(name) for name in stored}

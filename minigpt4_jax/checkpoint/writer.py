@@ -51,7 +51,7 @@ def write_model(
         with atomic_directory(out, "model.json") as directory, wrap_storage_errors(out):
             if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(
-                    f"{out} exists and is not empty: choose another --out or remove it first"
+                    f"{out} exists and is not empty: choose another --out"
                 )
             shapes = _write_shards(directory, tensors)
             check_shapes(shapes, parameter_shapes(config), out, partial=base is not None)

@@ -210,3 +210,34 @@ def test_quantized_models_are_copied_as_they_are(base, tmp_path, command, refuse
     packed, parts = Tensors(out), Tensors(model)
     assert set(packed) == set(parts)
     assert all(packed[n].tobytes() == parts[n].tobytes() for n in parts)
+
+
+@pytest.mark.parametrize("place", ["itself", "inside", "in its base", "above"])
+def test_an_output_within_or_around_what_is_read_is_refused(base, trained, refused, place):
+    outs = {"itself": trained, "inside": trained / "a" / "b", "in its base": base / "packed"}
+    out = outs.get(place, trained.parent)
+    before = {p: p.stat().st_mtime_ns for p in base.parent.parent.rglob("*")}
+    commands = [
+        ["pack", f"--model={trained}"],
+        ["pack", f"--model={trained}", "--merge-lora", f"--base={base}"],
+        ["merge", f"--model={trained}"],
+        ["unmerge", f"--model={base}", f"--lora={trained}"],
+    ]
+    for words in commands:
+        line = refused(*words, f"--out={out}")
+        assert f"--out: {out} " in line and "model that is read" in line
+        assert "choose a place outside" in line and "remove" not in line
+    assert {p: p.stat().st_mtime_ns for p in base.parent.parent.rglob("*")} == before
+
+
+def test_a_link_into_the_model_is_inside_it(trained, refused, tmp_path):
+    (tmp_path / "link").symlink_to(trained, target_is_directory=True)
+    line = refused("pack", f"--model={trained}", f"--out={tmp_path / 'link' / 'packed'}")
+    assert "inside the directory of a model" in line
+
+
+def test_export_does_not_replace_a_file_of_the_model(base, trained, refused):
+    for out in (trained / "model.json", base / "model.json", trained / "new.pth"):
+        line = refused("export", f"--model={trained}", f"--out={out}", "--overwrite")
+        assert "inside the directory of a model" in line
+    assert read_config(trained).lora == LORA and not (trained / "new.pth").exists()
