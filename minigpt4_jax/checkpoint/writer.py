@@ -50,9 +50,7 @@ def write_model(
     try:
         with atomic_directory(out, "model.json") as directory, wrap_storage_errors(out):
             if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise UserError(
-                    f"{out} exists and is not empty: choose another --out"
-                )
+                raise UserError(f"{out} exists and is not empty: choose another --out")
             shapes = _write_shards(directory, tensors)
             check_shapes(shapes, parameter_shapes(config), out, partial=base is not None)
             _write_tokenizer(directory.path / "tokenizer", tokenizer or {})

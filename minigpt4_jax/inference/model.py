@@ -222,7 +222,7 @@ class Model(TextGenerator):
             subsets.append(subset)
             rows.append(answer_rows(
                 self.tokenizer, self.config, [complete[i] for i in subset],
-                [len(groups[i]) for i in subset], [by_prompt[i][k] for i in subset],
+                [len(groups[i]) for i in subset], [by_prompt[i][k] for i in subset], subset,
             ))  # fmt: skip
         losses = np.full((len(complete), len(rows)), 9999, np.float32)
         for block, visual in self._encoded_blocks(groups):

@@ -1,7 +1,7 @@
 """The likelihood of given answers: rows as in training, in batches of similar length."""
 
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -31,21 +31,22 @@ def answer_rows(
     prompts: Sequence[str | None],
     num_images: Sequence[int],
     answers: Sequence[str],
+    numbers: Sequence[int] | None = None,
 ) -> list[TokenSequence]:
     """A row for each prompt (complete, with `<ImageHere>`) and its answer.
 
-    UserError: an answer that is not text, another number of answers than of prompts, a row longer
+    numbers: of the prompts in messages. UserError: an answer that is not text, another number of answers than of prompts, a row longer
     than the model's context.
     """
     answers = [answers] if isinstance(answers, str) else list(answers)
-    texts = [_answer_text(i, answer) for i, answer in enumerate(answers)]
+    texts = [_answer_text(f"answer {i}", answer) for i, answer in enumerate(answers)]
     if len(answers) != len(prompts):
         raise UserError(
             f"{len(answers)} answers for {len(prompts)} prompts; expected one for each prompt"
         )
     rows = []
     for i, (prompt, answer, count) in enumerate(zip(prompts, texts, num_images, strict=True)):
-        with error_context(f"prompt {i}"):
+        with error_context(f"prompt {i if numbers is None else numbers[i]}"):
             row = build_row(tokenizer, config, prompt, answer, images=count)
             if len(row.tokens) > config.llm.max_length:
                 raise UserError(
@@ -56,13 +57,13 @@ def answer_rows(
     return rows
 
 
-def _answer_text(number: int, answer: object) -> str:
+def _answer_text(name: str, answer: object) -> str:
     """The answer as text, also if it is a number. UserError: another type."""
     if isinstance(answer, str):
         return answer
     if isinstance(answer, Real) and not isinstance(answer, bool):
         return str(answer)
-    raise UserError(f"answer {number}: got {type(answer).__name__}; expected text or a number")
+    raise UserError(f"{name}: got {type(answer).__name__}; expected text or a number")
 
 
 def candidates_by_prompt(
@@ -72,21 +73,43 @@ def candidates_by_prompt(
     layout: str | None,
 ) -> list[list[str]]:
     """The candidates of each prompt, from either layout; see `Model.multi_select`."""
-    rows = [list(row) if not isinstance(row, str) else [row] for row in candidates]
-    if num_prompts > 1 and len(rows) > 0 and all(isinstance(row, str) for row in candidates):
+    rows = _candidate_rows(candidates, num_prompts)
+    if layout not in (None, "prompt", "candidate"):
+        raise UserError(f"layout {layout!r}: expected 'prompt', 'candidate' or None")
+    given = None if counts is None else _counts_of_prompts(counts, num_prompts, layout)
+    by_prompt = _in_layout(rows, num_prompts, counts is not None, layout)
+    for i, texts in enumerate(by_prompt):
+        for k, text in enumerate(texts):
+            _answer_text(f"candidate {k} of prompt {i}", text)
+        if given is not None and not 0 <= given[i] <= len(texts):
+            raise UserError(
+                f"count {i} is {given[i]}; expected 0 to {len(texts)}, the number of candidates of each "
+                "prompt"
+            )
+    return by_prompt
+
+
+def _candidate_rows(candidates: Any, num_prompts: int) -> list[list[str]]:
+    """Lists of candidates, in the layout that they are given in. UserError: other types."""
+    given = _as_list(candidates, "candidates", "a list of candidates for each prompt")
+    if num_prompts > 1 and len(given) > 0 and all(isinstance(row, str) for row in given):
         raise UserError(
             f"one list of candidates for {num_prompts} prompts; expected a list for each prompt: "
             "[candidates] * len(prompts) ranks the same for all"
         )
-    if layout not in (None, "prompt", "candidate"):
-        raise UserError(f"layout {layout!r}: expected 'prompt', 'candidate' or None")
-    if counts is not None and (layout == "prompt" or len(counts) != num_prompts):
-        raise UserError(
-            f"{len(counts)} counts for {num_prompts} prompts"
-            + (" with layout 'prompt'" if layout == "prompt" else "")
-            + "; expected one for each prompt, and candidates[k] with the k-th candidate of each"
-        )
-    by_prompt_fits = len(rows) == num_prompts and counts is None and layout != "candidate"
+    return [
+        [row] if isinstance(row, str) else _as_list(row, f"candidates {i}", "a list of texts")
+        for i, row in enumerate(given)
+    ]
+
+
+def _in_layout(
+    rows: list[list[str]], num_prompts: int, counted: bool, layout: str | None
+) -> list[list[str]]:
+    """The candidates of each prompt. counted: counts are given, so the layout is the original's.
+
+    UserError: both layouts fit, or none."""
+    by_prompt_fits = len(rows) == num_prompts and not counted and layout != "candidate"
     transposed_fits = bool(rows) and layout != "prompt" and {*map(len, rows)} == {num_prompts}
     transposed = [list(column) for column in zip(*rows, strict=False)]
     if by_prompt_fits and (not transposed_fits or transposed == rows):
@@ -107,6 +130,28 @@ def candidates_by_prompt(
         f"{len(rows)} lists of candidates (of {lengths or 'no'} texts) for {num_prompts} prompts; expected "
         f"{layouts}"
     )
+
+
+def _as_list(value: Any, name: str, expected: str) -> list[Any]:
+    """UserError: not a list, such as a text, or a set, which has no order."""
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)):
+        raise UserError(f"{name}: got {type(value).__name__}; expected {expected}")
+    return list(value)
+
+
+def _counts_of_prompts(counts: Any, num_prompts: int, layout: str | None) -> list[int]:
+    """UserError: not a whole number for each prompt, or the layout has no place for them."""
+    given = list(counts) if isinstance(counts, Iterable) else []
+    if layout == "prompt" or len(given) != num_prompts:
+        raise UserError(
+            f"{len(given)} counts for {num_prompts} prompts"
+            + (" with layout 'prompt'" if layout == "prompt" else "")
+            + "; expected one for each prompt, and candidates[k] with the k-th candidate of each"
+        )
+    for i, count in enumerate(given):
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise UserError(f"count {i} is {count!r}; expected a whole number")
+    return [int(count) for count in given]
 
 
 def padded_mean(rows: Sequence[TokenSequence], nll: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Validation during training: the loss on held-out rows, and captions of a few held-out images."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from minigpt4_jax.data.mixture import MixtureComponent
 from minigpt4_jax.parallel.multihost import is_multiprocess
 from minigpt4_jax.parallel.sharding import shard_batch
 from minigpt4_jax.processing.chat_templates import IMAGE_TAG, with_images
-from minigpt4_jax.processing.images import name_of, open_image
+from minigpt4_jax.processing.images import ImageSource, name_of, open_image
 from minigpt4_jax.processing.sequences import training_prompt
 from minigpt4_jax.processing.tokenizer import Tokenizer
 from minigpt4_jax.training.config import TrainConfig
@@ -34,28 +35,44 @@ def read_validation(c: TrainConfig) -> list[Example]:
 
 
 def choose_examples(examples: Sequence[Example], count: int) -> list[Example]:
-    """Up to `count` rows with one image each, all different, spread evenly over the file."""
-    by_image: dict[str, Example] = {}
+    """Up to `count` rows with images, all with different ones, spread evenly over the file."""
+    by_images: dict[tuple[str, ...], Example] = {}
     for example in examples:
-        if len(example.images) == 1:
-            by_image.setdefault(name_of(example.images[0]), example)
-    distinct = list(by_image.values())
+        if example.images:
+            by_images.setdefault(tuple(map(_image_name, example.images)), example)
+    distinct = list(by_images.values())
     count = min(count, len(distinct))
     return [distinct[i * len(distinct) // count] for i in range(count)]
 
 
-class Sample(NamedTuple):
-    """A validation image with the model's text."""
+def _image_name(source: ImageSource) -> str:
+    """Equal for the same file, however its path is written."""
+    name = name_of(source)
+    return os.path.normpath(name) if isinstance(source, (str, os.PathLike)) else name
 
-    name: str
-    image: Image.Image
+
+def sampled_turn(example: Example) -> tuple[tuple[ImageSource, ...], str]:
+    """The first question with images and these; "" if the text is a caption of all of them."""
+    if not example.questions:
+        return example.images, ""
+    question = next((q for q in example.questions if IMAGE_TAG in q), example.questions[0])
+    images = example.images[: question.count(IMAGE_TAG) or None]
+    return images, with_images(question, len(images))
+
+
+class Sample(NamedTuple):
+    """The images of a validation row with the model's text."""
+
+    names: tuple[str, ...]
+    images: tuple[Image.Image, ...]
     prompt: str
     text: str
 
     @property
-    def record(self) -> dict[str, str]:
-        """As in samples.jsonl."""
-        return {"image": self.name, "prompt": self.prompt, "text": self.text}
+    def record(self) -> dict[str, str | list[str]]:
+        """As in samples.jsonl: the name of the image, or a list of names."""
+        image = self.names[0] if len(self.names) == 1 else list(self.names)
+        return {"image": image, "prompt": self.prompt, "text": self.text}
 
 
 class Validation:
@@ -115,23 +132,29 @@ class Validation:
         )  # fmt: skip
 
     def captions(self, trainable: Trainable) -> list[Sample]:
-        """Greedy captions of `sample_images` different images."""
+        """Greedy texts for up to `sample_images` rows with different images; none if no row has an image."""
         c = self._c
         examples = choose_examples(self._examples, c.sample_images)
         if not examples:
             return []
-        names = [name_of(e.images[0]) for e in examples]
-        images = [open_image(e.images[0], exif=c.data.exif) for e in examples]
-        prompts = [self._prompt(e) for e in examples]
+        turns = [sampled_turn(e) for e in examples]
+        names = [tuple(map(name_of, sources)) for sources, _ in turns]
+        images = [
+            tuple(open_image(source, exif=c.data.exif) for source in sources)
+            for sources, _ in turns
+        ]
+        prompts = [
+            self._prompt(question, len(sources), example.system)
+            for example, (sources, question) in zip(examples, turns, strict=True)
+        ]
         texts = self._model.with_parameters(trainable).generate(
             images, prompts, max_new_tokens=c.sample_tokens, temperature=0.0
         )
         return [Sample(*fields) for fields in zip(names, images, prompts, texts, strict=True)]
 
-    def _prompt(self, example: Example) -> str:
-        questions = example.questions or self._c.data.prompts
-        if not questions:
-            return IMAGE_TAG  # stage 1: the caption follows the bare image
-        return training_prompt(
-            self._tokenizer, self._config, with_images(questions[0], 1), system=example.system
-        )
+    def _prompt(self, question: str, num_images: int, system: str) -> str:
+        if not question:
+            if not self._c.data.prompts:
+                return IMAGE_TAG * num_images  # stage 1: the caption follows the bare image
+            question = with_images(self._c.data.prompts[0], num_images)
+        return training_prompt(self._tokenizer, self._config, question, system=system)

@@ -49,6 +49,7 @@ class RunLog:
         self.directory = self._synced.local
         self._event_writer: Any = None
         self._files: dict[str, IO[str]] = {}
+        self._said_no_samples = False
         for name in (METRICS, SAMPLES):
             with self._report_write_errors():
                 self._files[name] = self._open(name, step, pending)
@@ -99,17 +100,19 @@ class RunLog:
 
     def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
         """Append {"step", "image", "prompt", "text"} of each sample to samples.jsonl, print it, and show
-        all of them on a contact sheet, samples/STEP.png, and in TensorBoard."""
+        all of them on a contact sheet, samples/STEP.png, and in TensorBoard. No samples are said once."""
         from tensorboardX.proto import summary_pb2
         from tensorboardX.summary import text as text_summary
 
         values: list[Any] = []
-        for sample in samples:
+        for sample, name in zip(samples, _short_names(samples), strict=True):
             self._append(SAMPLES, {"step": step, **sample.record})
-            name = Path(sample.name).name
             values += text_summary(f"samples/{name}", sample.text).value
             self.write_line(f"  {name}: {' '.join(sample.text.split())}")
         if not samples:
+            if not self._said_no_samples:
+                self.write_line("  no samples: no row of the validation data has an image")
+            self._said_no_samples = True
             return
         path = self._draw_sheet(step, samples)
         with self._report_write_errors(), Image.open(path) as sheet:
@@ -124,7 +127,7 @@ class RunLog:
         from minigpt4_jax.visualization.plots import contact_sheet
 
         return contact_sheet(
-            [s.image for s in samples],
+            [s.images for s in samples],
             [s.text for s in samples],
             [None] * len(samples),
             self.directory / SHEETS / f"{step}.png",
@@ -205,6 +208,18 @@ class NullLog(RunLog):
 
     def close(self) -> None:
         pass
+
+
+def _short_names(samples: Sequence["Sample"]) -> list[str]:
+    """Names for the log, all different: the names of the files, with as many of their folders as needed."""
+    paths = [[Path(name).parts for name in sample.names] for sample in samples]
+    longest = max((len(parts) for of_sample in paths for parts in of_sample), default=0)
+    names: list[str] = []
+    for kept in range(1, longest + 1):
+        names = [" + ".join("/".join(p[-kept:]) for p in of_sample) for of_sample in paths]
+        if len({*names}) == len(names):
+            break
+    return names
 
 
 def _remove_sheets(directory: Path, first_step: int) -> None:

@@ -22,6 +22,7 @@ _TEXT, _MUTED, _BACKGROUND, _CARD_COLOR = (
     (240, 241, 244),
     (255, 255, 255),
 )
+_BORDER = (225, 225, 228)  # beside an image that is not square
 _CURVES = ("#1f6fb4", "#d9741a", "#2b9348", "#a03c9a", "#8c6239", "#4a4a4a")
 _VALIDATION_KEYS = ("val_loss", "valid_loss", "validation_loss", "eval_loss")
 
@@ -31,7 +32,7 @@ Picture = np.ndarray | Image.Image | str | os.PathLike[str]
 
 
 def contact_sheet(
-    images: Sequence[Picture],
+    images: Sequence[Picture | Sequence[Picture]],
     captions: Sequence[str],
     right: Sequence[bool | None],
     path: str | os.PathLike[str],
@@ -43,7 +44,7 @@ def contact_sheet(
 ) -> Path:
     """Save a PNG with every image, `side` pixels wide, beside its caption; returns its path.
 
-    images: uint8 arrays [H, W, 3], PIL images or files, of any size. right: whether a caption is right
+    images: uint8 arrays [H, W, 3], PIL images or files, of any size, or several beside one caption. right: whether a caption is right
     (green frame), wrong (red) or not evaluated (None, gray). truths: the true texts, written under wrong
     captions. UserError: the lists are empty or differ in length, or the file cannot be written.
     """
@@ -83,7 +84,12 @@ def contact_sheet(
 
 
 def _card(
-    picture: Picture, caption: str, right: bool | None, truth: str, side: int, text_width: int
+    picture: Picture | Sequence[Picture],
+    caption: str,
+    right: bool | None,
+    truth: str,
+    side: int,
+    text_width: int,
 ) -> Image.Image:
     """An image in a frame of its verdict's color, with its caption at the right."""
     color = _NEUTRAL if right is None else _RIGHT if right else _WRONG
@@ -102,7 +108,8 @@ def _card(
     card = Image.new("RGB", (side + 2 * frame + 2 * pad + text_width, height), _CARD_COLOR)
     draw = ImageDraw.Draw(card)
     draw.rectangle((0, 0, side + 2 * frame - 1, side + 2 * frame - 1), color)
-    card.paste(_fit(picture, side), (frame, frame))
+    pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+    card.paste(_fit_all(pictures, side), (frame, frame))
     x, y = side + 2 * frame + pad + 2, pad
     if verdict:
         _draw_verdict(draw, x, y + 3, bool(right), color)
@@ -130,6 +137,19 @@ def _heading(title: str, right: Sequence[bool | None]) -> str:
     return " · ".join(part for part in (title, score) if part)
 
 
+def _fit_all(pictures: Sequence[Any], side: int) -> Image.Image:
+    """Pictures as an RGB image of side x side pixels: line by line, in as many columns as lines."""
+    columns, gap = math.ceil(len(pictures) ** 0.5), 2
+    cell = (side - gap * (columns - 1)) // columns
+    lines = math.ceil(len(pictures) / columns)
+    top = (side - lines * cell - gap * (lines - 1)) // 2
+    whole = Image.new("RGB", (side, side), _BORDER)
+    for i, picture in enumerate(pictures):
+        line, column = divmod(i, columns)
+        whole.paste(_fit(picture, cell), (column * (cell + gap), top + line * (cell + gap)))
+    return whole
+
+
 def _fit(picture: Picture, side: int) -> Image.Image:
     """The picture as an RGB image of side x side pixels, with gray borders if it is not square."""
     if isinstance(picture, (str, os.PathLike)):
@@ -143,7 +163,7 @@ def _fit(picture: Picture, side: int) -> Image.Image:
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    framed = Image.new("RGB", (side, side), (225, 225, 228))
+    framed = Image.new("RGB", (side, side), _BORDER)
     framed.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
     return framed
 

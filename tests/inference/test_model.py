@@ -170,6 +170,8 @@ def test_candidates_are_ranked_by_prompt_or_as_the_original(model):
     assert model.multi_select(*pair, columns) == expected
     assert model.multi_select(*pair, columns, [3, 2])[0] == expected[0]
     assert model.multi_select(*pair, columns, [3, 2])[1][-1] == 2
+    assert model.multi_select(*pair, columns, np.array([3, 0]))[0] == expected[0]
+    assert model.multi_select(*pair, (iter(row) for row in rows)) == expected
     assert model.multi_select([], [], []) == []
 
 

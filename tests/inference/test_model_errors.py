@@ -14,11 +14,32 @@ from helpers.user_errors import refused
         ([["a", "b"]], {"counts": [1]}, "1 counts for 2 prompts"),
         ([["a"], ["b"]], {"counts": [1, 1]}, "2 lists of candidates"),
         ([["a"], ["b"]], {"layout": "rows"}, "layout 'rows'"),
-        ([["a"], ["b", None]], {}, "got NoneType; expected text or a number"),
+        (
+            [["a"], ["b", None]],
+            {},
+            "candidate 1 of prompt 1: got NoneType; expected text or a number",
+        ),
+        ([["a", "b"]] * 3, {"counts": [2, 4]}, "count 1 is 4; expected 0 to 3, the number of cand"),
+        ([["a", "b"]], {"counts": [-1, 1]}, "count 0 is -1; expected 0 to 1"),
+        ([["a", "b"]], {"counts": [1, 0.5]}, "count 1 is 0.5; expected a whole number"),
+        ([["a", "b"]], {"counts": ["1", "1"]}, "count 0 is '1'; expected a whole number"),
+        ([["a", "b"]], {"counts": [[1], [1]]}, "count 0 is [1]; expected a whole number"),
+        ([["a", "b"]], {"counts": 1}, "0 counts for 2 prompts"),
+        (None, {}, "candidates: got NoneType; expected a list of candidates for each prompt"),
+        ("red", {}, "candidates: got str; expected a list"),
+        ([["a"], None], {}, "candidates 1: got NoneType; expected a list of texts"),
+        ([["a"], {"a", "b"}], {}, "candidates 1: got set; expected a list of texts"),
     ],
 )
 def test_candidates_that_do_not_fit_are_named(model, candidates, options, message):
     assert message in refused(model.multi_select, None, ["x", "y"], candidates, **options)
+
+
+def test_a_candidate_that_is_too_long_is_of_the_prompt_that_is_named(model):
+    message = refused(model.multi_select, None, ["x", "y " * 9000], [["a"], ["b"]])
+    assert message.startswith("prompt 1: ")
+    message = refused(model.multi_select, None, ["x", "y " * 9000], [[], ["b"]])
+    assert message.startswith("prompt 1: ")
 
 
 @pytest.mark.parametrize("name", ["generate", "score"])

@@ -13,12 +13,12 @@ from PIL import Image
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.data.json_records import Example
 from minigpt4_jax.training.config import TrainConfig
-from minigpt4_jax.training.evaluation import choose_examples
+from minigpt4_jax.training.evaluation import choose_examples, sampled_turn
 from minigpt4_jax.training.trainer import train
 
 
 def examples(*images: str) -> list[Example]:
-    return [Example((image,) if image else (), ("",), (str(i),)) for i, image in enumerate(images)]
+    return [Example(tuple(image.split()), ("",), (str(i),)) for i, image in enumerate(images)]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def examples(*images: str) -> list[Example]:
         (["a"] * 5, 3, [0]),
         ([f"{i}" for i in range(100)], 4, [0, 25, 50, 75]),
         (["", "a", "", "b"], 9, [1, 3]),
+        (["x/a", "x/./a", "x/y/../a", "x/b"], 9, [0, 3]),  # the same file
+        (["a b", "a b", "b a", "a"], 9, [0, 2, 3]),  # two images a row
         (["", ""], 3, []),
         (["a", "b"], 0, []),
     ],
@@ -106,6 +108,62 @@ def test_each_validation_is_a_contact_sheet(config, tmp_path):
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3).astype(int)
     for color in ("red", "blue"):  # of 0.png and 4.png, and of 2.png
         assert (np.abs(pixels - tiny.COLORS[color]).max(axis=1) < 30).sum() > 1000
+
+
+MARK = "<Img><ImageHere></Img>"
+
+
+@pytest.mark.parametrize(
+    ("example", "images", "question"),
+    [
+        (Example(("a",), (), ("x",)), ("a",), ""),
+        (Example(("a", "b"), (), ("x",)), ("a", "b"), ""),
+        (Example(("a", "b"), (f"{MARK} or {MARK}?",), ("x",)), ("a", "b"), f"{MARK} or {MARK}?"),
+        (Example(("a",), ("hi", f"{MARK} so?"), ("x", "y")), ("a",), f"{MARK} so?"),
+        (Example(("a", "b"), (f"{MARK} 1", f"{MARK} 2"), ("x", "y")), ("a",), f"{MARK} 1"),
+        (Example((b"png",), ("what",), ("x",)), (b"png",), f"{MARK} what"),
+    ],
+)
+def test_a_sample_asks_the_first_question_with_images(example, images, question):
+    assert sampled_turn(example) == (images, question)
+
+
+def test_rows_with_several_images_are_sampled_too(config, tmp_path, capsys):
+    """Their images are beside each other. Files of one name are told apart by their folders."""
+    folder = Path(config.data.path[0]).parent
+    (folder / "other").mkdir(exist_ok=True)
+    Image.open(folder / "2.png").save(folder / "other" / "0.png")
+    rows = [
+        {"images": ["0.png", "2.png"], "question": "<image> or <image>?", "answer": "both"},
+        {"image": "0.png", "caption": "red"},
+        {"image": "other/0.png", "caption": "blue"},
+    ]
+    several = folder / "several.jsonl"
+    several.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dataclasses.replace(config.data, val_path=(str(several),))
+    train(dataclasses.replace(config, data=data, steps=2), tmp_path / "w")
+    first, *others = map(json.loads, (tmp_path / "w" / "samples.jsonl").read_text().splitlines())
+    assert first["image"] == [str(folder / "0.png"), str(folder / "2.png")]
+    assert first["prompt"].count("<ImageHere>") == 2 and "or" in first["prompt"]
+    assert [r["image"] for r in others] == [str(folder / "0.png"), str(folder / "other" / "0.png")]
+    tags = [v.tag for event in events(tmp_path / "w") for v in event.summary.value if "/" in v.tag]
+    name = folder.name
+    names = [f"{name}/0.png + {name}/2.png", f"{name}/0.png", "other/0.png"]
+    assert [tag.removesuffix("/text_summary") for tag in tags] == [f"samples/{n}" for n in names]
+    assert f"  {names[0]}: " in capsys.readouterr().out
+    with Image.open(tmp_path / "w" / "samples" / "2.png") as sheet:
+        card = np.asarray(sheet.convert("RGB")).astype(int)[58:234, 14:190]  # of the first row
+    half = card.shape[1] // 2
+    for color, part in (("red", card[:, :half]), ("blue", card[:, half:])):
+        assert (np.abs(part - tiny.COLORS[color]).max(axis=-1) < 30).sum() > 1000
+
+
+def test_validation_rows_without_images_are_said_once(config, tmp_path, capsys):
+    text = Path(config.data.path[0]).with_name("text.jsonl")
+    text.write_text('{"question": "why", "answer": "so"}\n')
+    data = dataclasses.replace(config.data, val_path=(str(text),))
+    train(dataclasses.replace(config, data=data), tmp_path / "w")
+    assert capsys.readouterr().out.count("no samples: no row of the validation data has an im") == 1
 
 
 def test_a_resumed_run_has_each_sheet_once(config, tmp_path):
