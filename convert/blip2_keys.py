@@ -16,6 +16,7 @@ from convert.key_mapping import (
     ignore,
     module_rules,
 )
+from convert.llm_keys import llm_table
 
 
 @dataclass
@@ -198,6 +199,18 @@ HF_INSTRUCT_RULES = [
     *module_rules("", "qformer.", [("qformer.embeddings.layernorm", "norm")]),
     *module_rules("", "", [("language_projection", "projection")]),
 ]
+
+
+def hf_table(model_type: str | None, *, instructed: bool = False) -> Blip2Table:
+    """Keys of a Hugging Face model with a language model of a type. instructed: InstructBLIP."""
+    llm = llm_table(model_type)
+    name = f"Hugging Face's {'InstructBlip' if instructed else 'Blip2'}ForConditionalGeneration"
+    rules = [rule.with_prefix("language_model.") for rule in llm.rules]
+    ignored = ignore(*(rf"language_model\.({p.pattern})" for p in llm.ignored))
+    return Blip2Table(
+        name, [*(HF_INSTRUCT_RULES if instructed else HF_STAGE2_RULES), *rules], ignored
+    )
+
 
 # --- BERT, where a new Q-Former starts ------------------------------------------------------------
 

@@ -69,8 +69,11 @@ def open_hf(option: str, path: Path, table: KeyTable) -> MappedCheckpoint:
     """Open a Hugging Face directory of BLIP-2; its sizes come from config.json."""
     reader = split_qkv_biases(open_directory(path))
     mapped, unknown = map_keys(table, reader.tensors)
-    sizes = hf_sizes(read_json(path / "config.json"), str(path / "config.json"))
-    return MappedCheckpoint(option, reader, table, mapped, unknown, sizes)
+    config = read_json(path / "config.json")
+    sizes = hf_sizes(config, str(path / "config.json"))
+    token = config.get("image_token_index")
+    recorded = {"image_token_index": token} if type(token) is int else {}
+    return MappedCheckpoint(option, reader, table, mapped, unknown, sizes, recorded)
 
 
 def open_bert(option: str, path: Path) -> MappedCheckpoint:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.blip2_keys import (
-    HF_INSTRUCT_RULES,
-    HF_STAGE2_RULES,
     LAVIS_TABLES,
     STAGE1,
-    Blip2Table,
+    hf_table,
 )
 from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
 from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
@@ -25,10 +23,9 @@ from convert.instructblip import (
     is_instructblip,
     qformer_vocabulary,
 )
-from convert.key_mapping import BLIP2, NATIVE, ignore
+from convert.key_mapping import BLIP2, NATIVE
 from convert.language_model import TokenizerFiles, find_tokenizer, open_llm
 from convert.llm_config import llm_config, resolve_tied_embeddings
-from convert.llm_keys import llm_table
 from convert.overrides import apply_settings, parse_settings
 from convert.sources import MappedCheckpoint, llm_checkpoint
 from convert.validate import check_tokens
@@ -133,12 +130,7 @@ def _open_hf_model(
             f"choose {'a blip2' if instructed else 'an instructblip'} variant"
         )
     _check_model_type(request, values.get("model_type"), label)
-    table = llm_table(values.get("model_type"))
-    rules = [rule.with_prefix("language_model.") for rule in table.rules]
-    ignored = ignore(*(rf"language_model\.({p.pattern})" for p in table.ignored))
-    name = f"Hugging Face's {'InstructBlip' if instructed else 'Blip2'}ForConditionalGeneration"
-    other_rules = HF_INSTRUCT_RULES if instructed else HF_STAGE2_RULES
-    whole = Blip2Table(name, [*other_rules, *rules], ignored)
+    whole = hf_table(values.get("model_type"), instructed=instructed)
     checkpoint = open_hf("--checkpoint", request.checkpoint, whole)
     llm = asdict(llm_config(values, label, notes))
     resolve_tied_embeddings(llm, checkpoint, notes)

@@ -152,7 +152,9 @@ def _initialize(name: str, shapes: dict[str, Shape], rng: np.random.Generator) -
 
 def _origins(plan: BuildPlan) -> dict[str, Any]:
     """`sources` of model.json: the file and SHA-256 behind each option."""
-    origins = {c.option.removeprefix("--"): c.reader.origin() for c in plan.checkpoints}
+    origins = {
+        c.option.removeprefix("--"): c.reader.origin() | c.recorded for c in plan.checkpoints
+    }
     for name, origin in plan.special_origins.items():
         origins[name] = origin() if callable(origin) else origin
     if any(part_of(name) == "lora" for name in plan.new_parameters):

@@ -13,6 +13,7 @@ from minigpt4_jax.errors import Parser
 from minigpt4_jax.storage.hub import input_path
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_EXPORT_FORMATS = ("pth", "huggingface")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,13 +110,20 @@ always an id. Only the needed files are downloaded, into the cache of huggingfac
 def _add_export(commands: Commands) -> None:
     e = commands.add_parser(
         "export",
-        help="write the trained weights as a .pth file of the original",
+        help="write the trained weights as a .pth file of the original, or BLIP-2 for transformers",
         description="Writes the trained weights (projection, LoRA and whatever else was trained) as "
-        "a .pth file that the original implementation loads.",
+        "a .pth file that the original implementation loads; with --format=huggingface a whole BLIP-2 "
+        "model as a directory that transformers loads (Blip2ForConditionalGeneration, "
+        "Blip2ForImageTextRetrieval, Blip2Processor).",
     )
     _add_model(e, "model directory, also one that training wrote")
-    e.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .pth file to write")
-    e.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    e.add_argument("--out", type=Path, required=True, metavar="PATH",
+                   help="the .pth file to write, or the directory, which must not exist")  # fmt: skip
+    e.add_argument("--format", choices=_EXPORT_FORMATS, default=_EXPORT_FORMATS[0],
+                   help="what to write: pth, or huggingface for blip2-opt, blip2-flant5 and "
+                   "blip2-qformer (default: %(default)s)")  # fmt: skip
+    e.add_argument("--overwrite", action="store_true",
+                   help="replace --out if it exists (--format=pth only)")  # fmt: skip
     e.add_argument("--allow-nonfinite", action="store_true",
                    help="export NaN and infinite values instead of refusing them")  # fmt: skip
 
@@ -213,14 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         fields = {k: v for k, v in vars(args).items() if k != "command"}
         build(BuildRequest(**fields))
     elif args.command == "export":
-        from convert.export import export
-
-        export(
-            args.model,
-            args.out,
-            overwrite=args.overwrite,
-            allow_nonfinite=args.allow_nonfinite,
-        )
+        _export(args)
     elif args.command == "merge":
         from convert.merge import merge
 
@@ -244,6 +245,27 @@ def main(argv: list[str] | None = None) -> None:
         from convert.inspect import inspect
 
         inspect(args.model, as_json=args.json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Run `export`. UserError: a mistake in the arguments or the model."""
+    if args.format == "pth":
+        from convert.export import export
+
+        export(
+            args.model,
+            args.out,
+            overwrite=args.overwrite,
+            allow_nonfinite=args.allow_nonfinite,
+        )
+        return
+    from convert.hf_export import export_huggingface
+
+    if args.overwrite:
+        raise errors.UserError(
+            "--overwrite replaces a file, and --format=huggingface writes a directory: remove --out first"
+        )
+    export_huggingface(args.model, args.out, allow_nonfinite=args.allow_nonfinite)
 
 
 def run(argv: list[str] | None = None) -> NoReturn:

@@ -44,7 +44,10 @@ def export(
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     if out.is_dir():
-        raise UserError(f"--out: {out} is a directory; expected a file name such as checkpoint.pth")
+        raise UserError(
+            f"--out: {out} is a directory; expected a file name such as checkpoint.pth "
+            "(--format=huggingface writes a directory)"
+        )
     check_apart(out, model_chain(model_dir))
     if out.exists() and not overwrite:
         raise UserError(

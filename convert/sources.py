@@ -37,6 +37,7 @@ class MappedCheckpoint:
 
     option: the command-line option it was given by, such as "--vision".
     sizes: part -> configuration fields that the checkpoint itself records.
+    recorded: what else of its config.json goes to `sources` of model.json, for an export.
     """
 
     option: str
@@ -45,6 +46,7 @@ class MappedCheckpoint:
     mapped: dict[str, MappedKey]
     unknown_keys: list[str]
     sizes: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
