@@ -263,7 +263,7 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.overwrite:
         raise errors.UserError(
-            "--overwrite replaces a file, and --format=huggingface writes a directory: remove --out first"
+            "--overwrite is for files, and --format=huggingface writes a directory: choose another --out"
         )
     export_huggingface(args.model, args.out, allow_nonfinite=args.allow_nonfinite)
 

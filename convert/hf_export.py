@@ -23,7 +23,7 @@ from convert.hf_export_config import (
 )
 from convert.hf_export_tokenizer import choose_image_token, end_ids, write_json, write_tokenizer
 from convert.key_mapping import original_key
-from convert.output import check_output, check_space, combined_sources
+from convert.output import check_apart, check_output, check_space, combined_sources
 from minigpt4_jax.checkpoint.finite_tensors import FiniteTensors
 from minigpt4_jax.checkpoint.model_directory import (
     ReadableTensors,
@@ -54,11 +54,13 @@ def export_huggingface(
     Returns the keys.
 
     UserError: transformers has no such model, the model is quantized or has LoRA, a directory is missing or
-    damaged, values are NaN or infinite (unless allow_nonfinite), or `out` exists or cannot be written.
+    damaged, values are NaN or infinite (unless allow_nonfinite), or `out` exists, is in a directory
+    of the model, or cannot be written.
     """
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     config = read_config(model_dir)
     _refuse_other_models(model_dir, config)
+    check_apart(out, model_chain(model_dir))
     parent = check_output(out)
     stored = Tensors(model_dir)
     shapes = {name: stored.shape(name) for name in stored}

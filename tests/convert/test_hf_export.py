@@ -245,7 +245,8 @@ def test_models_that_have_no_such_directory(tmp_path, refused, values, message):
 def test_refusals_leave_nothing(tmp_path, refused, monkeypatch):
     model, out = changed_model(tmp_path / "model"), tmp_path / "out"
     arguments = ["export", "--format=huggingface", f"--model={model}", f"--out={out}"]
-    assert "remove --out first" in refused(*arguments, "--overwrite")
+    assert "choose another --out" in refused(*arguments, "--overwrite")
+    assert "is inside the directory of a model" in refused(*arguments[:3], f"--out={model / 'x'}")
     out.mkdir()
     (out / "precious").touch()
     assert "exists and is not empty" in refused(*arguments)
