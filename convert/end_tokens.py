@@ -26,10 +26,15 @@ def directory_end_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def gguf_end_ids(source: Gguf) -> tuple[int, ...]:
-    """The ends of a turn and of a message, at which llama.cpp stops too."""
-    names = ("eot_token_id", "eom_token_id")
-    ids = [source.field(f"tokenizer.ggml.{name}") for name in names]
-    return tuple(i for i in ids if i is not None)
+    """The ends of a turn and of a message, at which llama.cpp stops too. UserError: they are
+    no token ids."""
+    ids = []
+    for name in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
+        i = source.field(name)
+        if i is not None and type(i) is not int:
+            raise UserError(f"{source.path}: {name} is {i!r}; expected a token id")
+        ids += [] if i is None else [i]
+    return tuple(ids)
 
 
 def other_end_ids(ids: Sequence[int], tokenizer: Tokenizer, notes: list[str]) -> tuple[int, ...]:

@@ -48,6 +48,10 @@ class Gguf:
         value = self._values.get(name)
         return default if value is None else value.contents()
 
+    def field_names(self) -> list[str]:
+        """The names of all metadata."""
+        return sorted(self._values)
+
     def _tensor(self, t: Any) -> Tensor:
         shape = tuple(int(n) for n in reversed(t.shape))
         start, count = int(t.data_offset), int(t.n_bytes)
@@ -154,6 +158,11 @@ class Gguf:
             )
         config |= self._rope_scaling(config)
         if "rope_freqs.weight" in tensors:
+            if "rope_scaling" in config:
+                raise UserError(
+                    f"{self.path}: rope_freqs.weight together with {arch}.rope.scaling.type or "
+                    "rope.scaling.factor is not supported"
+                )
             config["rope_scaling"] = self._llama3_scaling(config)
         return config
 

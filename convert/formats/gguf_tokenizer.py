@@ -5,16 +5,41 @@ Byte-level BPE ("gpt2") becomes tokenizer.json, LLaMA's sentencepiece ("llama") 
 
 import json
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from convert.formats.gguf import Gguf
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import shorten
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in sentencepiece
+_TEMPLATE = "tokenizer.chat_template"
+
+
+def _list_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(type(v) in kinds for v in values)
+
+
+# What the metadata that is read here may be.
+_TYPES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+    (("ggml.model", "ggml.pre", "chat_template"), "a string", lambda v: isinstance(v, str)),
+    (("ggml.tokens", "ggml.merges"), "a list of strings", _list_of(str)),
+    (("ggml.token_type",), "a list of integers", _list_of(int)),
+    (("ggml.scores",), "a list of numbers", _list_of(int, float)),
+    (
+        tuple(f"ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")),
+        "an integer", lambda v: type(v) is int,
+    ),
+    (
+        ("ggml.add_bos_token", "ggml.add_space_prefix", "ggml.remove_extra_whitespaces"),
+        "true or false", lambda v: v in (False, True),
+    ),
+]  # fmt: skip
 
 
 def tokenizer_files(source: Gguf) -> dict[str, bytes]:
     """File name -> content. UserError: the GGUF file has no tokenizer, or an unsupported one."""
+    _check_types(source)
     model = source.field("tokenizer.ggml.model")
     tokens = source.field("tokenizer.ggml.tokens")
     if not model or not tokens:
@@ -44,15 +69,35 @@ def tokenizer_files(source: Gguf) -> dict[str, bytes]:
     return files
 
 
+def _check_types(source: Gguf) -> None:
+    """UserError: metadata of the tokenizer that has another type than GGUF's specification says."""
+    for names, expected, fits in _TYPES:
+        for name in names:
+            value = source.field(f"tokenizer.{name}")
+            if value is not None and not fits(value):
+                raise UserError(
+                    f"{source.path}: tokenizer.{name} is {shorten(repr(value))}; expected {expected}: "
+                    "give --tokenizer=DIR"
+                )
+
+
 def unsaid(source: Gguf) -> list[str]:
-    """What the file does not say about its tokenizer, so that ids may differ from the training's."""
+    """What the file does not say about its tokenizer, so that ids or prompts may differ from the
+    training's."""
+    named = [name for name in source.field_names() if name.startswith(f"{_TEMPLATE}.")]
+    if named and not source.field(_TEMPLATE):
+        return [f"has no {_TEMPLATE}, and {', '.join(named)} is not used", *_unsaid_of_ids(source)]
+    return _unsaid_of_ids(source)
+
+
+def _unsaid_of_ids(source: Gguf) -> list[str]:
     model = source.field("tokenizer.ggml.model")
     if model == "gpt2" and not source.field("tokenizer.ggml.pre"):
         return [
             "does not say how its tokenizer splits words (tokenizer.ggml.pre), so it may split them "
             "otherwise than in training"
         ]
-    if model == "llama" and source.field("tokenizer.chat_template"):
+    if model == "llama" and source.field(_TEMPLATE):
         return [
             "does not say whether its tokenizer puts a space before the text behind a special token "
             "(`legacy` in tokenizer_config.json); it does here"
@@ -87,7 +132,7 @@ def _tokenizer_config(source: Gguf, tokens: list[str]) -> dict[str, Any]:
             )
     if (add := source.field("tokenizer.ggml.add_bos_token")) is not None:
         config["add_bos_token"] = bool(add)
-    if template := source.field("tokenizer.chat_template"):
+    if template := source.field(_TEMPLATE):
         config["chat_template"] = template
     return config
 
