@@ -14,6 +14,7 @@ from minigpt4_jax.processing.chat_templates import (
     removed_text,
     role_names,
 )
+from minigpt4_jax.processing.sequences import stop_sequences
 from minigpt4_jax.processing.tokenizer import SPACES_BEFORE, Tokenizer, clean_up_spaces
 
 _NO_CHARACTER = "\uffff"  # Unicode keeps it out of texts
@@ -23,8 +24,8 @@ def completion_output(
     tokenizer: Tokenizer, config: ModelConfig, completion: Completion, stop_texts: Sequence[str]
 ) -> GenerationOutput:
     """A completion as the public API returns it, its text cut at the stop texts."""
-    stop_texts = _all_stop_texts(config, stop_texts)
-    text = clean_answer(config, _decode(tokenizer, config, completion.ids, stop_texts))
+    stops = _Stops(tokenizer, _all_stop_texts(config, stop_texts))
+    text = clean_answer(config, _decode(config, completion.ids, stops))
     error = nonfinite_error(completion)
     finish_reason = "error" if error else "stop" if completion.hit_stop else "length"
     return GenerationOutput(
@@ -59,21 +60,19 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, request: Request):
-        self._tokenizer, self._config = tokenizer, config
-        self._stop_texts = _all_stop_texts(config, request.stop_texts)
+        self._config = config
+        self._stops = _Stops(tokenizer, _all_stop_texts(config, request.stop_texts))
         self._removed, self._roles = removed_text(config), role_names(config)
         # what is removed from the text must not be shown in part either
         removed = [self._removed] if self._removed else []
-        self._hidden = [*_shown_of_stops(tokenizer, self._stop_texts), *removed]
+        self._hidden = [*_shown_of_stops(tokenizer, self._stops.texts), *removed]
         if config.image_first:  # neither what later tokens join
             self._hidden += [apart for apart, _ in SPACES_BEFORE]
         self.text = ""
 
     def push(self, completion: Completion, finished: bool) -> str:
         """The piece that an answer so far adds to the text; "" for none."""
-        text = _decode(
-            self._tokenizer, self._config, completion.ids, self._stop_texts, finished=finished
-        )
+        text = _decode(self._config, completion.ids, self._stops, finished=finished)
         if not finished:
             text = stable_prefix(text, self._hidden)
         text = self._without_role(text.replace(self._removed, "") if self._removed else text)
@@ -107,57 +106,79 @@ def stream_text(
             raise UserError(error)
 
 
+class _Stops:
+    """Stop texts, and those of them that are written with special tokens and others, `mixed`. Decoding
+    leaves the special tokens out, so that the text does not have these."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]):
+        self.texts = list(texts)
+        self._tokenizer = tokenizer
+        self.mixed = [text for text in texts if self._is_mixed(text)]
+
+    def _is_mixed(self, text: str) -> bool:
+        ids = self._tokenizer.encode(text)
+        shown = self._tokenizer.decode(ids).strip()
+        return bool(shown) and shown != self._tokenizer.decode(ids, skip_special=False).strip()
+
+    def are_in(self, ids: list[int]) -> bool:
+        """Whether ids spell one of the texts."""
+        text = self._tokenizer.decode(ids)
+        if any(stop in text for stop in self.texts):
+            return True
+        return bool(self.mixed) and self._mixed_in(ids)
+
+    def _mixed_in(self, ids: list[int]) -> bool:
+        written = self._tokenizer.decode(ids, skip_special=False)
+        return any(stop in written for stop in self.mixed)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, up to the first mixed text."""
+        if not self.mixed:
+            return self._tokenizer.decode(ids)
+        if self._mixed_in(ids):
+            end = bisect.bisect_left(range(len(ids)), True, key=lambda n: self._mixed_in(ids[:n]))
+            start = next(n for n in range(end - 1, -1, -1) if self._mixed_in(ids[n:end]))
+            return self._without_start_of_stop(self._tokenizer.decode(ids[: start + 1]))
+        # their usual tokens, next to which white space may be lost
+        usual = [ids_ for stop in self.mixed for ids_ in stop_sequences(self._tokenizer, stop)]
+        length = max((len(s) for s in usual if ids[-len(s) :] == s), default=0)
+        return self._tokenizer.decode(ids[: len(ids) - length])
+
+    def _without_start_of_stop(self, text: str) -> str:
+        """A text without what its last token has of a mixed text."""
+        starts = [s[:n] for s in self.mixed for n in range(1, len(s) + 1) if text.endswith(s[:n])]
+        return text.removesuffix(max(starts, key=len, default=""))
+
+
 def make_stop_check(
     tokenizer: Tokenizer, stop_texts: Sequence[str]
 ) -> Callable[[list[int]], int | None]:
     """A function: ids -> how many of them it takes to spell one of the texts, None if they do not."""
+    stops = _Stops(tokenizer, stop_texts)
 
     def stop_check(ids: list[int]) -> int | None:
-        def has_stop_text(length: int) -> bool:
-            text = tokenizer.decode(ids[:length])
-            return any(stop_text in text for stop_text in stop_texts)
-
-        if not has_stop_text(len(ids)):
+        if not stops.are_in(ids):
             return None
-        return bisect.bisect_left(range(len(ids)), True, key=has_stop_text)
+        return bisect.bisect_left(range(len(ids)), True, key=lambda n: stops.are_in(ids[:n]))
 
     return stop_check
 
 
 def _decode(
-    tokenizer: Tokenizer,
     config: ModelConfig,
     ids: list[int],
-    stop_texts: Sequence[str],
+    stops: _Stops,
     *,
     finished: bool = True,
 ) -> str:
     """The text of ids up to the first of all the stop texts. finished: no other ids follow."""
-    if finished:
-        ids = _without_mixed_stop(tokenizer, ids, stop_texts)
-    text = tokenizer.decode(ids)
+    text = stops.decode(ids)
     if config.image_first:
         # what follows a space at the end decides which mark it is joined to
         text = clean_up_spaces(text if finished else text.rstrip())
-    for stop_text in stop_texts:
+    for stop_text in stops.texts:
         text = text.split(stop_text)[0]
     return text
-
-
-def _without_mixed_stop(
-    tokenizer: Tokenizer, ids: list[int], stop_texts: Sequence[str]
-) -> list[int]:
-    """ids without a stop text at their end that is written with special tokens and others. Decoding leaves
-    the special tokens out, so that the text does not have it."""
-    written = tokenizer.decode(ids, skip_special=False).rstrip()
-    ends = sorted((text.strip() for text in stop_texts if text.strip()), key=len, reverse=True)
-    for end in (end for end in ends if written.endswith(end)):
-        if tokenizer.decode(ids).rstrip().endswith(end):
-            continue
-        for start in range(len(ids) - 1, -1, -1):
-            if end in tokenizer.decode(ids[start:], skip_special=False):
-                return ids[:start]
-    return ids
 
 
 def _shown_of_stops(tokenizer: Tokenizer, stop_texts: Sequence[str]) -> list[str]:

@@ -116,15 +116,47 @@ def test_a_role_name_after_other_text_cannot_be_taken_back():
     assert stream_and_answer(FORMATS["special token"], ids, (), 1)[1] == "one Assistant: two"
 
 
-@pytest.mark.parametrize("stop", ["over</s>", "a</s>b", "</s>over"])
+@pytest.mark.parametrize("stop", ["over</s>", "a</s>b", "</s>over", " over</s>", "</s>\nover"])
 def test_a_stop_text_with_special_tokens_and_others_is_cut_off(stop):
     """Decoding leaves the special token out, and the rest is no part of the answer."""
+    assert streamed_and_whole(TOKENIZER.encode("a dog" + stop), stop) == ("a dog", "a dog")
+
+
+def streamed_and_whole(ids, stop):
+    """The text of a stream of these ids, and the answer."""
     config = FORMATS["special token"]
-    ids = TOKENIZER.encode("a dog " + stop)
     stream = TextStream(TOKENIZER, config, Request([1], stop_texts=(stop,)))
     pieces = [stream.push(completion(ids[:n]), n == len(ids)) for n in range(1, len(ids) + 1)]
     output = completion_output(TOKENIZER, config, completion(ids, True), [stop])
-    assert "".join(pieces) == output.text == "a dog"
+    return "".join(pieces), output.text
+
+
+@pytest.mark.parametrize("after", ["", " and more"])
+def test_a_stop_text_with_special_tokens_is_found_however_it_is_spelled(after):
+    """In bytes, or with a token that begins before it; what min_new_tokens lets follow is cut off."""
+    special, after = TOKENIZER.eos_id, TOKENIZER.encode(after)
+    spelled = [*TOKENIZER.encode("a dog"), *spell("over", []), special]
+    for stop, ids, expected in (
+        ("over</s>", spelled, "a dog"),
+        ("g</s>", [*TOKENIZER.encode("a dog"), special], "a do"),
+    ):
+        assert make_stop_check(TOKENIZER, [stop])([*ids, *after]) == len(ids)
+        assert make_stop_check(TOKENIZER, [stop])(ids[:-1]) is None
+        assert streamed_and_whole([*ids, *after], stop) == (expected, expected)
+
+
+@pytest.mark.parametrize("stop", ["\n\n", " \n", "\nUser:", "###", " </s>x"])
+def test_what_min_new_tokens_lets_follow_a_stop_text_is_cut_off(stop):
+    """Of white space, of several tokens, or with a special token."""
+    ids = [*TOKENIZER.encode("a dog"), *spell(stop.split("</s>")[0], [])]
+    if "</s>" in stop:
+        ids += [TOKENIZER.eos_id, *spell("x", [])]
+    assert streamed_and_whole([*ids, *TOKENIZER.encode("more")], stop) == ("a dog", "a dog")
+
+
+def test_the_end_of_a_word_is_no_stop_text_that_begins_with_a_space():
+    ids = [*TOKENIZER.encode("carryover"), TOKENIZER.eos_id]
+    assert streamed_and_whole(ids, " over</s>") == ("carryover", "carryover")
 
 
 @pytest.mark.parametrize(
