@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from convert.blip2_config import hf_values
 from convert.blip2_keys import HF_ITM, STAGE1
 from convert.blip2_sources import (
     check_second_names,
@@ -21,6 +22,7 @@ from convert.build_plan import (
     stored_config,
     unknown_keys,
 )
+from convert.formats.readers import read_json
 from convert.infer_config import qformer_config, text_config, vision_config
 from convert.key_mapping import EVA, NATIVE, original_key
 from convert.language_model import TokenizerFiles, find_tokenizer
@@ -50,7 +52,7 @@ def _plan_stage1(request: BuildRequest) -> BuildPlan:
                 f"--{option.replace('_', '-')} is given, but {request.variant} has no language model"
             )
     settings, notes = parse_settings(request.settings), list[str]()
-    checkpoints = _open_stage1(request)
+    checkpoints = _open_stage1(request, notes)
     tokenizer = _bert_tokenizer(request)
     sources = combine_sources(checkpoints)
     vision = vision_values(checkpoints, sources, settings)
@@ -77,7 +79,7 @@ def _plan_stage1(request: BuildRequest) -> BuildPlan:
     return finish_plan(request, config, checkpoints, sources, tokenizer, new, notes)
 
 
-def _open_stage1(request: BuildRequest) -> list[MappedCheckpoint]:
+def _open_stage1(request: BuildRequest, notes: list[str]) -> list[MappedCheckpoint]:
     """In the order in which later ones replace parameters of earlier ones."""
     checkpoints = open_vision(request)
     for option in ("qformer", "checkpoint"):
@@ -85,7 +87,9 @@ def _open_stage1(request: BuildRequest) -> list[MappedCheckpoint]:
         if path is None:
             continue
         if is_hf_blip2(path):
-            checkpoints.append(open_hf(flag, path, HF_ITM))
+            label = str(path / "config.json")
+            found = hf_values(read_json(path / "config.json"), label, notes, reads_text=True)
+            checkpoints.append(open_hf(flag, path, HF_ITM, found, notes))
         elif is_bert(path):
             checkpoints.append(open_bert(flag, path))
         else:
@@ -159,8 +163,6 @@ def _stage1_qformer(
 
 
 def _bert_heads(checkpoint: MappedCheckpoint) -> int:
-    from convert.formats.readers import read_json
-
     folder = Path(checkpoint.reader.label)
     folder = folder if folder.is_dir() else folder.parent
     return int(read_json(folder / "config.json")["num_attention_heads"])

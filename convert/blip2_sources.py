@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.blip2_config import MODEL_TYPES, check_shapes, hf_sizes
 from convert.blip2_keys import (
     BERT,
     HF_QKV_BIAS,
@@ -15,6 +16,7 @@ from convert.blip2_keys import (
 )
 from convert.formats.readers import Reader, open_directory, read_json
 from convert.formats.tensors import Tensor
+from convert.image_processor import check_image_processor
 from convert.key_mapping import (
     BLIP2,
     EVA,
@@ -55,7 +57,7 @@ def is_hf_blip2(path: Path) -> bool:
     """Whether a path is a Hugging Face directory of a BLIP-2 or InstructBLIP model."""
     if not (path / "config.json").is_file():
         return False
-    return read_json(path / "config.json").get("model_type") in ("blip-2", "instructblip")
+    return read_json(path / "config.json").get("model_type") in MODEL_TYPES
 
 
 def is_bert(path: Path) -> bool:
@@ -65,15 +67,20 @@ def is_bert(path: Path) -> bool:
     return read_json(path / "config.json").get("model_type") == "bert"
 
 
-def open_hf(option: str, path: Path, table: KeyTable) -> MappedCheckpoint:
-    """Open a Hugging Face directory of BLIP-2; its sizes come from config.json."""
+def open_hf(
+    option: str, path: Path, table: KeyTable, values: Mapping[str, Any], notes: list[str]
+) -> MappedCheckpoint:
+    """Open a Hugging Face directory of BLIP-2. values: of its config.json, from which the sizes come."""
+    check_image_processor(path, values["vision_config"]["image_size"], notes)
     reader = split_qkv_biases(open_directory(path))
     mapped, unknown = map_keys(table, reader.tensors)
-    config = read_json(path / "config.json")
-    sizes = hf_sizes(config, str(path / "config.json"))
-    token = config.get("image_token_index")
+    token = values.get("image_token_index")
     recorded = {"image_token_index": token} if type(token) is int else {}
-    return MappedCheckpoint(option, reader, table, mapped, unknown, sizes, recorded)
+    checkpoint = MappedCheckpoint(
+        option, reader, table, mapped, unknown, hf_sizes(values), recorded
+    )
+    check_shapes(checkpoint.shapes(""), values, str(path / "config.json"))
+    return checkpoint
 
 
 def open_bert(option: str, path: Path) -> MappedCheckpoint:
@@ -115,35 +122,6 @@ def _part(tensor: Tensor, index: slice) -> Tensor:
     size = index.stop - index.start
     nbytes = size * tensor.dtype.itemsize
     return replace(tensor, shape=(size,), nbytes=nbytes, load=lambda: tensor.load()[index])
-
-
-def hf_sizes(config: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """VisionConfig and QFormerConfig fields of a BLIP-2 config.json. UserError: a missing or
-    unsupported value."""
-    try:
-        v, q = config["vision_config"], config["qformer_config"]
-        for part, values in (("vision_config", v), ("qformer_config", q)):
-            if values.get("hidden_act", "gelu") != "gelu":
-                raise UserError(
-                    f"{label}: {part}.hidden_act {values['hidden_act']!r}: expected gelu"
-                )
-        if q.get("position_embedding_type", "absolute") != "absolute":
-            raise UserError(f"{label}: qformer_config.position_embedding_type: expected absolute")
-        vision = {
-            "image_size": v["image_size"], "patch_size": v["patch_size"], "width": v["hidden_size"],
-            "depth": v["num_hidden_layers"], "heads": v["num_attention_heads"],
-            "mlp": v["intermediate_size"], "eps": v.get("layer_norm_eps", 1e-6),
-        }  # fmt: skip
-        qformer = {
-            "queries": config["num_query_tokens"], "hidden": q["hidden_size"],
-            "layers": q["num_hidden_layers"], "heads": q["num_attention_heads"],
-            "ffn": q["intermediate_size"], "cross_every": q["cross_attention_frequency"],
-            "vision_width": q["encoder_hidden_size"], "eps": q.get("layer_norm_eps", 1e-12),
-            "dropout": q.get("hidden_dropout_prob", 0.1),
-        }  # fmt: skip
-    except KeyError as e:
-        raise UserError(f"{label}: no {e.args[0]}; expected the config.json of BLIP-2") from None
-    return {"vision": vision, "qformer": qformer}
 
 
 def check_second_names(

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from convert.blip2_config import hf_values
 from convert.blip2_keys import (
     LAVIS_TABLES,
     STAGE1,
@@ -122,16 +123,17 @@ def _open_hf_model(
         raise UserError("--llm is given, but --checkpoint is a Hugging Face directory with its own")
     label = str(request.checkpoint / "config.json")
     whole_config = read_json(request.checkpoint / "config.json")
-    values = whole_config.get("text_config") or {}
     instructed = is_instructblip(request.variant)
     if (whole_config["model_type"] == "instructblip") != instructed:
         raise UserError(
             f"{label}: model_type is {whole_config['model_type']!r}, but --variant is {request.variant}; "
             f"choose {'a blip2' if instructed else 'an instructblip'} variant"
         )
+    whole_values = hf_values(whole_config, label, notes, reads_text=instructed)
+    values, label = whole_values["text_config"], f"{label}: text_config"
     _check_model_type(request, values.get("model_type"), label)
     whole = hf_table(values.get("model_type"), instructed=instructed)
-    checkpoint = open_hf("--checkpoint", request.checkpoint, whole)
+    checkpoint = open_hf("--checkpoint", request.checkpoint, whole, whole_values, notes)
     llm = asdict(llm_config(values, label, notes))
     resolve_tied_embeddings(llm, checkpoint, notes)
     return llm, checkpoint
@@ -162,7 +164,7 @@ def _open_language_model(
 def _check_model_type(request: BuildRequest, model_type: Any, label: str) -> None:
     if model_type != _MODEL_TYPES[request.variant]:
         raise UserError(
-            f"{label}: a language model of type {model_type!r}; {request.variant} needs "
+            f"{label}: a language model of model_type {model_type!r}; {request.variant} needs "
             f"{_MODEL_TYPES[request.variant]!r}"
         )
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.build_plan import BuildRequest
+from convert.image_processor import PROCESSOR_FILES
 from convert.instructblip import QFORMER_FILES
 from convert.language_model import TOKENIZER_FILES
 from minigpt4_jax.config import BLIP2_VARIANTS
@@ -21,7 +22,9 @@ def download_inputs(request: BuildRequest) -> BuildRequest:
     if tokenizer is not None:
         tokenizer = fetch_tokenizer("--tokenizer", tokenizer, TOKENIZER_FILES)
     # of BLIP-2 there are directories as transformers writes them
-    whole = (*TOKENIZER_FILES, *QFORMER_FILES) if request.variant in BLIP2_VARIANTS else ()
+    whole: tuple[str, ...] = ()
+    if request.variant in BLIP2_VARIANTS:
+        whole = (*TOKENIZER_FILES, *QFORMER_FILES, *PROCESSOR_FILES)
     return replace(
         request,
         llm=llm,
