@@ -25,8 +25,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_tokenizer(directory: Path, model_dir: Path, config: ModelConfig) -> None:
     """Copy the tokenizer's files. Its class is named, as transformers would take another one of a BLIP-2
-    model."""
+    model. UserError: they are missing or damaged."""
     source = tokenizer_dir(model_dir)
+    load_tokenizer(source, config.tokenizer.kind)  # an error names this directory
     for path in sorted(source.iterdir()):
         if path.name != "config.json":  # of the language model, where it told the class
             shutil.copyfile(path, directory / path.name)

@@ -53,7 +53,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array = np.asarray(tensors[name].load(), order="C")
+            array = tensors[name].load()
             announced = DTYPES[tensors[name].dtype], tensors[name].shape
             if (array.dtype, array.shape) != announced:
                 raise ValueError(f"{name}: {array.dtype} {array.shape}, announced as {announced}")

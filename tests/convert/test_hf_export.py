@@ -267,6 +267,8 @@ def test_refusals_leave_nothing(tmp_path, refused, monkeypatch):
     save_file(tensors, path)
     assert "llm.embed: 1 of" in refused(*arguments)
     path.write_bytes(whole)
+    (model / "tokenizer" / "vocab.json").write_text("{x")
+    assert f"cannot read the tokenizer in {model / 'tokenizer'}" in refused(*arguments)
     shutil.rmtree(model / "tokenizer")
     assert "has no tokenizer/" in refused(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
