@@ -158,6 +158,8 @@ def test_output_matrices(tmp_path, capsys, tied):
     build_again(folder, tmp_path / "ours", variant)
     export_huggingface(tmp_path / "ours", tmp_path / "out")
     assert ("transformers 4 reads that as T5 1.0" in capsys.readouterr().out) == tied
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert written["tie_word_embeddings"] == tied  # which transformers 4 goes by
     theirs, ours = load(folder), load(tmp_path / "out")
     embedding = ours.get_input_embeddings().weight
     assert torch.equal(ours.get_output_embeddings().weight, embedding) == tied
