@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -44,6 +45,8 @@ _LIBRARIES = {"huggingface_hub", "httpx", "httpx2", "httpcore", "hf_xet"}  # who
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Select = Callable[[Listing], Selection]
+
+_log = logging.getLogger(__name__)
 
 
 class HubId(NamedTuple):
@@ -171,13 +174,13 @@ def source_record(paths: Iterable[Path | str]) -> dict[str, str]:
 
 def _fetch(name: str, hub_id: HubId, select: Select) -> Path:
     """Download the selected files, of which those in the cache are used. Without network, or if the
-    server does not answer for this repository, the cache alone is used.
+    server does not answer for this repository, the cache alone is used, with a warning.
 
     UserError: not found, gated, no such revision, neither reachable nor cached, disk full, or the
     repository does not have what is needed.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
     repo, revision = hub_id.repo, hub_id.revision
 
@@ -186,13 +189,24 @@ def _fetch(name: str, hub_id: HubId, select: Select) -> Path:
 
     with _wrap_errors(name, hub_id):
         try:
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+            # without a timeout, a network that drops packets is waited for forever
+            timeout = constants.HF_HUB_ETAG_TIMEOUT
+            info = HfApi().model_info(
+                repo, revision=revision, files_metadata=True, timeout=timeout
+            )
         except RevisionNotFoundError:
             raise
         except Exception as e:
             if not _from_libraries(e):
                 raise
-            return _fetch_cached(hub_id, select, e)
+            path = _fetch_cached(hub_id, select, e)
+            if not isinstance(e, OfflineModeIsEnabled):  # which the user has asked for
+                why = f"{type(e).__name__}: {one_line(e, 100)}"
+                _log.warning(
+                    "%s %s: %s cannot be asked (%s); using %s of the cache, which may be out of date",
+                    name, hub_id, constants.ENDPOINT, why, source_uri(path) or path,
+                )  # fmt: skip
+            return path
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         selection = select(Listing(hub_id.repository, sizes.keys(), download))
         _check_space(name, hub_id, info.sha, selection, sizes)
@@ -278,7 +292,7 @@ def _from_libraries(error: Exception) -> bool:
 
 def _explanation(error: Exception, hub_id: HubId) -> str:
     """What failed, and what to do about it."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     if type(error) is errors.LocalEntryNotFoundError and isinstance(error.__cause__, Exception):
@@ -292,6 +306,11 @@ def _explanation(error: Exception, hub_id: HubId) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{endpoint}/{hub_id.repo} has no revision {hub_id.revision or 'main'}"
+    if status == 401 and get_token():  # also for public models, if the token is wrong
+        return (
+            f"there is no such path here, and {endpoint} refuses your token (HF_TOKEN or `hf auth login`): "
+            "renew it, or remove it if the model is public"
+        )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return (
             f"there is no such path here and no such model on {endpoint} (for a private one set HF_TOKEN "

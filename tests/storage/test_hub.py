@@ -234,11 +234,31 @@ def test_what_is_in_the_cache_is_not_downloaded_again(hub, offline):
     assert "HF_HUB_OFFLINE forbids" in refusal("org/llm@v2") and "HF_HUB" in refusal("org/other")
 
 
-def test_the_cache_is_used_without_a_network(hub, monkeypatch):
+def test_the_cache_is_used_without_a_network_and_says_so(hub, offline, monkeypatch, caplog):
     hub.publish("org/llm", LLM_FILES)
     first = fetch("org/llm")
-    use_endpoint(monkeypatch, closed_port())
+    assert not caplog.messages
+    use_endpoint(monkeypatch, endpoint := closed_port())
     assert fetch("org/llm") == first
+    (message,) = caplog.messages
+    assert message.startswith(f"--llm org/llm: {endpoint} cannot be asked (ConnectError: ")
+    assert f"using hf://org/llm@{first.name} of the cache, which may be out of date" in message
+    offline()
+    caplog.clear()
+    assert fetch("org/llm") == first and not caplog.messages  # as the user has asked for
+
+
+def test_a_server_that_never_answers(hub, monkeypatch):
+    """A firewall that drops packets: the cache is used, or the error comes after the timeout."""
+    from huggingface_hub import constants
+
+    hub.publish("org/llm", LLM_FILES)
+    first = fetch("org/llm")
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections only
+        use_endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert fetch("org/llm") == first
+        assert "ReadTimeout: timed out; check the network" in refusal("org/other")
 
 
 def test_an_interrupted_download_is_resumed(hub, monkeypatch):
@@ -299,6 +319,10 @@ def test_a_private_repository_needs_a_token(hub, monkeypatch):
     hub.publish("org/private", LLM_FILES)
     hub.token = "hf_secret"
     assert "for a private one set HF_TOKEN" in refusal("org/private")
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    assert f"{hub.endpoint} refuses your token (HF_TOKEN or `hf auth login`)" in refusal(
+        "org/private"
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert files_in(fetch("org/private")) == LLM_FILES
 
