@@ -141,11 +141,14 @@ class Checkpoints:
             raise self._error("write", e) from e
         self._last_complete = self._last_started
 
-    def restore(self, trainable: Trainable, opt_state: Any) -> Restored | None:
+    def restore(
+        self, trainable: Trainable, opt_state: Any, advice: str = "remove that directory"
+    ) -> Restored | None:
         """Read the latest undamaged checkpoint; None if there is no checkpoint at all. Later, damaged
         ones are renamed. Collective with several processes.
 
         trainable, opt_state: arrays of the expected shapes and types.
+        advice: what to do if all checkpoints are damaged.
         UserError: all checkpoints are damaged, or they cannot be read (permissions).
         """
         target = jax.tree.map(
@@ -175,8 +178,7 @@ class Checkpoints:
             return None
         details = "; ".join(f"{_directory_name(step)}: {why}" for step, why in damage.items())
         raise UserError(
-            f"every checkpoint in {self._directory} is damaged ({details}): remove that directory to "
-            "start the run again, or choose another --workdir"
+            f"every checkpoint in {self._directory} is damaged ({details}): {advice}"
         )
 
     def _read_together(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:

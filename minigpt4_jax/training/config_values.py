@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -13,6 +14,8 @@ from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_check import check
 
 T = TypeVar("T")
+
+_PATHS = ("path", "val_path", "root", "images")  # last words of keys with local paths
 
 # What other programs call a key.
 SYNONYMS = {
@@ -35,6 +38,7 @@ SYNONYMS = {
 
 # Keys that may change when a run is resumed, with the reason; all others would make it another run.
 CHANGEABLE = {
+    "model": "may have been moved: its weights are compared (see training.workdir)",
     "steps": "may grow: the run is extended (see training.workdir)",
     "mesh": "where arrays lie, not their values",
     "log_every": "only what is printed",
@@ -184,7 +188,17 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
     defaults = _flatten(to_dict(TrainConfig())) | {"data.exif": False}
     a, b = defaults | _flatten(old), defaults | _flatten(new)
     keys = sorted(a.keys() | b.keys())
-    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+    pairs = {k: (a.get(k), b.get(k)) for k in keys}
+    return {k: (x, y) for k, (x, y) in pairs.items() if _resolved(k, x) != _resolved(k, y)}
+
+
+def _resolved(key: str, value: Any) -> Any:
+    """A value to be compared: the same file may be written as data/a.json, ./data/a.json or in full."""
+    if key.rsplit(".", 1)[-1] not in _PATHS:
+        return value
+    if isinstance(value, list):
+        return [_resolved(key, item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) and "://" not in value else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

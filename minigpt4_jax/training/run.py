@@ -18,7 +18,7 @@ from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.logs import NullLog, RunLog
 from minigpt4_jax.training.setup import Program, RunInputs, build_program
 from minigpt4_jax.training.train_step import OptState, Trainable
-from minigpt4_jax.training.workdir import CHECKPOINTS
+from minigpt4_jax.training.workdir import CHECKPOINTS, MODEL, record_config
 
 
 @dataclass
@@ -36,12 +36,16 @@ class Run:
     trainable: Trainable
     opt_state: OptState
     pending_evaluations: list[str]  # of this step, such as VAL_LOSS: left undone by a stop
+    config_recorded: bool = False  # in config.json, since this start
 
     def save_checkpoint(self) -> None:
         """Flush the log, then save the state in the background. UserError: it cannot be written."""
         self.checkpoints.wait()
         try:
             self.log.flush()
+            if is_main_process() and not self.config_recorded:
+                record_config(self.workdir, self.c)
+                self.config_recorded = True
         except UserError as e:
             raise UserError(f"{e}; {self.checkpoints.describe_saved_state()}") from e
         position = self.inputs.loader.state() | {"tally": self.count_skipped().state()}
@@ -56,6 +60,13 @@ class Run:
         return SkipCounter.total(all_gather_json(counter.report()))
 
 
+def _advice_on_damage(workdir: Path) -> str:
+    """What to do if all checkpoints are damaged."""
+    if (workdir / MODEL).exists():  # of a finished run that is extended
+        return f"train {workdir / MODEL}, which the run has finished, further in another --workdir"
+    return "remove that directory to start the run again, or choose another --workdir"
+
+
 def open_run(c: TrainConfig, workdir: Path, inputs: RunInputs, exit_stack: ExitStack) -> Run:
     """Load the model, restore the last checkpoint if there is one, and open the log.
 
@@ -65,7 +76,7 @@ def open_run(c: TrainConfig, workdir: Path, inputs: RunInputs, exit_stack: ExitS
     exit_stack.callback(checkpoints.close)
     with raise_together():
         program, trainable, opt_state = build_program(c, inputs)
-    restored = checkpoints.restore(trainable, opt_state)
+    restored = checkpoints.restore(trainable, opt_state, _advice_on_damage(workdir))
     step, pending_evaluations = 0, list[str]()
     if restored is not None:
         step, pending_evaluations = restored.step, restored.extra["owed"]

@@ -49,7 +49,7 @@ def _is_without_exif(workdir: Path) -> bool:
 
 def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
     """Create the working directory with its config.json, or check that it holds this same run; returns
-    lines about what is changed in it.
+    lines about what is changed in it. `record_config` writes the changes, once they have an effect.
 
     A run may be given more `steps` than it was started with, also once it is finished. Its schedule is then
     that of the new total.
@@ -57,20 +57,32 @@ def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
     UserError: it cannot be written, or its run has another configuration or another model.
     """
     document = {"config": to_dict(c), "model": model_directory.fingerprint(c.model)}
-    path, messages = workdir / CONFIG, list[str]()
+    path = workdir / CONFIG
     try:
         with wrap_storage_errors(workdir):
             make_directory(workdir)
             if path.exists():
-                messages = _check_same_run(workdir, json.loads(path.read_text()), document)
-            elif any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
+                return _check_same_run(workdir, json.loads(path.read_text()), document)
+            if any((workdir / name).exists() for name in (CHECKPOINTS, MODEL)):
                 raise UserError(f"{workdir} holds a run without {CONFIG}: choose another --workdir")
             write_text_atomically(path, json.dumps(document, indent=1) + "\n")
     except OSError as e:
         raise write_error(workdir, e) from e
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
-    return messages
+    return []
+
+
+def record_config(workdir: Path, c: TrainConfig) -> None:
+    """Write what `open_workdir` has accepted to config.json, before a state is saved under it: a start
+    that saves nothing leaves the run as it was. UserError: it cannot be written."""
+    path = workdir / CONFIG
+    try:
+        with wrap_storage_errors(workdir):
+            document = json.loads(path.read_text()) | {"config": to_dict(c)}
+            write_text_atomically(path, json.dumps(document, indent=1) + "\n")
+    except OSError as e:
+        raise write_error(workdir, e) from e
 
 
 def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> list[str]:
@@ -84,8 +96,8 @@ def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> list[str]:
         )
     if old["model"] != new["model"]:
         raise UserError(
-            f"{workdir} was started with other weights than {new['config']['model']} holds now: "
-            "choose another --workdir"
+            f"{workdir} was started with other weights than {new['config']['model']} holds now"
+            f"{_other_path(old['config'], new['config'])}: choose another --workdir"
         )
     messages = []
     if changed := allowed_changes(old["config"], new["config"]):
@@ -95,6 +107,12 @@ def _check_same_run(workdir: Path, old: Any, new: dict[str, Any]) -> list[str]:
         schedule = new["config"]["schedule"]
         messages.append(_describe_extension(workdir, old_steps, steps, schedule))
     return messages
+
+
+def _other_path(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The model that a run was started with, if it is another one by its path."""
+    before = old.get("model")
+    return "" if before == new["model"] else f" (its model was {before})"
 
 
 def _describe_extension(workdir: Path, old_steps: int, steps: int, schedule: str) -> str:

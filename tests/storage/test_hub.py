@@ -219,6 +219,8 @@ def test_revisions(hub):
     assert fetch(f"org/llm@{old}").name == old
     assert fetch(f"hf://org/llm@{new}").name == new
     assert f"{hub.endpoint}/org/llm has no revision v3" in refusal("org/llm@v3")
+    hub.publish("org/llm", {"m.gguf": b"GGUF"}, branch="gguf")
+    assert fetch("org/llm@gguf").name == "m.gguf"  # its own list of files decides
 
 
 def test_what_is_in_the_cache_is_not_downloaded_again(hub, offline):

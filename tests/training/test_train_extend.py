@@ -1,8 +1,11 @@
 """A run that is given more steps, or other keys that do not change what is computed."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from minigpt4_jax import errors
 from minigpt4_jax.data.config import DataConfig
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.optimizer import make_schedule
-from minigpt4_jax.training.trainer import train
+from minigpt4_jax.training.preemption import Stopped
+from minigpt4_jax.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -108,6 +112,46 @@ def test_other_keys_may_change_and_are_named(config, workdir, capsys):
         == "changed since the last start: keep: 3 -> 1; log_every: 1 -> 2; save_every: 2 -> 1"
     )
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["00000004"]
+
+
+def test_a_start_that_saves_nothing_leaves_the_run_as_it_was(config, workdir, monkeypatch, capsys):
+    """Neither a typing error in `steps` that is noticed at once nor damage ends the possibilities."""
+    before = (workdir / "config.json").read_bytes()
+    longer = dataclasses.replace(config, steps=10**6, keep=2)
+    stop = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(Trainer, "_log_start", lambda _: stop())
+    with pytest.raises(Stopped):
+        train(longer, workdir)
+    assert (workdir / "config.json").read_bytes() == before
+    for folder in (workdir / "checkpoints").iterdir():
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"?")
+    message = refused(longer, workdir)
+    assert "is damaged" in message and "start the run again" not in message
+    assert f"train {workdir / 'model'}, which the run has finished, further" in message
+    assert (workdir / "config.json").read_bytes() == before
+    capsys.readouterr()
+    assert train(config, workdir).steps == 3 and "is done" in capsys.readouterr().out
+
+
+def test_paths_may_be_written_in_another_way(config, workdir, monkeypatch, capsys):
+    home = Path(config.model).parent
+    monkeypatch.chdir(home)
+    shutil.copytree(home / "model", home / "moved", dirs_exist_ok=True)
+    data = dataclasses.replace(config.data, path=("data/../data/rows.jsonl",))
+    other = dataclasses.replace(config, model="moved/", data=data)
+    train(other, workdir)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"changed since the last start: model: '{home / 'model'}' -> 'moved/'"
+    )
+    shutil.copy(home / "data" / "rows.jsonl", home / "data" / "copy.jsonl")
+    data = dataclasses.replace(data, path=("data/copy.jsonl",))
+    message = refused(dataclasses.replace(other, data=data), workdir)
+    assert f"data.path: ['{home}/data/rows.jsonl'] -> ['data/copy.jsonl']" in message
+    tiny.write_model(home / "other", seed=1)
+    message = refused(dataclasses.replace(config, model="other"), workdir)
+    assert "started with other weights than other holds now (its model was" in message
 
 
 def test_more_steps_do_not_excuse_other_changes(config, workdir):
