@@ -1,6 +1,7 @@
 """User errors: one line on stderr and an exit code instead of a traceback."""
 
 import argparse
+import difflib
 import os
 import select
 import sys
@@ -34,7 +35,17 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError: one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message}{self._hint(message)} (see {self.prog} --help)")
+
+    def _hint(self, message: str) -> str:
+        """The nearest option to the first that is not known, also if - and _ are confused."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message or not unknown.startswith("--"):
+            return ""
+        known = {name.replace("_", "-"): name for a in self._actions for name in a.option_strings}
+        name = unknown.split()[0].partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

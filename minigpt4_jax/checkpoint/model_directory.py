@@ -73,7 +73,9 @@ def read_model_json(model_dir: Path | str) -> dict[str, Any]:
         if document["format"] != FORMAT:
             raise UserError(f"{path}: format {document['format']}, but this version reads {FORMAT}")
         document["config"]
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if not str(model_dir):
+            raise UserError("the model directory is an empty name; expected --model=DIR") from e
         raise UserError(
             f"{model_dir} is not a model directory (no model.json) nor a Hugging Face model id "
             f"(ORG/NAME): create one with `python -m convert build --out={model_dir}`"

@@ -20,8 +20,8 @@ from minigpt4_jax.cli.chat_session import (
     EXCLUDED,
     Session,
     generation_options,
-    note,
 )
+from minigpt4_jax.cli.common import note
 from minigpt4_jax.cli.line_editing import line_editing
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tasks import BARE_TASKS, TASKS
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # undecodable characters end no conversation
             stream.reconfigure(errors="replace")
     question = _check_arguments(args)
-    loading = common.begin_loading(args)
+    loading = common.begin_loading(args, lambda variant: generation_options(variant, args))
     from minigpt4_jax.inference.compile_ahead import ProgramCompiler
 
     with ProgramCompiler(loading.model) as compiler:

@@ -5,13 +5,13 @@ import contextlib
 import json
 import os
 import shlex
-import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.cli import common
+from minigpt4_jax.cli.common import note
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
@@ -86,7 +86,12 @@ class Session:
         note(f"loaded {len(transcript.turns)} questions and answers")
 
     def handle(self, line: str) -> bool:
-        """Process a line; False when it ends the session. UserError: the session is unchanged."""
+        """Process a line; False when it ends the session. UserError: the session is unchanged.
+
+        Pasted lines are one question, behind the commands that stand before it, one on each line."""
+        command, newline, rest = line.partition("\n")
+        if newline and command.startswith("/") and not command.startswith("//"):
+            return self.handle(command.rstrip()) and (not rest.strip() or self.handle(rest.strip()))
         if not line.startswith("/") or line.startswith("//"):
             self._ask(line.removeprefix("/"))
             return True
@@ -95,7 +100,9 @@ class Session:
             return False
         if name not in COMMANDS:
             known = ", ".join(f"/{c}" for c in [*COMMANDS, "quit"])
-            raise UserError(f"/{name} is not a command; known are {known}")
+            raise UserError(
+                f"/{name} is not a command; known are {known}; a question that starts with / is //{name}"
+            )
         COMMANDS[name](self, rest.strip())
         return True
 
@@ -143,7 +150,7 @@ class Session:
         from minigpt4_jax.processing.images import open_image
 
         # a name with spaces need not be quoted
-        names = [text] if os.path.isfile(os.path.expanduser(text)) else _split_words(text)
+        names = [text] if os.path.exists(os.path.expanduser(text)) else _split_words(text)
         paths = [os.path.expanduser(name) for name in names]
         if not paths:
             raise UserError("/image needs a file, for instance /image photo.jpg")
@@ -206,8 +213,9 @@ class Session:
 
     def _output_file(self, text: str, usage: str) -> Path:
         """The file that a command names. UserError: none, several, or an existing file of others."""
-        names = _split_words(text)
-        if len(names) != 1:
+        quoted = text[:1] in ("'", '"') or "\\" in text
+        names = _split_words(text) if quoted else [text]  # a name with spaces need not be quoted
+        if len(names) != 1 or not names[0]:
             raise UserError(usage)
         path = Path(names[0]).expanduser()
         if path.exists() and path.resolve() not in self._written:
@@ -232,10 +240,6 @@ COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "image": Session.image, "retry": Session.retry, "undo": Session.undo, "reset": Session.reset,
     "set": Session.set, "save": Session.save, "boxes": Session.boxes, "help": Session.help,
 }  # fmt: skip
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from minigpt4_jax.data import readers
 from minigpt4_jax.data.dataset import ExampleList, Source
 from minigpt4_jax.data.json_records import Example, read_sources
 from minigpt4_jax.data.skipped import skipped_row
+from minigpt4_jax.data.webdataset import BROKEN, MISSING
 from minigpt4_jax.errors import Parser, UserError
 from minigpt4_jax.processing.images import open_image
 from minigpt4_jax.training.config import TrainConfig
@@ -47,11 +48,11 @@ class _Sample(NamedTuple):
 
 @dataclass
 class Report:
-    """What was found in a dataset.
+    """What was found in a dataset. `failed`: something cannot be read.
 
     dropped, left_out: see data.dataset.Source. turns: its share of the mixture. opened: examples
-    opened; broken: those that cannot be read, by cause. error: why the dataset cannot be opened, or
-    the message of the last broken example.
+    opened; broken: those that cannot be read, by cause. error: why the dataset cannot be opened.
+    messages: of the first broken example of each cause.
     """
 
     name: str
@@ -62,7 +63,13 @@ class Report:
     opened: int = 0
     broken: Counter[str] = field(default_factory=Counter)
     error: str = ""
+    messages: dict[str, str] = field(default_factory=dict)
     samples: list[_Sample] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        damaged_shards = any(self.dropped.get(cause) for cause in (BROKEN, MISSING))
+        return bool(self.error or self.broken or damaged_shards)
 
 
 def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[str]]":
@@ -86,6 +93,8 @@ def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parse(argv)
+    if args.samples:
+        check_sheet(args.sheet)
     c, _ = parse_config([f"--config={args.config}", *overrides], data_only=True)
     reports = []
     for name, turns, open_source, exif in _datasets(c):
@@ -94,7 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports.append(report)
     print(format_reports(reports))
     write_sheet(reports, args.sheet)
-    return int(any(report.error for report in reports))
+    return int(any(report.failed for report in reports))
+
+
+def check_sheet(path: Path) -> None:
+    """UserError, before rows are opened for hours: the samples cannot be written there."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise UserError(f"--sheet={path}: is a directory; expected the name of a picture")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--sheet={path}: {folder} is no directory that can be written")
 
 
 def write_sheet(reports: Sequence[Report], path: Path) -> None:
@@ -160,8 +178,9 @@ def check(
     with progress:
         for opened in _open_examples(source, order, seed, exif):
             if isinstance(opened, UserError):
-                report.broken[skipped_row(name, opened).cause] += 1
-                report.error = str(opened)
+                cause = skipped_row(name, opened).cause
+                report.broken[cause] += 1
+                report.messages.setdefault(cause, str(opened))
             elif len(report.samples) < samples:
                 images = [open_image(image, exif=exif) for image in opened.images]
                 report.samples.append(_sample(name, opened, images))
@@ -231,7 +250,7 @@ def format_reports(reports: Sequence[Report]) -> str:
             )
         lines += [f"  {n:,} {cause}" for cause, n in [*r.dropped.items(), *r.broken.items()]]
         lines += [f"  {n:,} {cause}, by definition" for cause, n in r.left_out.items()]
-        lines += [f"  {r.error}"] if r.error else []
+        lines += [f"  {message}" for message in (r.error, *r.messages.values()) if message]
     return "\n".join(lines)
 
 

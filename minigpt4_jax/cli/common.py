@@ -1,11 +1,12 @@
 """Options shared by the commands that generate answers: how to load the model, how to generate."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minigpt4_jax.config import KV_CACHES
+from minigpt4_jax.config import KV_CACHES, ModelConfig
 from minigpt4_jax.errors import Parser, UserError
 
 if TYPE_CHECKING:
@@ -154,11 +155,14 @@ def load_model(args: argparse.Namespace) -> "Model":
     return begin_loading(args).finish()
 
 
-def begin_loading(args: argparse.Namespace) -> "Loading":
-    """As `load_model`, but the weights are not read yet."""
+def begin_loading(
+    args: argparse.Namespace, options_of: Callable[[str], Mapping[str, Any]] | None = None
+) -> "Loading":
+    """As `load_model`, but the weights are not read yet. options_of: the generation options of a variant,
+    with the command's own defaults."""
     from minigpt4_jax.inference.loading import begin_loading
 
-    _check_options_of_model(args)
+    _check_options_of_model(args, options_of)
     return begin_loading(
         args.model, args.dtype, quantize=args.quantize, kv_cache=args.kv_cache, mesh=args.mesh,
         base=args.base, allow_nonfinite=args.allow_nonfinite, exif=args.exif,
@@ -183,21 +187,65 @@ def check_kind(model_dir: str, *, keeps_images: bool = False) -> None:
         )
 
 
-def _check_options_of_model(args: argparse.Namespace) -> None:
-    """Before the weights are read, which may take minutes. UserError: as `check_kind`; the model's chat
-    template cannot be used, or refuses the system message; an answer longer than the model's context."""
+def check_fits(options: Mapping[str, Any], config: ModelConfig) -> None:
+    """UserError: generation options that do not fit the model or each other. Missing ones are None."""
+    limit, length = options.get("max_new_tokens"), config.llm.max_length
+    if limit is not None and limit >= length:
+        raise UserError(
+            f"max_new_tokens {limit}: the language model's context has {length} tokens, for prompt and "
+            "answer together; lower it"
+        )
+    least, context = options.get("min_new_tokens") or 0, options.get("context")
+    if limit is not None and least > limit:
+        raise UserError(
+            f"min_new_tokens {least}: is more than max_new_tokens {limit}; lower it, or raise that"
+        )
+    if context is not None and limit is not None and context <= limit:
+        raise UserError(
+            f"context {context}: has no room for a prompt beside max_new_tokens {limit}; raise it, or "
+            "lower that"
+        )
+    if context is not None and context > length:
+        raise UserError(
+            f"context {context}: the language model's has {length} tokens; lower it or leave it out"
+        )
+    for token in options.get("stop_ids") or ():
+        if not 0 <= token < config.llm.vocab:
+            raise UserError(
+                f"stop_ids {token}: expected a token id of this model, 0 to {config.llm.vocab - 1}"
+            )
+
+
+def _note_options_without_effect(given: Mapping[str, Any]) -> None:
+    """Say which of the options on the command line do nothing beside the others."""
+    names = {name for name, value in given.items() if value is not None}
+    if (given.get("num_beams") or 1) == 1:
+        unused, why = names & {"length_penalty", "early_stopping"}, "without num_beams above 1"
+        if unused:
+            note(f"note: {', '.join(sorted(unused))}: no effect {why}")
+    if given.get("temperature") == 0 and (unused := names & {"top_p", "top_k", "min_p"}):
+        note(f"note: {', '.join(sorted(unused))}: no effect at temperature 0, which is greedy")
+
+
+def note(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_options_of_model(
+    args: argparse.Namespace, options_of: Callable[[str], Mapping[str, Any]] | None
+) -> None:
+    """Before the weights are read, which may take minutes. UserError: as `check_kind` and `check_fits`; the
+    model's chat template cannot be used, or refuses the system message."""
     from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
     from minigpt4_jax.processing.chat_templates import chat_format
     from minigpt4_jax.processing.tokenizer import load_tokenizer
 
     check_kind(args.model)
     config = read_config(args.model)
-    limit, context = getattr(args, "max_new_tokens", None), config.llm.max_length
-    if limit is not None and limit >= context:
-        raise UserError(
-            f"max_new_tokens {limit}: the language model's context has {context} tokens, for prompt and "
-            "answer together; lower it"
-        )
+    given = {name: getattr(args, name, None) for name in GENERATION_OPTIONS}
+    check_fits(given if options_of is None else options_of(config.variant), config)
+    _note_options_without_effect(given)
     if args.template is None and not args.system:
         return
     tokenizer = load_tokenizer(tokenizer_dir(args.model, args.base), config.tokenizer.kind)

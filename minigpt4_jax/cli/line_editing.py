@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -54,14 +55,39 @@ def completions(
     if command == "/set":
         return [f"{name}=" for name in options if name.startswith(line[begin:])]
     last = line[begin:]
-    quote = '"' if rest.count('"') % 2 else ""
-    # in an open quotation, what is in it; else all that follows the command, or the last word alone
-    words = [rest.rpartition('"')[2]] if quote else [rest.lstrip(), last]
-    for word in words:
+    for word, quote in _file_words(rest, last):
         path = os.path.expanduser(word)
         files = sorted(glob.glob(glob.escape(path) + "*")) if word else []
         if files:
+            if quote == "\\":
+                names = [_escape(file) + "/" * os.path.isdir(file) for file in files]
+                behind = len(_escape(path)) - len(last)
+                return [name[max(behind, 0) :] for name in names]
             names = [quote + file + ("/" if os.path.isdir(file) else quote) for file in files]
             behind = 0 if quote + word == last else len(quote + path) - len(last)
             return [name[behind:] for name in names]  # what stands before the last word stays
     return []
+
+
+def _file_words(rest: str, last: str) -> list[tuple[str, str]]:
+    """(beginning of a file name, how its spaces are protected) that a line may end with.
+
+    In an open quotation it is what is in it; else all that follows the command, or the last word, with
+    the spaces before it that have a backslash as in a shell.
+    """
+    quotes = [quote for quote in ('"', "'") if rest.count(quote) % 2]
+    words = [(rest.rpartition(quote)[2], quote) for quote in quotes]
+    if '"' in quotes:
+        return words[:1]
+    words.append((rest.lstrip(), ""))
+    escaped = re.search(r"(?:\\.|[^\s\\])*$", rest)
+    if escaped and "\\" in escaped[0]:
+        words.append((re.sub(r"\\(.)", r"\1", escaped[0]), "\\"))
+    elif not quotes:
+        words.append((last, ""))
+    return words
+
+
+def _escape(path: str) -> str:
+    """A path with backslashes before what separates words."""
+    return re.sub(r"([\s\\\"'])", r"\\\1", path)

@@ -6,6 +6,7 @@ Every option is an array over rows, so rows with different options share one com
 `SamplingStages` says which stages a batch needs at all.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +38,14 @@ class SamplingParams(NamedTuple):
     def check(self) -> "SamplingParams":
         """Return self (plain numbers). UserError names the value that is out of range."""
         rules = [
-            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
+            (0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more"),
             (0 < self.top_p <= 1, "top_p", "more than 0 and at most 1"),
             (self.top_k >= 0, "top_k", "0 (off) or more"),
-            (self.repetition_penalty > 0, "repetition_penalty", "more than 0 (1 is off)"),
+            (
+                0 < self.repetition_penalty < math.inf,
+                "repetition_penalty",
+                "more than 0 (1 is off)",
+            ),
             (self.min_new_tokens >= 0, "min_new_tokens", "0 or more"),
             (0 <= self.min_p <= 1, "min_p", "0 (off) to 1"),
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2 (0 is off)"),

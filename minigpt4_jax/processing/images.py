@@ -5,6 +5,7 @@ Images travel between processes and to the device as uint8; the model normalizes
 import io
 import os
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from os import PathLike
@@ -127,6 +128,8 @@ def _read(source: Any) -> tuple[str, bytes]:
     name = f"image {name_of(source)}"
     try:
         if is_whole_file:
+            if stat.S_ISFIFO(path.stat().st_mode):  # reading would wait for a writer
+                raise DataError(f"{name}: is a pipe; expected an image file", UNREADABLE)
             return name, path.read_bytes()
         with path.open("rb", buffering=0) as file:
             file.seek(source.offset)

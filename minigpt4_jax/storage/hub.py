@@ -191,9 +191,7 @@ def _fetch(name: str, hub_id: HubId, select: Select) -> Path:
         try:
             # without a timeout, a network that drops packets is waited for forever
             timeout = constants.HF_HUB_ETAG_TIMEOUT
-            info = HfApi().model_info(
-                repo, revision=revision, files_metadata=True, timeout=timeout
-            )
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
         except RevisionNotFoundError:
             raise
         except Exception as e:

@@ -177,9 +177,7 @@ class Checkpoints:
         if not damage:
             return None
         details = "; ".join(f"{_directory_name(step)}: {why}" for step, why in damage.items())
-        raise UserError(
-            f"every checkpoint in {self._directory} is damaged ({details}): {advice}"
-        )
+        raise UserError(f"every checkpoint in {self._directory} is damaged ({details}): {advice}")
 
     def _read_together(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         """`_read` in every process. _DamagedError: in one of them it failed, or what was read differs."""

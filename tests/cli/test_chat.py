@@ -9,7 +9,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax.cli import chat, common
-from minigpt4_jax.cli.chat_session import DEFAULTS, Session
+from minigpt4_jax.cli.chat_session import COMMANDS, DEFAULTS, Session
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.transcript import embedded_image
 
@@ -102,12 +102,16 @@ def test_set_takes_several_spellings(chat_piped):
         (["--stop="], "stop 0 is ''"),
         (["--max_new_tokens=0"], "max_new_tokens 0"),
         (["--context=0"], "context 0"),
+        (["--temperature=inf"], "temperature inf: expected 0 (greedy) or more"),
+        (["--max-new-tokens=5"], "--max-new-tokens=5; did you mean --max_new_tokens? (see"),
+        (["--temprature=1"], "did you mean --temperature?"),
+        (["--colour=red"], "unrecognized arguments: --colour=red (see"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(
     chat_home, chat_command, monkeypatch, options, message
 ):
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(common, "begin_loading", None)
     code, out, err = chat_command(*arguments(chat_home, "--prompt=x", *options))
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
@@ -117,6 +121,10 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     [
         ("--max_new_tokens=5000", "the language model's context has 2048 tokens"),
         ("--template=moon", "template 'moon' is not known"),
+        ("--min_new_tokens=400", "min_new_tokens 400: is more than max_new_tokens 300"),
+        ("--context=300", "context 300: has no room for a prompt beside max_new_tokens 300"),
+        ("--context=5000", "context 5000: the language model's has 2048 tokens"),
+        ("--stop_ids=785", "stop_ids 785: expected a token id of this model, 0 to 784"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_read(
@@ -124,7 +132,50 @@ def test_options_that_do_not_fit_the_model_are_refused_before_its_weights_are_re
 ):
     monkeypatch.setattr("minigpt4_jax.inference.loading.load_model", None)
     with pytest.raises(UserError, match=message):
-        common.load_model(chat.parse([f"--model={chat_home / 'model'}", option]))
+        chat.main([f"--model={chat_home / 'model'}", option])
+
+
+def test_options_without_effect_are_told_before_the_weights_are_read(
+    chat_home, monkeypatch, capsys
+):
+    monkeypatch.setattr("minigpt4_jax.inference.loading.load_model", None)
+    options = ["--temperature=0", "--top_p=0.5", "--length_penalty=2", "--early_stopping"]
+    common.begin_loading(chat.parse([f"--model={chat_home / 'model'}", *options]))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: early_stopping, length_penalty: no effect without num_beams above 1",
+        "note: top_p: no effect at temperature 0, which is greedy",
+    ]
+    common.begin_loading(chat.parse([f"--model={chat_home / 'model'}", "--temperature=0"]))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("a.png", "a.png is not a model directory"), ("", "the model directory is an empty name")],
+)
+def test_what_is_no_model_directory(chat_home, chat_command, model, message):
+    code, out, err = chat_command(f"--model={model and chat_home / model}", "--prompt=x")
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_pasted_lines_are_commands_and_one_question():
+    """A paste reaches the session as one line with line breaks."""
+    session = Session.__new__(Session)
+    session.images, session.options, asked = [], {}, []
+    session._ask = asked.append
+    done = {name: [] for name in ("image", "set")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, texts in done.items():
+            patch.setitem(COMMANDS, name, lambda _, text, texts=texts: texts.append(text))
+        assert session.handle("/image my a.png\n/set top_k=3 \nWhat is\n/image b.png\nhere?")
+        assert not session.handle("/quit\nnot asked")
+        with pytest.raises(
+            UserError, match=r"^/usr/bin is not a command.* starts with / is //usr/bin$"
+        ):
+            session.handle("/usr/bin\nnot asked")
+        assert session.handle("//usr\nis it?") and session.handle("/set a=1\n\n")
+    assert done == {"image": ["my a.png"], "set": ["top_k=3", "a=1"]}
+    assert asked == ["What is\n/image b.png\nhere?", "/usr\nis it?"]
 
 
 def test_errors_in_a_pipe_are_reported_and_skipped(chat_piped, tmp_path):

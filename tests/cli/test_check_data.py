@@ -1,7 +1,10 @@
 """`python -m minigpt4_jax.data check`: counts, invalid rows and the contact sheet."""
 
+import io
 import json
+import os
 import pickle
+import tarfile
 
 import pytest
 from helpers.published_layouts import Disk, write_everything
@@ -128,6 +131,43 @@ def test_every_row_is_opened(tmp_path, photos, capsys, broken):
     assert code == 1
     assert out.splitlines()[1].split()[1:] == ["200", "0", "200", "1"]
     assert "  1 image that cannot be decoded\n" in out
+
+
+def test_every_cause_has_an_example(tmp_path, photos, capsys):
+    contents = {"html.png": b"<html>", "empty.png": b"", "other.png": b"<html>"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.png")
+    path = write_rows(tmp_path, [*photos, *contents, "pipe.png"])
+    code, out = check(tmp_path, path, capsys, "--samples=0")
+    assert code == 1
+    messages = [line for line in out.splitlines() if line.startswith("  image ")]
+    assert len(messages) == 3
+    for text in ("is a web page", "empty.png: the file is empty", "pipe.png: is a pipe"):
+        assert sum(text in message for message in messages) == 1
+
+
+def test_damaged_shards_are_a_failure_whatever_is_opened(tmp_path, photos, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, photo in enumerate(photos):
+            tar.add(photo, f"{number}.png")
+            text = tarfile.TarInfo(f"{number}.txt")
+            text.size = 4
+            tar.addfile(text, io.BytesIO(b"word"))
+    data = {"mix": {"cc": {"reader": "webdataset", "path": str(tmp_path / "*.tar")}}}
+    args = ["check", config(tmp_path, data), "--look=0", "--samples=0"]
+    assert main(args) == 0
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    assert main(args) == 1
+    assert "  1 shards that are damaged" in capsys.readouterr().out
+
+
+def test_the_sheet_is_checked_before_rows_are_opened(tmp_path, photos, monkeypatch):
+    path = write_rows(tmp_path, photos)
+    monkeypatch.setattr("minigpt4_jax.cli.check_data.check", None)
+    for sheet, message in ((tmp_path, "is a directory"), (path / "a.png", "is no directory that")):
+        with pytest.raises(UserError, match=message):
+            main(["check", "finetune", f"--config.data.path={path}", f"--sheet={sheet}"])
 
 
 def test_look_limits_the_rows_and_says_so(tmp_path, photos, capsys):

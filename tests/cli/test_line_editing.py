@@ -32,5 +32,13 @@ def test_file_names(tmp_path, monkeypatch):
     assert complete(f"{at}/a.png {tmp_path}/fo") == [f"{at}/a.png {tmp_path}/folder/"]
     assert complete(f'/image "{tmp_path}/my c') == [f'/image "{tmp_path}/my cat.png"']
     assert complete(f'/image "{tmp_path}/a') == [f'/image "{tmp_path}/a.png"']
+    assert complete(f"/image '{tmp_path}/my c") == [f"/image '{tmp_path}/my cat.png'"]
+    assert complete(f"{at}/my\\ d") == [f"{at}/my\\ dog.png"]
+    assert complete(f"{at}/a.png {tmp_path}/my\\ d") == [f"{at}/a.png {tmp_path}/my\\ dog.png"]
+    (tmp_path / "it's a cat.png").touch()
+    assert complete(f"{at}/it's a") == [f"{at}/it's a cat.png"]
+    monkeypatch.chdir(tmp_path)  # a.png and others must not be taken for what is quoted
+    assert complete("/image 'no a") == complete("/image no\\ a") == []
+    assert complete("/image my\\ c") == ["/image my\\ cat.png"]
     assert complete("/image ~/a") == [f"{at}/a.png"]
     assert complete("/image ~/my d") == ["/image ~/my dog.png"]

@@ -46,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = read_downloads(args.folder, args.expected)
     print(_summary(found))
     # a damaged shard is reported, not an error
+    if args.samples:
+        check_data.check_sheet(args.sheet)
     open_source = partial(open_shards, args.folder.name, args.folder, max_broken=1.0)
     report = check_data.check(args.folder.name, open_source, args.look, args.samples, args.seed)
     print(check_data.format_reports([report]))
     check_data.write_sheet([report], args.sheet)
     damaged = sum(report.dropped.values())
-    return int(bool(report.error or found.missing or found.unfinished or damaged))
+    return int(bool(report.failed or found.missing or found.unfinished or damaged))
 
 
 def _summary(found: Downloads) -> str:
