@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -32,12 +33,16 @@ class SkipCounter:
     """Counts rows, and skipped rows by cause.
 
     max_share: the share of rows that may be skipped; 0: the first one is an error.
-    num_examples: size of the data; the share is applied to at least this many rows, up to 1000.
+    num_examples: size of the data. Up to 1000, the share is that of the broken rows among all, as for missing
+        images, however often they are drawn; of larger data it is that of the rows drawn, at least 1000.
     """
 
     def __init__(self, max_share: float, num_examples: int = _MIN_ROWS):
-        self.max_share, self._min_rows = max_share, min(num_examples, _MIN_ROWS)
+        self.max_share, self._num_examples = max_share, num_examples
         self.rows = 0
+        self._broken: set[int] = (
+            set()
+        )  # checksums of the messages, of which each broken row has its own
         self.causes: Counter[str] = Counter()
         self._last_message = ""
 
@@ -51,15 +56,28 @@ class SkipCounter:
         for row in skipped:
             self.causes[row.cause] += 1
             self._last_message = f"{row.dataset}: {row.message}" if row.dataset else row.message
+            if self._is_small:
+                self._broken.add(zlib.crc32(self._last_message.encode()))
             if self.max_share == 0:
                 raise UserError(self._last_message)
-        allowed = self.max_share * max(self.rows, self._min_rows)
-        if self.max_share < 1 and self.skipped > allowed:
+        if self.max_share < 1 and self._are_too_many():
             raise UserError(
                 f"more rows are broken than config.data.max_broken = {self.max_share:g} of all: repair "
                 "the data (`python -m minigpt4_jax.data check CONFIG` counts what is missing), or "
                 f"raise that share; {self}"
             )
+
+    @property
+    def _is_small(self) -> bool:
+        return self._num_examples <= _MIN_ROWS
+
+    def _are_too_many(self) -> bool:
+        if self._is_small:
+            return len(self._broken) > self.max_share * self._num_examples
+        drawn = (
+            self.rows + self.skipped
+        )  # a skipped row is replaced by another draw, which may be broken too
+        return self.skipped > self.max_share * max(drawn, _MIN_ROWS)
 
     def __str__(self) -> str:
         causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
@@ -70,7 +88,9 @@ class SkipCounter:
 
     def state(self) -> dict[str, Any]:
         """JSON values for `restore`."""
-        return {"rows": self.rows, "skipped": dict(self.causes)}
+        return {
+            "rows": self.rows, "skipped": dict(self.causes), "broken": sorted(self._broken),
+        }  # fmt: skip
 
     def report(self) -> dict[str, Any]:
         """JSON values for `total`."""
@@ -83,12 +103,14 @@ class SkipCounter:
         for report in reports:
             total.rows += report["rows"]
             total.causes += Counter(report["skipped"])
+            total._broken |= set(report["broken"])
             total._last_message = report["last"] or total._last_message
         return total
 
     def restore(self, state: dict[str, Any]) -> None:
         self.rows = int(state.get("rows", 0))
         self.causes = Counter(state.get("skipped", {}))
+        self._broken = set(state.get("broken", ()))
         self._last_message = ""
 
 

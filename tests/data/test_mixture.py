@@ -279,6 +279,34 @@ def test_a_few_broken_rows_at_the_start_of_a_large_dataset_are_no_error():
         counter.add(4, [row] * 3)
 
 
+@pytest.mark.parametrize(("num_examples", "allowed"), [(30, 8), (1000, 270)])
+def test_rows_that_are_drawn_again_and_again_are_counted_once(num_examples, allowed):
+    """Broken rows among all count, as for missing images: replacements and epochs add none."""
+    share = 0.27
+
+    def rows(numbers):
+        return [SkippedRow("a", "torn", f"a {number}: torn") for number in numbers]
+
+    counter = SkipCounter(share, num_examples)
+    for _ in range(3):  # replacements are broken too, so 4 of 10 draws or more
+        counter.add(10, rows(range(4)))
+    counter.add(4 * num_examples, rows(range(allowed)) * 4)
+    resumed = SkipCounter(share, num_examples)
+    resumed.restore(SkipCounter.total([counter.report(), counter.report()]).state())
+    resumed.add(9, rows(range(allowed)))
+    with pytest.raises(UserError, match=r"max_broken = 0\.27 of all"):
+        resumed.add(1, rows([allowed]))
+
+
+def test_replacements_are_draws_too():
+    """With a fifth of a large dataset broken, a fourth as many rows are skipped as are used."""
+    row = SkippedRow("a", "torn", "a 5: torn")
+    counter = SkipCounter(0.2, num_examples=50_000)
+    counter.add(2000, [row] * 500)
+    with pytest.raises(UserError, match="501 of 2000 rows skipped"):
+        counter.add(0, [row])
+
+
 def test_no_readable_row_is_an_error(photos):
     component = MixtureComponent("a", Questions("a", photos, invalid=range(10)))
     batches = loader([component], batch_size=2, seed=0, max_broken=1)

@@ -221,6 +221,13 @@ def test_revisions(hub):
     assert f"{hub.endpoint}/org/llm has no revision v3" in refusal("org/llm@v3")
     hub.publish("org/llm", {"m.gguf": b"GGUF"}, branch="gguf")
     assert fetch("org/llm@gguf").name == "m.gguf"  # its own list of files decides
+    index = {"weight_map": {"a": "part-1.safetensors"}}
+    files = {"config.json": b"{}", "part-1.safetensors": b"1"}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.publish("org/llm", files, branch="sharded")
+    assert files_in(fetch("org/llm@sharded")) == files  # and its own index
+    del hub.refs["org/llm"]["gguf"]
+    assert "has no revision gguf" in refusal("org/llm@gguf")  # not the cached one of that name
 
 
 def test_what_is_in_the_cache_is_not_downloaded_again(hub, offline):
@@ -350,6 +357,14 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_download(hub):
     line = refusal("org/llm")
     assert "the disk is full" in line and "the download needs 100000000.0 GB; set HF_HOME" in line
     assert hub.downloads == []
+
+
+def test_space_is_needed_for_what_is_downloaded_only(hub):
+    hub.publish("org/llm", LLM_FILES | UNUSED_FILES)
+    hub.sizes["onnx/model.safetensors"] = 10**17
+    first = fetch("org/llm")
+    hub.sizes["model.safetensors"] = 10**17  # is in the cache
+    assert fetch("org/llm") == first
 
 
 @pytest.mark.parametrize(
