@@ -3,6 +3,7 @@
 import errno
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -266,8 +267,13 @@ def test_a_server_that_never_answers(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections only
         use_endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        closing = threading.Timer(
+            5, silent.close
+        )  # without a timeout, the test fails rather than hangs
+        closing.start()
         assert fetch("org/llm") == first
         assert "ReadTimeout: timed out; check the network" in refusal("org/other")
+        closing.cancel()
 
 
 def test_an_interrupted_download_is_resumed(hub, monkeypatch):
