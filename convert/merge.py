@@ -24,8 +24,8 @@ from minigpt4_jax.errors import UserError
 def merge(model_dir: Path, out: Path, dtype: str = "float32") -> None:
     """Write model_dir with its adapters added to the weights, as a model without LoRA.
 
-    dtype: of the changed matrices. UserError: no LoRA, quantized, damaged, or `out` exists or is in a directory
-    that is read.
+    dtype: of the changed matrices. UserError: no LoRA, quantized, damaged, or `out` exists or is in a
+    directory that is read.
     """
     config = read_config(model_dir)
     check_apart(out, model_chain(model_dir))

@@ -35,8 +35,8 @@ def answer_rows(
 ) -> list[TokenSequence]:
     """A row for each prompt (complete, with `<ImageHere>`) and its answer.
 
-    numbers: of the prompts in messages. UserError: an answer that is not text, another number of answers than of prompts, a row longer
-    than the model's context.
+    numbers: of the prompts in messages. UserError: an answer that is not text, another number of answers
+    than of prompts, a row longer than the model's context.
     """
     answers = [answers] if isinstance(answers, str) else list(answers)
     texts = [_answer_text(f"answer {i}", answer) for i, answer in enumerate(answers)]
