@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from minigpt4_jax.cli.batch_output import OUTPUT_KEYS, BatchRow
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.processing.image_paths import path_in_folder
 
 _CHECKED = 64 << 20  # bytes of a file that are searched for another format
 
@@ -140,4 +140,4 @@ def _image_paths(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _in_folder(folder: Path, image: str | bytes) -> str | bytes:
-    return image if isinstance(image, bytes) else os.path.join(folder, image)
+    return image if isinstance(image, bytes) else path_in_folder(folder, image)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.utils.text import shorten
+from minigpt4_jax.storage.file_formats import HEAD_BYTES, describe_format
+from minigpt4_jax.utils.text import one_line, shorten
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")  # as JSON defines it
 NAMED = 3  # keys that a message names
@@ -33,9 +34,18 @@ def read_text(path: Path, what: str = "data") -> str:
     if not path.is_file():
         raise UserError(f"{what} {path}: there is no such file")
     try:
+        with path.open("rb") as file:
+            known = describe_format(file.read(HEAD_BYTES))
+        if known:
+            raise UserError(f"{what} {path}: is {known[0]}; expected text: {known[1]}")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{what} {path}: cannot be read as UTF-8 text ({e})") from None
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{what} {path}: cannot be read as UTF-8 text ({e}); save it as UTF-8 (from Windows often: "
+            f"iconv -f WINDOWS-1252 -t UTF-8)"
+        ) from None
+    except OSError as e:
+        raise UserError(f"{what} {path}: cannot be read ({one_line(e)})") from None
 
 
 def parse(where: str, text: str) -> Any:

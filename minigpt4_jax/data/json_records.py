@@ -28,12 +28,16 @@ from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read
 from minigpt4_jax.data.skipped import check_missing_images
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, IMAGE_TAG, with_images
+from minigpt4_jax.processing.image_paths import IMAGE_SUFFIXES, is_url, path_in_folder
 from minigpt4_jax.processing.images import ImageSource
 from minigpt4_jax.storage.paths import parse_local_path
+from minigpt4_jax.utils.text import shorten
 
 STAGE2_FILE = "filter_cap.json"
 _FOLDER_FILES = (STAGE2_FILE, "metadata.jsonl", "metadata.csv")
+_ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", *tables.SUFFIXES)
 _IMAGE_KEYS = ("image", "images", "file_name", "file_names")
+_TEXT_KEYS = ("caption", "text", "question", "answer", "system")
 MAX_CAPTION_WORDS = 50
 
 DataPath = str | os.PathLike[str]
@@ -107,13 +111,16 @@ def _parquet_examples(path: Path, clean: bool) -> list[Example]:
 
 def _file_in_folder(folder: Path) -> Path:
     """The file with a folder's rows; the folder itself if it has Parquet files."""
-    for name in _FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
+    found = [name for name in _FOLDER_FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"data {folder}: has {' and '.join(found)}; name the file that is meant")
+    if found:
+        return folder / found[0]
     if parquet_rows.parquet_files(folder):
         return folder
     below = sorted({str(p.parent) for n in _FOLDER_FILES for p in folder.glob(f"*/{n}")})
-    hint = f"name one of the folders in it: {', '.join(below[:3])}" if below else (
+    below = below or sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in _ROW_SUFFIXES)
+    hint = f"name one of those in it: {', '.join(below[:3])}" if below else (
         "or name a .json, .jsonl or .csv file"
     )  # fmt: skip
     raise UserError(
@@ -200,8 +207,11 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
     system = ""
     turns = [key for key in conversations.KEYS if row.get(key) is not None]
     caption_key = "text" if "file_name" in row and "caption" not in row else "caption"
-    if len(turns) > 1:
-        raise UserError(f"{where}: has {' and '.join(map(repr, turns))}; expected one of them")
+    texts = [*turns]
+    texts += ["question"] if {"question", "answer"} & row.keys() else []
+    texts += [caption_key] if row.get("caption") is not None else []
+    if len(texts) > 1:
+        raise UserError(f"{where}: has {' and '.join(map(repr, texts))}; expected one of them")
     if turns:
         conversation = conversations.read_turns(row[turns[0]], turns[0], where)
         system, questions, answers = (
@@ -214,16 +224,24 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
     elif caption_key in row:
         caption = _text(row, caption_key, where)
         if not names:
+            _check_other_images(row, where)
             raise UserError(f'{where}: a caption needs an "image"; text alone needs a "question"')
+        if row.get("system"):
+            raise UserError(
+                f'{where}: a caption has no place for "system"; use "question" and "answer"'
+            )
         if clean and not (caption := blip_caption(caption)):
             raise UserError(f'{where}: "{caption_key}" is empty once its punctuation is removed')
-        return Example(tuple(_image_path(folder, name) for name in names), (), (caption,))
+        return Example(tuple(_image_path(folder, name, where) for name in names), (), (caption,))
     else:
         raise UserError(
             f'{where}: has {keys(row)}; expected "caption", "question" and "answer", '
             '"conversations" or "messages"'
         )
-    images = tuple(_image_path(folder, name) for name in names)
+    if not names:
+        _check_other_images(row, where)
+    images = tuple(_image_path(folder, name, where) for name in names)
+    system = _system(row, system, where)
     return Example(images, _place_images(questions, len(images), where), answers, system)
 
 
@@ -241,11 +259,37 @@ def _images(row: dict[str, Any], where: str) -> list[str]:
     return names
 
 
-def _image_path(folder: Path, name: str) -> str:
-    """Where an image lies. Backslashes separate folders, as on Windows, unless there is such a file."""
-    path = os.path.join(folder, name)
-    if "\\" in name and os.sep == "/" and not os.path.exists(path):
-        return os.path.join(folder, name.replace("\\", "/"))
+def _check_other_images(row: dict[str, Any], where: str) -> None:
+    """Of a row without images. UserError: another key than those of images holds the name of one."""
+    for key, value in row.items():
+        is_name = isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+        if is_name and " " not in value and key not in _TEXT_KEYS:
+            raise UserError(
+                f'{where}: has no "image", but "{key}" is {shorten(value, 60)!r}; name the key "image", or '
+                "remove it if the row is text only"
+            )
+
+
+def _system(row: dict[str, Any], of_turns: str, where: str) -> str:
+    """The system message of a row: a turn, or the key "system". UserError: both, or not text."""
+    value = row.get("system")
+    if value is None or value == "":
+        return of_turns
+    text = text_of(row, "system", where)
+    if of_turns and of_turns != text:
+        raise UserError(
+            f'{where}: has "system" and a turn with another system message; expected one'
+        )
+    return text if text.strip() else of_turns
+
+
+def _image_path(folder: Path, name: str, where: str) -> str:
+    """Where an image lies. UserError: at a URL."""
+    path = path_in_folder(folder, name)
+    if is_url(path):
+        raise UserError(
+            f"{where}: the image is {shorten(path, 60)!r}; expected the path of a file: URLs are not read"
+        )
     return path
 
 

@@ -1,8 +1,11 @@
 """Read rows from CSV and TSV files."""
 
+import ast
+import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,28 @@ _ALIASES = {
     "image_path": "image", "filename": "file_name", "text": "caption", "description": "caption",
     "prompt": "question", "instruction": "question", "response": "answer", "output": "answer",
 }  # fmt: skip
-_DELIMITERS = ("\t", ";")  # tried if a file has a single column
+_IMAGE_COLUMNS = {"image", "images", "file_name", "file_names"}
+_DELIMITERS = (",", "\t", ";", "|")  # tried if a file has a single column
 
 
 def read_table(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(location for messages, row) of every row of a table whose first line names the columns.
 
-    Empty cells are left out of a row. A cell of the column "images" is a JSON list or is split at ";".
+    Empty cells are left out of a row. A cell of the column "images" is a list or is split at ";".
     UserError: missing columns, a row with another number of cells, broken quotes.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    first = text.partition("\n")[0]
+    first, _, rest = text.partition("\n")
+    stated = re.fullmatch(r"sep=(.)\r?", first)  # as Excel writes it
+    if stated:
+        delimiter, first = stated[1], rest.partition("\n")[0]
     if delimiter not in first:
         delimiter = next((d for d in _DELIMITERS if d in first), delimiter)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
+        if stated:
+            next(reader)
         columns = _columns(path, next(reader, []))
         for cells in reader:
             where = f"data {path}, line {reader.line_num}"
@@ -41,6 +51,8 @@ def read_table(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     "is a text with a comma not in quotes?"
                 )
             row: dict[str, Any] = {k: v for k, v in zip(columns, cells, strict=True) if v.strip()}
+            for key in _IMAGE_COLUMNS & row.keys():
+                row[key] = row[key].strip()
             if "images" in row:
                 row["images"] = _split_images(row["images"], where)
             yield where, row
@@ -72,4 +84,6 @@ def _split_images(cell: str, where: str) -> Any:
     try:
         return json.loads(cell)
     except ValueError as e:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(cell)  # with single quotes, as pandas writes a list
         raise UserError(f'{where}: "images" is not a JSON list ({e})') from None

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,6 +83,8 @@ def _image_groups(images: Images | None, num_prompts: int) -> ImageGroups:
         return [[] for _ in range(num_prompts)]
     if is_image(images):
         images = [images]  # type: ignore[list-item]
+    if isinstance(images, Mapping):
+        raise UserError("images: got a dictionary; expected a list with an entry for each prompt")
     entries = list(images)
     if len(entries) != num_prompts:
         raise UserError(
@@ -94,7 +96,8 @@ def _image_groups(images: Images | None, num_prompts: int) -> ImageGroups:
         if entry is None:
             groups.append([])
         else:
-            groups.append(list(entry) if isinstance(entry, (list, tuple)) else [entry])
+            several = isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) == 4
+            groups.append(list(entry) if several else [entry])  # type: ignore[arg-type]
     return groups
 
 

@@ -4,7 +4,6 @@ Images travel between processes and to the device as uint8; the model normalizes
 
 import io
 import os
-import re
 import stat
 import zlib
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt4_jax.config import IMAGE_MEAN, IMAGE_STD
 from minigpt4_jax.errors import DataError, UserError
+from minigpt4_jax.processing.image_paths import local_path
 from minigpt4_jax.storage.failed_downloads import LFS_POINTER, WEB_PAGE, failed_download
-from minigpt4_jax.utils.text import one_line, shorten
+from minigpt4_jax.storage.file_formats import HEAD_BYTES, describe_format
+from minigpt4_jax.utils.text import one_line
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs: 537 MB decoded
 # Causes by which unreadable images are counted (DataError.cause).
@@ -51,8 +52,8 @@ ImageSource = (
     str | PathLike[str] | FilePart | bytes | bytearray | memoryview | BinaryIO | Image.Image
     | np.ndarray | ArrayLike
 )  # fmt: skip
+_MAX_NAME = 1000  # characters: longer ones are not of files
 _BYTES = (bytes, bytearray, memoryview)
-_URL = re.compile("[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 _ACCEPTED = (
     "a path, an open file, bytes, a PIL image or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 "
@@ -116,7 +117,9 @@ def _read(source: Any) -> tuple[str, bytes]:
     if isinstance(source, _BYTES):
         return f"image {name_of(source)}", bytes(source)
     if isinstance(source, str):
-        _check_path(source)
+        if not source:
+            raise DataError("image: the path is empty", "image that is missing")
+        source = local_path(source)
     if isinstance(source, FilePart):
         path, is_whole_file = Path(source.path), False
     elif hasattr(source, "read"):
@@ -126,6 +129,12 @@ def _read(source: Any) -> tuple[str, bytes]:
     else:
         raise UserError(f"image: got {type(source).__name__}; expected {_ACCEPTED}")
     name = f"image {name_of(source)}"
+    if len(name) > _MAX_NAME and not os.path.exists(path):
+        raise DataError(
+            f"image {name[6:60]}...: there is no such file; is it an encoded image? decode it and pass the "
+            "bytes",
+            "image that is missing",
+        )
     try:
         if is_whole_file:
             if stat.S_ISFIFO(path.stat().st_mode):  # reading would wait for a writer
@@ -147,27 +156,17 @@ def _read(source: Any) -> tuple[str, bytes]:
     return name, data
 
 
-def _check_path(path: str) -> None:
-    """DataError: the path is empty, or a URL."""
-    if not path:
-        raise DataError("image: the path is empty", "image that is missing")
-    if _URL.match(path) and not os.path.exists(path):
-        raise DataError(
-            f"image {shorten(path)}: URLs are not read; download the image and give its path",
-            "image at a URL",
-        )
-
-
 def _read_open_file(file: Any) -> tuple[str, bytes]:
     name = f"image {name_of(file)}"
+    as_text = f"{name}: is opened as text; open it in binary mode, as open(path, 'rb') does"
+    if isinstance(file, io.TextIOBase):
+        raise UserError(as_text)
     try:
         data = file.read()
     except (OSError, ValueError) as e:
         raise DataError(f"{name}: cannot be read ({one_line(e)})", UNREADABLE) from None
     if not isinstance(data, bytes):
-        raise UserError(
-            f"{name}: is opened as text; open it in binary mode, as open(path, 'rb') does"
-        )
+        raise UserError(as_text)
     if not data and hasattr(file, "tell") and file.tell():
         raise UserError(f"{name}: has been read to its end already; call its seek(0) before")
     return name, data
@@ -228,7 +227,11 @@ def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
 
 
 def _from_array(source: Any) -> Image.Image:
-    array = np.asarray(source)
+    try:
+        array = np.asarray(source)
+    except Exception as e:  # for instance a tensor of PyTorch on a GPU, or with a gradient
+        kind = type(source).__name__
+        raise UserError(f"image: this {kind} is no array in memory ({one_line(e)})") from None
     channels = array.shape[2] if array.ndim == 3 else 1
     values = _to_uint8(array)
     if values is None or array.ndim not in (2, 3) or channels not in (1, 3, 4):
@@ -247,9 +250,11 @@ def _from_array(source: Any) -> Image.Image:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray | None:
-    """uint8 values as they are, floats in 0..1 times 255, integers in 0..255; None for other values."""
+    """uint8 values as they are, floats and booleans in 0..1 times 255, integers in 0..255; else None."""
     if array.dtype == np.uint8 or array.size == 0:
         return array.astype(np.uint8)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
     # bfloat16 (ml_dtypes) is of kind "V"
     is_float = array.dtype.kind == "f" or "float" in array.dtype.name
     if is_float and array.min() >= 0 and array.max() <= 1:
@@ -305,6 +310,8 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 
 def _not_an_image(data: bytes, error: Exception) -> str:
+    if known := describe_format(data[:HEAD_BYTES]):
+        return f"is {known[0]}, which is not read; {known[1]}"
     kind = failed_download(data[:200])
     if kind == WEB_PAGE:
         return f"is {kind}, not an image; was the download refused?"

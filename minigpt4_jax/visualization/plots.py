@@ -45,8 +45,9 @@ def contact_sheet(
     """Save a PNG with every image, `side` pixels wide, beside its caption; returns its path.
 
     images: uint8 arrays [H, W, 3], PIL images or files, of any size, or several beside one caption.
-    right: whether a caption is right (green frame), wrong (red) or not evaluated (None, gray). truths: the true texts, written under wrong
-    captions. UserError: the lists are empty or differ in length, or the file cannot be written.
+    right: whether a caption is right (green frame), wrong (red) or not evaluated (None, gray). truths:
+    the true texts, written under wrong captions. UserError: the lists are empty or differ in length, or
+    the file cannot be written.
     """
     lengths = {len(images), len(captions), len(right), len(images if truths is None else truths)}
     if lengths == {0} or len(lengths) > 1:

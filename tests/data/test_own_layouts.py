@@ -101,6 +101,101 @@ def test_wrong_tables(folder, text, message):
     assert "\n" not in str(e.value) and "rows.csv" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "sep=;\nimage;caption\na.png;A dog, asleep\n"),  # Excel
+        ("rows.csv", 'image, caption\na.png , "A dog, asleep"\n'),
+        ("rows.csv", 'images,caption\n"[\'a.png\']","A dog, asleep"\n'),  # pandas
+        ("rows.tsv", 'image,caption\na.png,"A dog, asleep"\n'),
+        ("rows.csv", "caption|image\nA dog, asleep| a.png\n"),
+    ],
+)
+def test_tables_as_other_programs_write_them(folder, name, text):
+    assert read_sources(write(folder, name, text)) == [caption(folder, "a.png", "A dog, asleep")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.csv", "image,caption\na.png,x\n".encode("utf-16"), "is UTF-16.*iconv"),
+        ("rows.csv", "image,caption\na.png,ä\n".encode("cp1252"), "UTF-8.*WINDOWS-1252"),
+        ("rows.csv", b"PK\x03\x04\x14\0", "an Excel file.*save it as CSV"),
+        ("rows.jsonl", b"\x1f\x8b\x08\0", "compressed by gzip.*unpack"),
+        ("rows.json", b"PAR1\x15", "Parquet.*ends in .parquet"),
+    ],
+)
+def test_files_of_other_formats_are_named(folder, name, data, message):
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_sources(folder / name)
+
+
+# --- nothing of a row is lost ---------------------------------------------------------------------
+
+QA = {"question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"img": "a.png", **QA}, 'line 1: has no "image", but "img" is \'a.png\'; name the key "image"'),
+        ({"image_path": "deep/er/c.JPG", **QA}, '"image_path" is'),
+        ({"photo": "a.png", "caption": "x"}, '"photo" is'),
+        ({"file": "a.webp", "messages": [{"role": "user", "content": "q"},
+                                         {"role": "assistant", "content": "a"}]}, '"file" is'),
+        ({"image": "a.png", "caption": "x", **QA}, "has 'question' and 'caption'; expected one"),
+        ({"image": "a.png", "caption": "x", "conversations": [{"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"}]}, "has 'conversations' and 'caption'; expected one"),
+        ({"image": "https://a.b/c.png", **QA}, "line 1: the image is 'https://a.b/c.png'.*URLs are not"),
+        ({"image": "data:image/png;base64,AA", "caption": "x"}, "line 1: the image is 'data:"),
+        ({"image": "a.png", "system": "Be brief.", "caption": "x"}, "a caption has no place for"),
+        ({"image": "a.png", "system": 3, **QA}, '"system" is int 3; expected a string'),
+        ({"image": "a.png", "system": "x", "messages": [{"role": "system", "content": "y"},
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+         "another system message"),
+    ],
+)  # fmt: skip
+def test_what_would_be_ignored_is_refused(folder, row, message):
+    with pytest.raises(UserError, match=message):
+        read_sources(write(folder, "rows.jsonl", lines(row)))
+
+
+def test_a_text_may_end_like_a_file_name(folder):
+    row = {"question": "Which file?", "answer": "a.png", "source": "see page 3 of b.png"}
+    (example,) = read_sources(write(folder, "rows.jsonl", lines(row)))
+    assert example == Example((), ("Which file?",), ("a.png",))
+
+
+@pytest.mark.parametrize("texts", [QA, {"messages": [
+    {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])  # fmt: skip
+def test_the_key_system_is_the_system_message(folder, texts):
+    row = {"image": "a.png", "system": "Be brief.", **texts}
+    (example,) = read_sources(write(folder, "rows.jsonl", lines(row)))
+    assert example.system == "Be brief."
+    write(folder, "rows.csv", "image,system,question,answer\na.png,Be brief.,q,a\n")
+    assert read_sources(folder / "rows.csv")[0].system == "Be brief."
+
+
+def test_file_addresses_are_paths(folder):
+    row = {"image": (folder / "a.png").as_uri(), **QA}
+    (example,) = read_sources(write(folder, "rows.jsonl", lines(row)))
+    assert example.images == images_of(folder, "a.png")
+
+
+def test_a_folder_with_several_lists_needs_the_name_of_one(folder):
+    write(folder, "metadata.jsonl", lines({"file_name": "a.png", "text": "x"}))
+    write(folder, "metadata.csv", "file_name,text\na.png,y\n")
+    with pytest.raises(UserError, match=r"has metadata.jsonl and metadata.csv; name the file"):
+        read_sources(folder)
+
+
+def test_a_folder_with_rows_under_another_name_says_which(folder):
+    write(folder, "train.jsonl", lines({"image": "a.png", "caption": "x"}))
+    with pytest.raises(UserError, match=r"name one of those in it: \S+/train.jsonl$"):
+        read_sources(folder)
+
+
 # --- imagefolder ---------------------------------------------------------------------------------
 
 
@@ -125,7 +220,7 @@ def test_imagefolder_with_questions_and_several_images(folder):
 def test_folder_of_splits_is_named(folder):
     (folder / "train").mkdir()
     write(folder, "train/metadata.csv", "file_name,text\n../a.png,x\n")
-    with pytest.raises(UserError, match=r"name one of the folders in it: \S+/train$"):
+    with pytest.raises(UserError, match=r"name one of those in it: \S+/train$"):
         read_sources(folder)
 
 

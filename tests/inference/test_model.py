@@ -87,6 +87,14 @@ def test_numbers_are_answers_and_candidates(model):
     assert "answer 1: got bool" in refused(model.score, None, ["a", "b"], [1, True])
 
 
+def test_a_stack_of_images_is_the_images_of_a_prompt(model):
+    pair = [picture(0), picture(1)]
+    two = "<ImageHere> or <ImageHere>"
+    assert (
+        model.score([np.stack(pair)], [two], ["a"])[0] == model.score([pair], [two], ["a"])[0]
+    ).all()
+
+
 def test_images_and_their_order_change_the_score(model):
     one, other = picture(1), picture(2)
     prompts, answers = [PROMPTS[1]] * 3, ["a dog"] * 3

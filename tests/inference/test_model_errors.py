@@ -42,6 +42,11 @@ def test_a_candidate_that_is_too_long_is_of_the_prompt_that_is_named(model):
     assert message.startswith("prompt 1: ")
 
 
+def test_images_by_name_are_no_list(model):
+    message = refused(model.generate, {"image": picture(0)}, [ASK])
+    assert "images: got a dictionary" in message
+
+
 @pytest.mark.parametrize("name", ["generate", "score"])
 def test_images_and_tags_must_agree(model, name):
     one = picture(0)

@@ -168,6 +168,13 @@ def test_one_pixel():
     assert len(np.unique(pixels[..., 0])) == 1
 
 
+class NotInMemory:
+    """As a tensor of PyTorch with a gradient, or on a GPU."""
+
+    def __array__(self, *_args, **_kwargs):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -178,6 +185,7 @@ def test_one_pixel():
         (np.zeros((3, 5, 5), np.uint8), r"uint8 \[3, 5, 5\].*channels come last"),
         (np.zeros((4, 4, 2), np.uint8), r"uint8 \[4, 4, 2\]"),
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (NotInMemory(), r"this NotInMemory is no array in memory \(Can't call numpy\(\)"),
     ],
 )
 def test_wrong_arrays(array, message):
@@ -194,7 +202,8 @@ def test_arrays_whose_meaning_is_clear():
     for source, wanted in [
         (rgb, rgb), (rgb.astype(np.int64), rgb), (shares, rgb), (jnp.asarray(rgb), rgb),
         (jnp.asarray(shares), rgb), (rgb[..., 0], gray), (rgb[..., :1], gray), (alpha, rgb),
-        (np.zeros((5, 4, 3)), np.zeros_like(rgb)), (jnp.ones((5, 4, 3), jnp.bfloat16), rgb * 0 + 255),
+        (np.zeros((5, 4, 3)), np.zeros_like(rgb)), (gray[..., 0] > 99, np.where(gray > 99, 255, 0)),
+        (jnp.ones((5, 4, 3), jnp.bfloat16), rgb * 0 + 255),
     ]:  # fmt: skip
         assert images.is_image(source)
         np.testing.assert_array_equal(np.asarray(images.open_image(source)), wanted)
@@ -220,6 +229,39 @@ def test_open_files_and_urls(tmp_path):
         assert len(str(refused.value)) < 200
     with pytest.raises(UserError, match="the path is empty"):
         images.open_image("")
+
+
+def test_text_files_are_named_before_they_are_decoded(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(Image.new("RGB", (3, 2)), "JPEG"))
+    with path.open() as file, pytest.raises(UserError, match="is opened as text; open it in bin"):
+        images.open_image(file)
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    path = tmp_path / "my cat.png"
+    path.write_bytes(encoded(Image.new("RGB", (3, 2)), "PNG"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (path.as_uri(), path.as_uri().replace("file", "FILE"), "~/my cat.png"):
+        assert images.open_image(name).size == (3, 2)
+    with pytest.raises(UserError, match="is it an encoded image") as refused:
+        images.open_image("/9j/" + "A/" * 4000)
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC photo.*save it as JPEG"),
+        (b"\0\0\0\x18ftypisom" + bytes(20), "a video.*a frame"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b'<?xml version="1.0"?><svg width="1"/>', "an SVG drawing.*PNG"),
+        (b"\x93NUMPY\x01\0", "a NumPy array.*numpy.load"),
+    ],
+)
+def test_files_of_other_formats_are_named(data, message):
+    with pytest.raises(UserError, match=f"is {message}"):
+        images.open_image(data)
 
 
 def test_exif_orientation_is_applied_on_request(tmp_path):
