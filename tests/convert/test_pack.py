@@ -241,3 +241,51 @@ def test_export_does_not_replace_a_file_of_the_model(base, trained, refused):
         line = refused("export", f"--model={trained}", f"--out={out}", "--overwrite")
         assert "inside the directory of a model" in line
     assert read_config(trained).lora == LORA and not (trained / "new.pth").exists()
+
+
+def test_merged_matrices_are_float32_beside_others_of_16_bits(base, command, tmp_path):
+    narrow = {
+        name: tensor.astype("bfloat16") if tensor.ndim == 2 else tensor
+        for name, tensor in Tensors(base).items()
+    }
+    small = write_model(
+        tmp_path / "b", read_config(base), narrow.items(), tokenizer=TOKENIZER_FILES
+    )
+    out = tmp_path / "packed"
+    code, _, err = command(
+        "pack", f"--model={train(small, tmp_path / 'm')}", f"--out={out}", "--merge-lora"
+    )
+    assert code == 0, err
+    packed = Tensors(out)
+    assert packed.dtype("llm.blocks.0.attn.q.weight") == "F32"
+    assert packed.dtype("llm.blocks.0.attn.k.weight") == packed.dtype("llm.embed") == "BF16"
+
+
+def test_the_fingerprint_is_of_the_configuration_too(base, tmp_path):
+    config = read_config(base)
+    other = dataclasses.replace(config, llm=dataclasses.replace(config.llm, rope_theta=5e5))
+    copy = write_model(tmp_path / "copy", other, Tensors(base).items(), tokenizer=TOKENIZER_FILES)
+    assert fingerprint(copy) != fingerprint(base)
+
+
+def test_tensors_that_do_not_fit_the_configuration_are_not_packed(trained, refused, tmp_path):
+    document = read_model_json(trained)
+    document["config"]["lora"]["rank"] = 5
+    (trained / "model.json").write_text(json.dumps(document))
+    line = refused("pack", f"--model={trained}", f"--out={tmp_path / 'packed'}")
+    assert f"error: {trained}" in line and "lora" in line and not (tmp_path / "packed").exists()
+
+
+def test_nan_is_copied_on_request(base, command, tmp_path):
+    tensors = dict(Tensors(base).items())
+    tensors["projection.bias"] = np.full_like(tensors["projection.bias"], np.nan)
+    model = write_model(
+        tmp_path / "n", read_config(base), tensors.items(), tokenizer=TOKENIZER_FILES
+    )
+    out = tmp_path / "packed"
+    for options in ([], ["--dtype=bfloat16"]):
+        code, _, err = command(
+            "pack", f"--model={model}", f"--out={out}", "--allow-nonfinite", *options
+        )
+        assert code == 0 and np.isnan(Tensors(out)["projection.bias"]).all(), err
+        out = tmp_path / "again"
