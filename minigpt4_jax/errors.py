@@ -7,7 +7,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -31,6 +31,13 @@ class DataError(UserError):
         return self.message
 
 
+def expand_home(arg: str) -> str:
+    """`--option=~/path` with the home directory for ~, which shells leave as it is there."""
+    name, _, value = arg.partition("=")
+    is_home = name.startswith("--") and (value == "~" or value.startswith("~/"))
+    return f"{name}={os.path.expanduser(value)}" if is_home else arg
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError: one line without the usage text."""
 
@@ -46,6 +53,25 @@ class Parser(argparse.ArgumentParser):
         name = unknown.split()[0].partition("=")[0].replace("_", "-")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         return f"; did you mean {known[near[0]]}?" if near else ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse. Options may be spelled with - or _ between their words; see also `expand_home`."""
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        known = [self._known_spelling(arg) for arg in given[:end]]
+        return super().parse_known_args(known + given[end:], namespace)
+
+    def _known_spelling(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        if not name.startswith("--"):
+            return arg
+        if name not in self._options():
+            by_words = {known.replace("_", "-"): known for known in self._options()}
+            name = by_words.get(name.replace("_", "-"), name)
+        return expand_home(name + equals + value)
+
+    def _options(self) -> list[str]:
+        return [name for name in self._option_string_actions if name.startswith("--")]
 
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.input.resolve() == args.output.resolve():
         raise UserError("--input and --output are the same file; choose another --output")
     ray_command.check_options(args)
-    generation_config(args)
+    for text in common.unused_options(common.given_options(args), generation_config(args)):
+        print(f"note: {text}", file=sys.stderr)
     if args.ray is not None:
         common.check_kind(args.model)  # before a cluster is started
         return ray_command.run(args, settings_of(args))

@@ -40,16 +40,21 @@ HELP = """\
 
 def generation_options(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """The original chat's options for this variant, with those of the command line. UserError: wrong."""
+    return options_with_defaults(variant, common.given_options(args))[0]
+
+
+def options_with_defaults(variant: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options of an answer, and notes about given ones without effect. UserError: wrong."""
     from minigpt4_jax.inference.generation_config import GenerationConfig
 
     defaults = DEFAULTS_V2 if variant == "minigpt-v2" else DEFAULTS
-    if (args.num_beams or 1) > 1:  # beam search does not sample
+    if given.get("num_beams", 1) > 1:  # beam search does not sample
         defaults = {k: v for k, v in defaults.items() if k not in common.SAMPLING_OPTIONS}
-    options = common.default_options() | defaults | common.given_options(args)
-    GenerationConfig(**options)
+    options = common.default_options() | defaults | given
+    notes = common.unused_options(given, GenerationConfig(**options))
     if options["context"] is None:  # the conversation's own default
         del options["context"]
-    return options
+    return options, notes
 
 
 class Session:
@@ -70,7 +75,10 @@ class Session:
         self.conversation = model.conversation(args.system, args.template)
         if args.load is not None:
             self._load(args)
-        self.options = generation_options(model.config.variant, args)
+        self._given = common.given_options(args)  # and those of /set
+        self.options, notes = options_with_defaults(model.config.variant, self._given)
+        for text in notes:
+            note(f"note: {text}")
         self.extra_bos = args.extra_bos
         self.images: list[str] = list(args.image)  # of the next question
         self._written: set[Path] = set()  # files that may be overwritten
@@ -180,17 +188,17 @@ class Session:
         note("started a new conversation; /image adds an image")
 
     def set(self, text: str) -> None:
-        from minigpt4_jax.inference.generation_config import GenerationConfig
-
-        changes = common.parse_options(_split_words(text))
+        changes = common.parse_options(_split_words(text), EXCLUDED)
         for name in changes.keys() & set(EXCLUDED):
             raise UserError(
                 f"{name} is not an option of a conversation, which goes on with one answer"
             )
-        options = self.options | changes
-        GenerationConfig(**options)
-        self.options = options
-        shown = {name: value for name, value in options.items() if name not in EXCLUDED}
+        given = self._given | changes
+        self.options, notes = options_with_defaults(self.conversation.model.config.variant, given)
+        self._given = given
+        for line in notes:
+            note(f"note: {line}")
+        shown = {name: value for name, value in self.options.items() if name not in EXCLUDED}
         note("  ".join(f"{name}={value}" for name, value in shown.items()))
 
     def save(self, text: str) -> None:

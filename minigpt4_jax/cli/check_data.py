@@ -77,8 +77,8 @@ def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[
         prog="python -m minigpt4_jax.data", description="Check the datasets of a configuration."
     )
     p.add_argument("command", choices=("check",))
-    p.add_argument("config", metavar="CONFIG", help="NAME[:ARG], or the path of a .py file; "
-                   "--config.KEY=VALUE changes a value, as in training")  # fmt: skip
+    p.add_argument("config", metavar="CONFIG", help="NAME[:ARG], the path of a .py file, or own data: a file "
+                   "or a folder; --config.KEY=VALUE changes a value, as in training")  # fmt: skip
     p.add_argument("--sheet", type=Path, default=Path("data_check.png"), metavar="FILE.png",
                    help="file for the samples (data_check.png)")  # fmt: skip
     p.add_argument("--samples", type=int, default=4, help="samples of each dataset (4)")
@@ -88,6 +88,9 @@ def parse(argv: Sequence[str] | None = None) -> "tuple[argparse.Namespace, list[
     args, overrides = p.parse_known_args(argv)
     if args.samples < 0 or (args.look or 0) < 0:
         raise UserError("--samples and --look must be 0 or more")
+    path = os.path.expanduser(args.config)
+    if os.path.isdir(path) or (os.path.isfile(path) and not path.endswith(".py")):
+        args.config, overrides = "finetune", [f"--config.data.path={path}", *overrides]
     return args, overrides
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minigpt4_jax.config import KV_CACHES, ModelConfig
 from minigpt4_jax.errors import Parser, UserError
+from minigpt4_jax.utils.text import spelling_hint
 
 if TYPE_CHECKING:
+    from minigpt4_jax.inference.generation_config import GenerationConfig
     from minigpt4_jax.inference.loading import Loading
     from minigpt4_jax.inference.model import Model
 
@@ -45,6 +47,8 @@ GENERATION_OPTIONS = {
     ),
     "compat": Option(bool, "count the BOS before an answer in penalties, as the original"),
 }
+BEAM_OPTIONS = ("length_penalty", "early_stopping")
+RANDOM_OPTIONS = ("top_p", "top_k", "min_p", "seed")
 # excluded by beam search
 SAMPLING_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
@@ -112,10 +116,29 @@ def default_options() -> dict[str, Any]:
     return {f.name: f.default for f in fields(GenerationConfig) if f.name in GENERATION_OPTIONS}
 
 
-def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """["temperature=0.2", "top_k", "5"] -> {"temperature": 0.2, "top_k": 5}.
+def unused_options(given: Mapping[str, Any], config: "GenerationConfig") -> list[str]:
+    """A line for each of the given options that has no effect beside the others."""
+    if config.num_beams > 1:
+        return []
+    lines = [
+        f"{name} has no effect without beam search: set num_beams above 1"
+        for name in BEAM_OPTIONS
+        if name in given
+    ]
+    if config.temperature == 0:
+        lines += [
+            f"{name} has no effect at temperature 0, which is greedy: set temperature above 0"
+            for name in RANDOM_OPTIONS
+            if given.get(name)
+            not in (None, getattr(type(config), name))  # off, as in chat's advice
+        ]
+    return lines
 
-    UserError: no NAME=VALUE or NAME VALUE, an unknown name, not a number.
+
+def parse_options(words: Sequence[str], excluded: Sequence[str] = ()) -> dict[str, Any]:
+    """["temperature=0.2", "top_k", "5"] -> {"temperature": 0.2, "top_k": 5}. excluded: names not offered.
+
+    UserError: no NAME=VALUE or NAME VALUE, an unknown name, not a number, a single value given twice.
     """
     pairs: list[str] = []
     for word in words:
@@ -125,15 +148,26 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             pairs[-1] += separator + word
         else:
             pairs.append(word)
-    return dict(map(_parse_option, pairs))
+    options: dict[str, Any] = {}
+    for name, value in (_parse_option(pair, excluded) for pair in pairs):
+        if name in options and not GENERATION_OPTIONS[name].repeated:
+            raise UserError(f"{name} is given twice; expected one value")
+        if name in options and value:
+            value = (*options[name], *value)
+        options[name] = value
+    return options
 
 
-def _parse_option(text: str) -> tuple[str, Any]:
+def _parse_option(text: str, excluded: Sequence[str]) -> tuple[str, Any]:
     name, equals, value = (part.strip() for part in text.partition("="))
-    name = name.removeprefix("--")
-    if not equals or name not in GENERATION_OPTIONS:
-        known = ", ".join(GENERATION_OPTIONS)
-        raise UserError(f"{text!r}: expected NAME=VALUE with one of the names {known}")
+    name = name.removeprefix("--").replace("-", "_")
+    if name not in GENERATION_OPTIONS:
+        known = [option for option in GENERATION_OPTIONS if option not in excluded]
+        raise UserError(
+            f"{text!r}: expected NAME=VALUE with the name of an option; {spelling_hint(name, known)}"
+        )
+    if not equals:
+        raise UserError(f"{name} has no value; expected {name}=VALUE")
     option = GENERATION_OPTIONS[name]
     if option.repeated:
         values = [value] if option.type is str else value.split(",")

@@ -132,6 +132,11 @@ def prepare_prompts(
     seeds = config.seed_of_prompts(len(prompts))
     stop_texts = config.stop_of_prompts(len(prompts))
     stop_ids = config.stop_ids_of_prompts(len(prompts))
+    vocab = model_config.llm.vocab
+    for token in {token for ids in stop_ids for token in ids if token >= vocab}:
+        raise UserError(
+            f"stop_ids {token}: the model has {vocab} tokens; expected 0 to {vocab - 1}"
+        )
     rules = {texts: _StopRules.make(tokenizer, model_config, texts) for texts in set(stop_texts)}
     # the token that the original's answers begin with
     first = model_config.llm.start_id if model_config.llm.encoder_layers else tokenizer.bos_id

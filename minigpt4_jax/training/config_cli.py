@@ -6,13 +6,14 @@ what differs from the defaults of training.config.
 
 import dataclasses
 import difflib
+import re
 import traceback
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.errors import UserError
+from minigpt4_jax.errors import UserError, expand_home
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_check import check
 from minigpt4_jax.training.config_values import build, known_keys, known_mix_keys, unknown_key
@@ -117,7 +118,7 @@ def parse(
 def split_config_argument(args: Sequence[str]) -> tuple[str, list[str]]:
     """-> (value of --config, all other arguments). UserError: --config is missing."""
     spec, rest = "", []
-    it = iter(args)
+    it = iter(map(expand_home, args))
     for arg in it:
         name, eq, value = arg.partition("=")
         if name in ("--config", "-config"):
@@ -159,6 +160,12 @@ def _quote_tuple(arg: str, defaults: Any) -> str:
 def _flag_error(e: Exception, base: TrainConfig) -> str:
     """An absl error as one line that states the field's type and default."""
     text = " ".join(str(e).split())
+    if unknown := re.match(r"Unknown command line flag '(.+?)'", text):
+        name = unknown[1]
+        hint = f"did you mean --config.{name}?"
+        if name not in known_keys():
+            hint = str(unknown_key(name)).partition("; ")[2]
+        return f"--{name} is not an option: keys are written --config.KEY=VALUE; {hint}"
     if not text.startswith("flag --"):
         return text
     name, _, value = text.removeprefix("flag --").partition(": ")[0].partition("=")

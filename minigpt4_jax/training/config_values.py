@@ -22,7 +22,7 @@ SYNONYMS = {
     "init_lr": ("learning_rate", "lr", "base_lr", "max_lr", "peak_lr"),
     "steps": ("epochs", "epoch", "num_epochs", "max_epochs", "max_epoch", "num_train_epochs", "max_steps",
               "num_steps", "total_steps", "train_steps", "max_train_steps", "iterations"),
-    "warmup_steps": ("warmup", "num_warmup_steps", "warmup_iters"),
+    "warmup_steps": ("warmup", "num_warmup_steps", "warmup_iters", "warmup_ratio"),
     "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule"),
     "batch_size": ("batch", "train_batch_size", "per_device_train_batch_size", "global_batch_size"),
     "accumulate": ("gradient_accumulation_steps", "gradient_accumulation", "accum_grad_iters"),
@@ -35,6 +35,14 @@ SYNONYMS = {
     "data.workers": ("num_workers", "dataloader_num_workers"), "lora.rank": ("lora_r", "lora_rank"),
     "lora.alpha": ("lora_alpha",), "lora.dropout": ("lora_dropout",),
 }  # fmt: skip
+
+# What other programs have as a key
+NO_KEYS = {
+    "output_dir": "--workdir=DIR names the run's directory",
+    "resume": "a run continues where its command is repeated with the same --workdir",
+    "resume_from_checkpoint": "a run continues where its command is repeated with the same --workdir",
+    "optimizer": "the optimizer is AdamW; config.beta2, config.eps and config.weight_decay are its options",
+}
 
 # Keys that may change when a run is resumed, with the reason; all others would make it another run.
 CHANGEABLE = {
@@ -149,15 +157,20 @@ def unknown_key(key: str, mix: Mapping[str, Any] = types.MappingProxyType({})) -
         names = known_mix_keys(mix or {key.split(".")[2]: None})
     by_synonym = {synonym: name for name, synonyms in SYNONYMS.items() for synonym in synonyms}
     synonym = by_synonym.get(key.rsplit(".", 1)[-1].lower())
+    if (last := key.rsplit(".", 1)[-1]) in NO_KEYS:
+        return UserError(f"config.{key} is not a configuration key; {NO_KEYS[last]}")
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    if not near:  # another spelling of a synonym
+        close = difflib.get_close_matches(last, by_synonym, n=1, cutoff=0.8)
+        synonym = synonym or next((by_synonym[name] for name in close), None)
     if synonym in names:
         near = [synonym]
-    elif (last := key.rsplit(".", 1)[-1]) in names:  # the right name in a section
+    elif last in names:  # the right name in a section
         near = [last]
     if not near:  # perhaps the right field in the wrong section
         field = key.rsplit(".", 1)[-1]
         by_field = {n.rsplit(".", 1)[-1]: n for n in names}
-        close = difflib.get_close_matches(field, list(by_field), n=1, cutoff=0.4)
+        close = difflib.get_close_matches(field, list(by_field), n=1, cutoff=0.6)
         near = [by_field[n] for n in close]
     hint = f"did you mean config.{near[0]}?" if near else f"known are {', '.join(names)}"
     return UserError(f"config.{key} is not a configuration key; {hint}")

@@ -65,7 +65,15 @@ def load_font(size: int) -> Font:
 def _normalize(text: str) -> str:
     """One line without control characters, accents joined with their letters."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    return "".join(char for char in text if unicodedata.category(char) != "Cc")
+    return "".join(_plain(char) for char in text if unicodedata.category(char) != "Cc")
+
+
+def _plain(char: str) -> str:
+    """The character, or the letters that it is a variant of if no font has it, as of bold and script ones."""
+    if _find_font(char) is not None or _is_invisible(char):
+        return char
+    plain = unicodedata.normalize("NFKC", char)
+    return plain if all(_find_font(letter) is not None for letter in plain) else char
 
 
 def _files_of(text: str) -> Iterator[tuple[Path, str]]:

@@ -19,6 +19,7 @@ _MIN_SIZE = 6  # pixels of the smallest font
 _LINE_HEIGHT = 1.4  # of a label with one line, in sizes of its font
 _MAX_SHARE = 0.25  # of the picture: more labels get a smaller font,
 _MIN_SCALE = 0.6  # but not smaller than this share of the size
+_SCALES = (0.8, 0.6)  # smaller sizes, tried if labels cover objects
 _TEXT, _BACKGROUND, _OPACITY = (0, 0, 0), (255, 255, 255), 0.85
 
 # What a place costs, in pixels covered: another label is never covered if there is any other place.
@@ -48,18 +49,52 @@ def draw_labels(picture: Image.Image, labels: Sequence[Label], size: int, line: 
     labels = _without_repeats([label for label in labels if label.phrase])
     font = load_font(max(_MIN_SIZE, min(size, int(picture.height / _LINE_HEIGHT))))
     texts = [_layout(label, picture.width, font) for label in labels]
+    smallest = max(_MIN_SIZE, font.size * _MIN_SCALE)
     share = sum(text.width * text.height for text in texts) / (picture.width * picture.height)
     if share > _MAX_SHARE:
-        smaller = font.size * max(_MIN_SCALE, (_MAX_SHARE / share) ** 0.5)
-        font = load_font(max(_MIN_SIZE, round(smaller)))
-        texts = [_layout(label, picture.width, font) for label in labels]
-    placed: list[Rectangle] = []
-    for label, text in zip(labels, texts, strict=True):
-        extent = (text.width, text.height)
-        where = place_label(extent, label.box, boxes, placed, picture.size, line)
+        font = load_font(round(max(smallest, font.size * (_MAX_SHARE / share) ** 0.5)))
+    fonts = [font, *(load_font(round(max(smallest, font.size * scale))) for scale in _SCALES)]
+    found = _Arrangement(font, [], [], float("inf"))
+    for font in fonts:  # a smaller one only if it covers much less
+        tried = _arrange(labels, boxes, picture.size, font, line)
+        if tried.covered < found.covered / 2:
+            found = tried
+        if not found.covered:
+            break
+    for label, text, where in zip(labels, found.texts, found.places, strict=True):
         if where is not None:  # None: a picture of a few pixels
-            _draw_label(picture, where, text.lines, label.color, font)
-            placed.append(where)
+            _draw_label(picture, where, text.lines, label.color, found.font)
+
+
+class _Arrangement(NamedTuple):
+    """Where labels stand in one size."""
+
+    font: Font
+    texts: list[_Text]
+    places: list[Rectangle | None]
+    covered: float  # pixels of objects and of other labels
+
+
+def _arrange(
+    labels: Sequence[Label],
+    boxes: Sequence[Rectangle],
+    image: tuple[int, int],
+    font: Font,
+    line: int,
+) -> _Arrangement:
+    texts = [_layout(label, image[0], font) for label in labels]
+    places: list[Rectangle | None] = []
+    covered = 0.0
+    for label, text in zip(labels, texts, strict=True):
+        taken = [place for place in places if place is not None]
+        place = place_label((text.width, text.height), label.box, boxes, taken, image, line)
+        places.append(place)
+        if place is not None:
+            own = overlap(place, label.box)
+            covered += own if own > _MAX_SHARE * _area(label.box) else 0
+            covered += sum(overlap(place, other) for other in _others(label.box, boxes))
+            covered += sum(overlap(place, other) for other in taken)
+    return _Arrangement(font, texts, places, covered)
 
 
 def _without_repeats(labels: Sequence[Label]) -> list[Label]:
@@ -100,10 +135,10 @@ def place_label(
     boxes; away from its box only where it would hide an object. Never over other labels (`taken`) if
     there is another place. None: the label is larger than the image.
     """
-    others = [other for other in boxes if other != box and not _contains(other, box)]
+    others = _others(box, boxes)
     whole = (box[0], box[1], box[2] + 1, box[3] + 1)  # with its last row and column
     best, lowest = None, float("inf")
-    for x, y, steps in _candidates(box, size, image, line):
+    for x, y, steps in _candidates(box, size, image, line, others):
         away = _FAR * size[0] * size[1] * (steps > 0) + steps
         if lowest <= away:
             break  # so are all that follow
@@ -117,11 +152,20 @@ def place_label(
     return best
 
 
+def _others(box: Rectangle, boxes: Sequence[Rectangle]) -> list[Rectangle]:
+    """The boxes of other objects, without those around this one."""
+    return [other for other in boxes if other != box and not _contains(other, box)]
+
+
 def _candidates(
-    box: Rectangle, size: tuple[int, int], image: tuple[int, int], line: int
+    box: Rectangle,
+    size: tuple[int, int],
+    image: tuple[int, int],
+    line: int,
+    others: Sequence[Rectangle],
 ) -> Iterator[tuple[int, int, int]]:
-    """(left, top, steps from the box) of places within the image: above the box, below, beside, inside,
-    then line by line away from it."""
+    """(left, top, steps from the box) of places within the image: above the box, below, beside, above and
+    below between other boxes, inside, then line by line away from it."""
     x1, y1, x2, y2 = box
     width, height = size
     right, bottom = image[0] - width, image[1] - height
@@ -131,6 +175,10 @@ def _candidates(
     rows = [min(max(y, 0), bottom) for y in (y1, y2 + 1 - height)]
     places = [(x, y, 0) for y in (y1 - height, y2 + 1) for x in columns]
     places += [(x, y, 0) for x in (x2 + 1, x1 - width) for y in rows]
+    between = [(x1 + x2 + 1 - width) // 2]
+    between += [x for other in others for x in (other[2] + 1, other[0] - width)]
+    between = [x for x in between if x1 - width < x <= x2]  # still at the box
+    places += [(x, y, 0) for y in (y1 - height, y2 + 1) for x in between]
     places += [(x, y, 0) for y in (y1 + line, y2 + 1 - line - height) for x in columns]
     for steps in range(1, image[1] // height + 1):
         for y in (y1 - (steps + 1) * height, y2 + 1 + steps * height, y1 + steps * height):

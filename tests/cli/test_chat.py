@@ -1,7 +1,9 @@
 """python -m minigpt4_jax.chat: answers on stdout, errors as one line on stderr."""
 
 import contextlib
+import io
 import json
+import sys
 
 import pytest
 from helpers.chat_command import arguments, ask
@@ -90,6 +92,19 @@ def test_set_takes_several_spellings(chat_piped):
         assert text in err
     first, again = out.splitlines()
     assert first == again  # a search draws nothing
+
+
+def test_set_num_beams_needs_no_other_option(chat_home, chat_command, monkeypatch):
+    """Those that the chat samples with by default are off in a search, and back after it."""
+    lines = "/set num_beams=2\n/set num_beams=1\n/set temperature=0.7 num_beams=3\n/set seed=4\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines + "/set temperature=0\n/set\n"))
+    code, _, err = chat_command(*arguments(chat_home))
+    search, sampling, refused, *others = err.splitlines()
+    assert "num_beams=2" in search and "temperature=0.0" in search and "top_k=0" in search
+    assert "num_beams=1" in sampling and "temperature=1.0" in sampling and "top_k=50" in sampling
+    assert "num_beams 3 with temperature 0.7" in refused and code == 2
+    assert "temperature=1.0" in others[0] and "seed=4" in others[0]
+    assert others[1].startswith("note: seed has no effect at temperature 0")
 
 
 @pytest.mark.parametrize(

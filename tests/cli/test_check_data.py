@@ -31,6 +31,17 @@ def config(folder, data):
     return str(path)
 
 
+def test_own_data_needs_no_configuration(tmp_path, photos, capsys):
+    rows = write_rows(tmp_path, photos)
+    sheet = f"--sheet={tmp_path / 'sheet.png'}"
+    assert main(["check", str(rows), sheet]) == 0
+    with_config = ["check", "finetune", f"--config.data.path={rows}", sheet]
+    first = capsys.readouterr().out
+    assert main(with_config) == 0 and capsys.readouterr().out == first
+    rows.rename(tmp_path / "metadata.jsonl")
+    assert main(["check", str(tmp_path), sheet, "--config.data.exif=False"]) == 0
+
+
 def test_mixture(tmp_path, photos, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<html>")

@@ -42,6 +42,12 @@ def test_a_candidate_that_is_too_long_is_of_the_prompt_that_is_named(model):
     assert message.startswith("prompt 1: ")
 
 
+def test_a_stop_token_that_the_model_does_not_have(model):
+    vocab = model.config.llm.vocab
+    message = refused(model.generate, None, ["x"], stop_ids=[3, vocab])
+    assert f"stop_ids {vocab}: the model has {vocab} tokens" in message
+
+
 def test_images_by_name_are_no_list(model):
     message = refused(model.generate, {"image": picture(0)}, [ASK])
     assert "images: got a dictionary" in message

@@ -2,6 +2,8 @@
 
 import pytest
 
+from minigpt4_jax.errors import UserError
+from minigpt4_jax.training.config_cli import parse
 from minigpt4_jax.training.config_values import SYNONYMS, known_keys, unknown_key
 
 
@@ -17,6 +19,27 @@ from minigpt4_jax.training.config_values import SYNONYMS, known_keys, unknown_ke
 )  # fmt: skip
 def test_suggestions(key, meant):
     assert str(unknown_key(key)).endswith(f"did you mean config.{meant}?")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lerning_rate", "did you mean config.init_lr?"), ("warmup_ratio", "config.warmup_steps?"),
+        ("output_dir", "--workdir=DIR"), ("resume", "repeated with the same --workdir"),
+        ("optimizer", "AdamW"),
+    ],
+)  # fmt: skip
+def test_what_other_programs_call_otherwise(key, words):
+    assert words in str(unknown_key(key))
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("learning_rate", "did you mean config.init_lr"), ("steps", "--config.steps")],
+)
+def test_a_key_without_config_is_explained(flag, meant):
+    with pytest.raises(UserError, match=f"--{flag} is not an option: .*{meant}"):
+        parse(["--config=finetune", "--workdir=w", f"--{flag}=1"])
 
 
 def test_synonyms_are_no_keys():
