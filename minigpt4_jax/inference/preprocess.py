@@ -97,7 +97,7 @@ def _image_groups(images: Images | None, num_prompts: int) -> ImageGroups:
             groups.append([])
         else:
             several = isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) == 4
-            groups.append(list(entry) if several else [entry])  # type: ignore[arg-type]
+            groups.append(list(entry) if several else [entry])
     return groups
 
 

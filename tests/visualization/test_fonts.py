@@ -55,6 +55,10 @@ def test_a_combining_accent_is_part_of_its_letter():
     assert np.array_equal(picture_of("cafe\u0301"), picture_of("café"))
 
 
+def test_a_variant_that_no_font_has_is_drawn_as_its_letter():
+    assert np.array_equal(picture_of("\U0001d4d5\U0001d4ea"), picture_of("Fa"))
+
+
 def test_the_width_is_that_of_what_is_drawn():
     columns = np.flatnonzero((picture_of("a猫b") < 255).any(0))
     width = load_font(30).length("a猫b")

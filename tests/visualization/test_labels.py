@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minigpt4_jax.visualization import labels
 from minigpt4_jax.visualization.fonts import load_font
 from minigpt4_jax.visualization.labels import Label, _layout, draw_labels, overlap, place_label
 
@@ -96,3 +97,28 @@ def test_many_labels_are_smaller():
     many = drawn_labels([Label("a number", RED, box) for box in boxes])
     stripes = np.diff(np.flatnonzero(np.diff(many[:60].any(1).astype(int))))
     assert stripes.min() < drawn_labels([Label("a number", RED, boxes[0])]).any(1).sum()
+
+
+def test_a_label_stands_between_two_objects_that_both_corners_would_cover():
+    box, left, right = (200, 100, 260, 200), (0, 60, 190, 220), (320, 60, 599, 220)
+    place = place_label((110, 20), box, [box, left, right], [], IMAGE, 2)
+    assert place[:2] == (200, 80)
+    place = place_label((125, 20), box, [box, left, right], [], IMAGE, 2)
+    assert not any(overlap(place, other) for other in (box, left, right))
+    assert overlap((place[0], 0, place[2], 1), (200, 0, 261, 1))  # at the box still
+
+
+def test_labels_are_smaller_where_they_would_cover_objects(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(labels, "_draw_label", lambda _, where, *rest: drawn.append(where))
+    grid = [
+        (30 + x, 24 + y, 119 + x, 99 + y) for x in range(0, 570, 114) for y in range(0, 376, 94)
+    ]
+    draw_labels(
+        Image.new("RGB", IMAGE),
+        [Label(f"person {i:02}", RED, b) for i, b in enumerate(grid)],
+        20,
+        2,
+    )
+    assert len(drawn) == len(grid)
+    assert not any(overlap(place, box) for place in drawn for box in grid)
