@@ -118,7 +118,7 @@ def test_set_num_beams_needs_no_other_option(chat_home, chat_command, monkeypatc
         (["--max_new_tokens=0"], "max_new_tokens 0"),
         (["--context=0"], "context 0"),
         (["--temperature=inf"], "temperature inf: expected 0 (greedy) or more"),
-        (["--max-new-tokens=5"], "--max-new-tokens=5; did you mean --max_new_tokens? (see"),
+        (["--max-new-tokns=5"], "--max-new-tokns=5; did you mean --max_new_tokens? (see"),
         (["--temprature=1"], "did you mean --temperature?"),
         (["--colour=red"], "unrecognized arguments: --colour=red (see"),
     ],
