@@ -74,9 +74,8 @@ class SkipCounter:
     def _are_too_many(self) -> bool:
         if self._is_small:
             return len(self._broken) > self.max_share * self._num_examples
-        drawn = (
-            self.rows + self.skipped
-        )  # a skipped row is replaced by another draw, which may be broken too
+        # a skipped row is replaced by another draw, which may be broken too
+        drawn = self.rows + self.skipped
         return self.skipped > self.max_share * max(drawn, _MIN_ROWS)
 
     def __str__(self) -> str:

@@ -292,8 +292,8 @@ def test_rows_that_are_drawn_again_and_again_are_counted_once(num_examples, allo
         counter.add(10, rows(range(4)))
     counter.add(4 * num_examples, rows(range(allowed)) * 4)
     resumed = SkipCounter(share, num_examples)
-    resumed.restore(SkipCounter.total([counter.report(), counter.report()]).state())
-    resumed.add(9, rows(range(allowed)))
+    other = SkipCounter(share, num_examples)  # of another process
+    resumed.restore(SkipCounter.total([counter.report(), other.report()]).state())
     with pytest.raises(UserError, match=r"max_broken = 0\.27 of all"):
         resumed.add(1, rows([allowed]))
 
