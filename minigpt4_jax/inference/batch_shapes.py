@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from minigpt4_jax.inference.requests import NUM_STOPS, STOP_WIDTH, BucketSizes, Request
-from minigpt4_jax.inference.sampling import CANDIDATES, SamplingStages, required_stages
+from minigpt4_jax.inference.sampling import CANDIDATES, SamplingStages, branches, required_stages
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 ROWS = (1, 8, 32, 128, 512)
 SMALLEST_CACHE = 128  # tokens
+FINE_ROWS = 32  # from here on, unused slots take a noticeable part of a decoding step
 # Prompt tokens processed at a time. 48 and 96: 32 visual tokens and a question, short or long.
 PROMPTS = (32, 48, 64, 96, 128, 256, 512, 1024, 2048)
 PIECES = (32, 64)  # as many after a cached beginning, besides the longest piece
@@ -18,12 +19,13 @@ class BatchShapes:
 
     Attributes:
         rows: numbers of rows, ascending.
-        cache_lengths: S, ascending.
+        cache_lengths: S of a few rows, ascending: 128, 256, 512, ...
+        fine_cache_lengths: S of FINE_ROWS and more: 128, 192, 256, 384, ...
         prompts: tokens of a prompt, or of a piece of it, ascending; the last is the longest piece. For a
             model that does not read in pieces the last holds the longest prompt.
         pieces: sizes of what follows a cached beginning of a prompt; none for such a model.
-        stages: sampling stages, cheapest first: greedy with penalties; all options with a top_k of at
-            most CANDIDATES; all options with the whole vocabulary.
+        stages: sampling stages, cheapest first: greedy; all options with a top_k of at most CANDIDATES;
+            all options with the whole vocabulary. Where programs skip what no row needs, without the first.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class BatchShapes:
         self.rows = _steps(ROWS, max_rows)
         self.prompts = [n for n in PROMPTS if n <= prefill_tokens] or [PROMPTS[0]]
         longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
-        self.cache_lengths = _steps([SMALLEST_CACHE << n for n in range(16)], longest)
+        coarse = [SMALLEST_CACHE << n for n in range(16)]
+        self.cache_lengths = _steps(coarse, longest)
+        self.fine_cache_lengths = _steps([n * step // 2 for n in coarse for step in (2, 3)], longest)
         longest_piece = self.prompts[-1]
         self.pieces = sorted({*(n for n in PIECES if n < longest_piece), longest_piece})
         if not reads_in_pieces:
@@ -50,21 +54,26 @@ class BatchShapes:
         greedy = SamplingStages(False, 0, False)
         filtered = SamplingStages(True, CANDIDATES, True)
         everything = SamplingStages(True, 0, True)
-        self.stages = [greedy, *([filtered] if vocab > CANDIDATES else []), everything]
+        self.stages = [] if branches() else [greedy]
+        self.stages += [*([filtered] if vocab > CANDIDATES else []), everything]
 
     def num_rows(self, count: int) -> int:
         """Rows of the arrays for some requests."""
         return _fit(self.rows, count)
 
-    def sizes(self, requests: Sequence[Request]) -> BucketSizes:
-        """The other sizes of the arrays."""
+    def sizes(self, requests: Sequence[Request], rows: int = 1) -> BucketSizes:
+        """The other sizes of arrays of `rows` rows."""
         tokens = max(len(request.tokens) + request.max_new_tokens for request in requests)
-        return self.with_cache(tokens)
+        return self.with_cache(tokens, rows)
 
-    def with_cache(self, tokens: int) -> BucketSizes:
+    def with_cache(self, tokens: int, rows: int = 1) -> BucketSizes:
         """The sizes with a cache of at least some tokens."""
-        length = _fit(self.cache_lengths, tokens)
+        length = _fit(self.cache_lengths_of(rows), tokens)
         return BucketSizes(length, self._max_new_tokens, NUM_STOPS, STOP_WIDTH)
+
+    def cache_lengths_of(self, rows: int) -> list[int]:
+        """S of arrays of `rows` rows, ascending."""
+        return self.cache_lengths if rows < FINE_ROWS else self.fine_cache_lengths
 
     def prompt(self, tokens: int, *, resumed: bool) -> int:
         """The size of a prompt, or of what follows its cached beginning."""

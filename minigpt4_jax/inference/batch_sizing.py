@@ -37,10 +37,10 @@ class BatchSizing:
             return self.shapes.num_rows(count)
         return next_power_of_two(max(count, self._min_rows))
 
-    def sizes(self, requests: Sequence[Request]) -> BucketSizes:
-        """The other sizes of the arrays."""
+    def sizes(self, requests: Sequence[Request], rows: int = 1) -> BucketSizes:
+        """The other sizes of arrays of `rows` rows."""
         if self.shapes is not None:
-            return self.shapes.sizes(requests)
+            return self.shapes.sizes(requests, rows)
         sizes = self._runner.bucket_sizes(requests, self.num_rows(1))
         return BucketSizes(*map(max, sizes, self._min_sizes))
 
@@ -52,15 +52,13 @@ class BatchSizing:
 
     def exceeds_cache(self, requests: Sequence[Request]) -> bool:
         """Whether these requests together need more than max_cache_tokens."""
-        limit = self.max_cache_tokens
-        return (
-            limit is not None
-            and self.num_rows(len(requests)) * self.sizes(requests).cache_length > limit
-        )
+        limit, rows = self.max_cache_tokens, self.num_rows(len(requests))
+        return limit is not None and rows * self.sizes(requests, rows).cache_length > limit
 
     def fits(self, request: Request, state: DecodeState) -> bool:
         """Whether a row of the state is large enough for a request."""
-        return all(n <= m for n, m in zip(self.sizes([request]), sizes_of(state), strict=True))
+        needed = self.sizes([request], state.ids.shape[0])
+        return all(n <= m for n, m in zip(needed, sizes_of(state), strict=True))
 
     def stages(self, requests: Sequence[Request]) -> SamplingStages:
         """The sampling stages that serve these requests."""

@@ -72,7 +72,9 @@ def advance(s: DecodeState, logits: jax.Array, stages: SamplingStages) -> Decode
     """
     logits = constrain(logits, BATCH_AXES)
     stop_tokens = completing_tokens(s.ids, s.num_generated, s.stop_sequences)
-    token = sample(logits, s.ids, s.num_generated, stop_tokens, s.keys, s.sampling, stages)
+    token = sample(
+        logits, s.ids, s.num_generated, stop_tokens, s.keys, s.sampling, stages, ~s.done
+    )  # fmt: skip
     logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     normalizer = jax.nn.logsumexp(logits, axis=1)  # not finite if a logit is NaN or +inf
     logprob = logprob - normalizer
@@ -141,14 +143,14 @@ def resize(state: DecodeState, rows: jax.Array, sizes: BucketSizes) -> DecodeSta
 
 
 def take_cache_row(cache: KVCache, slot: jax.Array, length: int) -> KVCache:
-    """The first `length` slots of one row of a cache, as a cache of one row."""
-    rows_axis = _rows_axis(cache)
+    """The first `length` slots of one row of a cache, as a cache of one row; zeros where it is shorter."""
+    rows_axis, copied = _rows_axis(cache), min(length, cache.length)
 
     def take(a: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(a, slot, 1, rows_axis)
-        return jax.lax.slice_in_dim(row, 0, length, axis=rows_axis + 2)
+        return jax.lax.slice_in_dim(row, 0, copied, axis=rows_axis + 2)
 
-    taken: KVCache = jax.tree.map(take, cache)
+    taken = grow_cache(jax.tree.map(take, cache), length)
     constrained: KVCache = jax.tree.map(lambda a: constrain(a, *cache_axes(taken)), taken)
     return constrained
 

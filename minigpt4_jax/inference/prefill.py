@@ -117,8 +117,9 @@ class Prefill:
         state = self._run(row, request, sizes)
         row.cache = None
         if grows:
-            slots = [0, *[None] * (self._sizing.num_rows(1) - 1)]
-            state = self._runner.resize(state, slots, self._sizing.sizes([request]))
+            rows = self._sizing.num_rows(1)
+            slots = [0, *[None] * (rows - 1)]
+            state = self._runner.resize(state, slots, self._sizing.sizes([request], rows))
         return state
 
     def _run(self, row: Row, request: Request, sizes: BucketSizes) -> DecodeState:

@@ -242,8 +242,8 @@ class ModelRunner:
         return snapshot
 
     def take_cache_row(self, cache: KVCache, row: int, length: int) -> KVCache:
-        """A copy of the first `length` slots, or all if there are fewer, of a row of a cache."""
-        taken: KVCache = self._take_cache_row(cache, row, min(length, cache.length))
+        """A copy of the first `length` slots of a row of a cache, with zeros where that is shorter."""
+        taken: KVCache = self._take_cache_row(cache, row, length)
         return taken
 
     def stages(self, requests: Sequence[Request]) -> SamplingStages:

@@ -7,6 +7,7 @@ Every option is an array over rows, so rows with different options share one com
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.platform import backend
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 CANDIDATES = 64  # most likely tokens that the cheaper random choice considers
@@ -176,21 +178,60 @@ def sample(
     keys: jax.Array,
     params: SamplingParams,
     stages: SamplingStages,
+    live: jax.Array | bool = True,
 ) -> jax.Array:
     """The next token of each row [B] int32.
 
     logits [B, V] float32; generated [B, N] ids so far, -1 after the first num_generated [B];
-    stop_tokens [B, R]: tokens that would end the row, -1 is none; keys [B]: PRNG keys; params: [B].
+    stop_tokens [B, R]: tokens that would end the row, -1 is none; keys [B]: PRNG keys; params: [B];
+    live [B]: rows whose token is used.
     """
     if stages.penalties:
-        tokens = penalized_tokens(generated, params)
-        logits = apply_repetition_penalty(logits, tokens, params.repetition_penalty)
-        logits = apply_count_penalties(
-            logits, generated, params.frequency_penalty, params.presence_penalty
-        )
-        logits = forbid(logits, stop_tokens, num_generated < params.min_new_tokens)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        repeats = (params.repetition_penalty != 1) | (params.frequency_penalty != 0)
+        logits = _where_needed(
+            live & (repeats | (params.presence_penalty != 0)),
+            lambda scores: _penalize(scores, generated, params), lambda scores: scores, logits,
+        )  # fmt: skip
+        too_short = num_generated < params.min_new_tokens
+        logits = _where_needed(
+            live & too_short,
+            lambda scores: forbid(scores, stop_tokens, too_short), lambda scores: scores, logits,
+        )  # fmt: skip
+
+    def greedy(scores: jax.Array) -> jax.Array:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def drawn(scores: jax.Array) -> jax.Array:
+        found = filter_logits(scores, params, stages.num_candidates)
+        tokens = draw(*found, keys, num_generated)
+        return jnp.where(params.temperature > 0, tokens, greedy(scores))
+
     if not stages.random:
-        return greedy
-    drawn = draw(*filter_logits(logits, params, stages.num_candidates), keys, num_generated)
-    return jnp.where(params.temperature > 0, drawn, greedy)
+        return greedy(logits)
+    return _where_needed(live & (params.temperature > 0), drawn, greedy, logits)
+
+
+def branches() -> bool:
+    """Whether a program skips what no row needs. On a GPU, a branch waits for the host."""
+    return backend() != "gpu"
+
+
+def _where_needed(
+    rows: jax.Array,
+    stage: Callable[[jax.Array], jax.Array],
+    otherwise: Callable[[jax.Array], jax.Array],
+    logits: jax.Array,
+) -> jax.Array:
+    """`stage` of the logits if any of the rows [B] is True or if there are no branches, or `otherwise`."""
+    if not branches():
+        return stage(logits)
+    chosen: jax.Array = jax.lax.cond(jnp.any(rows), stage, otherwise, logits)
+    return chosen
+
+
+def _penalize(logits: jax.Array, generated: jax.Array, params: SamplingParams) -> jax.Array:
+    tokens = penalized_tokens(generated, params)
+    logits = apply_repetition_penalty(logits, tokens, params.repetition_penalty)
+    return apply_count_penalties(
+        logits, generated, params.frequency_penalty, params.presence_penalty
+    )

@@ -63,7 +63,7 @@ def _programs(
     for length in shapes.cache_lengths:
         yield partial(warmer.resume, length)
     for rows in shapes.rows:
-        for length in shapes.cache_lengths:
+        for length in shapes.cache_lengths_of(rows):
             if rows * length <= config.cache_tokens:
                 yield partial(warmer.decode, rows, length)
 
@@ -98,7 +98,7 @@ class _Warmer:
 
     def decode(self, rows: int, length: int) -> None:
         new = self.prefill(self._shapes.prompts[0])
-        sizes = self._shapes.with_cache(length)
+        sizes = self._shapes.with_cache(length, rows)
         state = self._engine.resize(new, [0, *[None] * (rows - 1)], sizes)
         for stages in self._shapes.stages:
             state = self._engine.decode(state, stages, 1)
@@ -107,19 +107,27 @@ class _Warmer:
             if size <= length:
                 state = self._engine.insert(state, self.prefill(size), 0)
         state = self._engine.finish_rows(state, np.zeros(rows, bool))
-        for stored in self._shapes.cache_lengths:
-            if stored <= length:
+        for tokens in self._shapes.cache_lengths_of(rows):
+            if tokens <= length:
+                stored = self._shapes.with_cache(tokens).cache_length
                 self._engine.take_cache_row(state.cache, 0, stored)
         self._resize(state, rows, length)
 
     def _resize(self, state: DecodeState, rows: int, length: int) -> None:
         """To fewer rows, to more, or to a longer cache. (Two steps at a time are rare.)"""
-        for fewer in [n for n in self._shapes.rows if n < rows][-1:]:
-            self._engine.resize(state, range(fewer), self._shapes.with_cache(length))
-        for more in [n for n in self._shapes.rows if n > rows][:1]:
-            if more * length <= self._limit:
-                slots = [*range(rows), *[None] * (more - rows)]
-                self._engine.resize(state, slots, self._shapes.with_cache(length))
-        for longer in [n for n in self._shapes.cache_lengths if n > length][:1]:
+        shapes = self._shapes
+        for fewer in [n for n in shapes.rows if n < rows][-1:]:
+            self._engine.resize(state, range(fewer), shapes.with_cache(length, fewer))
+        for more in [n for n in shapes.rows if n > rows][:1]:
+            # Where the lengths of more rows are finer, a shorter one may be enough.
+            for enough in [n for n in shapes.cache_lengths_of(more) if length // 2 < n <= length]:
+                self._more_rows(state, more, enough)
+        for longer in [n for n in shapes.cache_lengths_of(rows) if n > length][:1]:
             if rows * longer <= self._limit:
-                self._engine.resize(state, range(rows), self._shapes.with_cache(longer))
+                self._engine.resize(state, range(rows), shapes.with_cache(longer, rows))
+
+    def _more_rows(self, state: DecodeState, rows: int, length: int) -> None:
+        if rows * length <= self._limit:
+            slots = [*range(state.ids.shape[0])]
+            slots += [None] * (rows - len(slots))
+            self._engine.resize(state, slots, self._shapes.with_cache(length, rows))

@@ -256,3 +256,28 @@ def test_a_server_reuses_a_prefix_where_that_saves_padded_tokens():
         cached.append(news[8][-1].num_cached)
         assert answers(news) == {8: engine().generate([Request(tokens, max_new_tokens=2)])[0]}
     assert cached == [0, 20, 0, 0]
+
+
+def test_a_server_has_finer_cache_lengths_for_many_rows():
+    shapes = BatchShapes(VOCAB, max_rows=32, context=512, max_new_tokens=64, prefill_tokens=64)
+    request = Request([5] * 130, max_new_tokens=40)
+    lengths = {rows: shapes.sizes([request], rows).cache_length for rows in shapes.rows}
+    assert lengths == {1: 256, 8: 256, 32: 192}
+    assert shapes.cache_lengths == [128, 256, 512]
+    assert shapes.cache_lengths_of(32) == [128, 192, 256, 384, 512]
+    batch = RunningBatch(
+        engine(), 32, prefill_tokens=64, prefix_cache=PrefixCache(32), shapes=shapes
+    )
+    requests = [Request([5] * 126 + [n] * 4, max_new_tokens=60) for n in range(9)]
+    for key, request in enumerate(requests):
+        batch.add(key, request)
+    sizes, news = set(), {}
+    while not batch.is_idle:
+        for progress in batch.step(1):
+            news.setdefault(progress.key, []).append(progress)
+        sizes.add(batch.cache_tokens)
+    assert 32 * 192 in sizes
+    assert answers(news) == expected(requests)
+    # what was cached of a row among many is as long as a cache of one row
+    batch.add("again", Request([5] * 126 + [8] * 4 + [1] * 4, max_new_tokens=3))
+    assert run(batch)["again"][-1].num_cached >= 126

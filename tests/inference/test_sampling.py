@@ -19,6 +19,7 @@ from minigpt4_jax.inference.sampling import (
     sample,
     stack_sampling_params,
 )
+from minigpt4_jax.utils.platform import compiling_for
 
 # transformers 4.30's processors on float32 logits: 27 settings of top-p, temperature, penalty
 DUMP = np.load(FIXTURES / "logits_processors.npz")
@@ -167,6 +168,36 @@ def test_greedy_and_sampled_rows_in_one_batch():
     }
     assert {first for first, _ in tokens} == {int(logits[0].argmax())}
     assert len({second for _, second in tokens}) == 3
+
+
+OPTIONS = [
+    {}, {"repetition_penalty": 3.0}, {"frequency_penalty": 2.0}, {"presence_penalty": 2.0},
+    {"min_new_tokens": 9}, {"temperature": 3.0}, {"temperature": 3.0, "top_k": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("live", [True, False])
+def test_what_is_skipped_changes_no_token(options, live):
+    """A row with options beside a greedy one, in a program with branches and in one without."""
+    rng = np.random.default_rng(1)
+    params = stack_sampling_params([SamplingParams(), SamplingParams(**options)])
+    logits = jnp.asarray(rng.normal(size=(2, 20)), jnp.float32)
+    likely = logits.argmax(1, keepdims=True)
+    generated = jnp.concatenate([likely, likely, jnp.full((2, 2), -1)], axis=1)
+    stages = SamplingStages(random=True, num_candidates=0, penalties=True)
+    tokens = {}
+    for platform in ("cpu", "gpu"):  # on a GPU there are no branches
+        with compiling_for(platform):
+            tokens[platform] = sample(
+                logits, generated, jnp.full(2, 2), likely, keys(2, 5), params, stages,
+                jnp.asarray([True, live]),
+            ).tolist()  # fmt: skip
+    assert tokens["cpu"][0] == tokens["gpu"][0] == int(likely[0, 0])
+    assert not live or tokens["cpu"] == tokens["gpu"]
+    assert not options or tokens["gpu"][1] != int(likely[1, 0])
+    # the option of a row that is done does not count
+    assert live or tokens["cpu"][1] == int(likely[1, 0])
 
 
 def test_few_combinations_of_stages_are_compiled():
