@@ -46,7 +46,9 @@ class BatchShapes:
         longest = max(-(-context // 64) * 64, SMALLEST_CACHE, self.prompts[-1])
         coarse = [SMALLEST_CACHE << n for n in range(16)]
         self.cache_lengths = _steps(coarse, longest)
-        self.fine_cache_lengths = _steps([n * step // 2 for n in coarse for step in (2, 3)], longest)
+        self.fine_cache_lengths = _steps(
+            [n * step // 2 for n in coarse for step in (2, 3)], longest
+        )
         longest_piece = self.prompts[-1]
         self.pieces = sorted({*(n for n in PIECES if n < longest_piece), longest_piece})
         if not reads_in_pieces:
