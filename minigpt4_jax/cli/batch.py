@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--input and --output are the same file; choose another --output")
     ray_command.check_options(args)
     for text in common.unused_options(common.given_options(args), generation_config(args)):
-        print(f"note: {text}", file=sys.stderr)
+        common.note(f"note: {text}")
     if args.ray is not None:
         common.check_kind(args.model)  # before a cluster is started
         return ray_command.run(args, settings_of(args))

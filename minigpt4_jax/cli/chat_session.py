@@ -76,9 +76,7 @@ class Session:
         if args.load is not None:
             self._load(args)
         self._given = common.given_options(args)  # and those of /set
-        self.options, notes = options_with_defaults(model.config.variant, self._given)
-        for text in notes:
-            note(f"note: {text}")
+        self.options, _ = options_with_defaults(model.config.variant, self._given)
         self.extra_bos = args.extra_bos
         self.images: list[str] = list(args.image)  # of the next question
         self._written: set[Path] = set()  # files that may be overwritten

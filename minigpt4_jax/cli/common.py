@@ -105,7 +105,7 @@ def add_generation_options(p: Parser, defaults: str, *, excluded: Sequence[str] 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The generation options that are on the command line."""
-    values = {name: getattr(args, name) for name in GENERATION_OPTIONS}
+    values = {name: getattr(args, name, None) for name in GENERATION_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -193,7 +193,7 @@ def begin_loading(
     args: argparse.Namespace, options_of: Callable[[str], Mapping[str, Any]] | None = None
 ) -> "Loading":
     """As `load_model`, but the weights are not read yet. options_of: the generation options of a variant,
-    with the command's own defaults."""
+    with the command's own defaults; those on the command line that have no effect are told."""
     from minigpt4_jax.inference.loading import begin_loading
 
     _check_options_of_model(args, options_of)
@@ -250,17 +250,6 @@ def check_fits(options: Mapping[str, Any], config: ModelConfig) -> None:
             )
 
 
-def _note_options_without_effect(given: Mapping[str, Any]) -> None:
-    """Say which of the options on the command line do nothing beside the others."""
-    names = {name for name, value in given.items() if value is not None}
-    if (given.get("num_beams") or 1) == 1:
-        unused, why = names & {"length_penalty", "early_stopping"}, "without num_beams above 1"
-        if unused:
-            note(f"note: {', '.join(sorted(unused))}: no effect {why}")
-    if given.get("temperature") == 0 and (unused := names & {"top_p", "top_k", "min_p"}):
-        note(f"note: {', '.join(sorted(unused))}: no effect at temperature 0, which is greedy")
-
-
 def note(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -272,14 +261,18 @@ def _check_options_of_model(
     """Before the weights are read, which may take minutes. UserError: as `check_kind` and `check_fits`; the
     model's chat template cannot be used, or refuses the system message."""
     from minigpt4_jax.checkpoint.model_directory import read_config, tokenizer_dir
+    from minigpt4_jax.inference.generation_config import GenerationConfig
     from minigpt4_jax.processing.chat_templates import chat_format
     from minigpt4_jax.processing.tokenizer import load_tokenizer
 
     check_kind(args.model)
     config = read_config(args.model)
-    given = {name: getattr(args, name, None) for name in GENERATION_OPTIONS}
-    check_fits(given if options_of is None else options_of(config.variant), config)
-    _note_options_without_effect(given)
+    given = given_options(args)
+    options = given if options_of is None else options_of(config.variant)
+    check_fits(options, config)
+    if options_of is not None:
+        for text in unused_options(given, GenerationConfig(**options)):
+            note(f"note: {text}")
     if args.template is None and not args.system:
         return
     tokenizer = load_tokenizer(tokenizer_dir(args.model, args.base), config.tokenizer.kind)

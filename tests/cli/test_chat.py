@@ -11,7 +11,7 @@ from PIL import Image
 
 import minigpt4_jax
 from minigpt4_jax.cli import chat, common
-from minigpt4_jax.cli.chat_session import COMMANDS, DEFAULTS, Session
+from minigpt4_jax.cli.chat_session import COMMANDS, DEFAULTS, Session, generation_options
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.transcript import embedded_image
 
@@ -155,13 +155,18 @@ def test_options_without_effect_are_told_before_the_weights_are_read(
 ):
     monkeypatch.setattr("minigpt4_jax.inference.loading.load_model", None)
     options = ["--temperature=0", "--top_p=0.5", "--length_penalty=2", "--early_stopping"]
-    common.begin_loading(chat.parse([f"--model={chat_home / 'model'}", *options]))
-    assert capsys.readouterr().err.splitlines() == [
-        "note: early_stopping, length_penalty: no effect without num_beams above 1",
-        "note: top_p: no effect at temperature 0, which is greedy",
+
+    def begin(*options):
+        args = chat.parse([f"--model={chat_home / 'model'}", *options])
+        common.begin_loading(args, lambda variant: generation_options(variant, args))
+        return capsys.readouterr().err.splitlines()
+
+    assert begin(*options) == [
+        "note: length_penalty has no effect without beam search: set num_beams above 1",
+        "note: early_stopping has no effect without beam search: set num_beams above 1",
+        "note: top_p has no effect at temperature 0, which is greedy: set temperature above 0",
     ]
-    common.begin_loading(chat.parse([f"--model={chat_home / 'model'}", "--temperature=0"]))
-    assert capsys.readouterr().err == ""
+    assert begin("--temperature=0") == []
 
 
 @pytest.mark.parametrize(
