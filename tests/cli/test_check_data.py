@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import threading
 
 import pytest
 from helpers.published_layouts import Disk, write_everything
@@ -148,10 +149,13 @@ def test_every_cause_has_an_example(tmp_path, photos, capsys):
     contents = {"html.png": b"<html>", "empty.png": b"", "other.png": b"<html>"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(pipe := tmp_path / "pipe.png")
+    reading = threading.Timer(5, lambda: os.close(os.open(pipe, os.O_RDWR)))  # ends a reader
+    reading.start()
     path = write_rows(tmp_path, [*photos, *contents, "pipe.png"])
     code, out = check(tmp_path, path, capsys, "--samples=0")
     assert code == 1
+    reading.cancel()
     messages = [line for line in out.splitlines() if line.startswith("  image ")]
     assert len(messages) == 3
     for text in ("is a web page", "empty.png: the file is empty", "pipe.png: is a pipe"):

@@ -8,9 +8,7 @@ from helpers.user_errors import refused
 from minigpt4_jax.checkpoint import model_directory
 from minigpt4_jax.checkpoint.parameters import parameter_shapes
 from minigpt4_jax.checkpoint.writer import write_model
-from minigpt4_jax.storage.hub import (
-    fetch_model_directory,
-)
+from minigpt4_jax.storage.hub import fetch_checkpoint, fetch_model_directory
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +49,12 @@ def test_a_model_trained_from_an_id_names_the_commit_as_its_base(
     assert (tensors[name] == trained[name]).all()
     offline()
     assert model_directory.tokenizer_dir("org/tuned").parent.name == commit
+
+
+def test_a_model_directory_among_the_inputs_of_build(hub, tiny_model):
+    """Recognized by its model.json, also where a directory of transformers may be given."""
+    hub.publish("org/tiny", (needed := files_in(tiny_model)) | {"README.md": b"x"})
+    assert files_in(fetch_checkpoint("--qformer", "org/tiny", ("vocab.txt",))) == needed
 
 
 def test_a_base_that_is_not_there_any_more(hub, tiny_model, tmp_path):
