@@ -24,7 +24,7 @@ def scripted(scripts: Sequence[Sequence[int]], then: int) -> Iterator[None]:
     for row, ids in zip(table, scripts, strict=True):
         row[: len(ids)] = ids
 
-    def choose(logits, ids, num_generated, stop_tokens, keys, params, stages):
+    def choose(logits, ids, num_generated, stop_tokens, keys, params, stages, live):
         seeds = jax.random.key_data(keys)[:, -1].astype(jnp.int32)
         return jnp.asarray(table)[seeds % len(table), jnp.minimum(num_generated, WIDTH - 1)]
 

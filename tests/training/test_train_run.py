@@ -161,7 +161,8 @@ def test_another_run_is_not_continued(home, finished, tmp_path):
     message = refused(dataclasses.replace(good, init_lr=0.02, seed=3), workdir)
     assert "init_lr: 0.01 -> 0.02; seed: 42 -> 3" in message
     other = tiny.write_model(tmp_path / "other", seed=1)
-    assert "model:" in refused(dataclasses.replace(good, model=str(other)), workdir)
+    message = refused(dataclasses.replace(good, model=str(other)), workdir)
+    assert f"with other weights than {other} holds now (its model was {good.model}" in message
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
