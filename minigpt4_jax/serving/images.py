@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.images import load_pixels
+from minigpt4_jax.processing.images import open_image, resize
 from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.jobs import ImageInput
 from minigpt4_jax.serving.limits import Limits
@@ -78,8 +78,8 @@ class ImageReader:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > self._limits.pixels:
                 raise _too_many_pixels(image.size, self._limits, param)
-            size = _shown_size(image) if self._exif else image.size
-            return size, load_pixels(image, self._size, exif=self._exif)
+            shown = open_image(image, exif=self._exif)
+            return shown.size, resize(shown, self._size)
         except (RequestError, MemoryError):
             raise
         except UserError as e:
@@ -89,12 +89,6 @@ class ImageReader:
                 f"the image cannot be read ({one_line(e)}); expected one of {', '.join(FORMATS)}",
                 param, "invalid_image",
             ) from None  # fmt: skip
-
-
-def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) after the rotation that EXIF asks for."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
 
 
 def _too_large(size: int, limits: Limits, param: str | None) -> RequestError:

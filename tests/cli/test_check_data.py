@@ -9,10 +9,12 @@ import threading
 
 import pytest
 from helpers.published_layouts import Disk, write_everything
+from helpers.sideways import write_photo
 from PIL import Image
 
 from minigpt4_jax.cli.check_data import main
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.visualization import plots
 
 
 def write_rows(folder, photos, name="rows.jsonl", **changes):
@@ -81,6 +83,29 @@ def test_plain_files_and_boxes_on_the_contact_sheet(tmp_path, photos, capsys):
     main(["check", "finetune", f"--config.data.path={plain}", f"--sheet={sheet}"])
     without = {color for _, color in Image.open(sheet).convert("RGB").getcolors(10**6)}
     assert colors - without
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_photos_of_own_data_are_turned_and_published_ones_are_not(tmp_path, monkeypatch, exif):
+    photo = write_photo(tmp_path / "1.jpg")
+    row = {"image": "1.jpg", "question": "What?", "answer": ["a"]}
+    Disk(tmp_path).json("okvqa_train.json", [row])
+    own = write_rows(tmp_path, [str(photo)])
+    mix = {
+        "mine": {"reader": "files", "path": str(own)},
+        "ok_vqa": {"path": str(tmp_path), "images": str(tmp_path)},
+    }
+    upright = []
+    monkeypatch.setattr(
+        plots, "contact_sheet",
+        lambda images, *_, **__: upright.extend(i.height > i.width for i in images),
+    )  # fmt: skip
+    sheet = [f"--sheet={tmp_path / 'sheet.png'}", f"--config.data.exif={exif}"]
+    assert main(["check", config(tmp_path, {"mix": mix}), *sheet]) == 0
+    assert upright == [exif, False]
+    upright.clear()
+    assert main(["check", str(own), *sheet]) == 0
+    assert upright == [exif]
 
 
 def test_unused_rows_are_counted_by_cause(tmp_path, capsys):

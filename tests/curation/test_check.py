@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers.sideways import SIZE, upright, write_photo
 from PIL import Image, ImageDraw, ImageFilter
 
 from minigpt4_jax import errors
@@ -12,6 +13,7 @@ from minigpt4_jax.curation import duplicates
 from minigpt4_jax.curation.objects import Vocabulary, read_vocabulary, unconfirmed
 from minigpt4_jax.curation.statistics import statistics
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.visualization import plots
 
 TEXT = "A man in a red coat walks his dog along a quiet street, and behind them a car is parked near a bench."
 
@@ -197,3 +199,24 @@ def test_wrong_options(command, tmp_path, more, message):
         f"--references={tmp_path / 'r.jsonl'}",
     )
     assert code == 2 and "none of its ids" in err
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_photos_are_compared_and_shown_upright(command, tmp_path, monkeypatch, exif):
+    upright(write_photo(tmp_path / "stored.png")).save(tmp_path / "upright.png")
+    sizes = []
+    monkeypatch.setattr(
+        plots, "contact_sheet", lambda images, *_: sizes.extend(i.size for i in images)
+    )
+    rows = [
+        {"id": "1", "image": "stored.png", "caption": "One text."},
+        {"id": "2", "image": "upright.png", "caption": "Quite another one."},
+    ]
+    arguments = [
+        f"--input={write(tmp_path / 'rows.jsonl', rows)}",
+        f"--output={tmp_path / 'o.jsonl'}",
+    ]
+    code, _, err = command(*arguments, *([] if exif else ["--no-exif"]))
+    assert code == 0, err
+    assert [row["id"] for row in read(tmp_path / "o.jsonl")] == (["1"] if exif else ["1", "2"])
+    assert sorted(sizes) == ([SIZE[::-1]] if exif else [SIZE[::-1], SIZE])

@@ -1,13 +1,17 @@
 """`curate review`: decisions by keyboard in a real browser, on disk at once; only this machine is served."""
 
 import http.client
+import io
 import json
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from helpers import tiny
 from helpers.browser import browser_page
+from helpers.sideways import upright, write_photo
+from PIL import Image
 
 from minigpt4_jax.cli.curation import review
 from minigpt4_jax.curation.decisions import Decision, Decisions
@@ -115,6 +119,17 @@ def test_other_sites_cannot_read_or_decide(source):
         assert request(server, "GET", "/images/../rows.jsonl")[0] == 404
         assert request(server, "GET", "/images/99")[0] == 404
     assert not decisions_path(source).exists()
+
+
+def test_a_photo_that_is_converted_for_the_browser_is_turned(source, tmp_path):
+    photo = write_photo(tmp_path / "photo.png").rename(tmp_path / "photo")  # of no known type
+    row = {"id": "0", "image": "photo", "caption": "a text"}
+    source.write_text(json.dumps(row) + "\n")
+    with serving(source) as server:
+        status, png = request(server, "GET", "/images/0")
+    assert status == 200
+    with Image.open(io.BytesIO(png)) as shown:
+        np.testing.assert_array_equal(shown, upright(photo))
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,11 @@ def test_answers_are_those_of_generate(home, whole_run):
     assert [answers_of(whole_run)["okvqa"][n, 0]["answer"] for n in range(len(rows))] == want
 
 
+def test_images_are_used_as_they_are_stored_and_that_is_recorded(whole_run):
+    settings = json.loads((whole_run / "okvqa" / "answers.settings.json").read_text())
+    assert settings["exif"] is False
+
+
 def test_a_killed_run_continues_without_loss_or_repetition(home, whole_run):
     out = home / "killed"
     command = [

@@ -8,6 +8,7 @@ import transformers
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 from helpers.paths import TOKENIZER
+from helpers.sideways import upright, write_photo
 
 import minigpt4_jax
 from convert.build import build
@@ -16,6 +17,7 @@ from convert.export import export
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import Tensors
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference.loading import begin_loading
 from minigpt4_jax.models.minigpt import Instruction
 from minigpt4_jax.processing.images import load_pixels, normalize
 
@@ -212,3 +214,13 @@ def test_what_does_not_belong_together(case, tmp_path):
     refused("query", checkpoint=copied)
     with pytest.raises(UserError, match="cannot be trained"):
         minigpt4_jax.train({"model": str(ours), "data": {"path": "x.json"}}, tmp_path / "run")
+
+
+def test_photos_are_turned_on_request(case, tmp_path):
+    *_, ours = case
+    photo = write_photo(tmp_path / "1.png")
+    shown = load_pixels(upright(photo), SIZE)
+    for exif in (False, True):
+        model = begin_loading(ours, "float32", exif=exif).model
+        (images,) = model.with_prompts([[photo]], PROMPTS[:1])
+        assert np.array_equal(model._load_pixels(images[0]).image, shown) == exif

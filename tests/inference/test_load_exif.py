@@ -1,28 +1,46 @@
-"""`load(exif=True)` turns photos in models of every kind."""
+"""`load(exif=True)` turns photos in models of every kind (InstructBLIP: test_instructblip.py)."""
 
 import numpy as np
 import pytest
+from helpers import blip2_reference as reference
 from helpers import tiny
-from PIL import Image
+from helpers.blip2_reference import NEEDS_BLIP2
+from helpers.sideways import upright, write_photo
 
 import minigpt4_jax
+from minigpt4_jax.processing.images import load_pixels
 
 
 @pytest.fixture
 def photo(tmp_path):
-    pixels = np.zeros((20, 30, 3), np.uint8)
-    pixels[:5, :9] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
-    return tmp_path / "1.png"
+    return write_photo(tmp_path / "1.png")
+
+
+def check(features, stored, turned, photo):
+    """features: of an image, by a model."""
+    shown = features(stored, upright(photo))
+    np.testing.assert_array_equal(features(turned, photo), shown)
+    assert not np.array_equal(features(stored, photo), shown)
 
 
 def test_a_loaded_model_turns_photos_on_request(photo, tmp_path):
     folder = tiny.write_random_model(tmp_path / "model")
     stored, turned = (minigpt4_jax.load(folder, exif=exif) for exif in (False, True))
-    with Image.open(photo) as opened:
-        upright = opened.transpose(Image.Transpose.ROTATE_270).convert("RGB")
-    shown = stored.encode_images([upright])
-    np.testing.assert_array_equal(turned.encode_images([photo]), shown)
-    assert not np.array_equal(stored.encode_images([photo]), shown)
+    check(lambda model, image: model.encode_images([image]), stored, turned, photo)
+    # what generation reads
+    size = stored.config.vision.image_size
+    check(lambda model, image: model._load_pixels(image), stored, turned, photo)
+    np.testing.assert_array_equal(turned._load_pixels(photo), load_pixels(upright(photo), size))
+
+
+@NEEDS_BLIP2
+def test_blip2_turns_photos_on_request(photo):
+    turned = minigpt4_jax.load(reference.shared("opt"), "float32", exif=True)
+    check(lambda model, image: model.encode_images([image]), reference.load("opt"), turned, photo)
+
+
+@NEEDS_BLIP2
+def test_a_qformer_turns_photos_on_request(photo):
+    turned = minigpt4_jax.load(reference.shared("pretrain"), "float32", exif=True)
+    stored = reference.load("pretrain")
+    check(lambda model, image: model.encode_image([image]).embeds, stored, turned, photo)
