@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.utils.text import shorten
 
 STEPS = 100  # coordinates are in hundredths of the image's side
 DELIMITER = "<delim>"
@@ -43,8 +44,10 @@ def parse_boxes(text: str, width: float, height: float) -> list[tuple[str, Box]]
 
     width, height: of the image in pixels. Any text is accepted: swapped corners are reordered, numbers are
     clipped to 0..100, missing braces and brackets are tolerated, unfinished boxes are skipped. A text
-    without `<p>` and with exactly four integers is one box. UserError: not text.
+    without `<p>` and with exactly four integers is one box. UserError: not text, a width or height that is
+    not a number above 0.
     """
+    width, height = _sides(width, height)
     return [(span.text, _pixels(box, width, height)) for span in spans(text) for box in span.boxes]
 
 
@@ -114,6 +117,24 @@ def _hundredths(numbers: Sequence[str]) -> tuple[int, int, int, int]:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
+def _sides(width: float, height: float) -> tuple[float, float]:
+    """The sides of an image as floats. UserError: not numbers above 0."""
+    given = (width, height)
+    if any(isinstance(side, (str, bytes, bool)) for side in given):
+        sides = (math.nan, math.nan)  # float() would read digits
+    else:
+        try:
+            sides = float(width), float(height)
+        except (TypeError, ValueError, OverflowError):
+            sides = (math.nan, math.nan)
+    if not all(math.isfinite(side) and side > 0 for side in sides):
+        raise UserError(
+            f"box: the image is {shorten(repr(width), 40)} x {shorten(repr(height), 40)}; expected width and "
+            "height in pixels, numbers above 0"
+        )
+    return sides
+
+
 def _pixels(box: tuple[int, int, int, int], width: float, height: float) -> Box:
     x1, y1, x2, y2 = box
     return x1 * width / STEPS, y1 * height / STEPS, x2 * width / STEPS, y2 * height / STEPS
@@ -128,13 +149,14 @@ def format_box(box: Sequence[float], width: float, height: float) -> str:
     values = [float(v) for v in box]
     if len(values) != 4 or not all(map(math.isfinite, values)):
         raise UserError(f"box {tuple(box)}: expected four numbers x1, y1, x2, y2 in pixels")
-    if width <= 0 or height <= 0:
-        raise UserError(f"box: the image is {width} x {height}; expected sides above 0")
+    width, height = _sides(width, height)
     x1, y1, x2, y2 = values
     if x1 > x2 or y1 > y2:
         raise UserError(f"box {tuple(values)}: expected x1 <= x2 and y1 <= y2")
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-        raise UserError(f"box {tuple(values)} is not within the image of {width} x {height} pixels")
+        raise UserError(
+            f"box {tuple(values)} is not within the image of {width:g} x {height:g} pixels"
+        )
     hundredths = (STEPS * x1 / width, STEPS * y1 / height, STEPS * x2 / width, STEPS * y2 / height)
     # 28.999999999999996 counts as 29, so that a parsed box is formatted as the same text.
     return "{" + "".join(f"<{int(value + 1e-9)}>" for value in hundredths) + "}"

@@ -149,11 +149,32 @@ def test_a_box_is_written_as_the_whole_part_of_hundredths(width, height, shares)
         ((5, 2, 3, 4), (10, 10), "x1 <= x2"),
         ((1, 2, 3, 11), (10, 10), "not within the image of 10 x 10"),
         ((0, 0, 0, 0), (0, 10), "0 x 10"),
+        ((0, 0, 0, 0), ("640", 480), "'640' x 480.*width and height in pixels"),
     ],
 )
 def test_a_wrong_box_is_refused(box, size, words):
     with pytest.raises(UserError, match=words):
         format_box(box, *size)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        ("640", 480), (640, None), ([640], 480), (True, 480), (0, 480), (640, -1), (float("nan"), 480),
+        (640, float("inf")), (10**400, 480),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("text", ["{<50><25><100><75>}", "no box"])
+def test_a_wrong_size_is_refused_whether_there_are_boxes_or_not(text, size):
+    with pytest.raises(UserError, match=r"the image is .* x .*; expected width and height") as e:
+        parse_boxes(text, *size)
+    assert len(str(e.value)) < 200 and "\n" not in str(e.value)
+
+
+def test_a_size_may_be_any_number():
+    for width, height in ((np.int64(640), np.float32(480)), (np.array(640), 480.0)):
+        ((_, box),) = parse_boxes("{<50><25><100><75>}", width, height)
+        assert box == (320.0, 120.0, 640.0, 360.0) and all(type(v) is float for v in box)
 
 
 def test_a_sketch_becomes_the_box_around_it():
