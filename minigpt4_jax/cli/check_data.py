@@ -2,7 +2,8 @@
 
 `python -m minigpt4_jax.data check CONFIG` or `minigpt4 check-data CONFIG` counts the rows of each dataset
 and the invalid ones, opens every example with its images, and saves samples with question, answer and
-boxes as one image. Exit code 1 if a dataset cannot be opened or an example cannot be read.
+boxes as one image. Exit code 1 if a dataset cannot be opened or an example cannot be read. With --look,
+fewer are opened, but the image files of all rows of own data are looked for.
 """
 
 import itertools
@@ -51,8 +52,8 @@ class Report:
     """What was found in a dataset. `failed`: something cannot be read.
 
     dropped, left_out: see data.dataset.Source. turns: its share of the mixture. opened: examples
-    opened; broken: those that cannot be read, by cause. error: why the dataset cannot be opened.
-    messages: of the first broken example of each cause.
+    opened; broken: those that cannot be read, by cause, and those not opened whose image is missing.
+    error: why the dataset cannot be opened. messages: of the first broken example of each cause.
     """
 
     name: str
@@ -65,6 +66,11 @@ class Report:
     error: str = ""
     messages: dict[str, str] = field(default_factory=dict)
     samples: list[_Sample] = field(default_factory=list)
+
+    def add_broken(self, error: UserError) -> None:
+        cause = skipped_row(self.name, error).cause
+        self.broken[cause] += 1
+        self.messages.setdefault(cause, str(error))
 
     @property
     def failed(self) -> bool:
@@ -181,15 +187,30 @@ def check(
     with progress:
         for opened in _open_examples(source, order, seed, exif):
             if isinstance(opened, UserError):
-                cause = skipped_row(name, opened).cause
-                report.broken[cause] += 1
-                report.messages.setdefault(cause, str(opened))
+                report.add_broken(opened)
             elif len(report.samples) < samples:
                 images = [open_image(image, exif=exif) for image in opened.images]
                 report.samples.append(_sample(name, opened, images))
             report.opened += 1
             progress.update()
+    for error in _missing_images(source, order, exif):
+        report.add_broken(error)
     return report
+
+
+def _missing_images(source: Source, opened: np.ndarray, exif: bool) -> Iterator[UserError]:
+    """Why rows that were not opened cannot be read: their image files are looked for. Other datasets than
+    own files leave out such rows when they are opened, or have the images inside."""
+    if not isinstance(source, ExampleList):
+        return
+    for index in np.setdiff1d(np.arange(len(source)), opened):
+        for image in source.examples[index].images:
+            if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+                try:
+                    open_image(image, exif=exif)
+                except UserError as e:
+                    yield e
+                    break  # one error a row
 
 
 def _open_examples(

@@ -218,6 +218,25 @@ def test_look_limits_the_rows_and_says_so(tmp_path, photos, capsys):
     assert "opened 7 of 90 rows" in out
 
 
+@pytest.mark.parametrize("as_mixture", [False, True])
+def test_missing_images_count_whatever_is_opened(tmp_path, photos, capsys, as_mixture):
+    """They were looked for. A row is counted once, and those that are opened not twice."""
+    path = write_rows(tmp_path, [*photos, "none.png", "gone.png", str(tmp_path)])
+    options = [f"--config.data.path={path}"]
+    name = "finetune"
+    if as_mixture:
+        mix = {"mine": {"reader": "files", "path": str(path)}}
+        name, options = config(tmp_path, {"mix": mix}), []
+    for look in (0, 3, 12, 13):
+        args = ["check", name, *options, f"--sheet={tmp_path / 'sheet.png'}"]
+        assert main([*args, f"--look={look}", "--samples=0"]) == 1
+        out = capsys.readouterr().out
+        row = out.splitlines()[1].split()
+        assert (row[1], row[-2:]) == ("13", [str(look), "3"])
+        assert "  2 image that is missing\n" in out and "  1 image that is a directory\n" in out
+        assert ("none.png" in out or "gone.png" in out) and f"image {tmp_path}" in out
+
+
 def test_missing_images_and_folders_are_counted(tmp_path, photos, capsys):
     path = write_rows(tmp_path, [*photos, "none.png", "gone.png", str(tmp_path)])
     code, out = check(tmp_path, path, capsys)
