@@ -24,7 +24,7 @@ from convert.build_plan import (
 )
 from convert.formats.readers import read_json
 from convert.infer_config import qformer_config, text_config, vision_config
-from convert.key_mapping import EVA, NATIVE, original_key
+from convert.key_mapping import EVA, NATIVE
 from convert.language_model import TokenizerFiles, find_tokenizer
 from convert.overrides import apply_settings, parse_settings
 from convert.sources import MappedCheckpoint, ParameterSource, open_checkpoint
@@ -217,6 +217,6 @@ def finish_plan(
 
 def _missing(name: str, checkpoints: list[MappedCheckpoint]) -> str:
     for checkpoint in reversed(checkpoints):
-        if key := original_key(checkpoint.table, name):
+        if key := checkpoint.key_of(name):
             return f"{checkpoint.label} has no {key}"
     return f"{name} is in no file"

@@ -5,7 +5,7 @@ A key matches exactly one rule, or is on the table's ignore list, or is reported
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -132,6 +132,23 @@ def original_key(table: KeyTable, name: str) -> str | None:
         if key := translate(rule.target, rule.source, name):
             return key
     return None
+
+
+def key_as_in(table: KeyTable, name: str, keys: Collection[str]) -> str | None:
+    """As `original_key`, spelled as these keys of a file are: formats have prefixes that may be absent, and
+    adapters with and without a name."""
+    heads = {key.partition(".")[0] for key in keys}
+    found = [(rule, translate(rule.target, rule.source, name)) for rule in table.rules]
+    spellings = [(rule, key) for rule, key in found if key]
+    if not spellings:
+        return None
+
+    def likeness(spelling: tuple[Rule, str]) -> tuple[bool, bool, int]:
+        rule, key = spelling
+        same_rule = any(rule.pattern.fullmatch(other) for other in keys)
+        return same_rule, key.partition(".")[0] in heads, -len(key)
+
+    return max(spellings, key=likeness)[1]
 
 
 _NORMS = ("norm", "q_norm", "k_norm", "ln_vision")

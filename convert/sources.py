@@ -16,6 +16,7 @@ from convert.key_mapping import (
     KeyTable,
     MappedKey,
     Transform,
+    key_as_in,
     map_keys,
 )
 from convert.language_model import LanguageModelFiles
@@ -52,6 +53,10 @@ class MappedCheckpoint:
     def label(self) -> str:
         """Its name in messages."""
         return f"{self.option} {self.reader.label}"
+
+    def key_of(self, name: str) -> str | None:
+        """The key that the file would have for a parameter that it lacks; None if its format has none."""
+        return key_as_in(self.table, name, self.reader.tensors)
 
     def shapes(self, *prefixes: str) -> dict[str, tuple[int, ...]]:
         """Parameter -> shape in the file, for names with one of the prefixes (all without any)."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 
-from convert.key_mapping import original_key
 from convert.sources import BuildInputs, ParameterSource, lora_shapes
 from minigpt4_jax.checkpoint.parameters import part_of
 from minigpt4_jax.config import ModelConfig
@@ -135,6 +134,6 @@ def _missing(name: str, inputs: BuildInputs) -> str:
     if name.startswith("ln_vision."):
         checkpoints = (inputs.qformer, inputs.vision)
     for checkpoint in checkpoints:
-        if checkpoint is not None and (key := original_key(checkpoint.table, name)):
+        if checkpoint is not None and (key := checkpoint.key_of(name)):
             return f"{checkpoint.label} has no {key}"
     return f"{name} is in no file"

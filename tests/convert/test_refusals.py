@@ -18,6 +18,7 @@ from helpers.released_files import (
     save_sharded,
     vit_state,
 )
+from safetensors.numpy import save_file
 
 from convert.formats.readers import open_file
 
@@ -274,3 +275,19 @@ def test_missing_tensors_are_named_as_in_their_files(files, refused):
     path = save_pth(files.folder / "q.pth", blip)
     line = refused(*files.arguments("minigpt4-vicuna", qformer=path))
     assert f"q.pth has no {missing}" in line
+
+
+def test_missing_tensors_are_named_in_the_spelling_of_their_file(files, refused):
+    lora = lora_state(files.llm_config, middle="default.")  # peft 0.3 and later
+    missing = next(iter(lora))
+    lora.pop(missing)
+    save_pth(files.folder / "c.pth", projection_state(64) | lora)
+    assert f"c.pth has no {missing}" in refused(*files.arguments("minigpt-v2"))
+    for name in ("norm.weight", "layers.1.mlp.up_proj.weight"):
+        for prefix in ("model.", ""):
+            llm = {prefix + key.removeprefix("model."): v for key, v in files.llm.items()}
+            llm["lm_head.weight"] = llm.pop(f"{prefix}lm_head.weight")
+            del llm[prefix + name]
+            save_file(llm, files.folder / "llm" / "model.safetensors")
+            line = refused(*files.arguments("minigpt4-vicuna"))
+            assert f" has no {prefix}{name}" in line
