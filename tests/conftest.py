@@ -98,7 +98,7 @@ def pytest_collection_finish() -> None:
     # tracing makes many objects that stay.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,6 +131,20 @@ def test_a_truncated_model_starts_no_run(home, train, tmp_path, name):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_run_is_not_written_into_a_model_that_it_reads(home, train, tmp_path):
+    base = shutil.copytree(home / "model", tmp_path / "base")
+    tensors = model_directory.Tensors(base)
+    parts = [(name, tensors[name]) for name in tensors if name.startswith("projection.")]
+    config = model_directory.read_config(base)
+    model = writer.write_model(tmp_path / "model", config, parts, base=base)
+    (tmp_path / "link").symlink_to(base, target_is_directory=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for workdir in (model, model / "more", tmp_path / "link" / "w"):
+        line = refused(train, f"--config.model={model}", f"--workdir={workdir}")
+        assert f"--workdir: {workdir} is in" in line and "choose another" in line
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 # --- errors during a run --------------------------------------------------------------------------
 
 

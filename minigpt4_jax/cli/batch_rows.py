@@ -9,7 +9,7 @@ from typing import Any
 
 from minigpt4_jax.cli.batch_output import OUTPUT_KEYS, BatchRow
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.image_paths import path_in_folder
+from minigpt4_jax.processing.image_paths import check_other_images, image_names, path_in_folder
 
 _CHECKED = 64 << 20  # bytes of a file that are searched for another format
 
@@ -131,11 +131,9 @@ def _with_prompt(fields: dict[str, Any], default_prompt: str | None) -> dict[str
 
 
 def _image_paths(fields: dict[str, Any]) -> tuple[str, ...]:
-    value = fields.get("image", fields.get("images"))
-    names = [] if value is None else value if isinstance(value, list) else [value]
-    for name in names:
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise UserError(f'"image" holds {name!r}; expected a path or a list of paths')
+    names = image_names(fields, "the row")
+    if not names:
+        check_other_images(fields, ("prompt", "question"), "the row")
     return tuple(names)
 
 

@@ -28,7 +28,12 @@ from minigpt4_jax.data.annotations import expect_object, keys, kind, parse, read
 from minigpt4_jax.data.skipped import check_missing_images
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.chat_templates import IMAGE_SLOT, IMAGE_TAG, with_images
-from minigpt4_jax.processing.image_paths import IMAGE_SUFFIXES, is_url, path_in_folder
+from minigpt4_jax.processing.image_paths import (
+    check_other_images,
+    image_names,
+    is_url,
+    path_in_folder,
+)
 from minigpt4_jax.processing.images import ImageSource
 from minigpt4_jax.storage.paths import parse_local_path
 from minigpt4_jax.utils.text import shorten
@@ -36,7 +41,6 @@ from minigpt4_jax.utils.text import shorten
 STAGE2_FILE = "filter_cap.json"
 _FOLDER_FILES = (STAGE2_FILE, "metadata.jsonl", "metadata.csv")
 _ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", *tables.SUFFIXES)
-_IMAGE_KEYS = ("image", "images", "file_name", "file_names")
 _TEXT_KEYS = ("caption", "text", "question", "answer", "system")
 MAX_CAPTION_WORDS = 50
 
@@ -201,7 +205,7 @@ def _stage2_row(row: dict[str, Any], where: str, folder: Path) -> dict[str, Any]
 
 
 def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Example:
-    names = _images(row, where)
+    names = image_names(row, where)
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     system = ""
@@ -224,7 +228,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
     elif caption_key in row:
         caption = _text(row, caption_key, where)
         if not names:
-            _check_other_images(row, where)
+            check_other_images(row, _TEXT_KEYS, where)
             raise UserError(f'{where}: a caption needs an "image"; text alone needs a "question"')
         if row.get("system"):
             raise UserError(
@@ -239,35 +243,10 @@ def _example(row: dict[str, Any], where: str, folder: Path, clean: bool) -> Exam
             '"conversations" or "messages"'
         )
     if not names:
-        _check_other_images(row, where)
+        check_other_images(row, _TEXT_KEYS, where)
     images = tuple(_image_path(folder, name, where) for name in names)
     system = _system(row, system, where)
     return Example(images, _place_images(questions, len(images), where), answers, system)
-
-
-def _images(row: dict[str, Any], where: str) -> list[str]:
-    """The paths in a row, as they are written."""
-    given = {key: row[key] for key in _IMAGE_KEYS if row.get(key) is not None}
-    lists = [value if isinstance(value, list) else [value] for value in given.values()]
-    if any(names != lists[0] for names in lists):
-        raise UserError(f"{where}: has {' and '.join(map(repr, given))}; expected one of them")
-    names = lists[0] if lists else []
-    for name in names:
-        if not isinstance(name, str) or not name or "\0" in name:
-            key = next(iter(given))
-            raise UserError(f'{where}: "{key}" holds {name!r}; expected a path or a list of paths')
-    return names
-
-
-def _check_other_images(row: dict[str, Any], where: str) -> None:
-    """Of a row without images. UserError: another key than those of images holds the name of one."""
-    for key, value in row.items():
-        is_name = isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
-        if is_name and " " not in value and key not in _TEXT_KEYS:
-            raise UserError(
-                f'{where}: has no "image", but "{key}" is {shorten(value, 60)!r}; name the key "image", or '
-                "remove it if the row is text only"
-            )
 
 
 def _system(row: dict[str, Any], of_turns: str, where: str) -> str:

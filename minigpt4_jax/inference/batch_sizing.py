@@ -50,10 +50,17 @@ class BatchSizing:
             return self.shapes.with_cache(tokens).cache_length
         return self._runner.cache_length(tokens, 1)
 
+    def needed(self, requests: Sequence[Request]) -> tuple[int, BucketSizes]:
+        """Rows and the other sizes of the smallest arrays for these requests together."""
+        rows = self.num_rows(len(requests))
+        return rows, self.sizes(requests, rows)
+
     def exceeds_cache(self, requests: Sequence[Request]) -> bool:
         """Whether these requests together need more than max_cache_tokens."""
-        limit, rows = self.max_cache_tokens, self.num_rows(len(requests))
-        return limit is not None and rows * self.sizes(requests, rows).cache_length > limit
+        rows, sizes = self.needed(requests)
+        return (
+            self.max_cache_tokens is not None and rows * sizes.cache_length > self.max_cache_tokens
+        )
 
     def fits(self, request: Request, state: DecodeState) -> bool:
         """Whether a row of the state is large enough for a request."""

@@ -364,8 +364,7 @@ class RunningBatch:
             row.slot = slot
 
     def _needed_sizes(self, rows: Sequence[Row]) -> tuple[int, BucketSizes]:
-        num_rows = self._sizing.num_rows(len(rows))
-        return num_rows, self._sizing.sizes([row.request for row in rows], num_rows)
+        return self._sizing.needed([row.request for row in rows])
 
     def _exceeds_cache(self, rows: Sequence[Row]) -> bool:
         return self._sizing.exceeds_cache([row.request for row in rows])

@@ -1,10 +1,12 @@
-"""Image paths as people write them: file:// addresses, ~, backslashes, URLs that are not read."""
+"""Image paths as people write them: keys of rows, file:// addresses, ~, backslashes; URLs are not read."""
 
 import os
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from minigpt4_jax.errors import DataError
+from minigpt4_jax.errors import DataError, UserError
 from minigpt4_jax.utils.text import shorten
 
 _URL = re.compile("[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
@@ -12,6 +14,33 @@ _FILE = re.compile("file://", re.IGNORECASE)
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif",
 )  # fmt: skip
+_KEYS = ("image", "images", "file_name", "file_names")
+
+
+def image_names(row: Mapping[str, Any], where: str) -> list[str]:
+    """The image paths in a row, as they are written; [] without any. UserError: different ones under two
+    keys, or no paths."""
+    given = {key: row[key] for key in _KEYS if row.get(key) is not None}
+    lists = [value if isinstance(value, list) else [value] for value in given.values()]
+    if any(names != lists[0] for names in lists):
+        raise UserError(f"{where}: has {' and '.join(map(repr, given))}; expected one of them")
+    names = lists[0] if lists else []
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name:
+            key = next(iter(given))
+            raise UserError(f'{where}: "{key}" holds {name!r}; expected a path or a list of paths')
+    return names
+
+
+def check_other_images(row: Mapping[str, Any], text_keys: Collection[str], where: str) -> None:
+    """Of a row without images. UserError: a key that is none of text_keys holds the name of one."""
+    for key, value in row.items():
+        is_name = isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+        if is_name and " " not in value and key not in text_keys:
+            raise UserError(
+                f'{where}: has no "image", but "{key}" is {shorten(value, 60)!r}; name the key "image", or '
+                "remove it if the row is text only"
+            )
 
 
 def is_url(path: str) -> bool:

@@ -16,7 +16,12 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.parallel.multihost import all_gather_json, is_multiprocess
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
-from minigpt4_jax.storage.paths import make_directory, wait_until_visible, wrap_storage_errors
+from minigpt4_jax.storage.paths import (
+    absolute_path,
+    make_directory,
+    wait_until_visible,
+    wrap_storage_errors,
+)
 from minigpt4_jax.training.checkpoints import describe_checkpoint, saved_steps
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.config_values import allowed_changes, differences, to_dict
@@ -54,12 +59,15 @@ def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
     A run may be given more `steps` than it was started with, also once it is finished. Its schedule is then
     that of the new total.
 
-    UserError: it cannot be written, or its run has another configuration or another model.
+    UserError: it cannot be written, its run has another configuration or another model, or a new run would
+    write into a directory of the model that it reads.
     """
     document = {"config": to_dict(c), "model": model_directory.fingerprint(c.model)}
     path = workdir / CONFIG
     try:
         with wrap_storage_errors(workdir):
+            if not path.exists():
+                _check_apart(workdir, c.model)
             make_directory(workdir)
             if path.exists():
                 return _check_same_run(workdir, json.loads(path.read_text()), document)
@@ -71,6 +79,16 @@ def open_workdir(workdir: Path, c: TrainConfig) -> list[str]:
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}): choose another --workdir") from e
     return []
+
+
+def _check_apart(workdir: Path, model: str) -> None:
+    """UserError: a run would write into a directory of the model that it reads."""
+    target = absolute_path(workdir)
+    for folder in model_directory.model_chain(model):
+        if absolute_path(folder) in (target, *target.parents):
+            raise UserError(
+                f"--workdir: {workdir} is in {folder}, a model directory that is read: choose another"
+            )
 
 
 def record_config(workdir: Path, c: TrainConfig) -> None:

@@ -9,4 +9,4 @@ import sys
 sys.modules["torch"] = None  # type: ignore[assignment]
 
 # Tracing makes many objects that stay: collect garbage less often, as the tests themselves do.
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(20_000, 10, 10)
