@@ -265,11 +265,13 @@ def test_images_under_other_keys_are_read_or_named(tmp_path):
         {"image": "a.png", "mask": "m.png"}, {"image": "a.png", "file_name": "b.png"}, {"id": "a"},
     ]  # fmt: skip
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row | {"prompt": "what is in a.png"}) + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row | {"prompt": "what is in a.png"}) + "\n" for row in rows)
+    )
     one, two, other, beside, both, text = batch.read_rows(path, None)
     assert one.images == (str(tmp_path / "a.png"),) == beside.images
     assert two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
-    assert "\"photo\" is 'a.PNG'; name the key \"image\"" in other.error
+    assert '"photo" is \'a.PNG\'; name the key "image"' in other.error
     assert "has 'image' and 'file_name'; expected one of them" in both.error
     assert text.error is None and text.images == ()
 
