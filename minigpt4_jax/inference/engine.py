@@ -86,7 +86,7 @@ class Engine(ModelRunner):
                     return
                 waits = batch.num_waiting > 0
                 steps = chunk if in_chunks or waits else UNLIMITED
-                for news in batch.step(steps, until_row_ends=waits):
+                for news in batch.stream_step(steps, until_row_ends=waits):
                     if news.error is not None:
                         raise news.error
                     yield news

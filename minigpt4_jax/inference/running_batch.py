@@ -5,7 +5,7 @@ chunk before has generated, so that the device never waits for the host.
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -181,17 +181,20 @@ class RunningBatch:
         A request whose prompt fails is reported with an error, and the others go on. After any
         exception the batch is undefined: call `abort`.
         """
+        return list(self.stream_step(steps, until_row_ends=until_row_ends))
+
+    def stream_step(self, steps: int, *, until_row_ends: bool = False) -> Iterator[Progress]:
+        """As `step`, all news as soon as the device has them: running answers' before a new prompt's."""
         self._finish_stopped()
         self._shrink()
-        news = self._admit()
+        yield from self._admit()
         decoding = self._state is not None and bool(self._running())
         if decoding:
             self._decode(steps, 1 if until_row_ends else UNLIMITED)
         while len(self._unread) > decoding:
-            news += self._read(self._unread.popleft())
+            yield from self._read(self._unread.popleft())
         if not self._running():
             self._reset()
-        return news
 
     def close(self) -> None:
         """Drop all requests; what is cached of the running ones goes to the prefix cache."""
@@ -286,14 +289,11 @@ class RunningBatch:
 
     def _next_waiting(self) -> Row | None:
         """The first waiting row, if there is room for it."""
-        if not self._waiting or len(self._running()) >= self._max_rows:
+        running = self._running()
+        if not self._waiting or len(running) >= self._max_rows:
             return None
         row = self._waiting[0]
-        if (
-            self._running()
-            and not self._has_room(row)
-            and self._exceeds_cache([*self._running(), row])
-        ):
+        if running and not self._has_room(row) and self._exceeds_cache([*running, row]):
             return None
         self._prefilling = self._waiting.popleft()
         self._prefill.reuse_prefix(row)

@@ -184,7 +184,7 @@ class Scheduler:
         if not self.batch.is_idle:
             # A free row is decoded as well as a full one, to no use: short steps while rows are filled.
             steps = 1 if self._is_filling else self.config.decode_steps
-            for progress in self.batch.step(steps, until_row_ends=True):
+            for progress in self.batch.stream_step(steps, until_row_ends=True):
                 self._publish(progress)
 
     @property

@@ -7,6 +7,7 @@ import pytest
 from helpers.small_engine import VOCAB, P, engine, greedy_requests, prompt
 
 from minigpt4_jax.errors import UserError
+from minigpt4_jax.inference import running_batch
 from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.beam_search import BeamSearchConfig
 from minigpt4_jax.inference.prefix_cache import PrefixCache
@@ -84,6 +85,21 @@ def test_a_long_prompt_does_not_stall_the_running_answers():
     assert answers(run(batch)) == {
         key: engine().generate([request])[0] for key, request in (("short", short), ("long", long))
     }
+
+
+def test_running_answers_do_not_wait_for_the_prompt_that_is_processed(monkeypatch):
+    """Their tokens are told before those of the new prompt are read, which waits for the device."""
+    batch, read = RunningBatch(engine()), []
+    original = running_batch.read_snapshot
+    monkeypatch.setattr(
+        running_batch, "read_snapshot", lambda *a: read.append("snapshot") or original(*a)
+    )
+    batch.add("running", Request([3, 4, 5], max_new_tokens=9))
+    batch.step(1)
+    batch.add("new", Request([5, 6], max_new_tokens=9))
+    read.clear()
+    told = [(news.key, len(read)) for news in batch.stream_step(1)]
+    assert told == [("running", 1), ("new", 2)]
 
 
 def test_a_cancelled_request_leaves_the_others_alone():

@@ -143,13 +143,13 @@ def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
 def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
     async def main():
         scheduler = Scheduler(model, CONFIG)
-        step, steps = scheduler.batch.step, []
+        step, steps = scheduler.batch.stream_step, []
 
         def record(n, *, until_row_ends):
             steps.append((n, until_row_ends))
             return step(n, until_row_ends=until_row_ends)
 
-        monkeypatch.setattr(scheduler.batch, "step", record)
+        monkeypatch.setattr(scheduler.batch, "stream_step", record)
         scheduler.submit(*(generation(model, "<ImageHere>", [image(n)]) for n in range(10)))
         while len(steps) < 5:
             scheduler._step()
