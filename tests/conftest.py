@@ -38,6 +38,7 @@ REQUIRED = {
     "serving": "fastapi",
     "serving/test_page.py": "gradio",
     "serving/test_page_rendering.py": "gradio",
+    "serving/test_served_exif.py": "gradio",
     "serving/test_ray_ingress.py": "ray",
     "serving/test_openai_client.py": "openai",
     "serving/test_same_text.py": "httpx",

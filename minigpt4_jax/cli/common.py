@@ -55,8 +55,18 @@ SAMPLING_OPTIONS = (
 )  # fmt: skip
 
 
-def make_parser(command: str, description: str, *, model_required: bool = True) -> Parser:
-    """A parser with --model and how to load it."""
+# command's default of `exif` -> help of --no-exif
+_NO_EXIF_HELP = {
+    True: "use images as they are stored, as the original; by default they are rotated as their EXIF "
+    "orientation says",
+    False: "use images as they are stored, as the original; this is the default of this command",
+}
+
+
+def make_parser(
+    command: str, description: str, *, model_required: bool = True, exif: bool = True
+) -> Parser:
+    """A parser with --model and how to load it. exif: whether images are rotated by default."""
     p = Parser(prog=f"python -m minigpt4_jax.{command}", description=description)
     p.add_argument(
         "--model",
@@ -78,9 +88,8 @@ def make_parser(command: str, description: str, *, model_required: bool = True) 
     p.add_argument(
         "--allow-nonfinite", action="store_true", help="load weights that are NaN or infinite"
     )
-    p.add_argument("--no-exif", dest="exif", action="store_false",
-                   help="use images as they are stored, as the original; by default they are "
-                   "rotated as their EXIF orientation says")  # fmt: skip
+    p.add_argument("--no-exif", dest="exif", action="store_false", default=exif,
+                   help=_NO_EXIF_HELP[exif])  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
     p.add_argument("--template", metavar="NAME", help="chat template, by default the model's")
     p.add_argument(

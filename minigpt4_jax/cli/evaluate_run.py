@@ -23,7 +23,10 @@ RECORDED = ("dtype", "quantize", "kv_cache", "exif")
 
 
 def parser() -> Parser:
-    p = common.make_parser("evaluate", "Answer the questions of benchmarks, and score the answers.")
+    p = common.make_parser(
+        "evaluate", "Answer the questions of benchmarks, and score the answers.",
+        exif=False,  # boxes are for the stored pixels
+    )  # fmt: skip
     p.add_argument("--data.root", dest="root", required=True, type=Path, metavar="DIR",
                    help="folder of the benchmarks' files (see `evaluate check`)")  # fmt: skip
     p.add_argument("--benchmark", required=True, metavar="NAME,...", help=", ".join(BENCHMARKS))
@@ -38,8 +41,6 @@ def parser() -> Parser:
     p.add_argument("--retry-errors", action="store_true", help="answer rows with an error again")
     p.add_argument("--shard", default="0/1", metavar="I/N", help="answer every N-th row from I on: one of "
                    "N processes or hosts that share --out; the last to finish writes the scores")  # fmt: skip
-    # boxes are for the stored pixels
-    p.set_defaults(exif=False)
     return p
 
 

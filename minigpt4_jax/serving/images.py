@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.images import open_image, resize
@@ -19,8 +19,8 @@ from minigpt4_jax.serving.jobs import ImageInput
 from minigpt4_jax.serving.limits import Limits
 from minigpt4_jax.utils.text import one_line
 
-# Other formats of Pillow are rare, and some of their decoders start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+# Other formats of Pillow are rare, and some of their decoders start programs. MPO is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 READER_THREADS = 4  # a decoded image may take some hundred MB
 KEPT_PIXELS = 64  # images whose pixels are kept for the next turn
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -85,8 +85,10 @@ class ImageReader:
         except UserError as e:
             raise invalid(str(e), param, "invalid_image") from None
         except Exception as e:  # Pillow's parsers raise many types
+            unknown = isinstance(e, UnidentifiedImageError)
+            cause = "another file, or damaged" if unknown else one_line(e)
             raise invalid(
-                f"the image cannot be read ({one_line(e)}); expected one of {', '.join(FORMATS)}",
+                f"the image cannot be read ({cause}); expected one of {', '.join(FORMATS)}",
                 param, "invalid_image",
             ) from None  # fmt: skip
 

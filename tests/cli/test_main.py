@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
-from minigpt4_jax.cli import main
+from minigpt4_jax.cli import evaluate_run, main
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,18 @@ def test_an_unknown_command_names_the_nearest(capsys, typed, hint):
 def test_every_command_has_help(capsys, name):
     code, out, _ = call(capsys, name, "--help")
     assert code == 0 and "usage: " in out
+
+
+@pytest.mark.parametrize("name", ["chat", "batch", "serve", "evaluate"])
+def test_the_help_of_no_exif_says_the_default_of_the_command(capsys, name):
+    """Benchmarks have boxes for the stored pixels."""
+    code, out, _ = call(capsys, name, "--help")
+    words = " ".join(out.partition("  --no-exif")[2].split("\n  --")[0].split())
+    assert code == 0 and words.startswith("use images as they are stored, as the original")
+    rotated = name != "evaluate"
+    assert ("by default they are rotated" in words) == rotated
+    assert ("this is the default of this command" in words) != rotated
+    assert evaluate_run.parser().get_default("exif") is False
 
 
 def test_arguments_reach_the_command(capsys):

@@ -14,7 +14,7 @@ from minigpt4_jax.serving.images import RequestImage
 class PageImage:
     """An image of a conversation."""
 
-    path: Path  # the file as it was uploaded
+    path: Path  # the file as it was uploaded; a copy if browsers would rotate it and the model does not
     read: RequestImage
     thumbnail: Path
 

@@ -19,11 +19,10 @@ from minigpt4_jax.serving.ui import rendering
 from minigpt4_jax.serving.ui.answering import Settings, answer
 from minigpt4_jax.serving.ui.conversation import PageConversation, PageImage, PageTurn
 from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.inputs import drawn_box, picture_file, question_of, settings_of
+from minigpt4_jax.serving.ui.stored_copies import stored_copy
 from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
-from minigpt4_jax.utils.text import shorten
 
-MAX_SEED_DIGITS = 18
-BOX_KEYS = ("xmin", "ymin", "xmax", "ymax")  # of gradio_image_annotation
 LOST = (
     "The conversation that was here is gone: the server was restarted, or the page loaded again. "
     "You can go on with a new one; “Save conversation” keeps a copy."
@@ -68,11 +67,11 @@ class Handlers:
         box, picture and settings are as the browser sends them (`preprocess=False`): the annotator would
         decode the picture, whatever its size and format, and encode it again."""
         lost = bool(token) and token != conversation.client
-        question, files = _question(box)
+        question, files = question_of(box)
         try:
             self._check_free(conversation)
-            path, drawn = _picture_file(picture), _drawn_box(picture)
-            values = _settings(settings)
+            path, drawn = picture_file(picture), drawn_box(picture)
+            values = settings_of(settings)
             images = await self._new_images(conversation, [path, *files])
             turn = await self._turn(question, images, drawn, path)
         except (RequestError, UserError) as e:
@@ -98,7 +97,7 @@ class Handlers:
             )
             return
         try:
-            values = _settings(settings)
+            values = settings_of(settings)
         except RequestError as e:
             yield self._view(conversation, status=_problem(str(e)))
             return
@@ -186,17 +185,32 @@ class Handlers:
             raise invalid(f"More than {limit} pictures are in this conversation; start a new one.")
         return list(new.values())
 
+    async def picture_added(self, picture: Any) -> Any:
+        """The picture as the model reads it, for a model that does not rotate by EXIF: browsers do, and a
+        box would be drawn into the rotated picture. picture: as the browser sends it."""
+        path = Path(picture_file(picture) or "")
+        try:
+            shown = await asyncio.to_thread(self._shown, path)
+        except OSError:  # a question about it says so
+            shown = path
+        return gr.skip() if shown == path else self._picture(shown)
+
+    def _shown(self, path: Path) -> Path:
+        """The file of a picture that a browser shows as the model reads it."""
+        return path if self._service.model.exif else stored_copy(path, self._folder)
+
     async def _read(self, path: str) -> PageImage:
         try:
-            data = await asyncio.to_thread(Path(path).read_bytes)
+            file = await asyncio.to_thread(self._shown, Path(path))
+            data = await asyncio.to_thread(file.read_bytes)
         except OSError:
             raise invalid("The server does not have this picture any more; add it again.") from None
         image = await self._service.read_image(data)
         thumbnail = self._folder / f"{image.input.digest.hex()}.jpg"
         if not thumbnail.exists():
             write, exif = rendering.write_thumbnail, self._service.model.exif
-            await asyncio.to_thread(write, Path(path), thumbnail, exif=exif)
-        return PageImage(Path(path), image, thumbnail)
+            await asyncio.to_thread(write, file, thumbnail, exif=exif)
+        return PageImage(file, image, thumbnail)
 
     def _picture(self, path: Path | None) -> Any:
         if path is None:
@@ -357,41 +371,6 @@ class Handlers:
 
 def _file_content(path: Path, text: str) -> dict[str, str]:
     return {"path": str(path), "alt_text": text}
-
-
-def _question(box: Any) -> tuple[str, list[str]]:
-    """Text and files of the question box."""
-    box = box or {}
-    return box.get("text") or "", [file["path"] for file in box.get("files") or []]
-
-
-def _picture_file(value: Any) -> str | None:
-    """The file of the picture beside the chat."""
-    file = value.get("image", value) if value else None
-    return file["path"] if file else None
-
-
-def _drawn_box(value: Any) -> Box | None:
-    """The box drawn into the picture, in its pixels."""
-    boxes = value.get("boxes") if value else None
-    if not boxes:
-        return None
-    scale = boxes[-1].get("scaleFactor") or 1
-    return tuple(float(boxes[-1][key]) / scale for key in BOX_KEYS)  # type: ignore[return-value]
-
-
-def _settings(values: Sequence[Any]) -> Settings:
-    """RequestError: a seed that is no whole number, or a very large one."""
-    temperature, top_p, num_beams, max_new_tokens, seed = values
-    seed = (seed or "").strip()
-    if seed and not (seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
-        raise invalid(
-            f"Seed {shorten(seed)!r}: expected a whole number of up to {MAX_SEED_DIGITS} digits, or nothing."
-        )
-    return Settings(
-        float(temperature), float(top_p), int(num_beams), int(max_new_tokens),
-        int(seed) if seed else None,
-    )  # fmt: skip
 
 
 def _problem(message: str) -> str:

@@ -21,6 +21,7 @@ from minigpt4_jax.serving.ui.examples import Example
 from minigpt4_jax.serving.ui.guard import PageGuard
 from minigpt4_jax.serving.ui.handlers import Handlers, View
 from minigpt4_jax.serving.ui.layout import Page, PageInfo
+from minigpt4_jax.serving.ui.stored_copies import stored_copy
 from minigpt4_jax.serving.ui.tasks import shortcuts
 
 PATH = "/ui"
@@ -56,13 +57,16 @@ def mount_page(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     folder = Path(tempfile.mkdtemp(prefix="minigpt4_jax-page-"))
+    exif = service.model.exif
+    if not exif:
+        examples = [e._replace(image=stored_copy(e.image, folder)) for e in examples]
     info = page_info(service, examples)
     page = layout.build(info)
     handlers = Handlers(
         service, folder, info.shortcuts, info.examples,
         draws_boxes=info.draws_boxes, has_system=info.system is not None,
     )  # fmt: skip
-    connect(page, handlers)
+    connect(page, handlers, exif=exif)
     page.blocks.queue(max_size=service.scheduler.config.max_queue, default_concurrency_limit=None)
     gr.mount_gradio_app(
         app, page.blocks, PATH, theme=layout.theme(), css=layout.STYLE, footer_links=[],
@@ -126,8 +130,8 @@ def _system(service: Service) -> str | None:
     return default
 
 
-def connect(page: Page, handlers: Handlers) -> None:
-    """Connect the components with the handlers."""
+def connect(page: Page, handlers: Handlers, *, exif: bool) -> None:
+    """Connect the components with the handlers. exif: whether the model rotates pictures, as browsers do."""
     view = View(page.chat, page.box, page.picture, page.status, page.boxes)
     remember = {"fn": None, "js": _REMEMBER}
     with page.blocks:
@@ -162,6 +166,9 @@ def connect(page: Page, handlers: Handlers) -> None:
             (page.save_picture, handlers.save_picture),
         ):
             on(button.click, save, conversation, page.download).success(None, js=_DOWNLOAD)
+        if not exif:
+            add = handlers.picture_added
+            on(page.picture.upload, add, page.picture, page.picture, preprocess=False)
         on(page.examples.click, handlers.example, page.examples, [page.picture, page.box])
         for number, button in enumerate(page.shortcuts):
             fn = _with_number(handlers.shortcut, number)
