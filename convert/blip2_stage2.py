@@ -15,6 +15,7 @@ from convert.blip2_keys import (
 from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
 from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
 from convert.build_plan import BuildPlan, BuildRequest
+from convert.end_tokens import other_end_ids, text_config_end_ids
 from convert.formats.readers import read_json
 from convert.infer_config import qformer_config, text_config
 from convert.instructblip import (
@@ -38,6 +39,7 @@ _MODEL_TYPES = {
     "blip2-opt": "opt", "blip2-flant5": "t5", "instructblip-vicuna": "llama",
     "instructblip-flant5": "t5",
 }  # fmt: skip
+_OPT_END = "\n"  # closes the answers that BLIP-2 with OPT was trained with
 _EXAMPLES = {
     "opt": "facebook/opt-2.7b", "t5": "google/flan-t5-xl", "llama": "lmsys/vicuna-7b-v1.1"
 }  # fmt: skip
@@ -53,19 +55,22 @@ def plan_stage2(request: BuildRequest) -> BuildPlan:
     if request.qformer is not None:
         checkpoints.append(_open_qformer(request.qformer))
     if request.checkpoint is not None and is_hf_blip2(request.checkpoint):
-        llm, whole = _open_hf_model(request, notes)
+        llm, whole, ends = _open_hf_model(request, notes)
         folder = request.checkpoint if instructed else request.tokenizer or request.checkpoint
         tokenizer = TokenizerFiles(find_tokenizer(folder), str(folder))
         checkpoints.append(whole)
     else:
-        llm, of_llm, tokenizer = _open_language_model(request, notes)
+        llm, of_llm, tokenizer, ends = _open_language_model(request, notes)
         checkpoints.append(of_llm)
         if request.checkpoint is not None:
             tables = (LAVIS_TABLES[request.variant], NATIVE)
             checkpoints.append(open_lavis("--checkpoint", request.checkpoint, tables))
     sources = combine_sources(checkpoints)
     files = _load_tokenizer(tokenizer)
-    ids = TokenizerConfig(files.kind, files.bos_id, files.eos_id, files.pad_id)
+    ids = TokenizerConfig(
+        files.kind, files.bos_id, files.eos_id, files.pad_id,
+        end_ids=_end_ids(request, ends, files, notes),
+    )  # fmt: skip
     if request.variant == "instructblip-vicuna":  # LAVIS makes `</s>` Vicuna's BOS
         ids = replace(ids, bos_id=files.eos_id)
     values: dict[str, Any] = {
@@ -78,7 +83,7 @@ def plan_stage2(request: BuildRequest) -> BuildPlan:
         "ends_at_eos": request.variant != "blip2-opt",
         "prompt_template": "Question: {} Answer:",
         "chat_template": "blip2",
-        "end_symbol": "\n" if request.variant == "blip2-opt" else "</s>",
+        "end_symbol": _OPT_END if request.variant == "blip2-opt" else "</s>",
         "tokenizer": asdict(ids),
     }
     if instructed:
@@ -116,8 +121,9 @@ def _open_qformer(path: Path) -> MappedCheckpoint:
 
 def _open_hf_model(
     request: BuildRequest, notes: list[str]
-) -> tuple[dict[str, Any], MappedCheckpoint]:
-    """(LlmConfig fields, the whole model) of a Hugging Face directory."""
+) -> tuple[dict[str, Any], MappedCheckpoint, tuple[int, ...] | None]:
+    """(LlmConfig fields, the whole model, the tokens at which transformers ends an answer) of a Hugging
+    Face directory."""
     assert request.checkpoint is not None
     if request.llm is not None:
         raise UserError("--llm is given, but --checkpoint is a Hugging Face directory with its own")
@@ -136,13 +142,14 @@ def _open_hf_model(
     checkpoint = open_hf("--checkpoint", request.checkpoint, whole, whole_values, notes)
     llm = asdict(llm_config(values, label, notes))
     resolve_tied_embeddings(llm, checkpoint, notes)
-    return llm, checkpoint
+    return llm, checkpoint, text_config_end_ids(values, request.checkpoint, notes)
 
 
 def _open_language_model(
     request: BuildRequest, notes: list[str]
-) -> tuple[dict[str, Any], MappedCheckpoint, TokenizerFiles]:
-    """(LlmConfig fields, weights, tokenizer) of --llm."""
+) -> tuple[dict[str, Any], MappedCheckpoint, TokenizerFiles, tuple[int, ...] | None]:
+    """(LlmConfig fields, weights, tokenizer, the tokens at which its files end an answer) of --llm. The last
+    are None if nothing says them, or LAVIS does not use them, as with OPT."""
     if request.llm is None:
         raise UserError(
             f"{request.variant} needs --llm=PATH, its language model (for instance "
@@ -158,7 +165,26 @@ def _open_language_model(
     if llm["activation"] == "gelu_new":  # LAVIS' rule, with which BLIP-2 was trained
         llm["activation"] = "gelu"
         notes.append("FlanT5 with the exact GELU, as BLIP-2 was trained (--set llm.activation)")
-    return llm, checkpoint, TokenizerFiles(language.tokenizer, language.tokenizer_origin)
+    ends = None if request.variant == "blip2-opt" else language.end_ids or None
+    return llm, checkpoint, TokenizerFiles(language.tokenizer, language.tokenizer_origin), ends
+
+
+def _end_ids(
+    request: BuildRequest, ends: tuple[int, ...] | None, tokenizer: Tokenizer, notes: list[str]
+) -> tuple[int, ...]:
+    """The tokens besides the variant's own end at which an answer ends. ends: where transformers ends it."""
+    if ends is None:
+        return ()
+    text, own = "EOS", [tokenizer.eos_id]
+    if request.variant == "blip2-opt":
+        text, own = repr(_OPT_END), tokenizer.encode(_OPT_END)
+    if len(own) != 1 or own[0] not in ends:
+        named = f"name {', '.join(map(str, ends))}" if ends else "name none"
+        notes.append(
+            f"an answer ends at {text}, with which {request.variant} was trained, though the language "
+            f"model's files {named} (eos_token_id): transformers goes on there"
+        )
+    return other_end_ids(ends, own[0] if len(own) == 1 else None, tokenizer, notes)
 
 
 def _check_model_type(request: BuildRequest, model_type: Any, label: str) -> None:

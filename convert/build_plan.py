@@ -276,7 +276,7 @@ def _read_tokenizer(
                 )
         ends: tuple[int, ...] = ()
         if own:  # the other formats have stops of their own
-            ends = other_end_ids(language.end_ids, tokenizer, notes)
+            ends = other_end_ids(language.end_ids, tokenizer.eos_id, tokenizer, notes)
         config = TokenizerConfig(
             tokenizer.kind, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, own, ends
         )

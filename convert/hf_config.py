@@ -127,6 +127,13 @@ def _t5(c: dict[str, Any]) -> LlmConfig:
             "supported; expected 'gelu_new' or 'gelu'"
         )
     _expect(c, {"is_gated_act": True})
+    buckets = c.get("relative_attention_num_buckets", 32)
+    distance = c.get("relative_attention_max_distance", 128)
+    if not 4 <= buckets < 2 * distance:  # of which half hold one distance each
+        raise UserError(
+            f"language model: relative_attention_num_buckets {buckets} of t5 is not supported with "
+            f"relative_attention_max_distance {distance}; expected 4 or more, and less than twice that"
+        )
     return LlmConfig(
         model_type="t5", vocab=c["vocab_size"], width=c["d_model"],
         layers=c.get("num_decoder_layers") or c["num_layers"], heads=heads, kv_heads=heads,
@@ -134,14 +141,14 @@ def _t5(c: dict[str, Any]) -> LlmConfig:
         max_length=max(T5_MAX_LENGTH, c.get("n_positions") or 512), positions="relative",
         activation=activation, scaled=False, encoder_layers=c["num_layers"],
         start_id=_start_id(c),
-        relative_buckets=c.get("relative_attention_num_buckets", 32),
-        relative_distance=c.get("relative_attention_max_distance", 128),
+        relative_buckets=buckets, relative_distance=distance,
     )  # fmt: skip
 
 
 def _start_id(c: dict[str, Any]) -> int:
-    """The token that an answer of T5 begins with: padding, unless config.json names another."""
-    for field in ("decoder_start_token_id", "pad_token_id"):
+    """The token that an answer of T5 begins with: padding, unless config.json names another. transformers'
+    generate takes BOS next, where T5 usually has none."""
+    for field in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = c.get(field)
         if token is None:
             continue

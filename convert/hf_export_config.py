@@ -34,7 +34,7 @@ def model_values(
     }
     if not config.is_stage1:
         text = _t5_values if config.llm.model_type == "t5" else _opt_values
-        values["text_config"] = text(config.llm) | _token_values(config, ends[0])
+        values["text_config"] = text(config.llm) | _token_values(config, ends)
     return values
 
 
@@ -97,8 +97,10 @@ def _t5_values(c: LlmConfig) -> dict[str, Any]:
     return values
 
 
-def _token_values(config: ModelConfig, end: int) -> dict[str, Any]:
-    """The special tokens, which `generate` of transformers takes from the language model's part."""
+def _token_values(config: ModelConfig, ends: Sequence[int]) -> dict[str, Any]:
+    """The special tokens, which `generate` of transformers takes from the language model's part: there,
+    all ids that end an answer."""
+    end = ends[0] if len(ends) == 1 else list(ends)
     values: dict[str, Any] = {"eos_token_id": end, "pad_token_id": config.tokenizer.pad_id}
     if config.llm.encoder_layers:
         values["decoder_start_token_id"] = config.llm.start_id
@@ -109,8 +111,7 @@ def _token_values(config: ModelConfig, end: int) -> dict[str, Any]:
 
 def generation_values(config: ModelConfig, ends: Sequence[int]) -> dict[str, Any]:
     """generation_config.json. ends: the ids that end an answer."""
-    values = _token_values(config, ends[0])
-    return values | ({"eos_token_id": list(ends)} if len(ends) > 1 else {})
+    return _token_values(config, ends)
 
 
 def preprocessor_values(config: ModelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.end_tokens import directory_end_ids, gguf_end_ids
+from convert.end_tokens import directory_end_ids, directory_start_id, gguf_end_ids
 from convert.formats.gguf import PERMUTED, Gguf
 from convert.formats.gguf_tokenizer import tokenizer_files, unsaid
 from convert.formats.readers import Reader, combine, open_directory, read_json
@@ -153,6 +153,9 @@ def _open_hf(path: Path, delta: Path | None, tokenizer: Path | None) -> Language
         if (delta / "config.json").is_file():
             config_file = delta / "config.json"
     config = read_json(config_file)
+    if config.get("model_type") == "t5":
+        start = directory_start_id(config_file.parent, config)
+        config |= {} if start is None else {"decoder_start_token_id": start}
     if tokenizer is not None:
         folders = [tokenizer]
     folder = next((f for f in folders if _has_vocabulary(f)), folders[-1])

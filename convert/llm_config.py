@@ -98,6 +98,11 @@ def llm_config(values: dict[str, Any], label: str, notes: list[str]) -> LlmConfi
             f"{label}: head_dim is null, which transformers' {model_type} models do not take; "
             "expected a number, or no head_dim"
         )
+    if model_type == "t5" and values.get("dense_act_fn", "") is None:
+        raise UserError(
+            f"{label}: dense_act_fn is null, which transformers' t5 models do not take; expected the name of "
+            "an activation, or no dense_act_fn"
+        )
     known = AutoConfig.for_model(model_type).to_dict()
     if unused := sorted(key for key in values if key not in known and key not in _HARMLESS):
         notes.append(

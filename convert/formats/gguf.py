@@ -173,6 +173,11 @@ class Gguf:
         factor = self.field(f"{arch}.rope.scaling.factor", self.field(f"{arch}.rope.scale_linear"))
         if kind is None:
             kind = "none" if factor in (None, 0.0, 1.0) else "linear"
+        if kind not in ("none", "linear"):
+            raise UserError(
+                f"{self.path}: {arch}.rope.scaling.type is {kind!r}, which is not supported; expected "
+                "'none', 'linear' or no such field"
+            )
         if kind == "none":
             return {}
         return {"rope_scaling": {"rope_type": kind, "factor": factor}}

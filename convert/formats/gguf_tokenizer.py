@@ -162,7 +162,8 @@ PRE_TOKENIZERS = {
 # before a text unless the file says otherwise, as in llama.cpp.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
-_COMPOSED = ("qwen2",)  # whose tokenizers compose characters (NFC) first
+# Pre-tokenizers of models whose tokenizers in transformers compose characters (NFC) first.
+_COMPOSED = ("qwen2", "command-r", "mpt", "olmo")
 
 
 def _byte_level(source: Gguf, tokens: list[str], token_types: list[int]) -> str:

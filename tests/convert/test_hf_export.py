@@ -228,6 +228,16 @@ def test_what_is_not_recorded_is_said(tmp_path, command):
     assert generation == {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 2}
 
 
+def test_every_end_of_an_answer_is_written_and_read_again(tmp_path):
+    """transformers' generate takes them from text_config, not from generation_config.json."""
+    model, out = changed_model(tmp_path / "model", tokenizer__end_ids=[7]), tmp_path / "out"
+    export_huggingface(model, out)
+    (newline,) = {load(ORIGINALS["hf-opt"]).language_model.generation_config.eos_token_id}
+    assert load(out).language_model.generation_config.eos_token_id == [newline, 7]
+    again = read_config(build_again(out, tmp_path / "again", "blip2-opt"))
+    assert again.tokenizer.end_ids == (7,)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
