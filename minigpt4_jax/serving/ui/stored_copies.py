@@ -23,9 +23,7 @@ def stored_copy(path: Path, folder: Path) -> Path:
         with Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES)) as image:
             suffix = _SUFFIXES.get(image.format or "", ".jpg")  # MPO, a JPEG of several pictures
             changed = _without_orientation(data, image.info.get("exif", b""))
-    except (
-        Exception
-    ):  # Pillow's parsers raise many types; a question about the picture says what is wrong
+    except Exception:  # of Pillow's parsers, of many types; a question about the picture says it
         return path
     if changed is None:
         return path
