@@ -12,7 +12,7 @@ from convert.blip2_keys import (
     STAGE1,
     hf_table,
 )
-from convert.blip2_plan import combine_sources, finish_plan, open_vision, vision_values
+from convert.blip2_parts import combine_sources, finish_plan, open_vision, vision_values
 from convert.blip2_sources import is_hf_blip2, open_hf, open_lavis
 from convert.build_plan import BuildPlan, BuildRequest
 from convert.end_tokens import other_end_ids, text_config_end_ids

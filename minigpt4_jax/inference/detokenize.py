@@ -14,8 +14,9 @@ from minigpt4_jax.processing.chat_templates import (
     removed_text,
     role_names,
 )
+from minigpt4_jax.processing.clean_up_spaces import SPACES_BEFORE, clean_up_spaces
 from minigpt4_jax.processing.sequences import stop_sequences
-from minigpt4_jax.processing.tokenizer import SPACES_BEFORE, Tokenizer, clean_up_spaces
+from minigpt4_jax.processing.tokenizer import Tokenizer
 
 _NO_CHARACTER = "\uffff"  # Unicode keeps it out of texts
 

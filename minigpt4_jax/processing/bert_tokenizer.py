@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.processing.tokenizer import clean_up_spaces
+from minigpt4_jax.processing.clean_up_spaces import clean_up_spaces
 from minigpt4_jax.processing.tokenizer_files import read_json_object
 from minigpt4_jax.utils.text import one_line
 

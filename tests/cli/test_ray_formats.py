@@ -13,7 +13,8 @@ from helpers import ray_batch, tiny
 from PIL import Image
 
 from minigpt4_jax.cli import batch, common
-from minigpt4_jax.cli.ray_batch.formats import format_of, results_of
+from minigpt4_jax.cli.ray_batch.file_format import results_of
+from minigpt4_jax.cli.ray_batch.formats import format_of
 from minigpt4_jax.cli.ray_batch.plan import Piece, find_files, make_pieces, open_output
 from minigpt4_jax.cli.ray_batch.worker import Worker
 from minigpt4_jax.errors import UserError

@@ -20,7 +20,7 @@ from helpers.blip2_directories import (
     write_tensors,
 )
 
-from convert import blip2_config, blip2_plan, downloads
+from convert import blip2_config, blip2_parts, downloads
 from convert.blip2_config import hf_sizes, hf_values
 from convert.blip2_plan import make_blip2_plan
 from convert.build import build
@@ -246,7 +246,7 @@ def shapes_of(config):
 
 def test_every_field_is_used_or_refused(case, tmp_path, monkeypatch):
     """All changes that are accepted are compared with transformers in a few models; alone if one fails."""
-    monkeypatch.setattr(blip2_plan, "parameter_shapes", shapes_of)
+    monkeypatch.setattr(blip2_parts, "parameter_shapes", shapes_of)
     kind, config, source = case
     accepted, wrong, refused = [], [], 0
     folder = with_config(source, tmp_path / "changed", config)

@@ -4,7 +4,8 @@ import pytest
 from helpers import blip2_reference as reference
 from helpers.blip2_reference import NEEDS_BLIP2
 
-from minigpt4_jax.processing.tokenizer import clean_up_spaces, load_tokenizer
+from minigpt4_jax.processing.clean_up_spaces import clean_up_spaces
+from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 
 @NEEDS_BLIP2

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minigpt4_jax.cli import ray_cluster
-from minigpt4_jax.cli.ray_batch.formats import Format
+from minigpt4_jax.cli.ray_batch.file_format import Format
 from minigpt4_jax.cli.ray_batch.plan import Parts, Piece, open_output
 from minigpt4_jax.cli.ray_batch.worker import Worker
 from minigpt4_jax.errors import Parser, UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from minigpt4_jax.cli import batch_rows
 from minigpt4_jax.cli.batch_output import OUTPUT_KEYS, BatchRow
-from minigpt4_jax.cli.ray_batch.formats import Format, Result, results_of
+from minigpt4_jax.cli.ray_batch.file_format import Format, Result, results_of
 from minigpt4_jax.data.parquet_rows import SUFFIX
 from minigpt4_jax.errors import UserError
 

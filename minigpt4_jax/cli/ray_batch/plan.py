@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from minigpt4_jax.cli.ray_batch.formats import Format, format_named, format_of
+from minigpt4_jax.cli.ray_batch.file_format import Format
+from minigpt4_jax.cli.ray_batch.formats import format_named, format_of
 from minigpt4_jax.data.webdataset import expand_braces
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically

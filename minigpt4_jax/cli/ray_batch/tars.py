@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from minigpt4_jax.cli import batch_rows
 from minigpt4_jax.cli.batch_output import BatchRow, json_line
-from minigpt4_jax.cli.ray_batch.formats import Format, Result, results_of
+from minigpt4_jax.cli.ray_batch.file_format import Format, Result, results_of
 from minigpt4_jax.data.shard_index import IMAGE_SUFFIXES, MAC_FOLDER, read_members
 from minigpt4_jax.data.webdataset import is_shard
 from minigpt4_jax.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from minigpt4_jax.cli.batch_answers import Answerer
 from minigpt4_jax.cli.batch_output import BatchRow
-from minigpt4_jax.cli.ray_batch.formats import Format, Result
+from minigpt4_jax.cli.ray_batch.file_format import Format, Result
 from minigpt4_jax.cli.ray_batch.plan import Parts, Piece, Stats
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import atomic_file, write_error, write_text_atomically
