@@ -184,7 +184,7 @@ class RunningBatch:
         return list(self.stream_step(steps, until_row_ends=until_row_ends))
 
     def stream_step(self, steps: int, *, until_row_ends: bool = False) -> Iterator[Progress]:
-        """As `step`, all news as soon as the device has them: running answers' before a new prompt's."""
+        """As `step`, but yields news as soon as the device has it. Exhaust it: it is the step itself."""
         self._finish_stopped()
         self._shrink()
         yield from self._admit()
