@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -253,21 +254,28 @@ def test_an_empty_seed_is_another_each_time(visitor):
     assert len(seeds) == 2
 
 
-def test_a_waiting_answer_is_stopped(site, visitor):
-    """Also while the device is busy with something else."""
+@contextmanager
+def busy_device(site):
+    """No answer begins meanwhile."""
     release = threading.Event()
 
-    async def keep_busy():
+    async def wait():
         await site.service.call(lambda _: release.wait(60), (), Sender())
 
-    busy = threading.Thread(target=lambda: asyncio.run(keep_busy()))
+    busy = threading.Thread(target=lambda: asyncio.run(wait()))
     busy.start()
-    visitor.ask("a long story", wait=False)
-    visitor.page.locator("#question .stop-button").click()
-    visitor.page.locator("#status", has_text="0 tokens · seed").wait_for()
-    assert "stopped" in visitor.status.inner_text()
+    yield
     release.set()
     busy.join()
+
+
+def test_a_waiting_answer_is_stopped(site, visitor):
+    """Also while the device is busy with something else."""
+    with busy_device(site):
+        visitor.ask("a long story", wait=False)
+        visitor.page.locator("#question .stop-button").click()
+        visitor.page.locator("#status", has_text="0 tokens · seed").wait_for()
+        assert "stopped" in visitor.status.inner_text()
     visitor.ask("and now?")
     assert [bool(turn["answer"]) for turn in visitor.saved()] == [False, True]
 
@@ -290,6 +298,8 @@ def test_two_users_at_once(site, browser, visitor):
 def test_the_server_is_restarted_under_an_open_page(site, visitor):
     visitor.add_picture(site.picture)
     visitor.ask("before")
+    # until then a stream is open, and Gradio loads a page again whose stream has broken
+    visitor.page.wait_for_function("sessionStorage.getItem('minigpt4-conversation')")
     site.stop()
     site.start()
     visitor.ask("after", wait=False)
@@ -299,6 +309,28 @@ def test_the_server_is_restarted_under_an_open_page(site, visitor):
     visitor.wait_for_answer()
     visitor.ask("again")
     assert [turn["question"] for turn in visitor.saved()] == ["after", "again"]
+
+
+def test_a_question_without_an_answer_survives_a_loaded_page(site, visitor):
+    """As after a lost connection; typed text too."""
+
+    def load_again(question):
+        visitor.page.reload()
+        visitor.box.wait_for()
+        visitor.page.wait_for_function(
+            "text => document.querySelector('#question textarea').value == text", arg=question
+        )
+
+    with busy_device(site):
+        visitor.ask("a long story", wait=False)
+        visitor.page.locator("#question .stop-button").wait_for()
+        load_again("a long story")
+        visitor.box.fill("a short story")
+        load_again("a short story")
+    visitor.ask()
+    load_again("")
+    visitor.page.locator("#status", has_text="was restarted").wait_for()
+    assert visitor.box.input_value() == ""
 
 
 def test_a_phone(site, browser):

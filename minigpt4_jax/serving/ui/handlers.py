@@ -253,10 +253,16 @@ class Handlers:
         view = self._view(conversation, box=gr.update(value=None, submit_btn=True, stop_btn=False))
         return view._replace(picture=gr.update(value=None))
 
-    def load(self, had_conversation: str, conversation: PageConversation) -> tuple[str, str]:
-        """When the page is opened: its token, and the status. had_conversation: there was one before."""
+    def load(
+        self, had_conversation: str, box: Any, conversation: PageConversation
+    ) -> tuple[str, Any, str]:
+        """When the page is opened: its token, the question box and the status.
+
+        had_conversation: there was one before. box has the question that was not answered."""
         conversation.client = secrets.token_hex(8)
-        return conversation.client, _problem(LOST) if had_conversation else ""
+        question, _ = question_of(box)
+        shown = gr.update(value={"text": question, "files": []}) if question else gr.skip()
+        return conversation.client, shown, _problem(LOST) if had_conversation else ""
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from minigpt4_jax.processing.chat_templates import ChatTemplate, TokenizerChatTemplate
 from minigpt4_jax.serving.service import Service
-from minigpt4_jax.serving.ui import layout
+from minigpt4_jax.serving.ui import layout, scripts
 from minigpt4_jax.serving.ui.answering import Settings
 from minigpt4_jax.serving.ui.conversation import PageConversation
 from minigpt4_jax.serving.ui.examples import Example
@@ -27,25 +27,6 @@ from minigpt4_jax.serving.ui.tasks import shortcuts
 PATH = "/ui"
 MAX_BEAMS = 10
 TITLES = {"minigpt-v2": "MiniGPT-v2", "blip2-opt": "BLIP-2", "blip2-flant5": "BLIP-2"}
-# sessionStorage tells a page that was loaded again that it held a conversation
-_REMEMBER = "() => { sessionStorage.setItem('minigpt4-conversation', '1') }"
-_FORGET = "() => { sessionStorage.removeItem('minigpt4-conversation') }"
-_HAD_CONVERSATION = """(_, conversation) => {
-    const had = sessionStorage.getItem('minigpt4-conversation') || '';
-    sessionStorage.removeItem('minigpt4-conversation');
-    return [had, conversation];
-}"""
-# Gradio copies an answer as the HTML that shows it; this copies what the reader sees.
-_COPY_AS_SHOWN = """() => {
-    document.querySelector('#chat').addEventListener('click', event => {
-        const button = event.target.closest('button[aria-label="Copy message"]');
-        const row = button?.closest('.message-buttons').previousElementSibling;
-        const shown = row?.querySelector('[data-testid=bot], [data-testid=user]');
-        if (!shown) return;
-        setTimeout(() => navigator.clipboard?.writeText(shown.innerText.trim()), 50);
-    });
-}"""
-_DOWNLOAD = "() => { setTimeout(() => document.querySelector('#download').click(), 100) }"
 
 
 def mount_page(
@@ -133,7 +114,7 @@ def _system(service: Service) -> str | None:
 def connect(page: Page, handlers: Handlers, *, exif: bool) -> None:
     """Connect the components with the handlers. exif: whether the model rotates pictures, as browsers do."""
     view = View(page.chat, page.box, page.picture, page.status, page.boxes)
-    remember = {"fn": None, "js": _REMEMBER}
+    remember = {"fn": None, "js": scripts.REMEMBER_CONVERSATION}
     with page.blocks:
         conversation = gr.State(PageConversation(), time_to_live=12 * 3600)
 
@@ -146,14 +127,15 @@ def connect(page: Page, handlers: Handlers, *, exif: bool) -> None:
 
         asked = [conversation, page.token, page.box, page.picture, page.system, *page.settings]
         again = [conversation, page.token, *page.settings]
-        on(page.box.submit, handlers.ask, asked, view, preprocess=False).then(**remember)
+        ask = {"preprocess": False, "js": scripts.REMEMBER_QUESTION}
+        on(page.box.submit, handlers.ask, asked, view, **ask).success(**remember)
         on(page.box.submit, lambda: "", None, page.hint)
         on(page.chat.retry, handlers.retry, again, view)
         on(page.box.stop, handlers.stop, conversation, None, queue=False)
         for trigger in (page.chat.undo, page.edit.click):
             on(trigger, handlers.undo, conversation, view)
         on(page.new_conversation.click, handlers.new_conversation, conversation, view).then(
-            None, js=_FORGET
+            None, js=scripts.FORGET_CONVERSATION
         )
         on(
             page.open_conversation.upload,
@@ -165,7 +147,7 @@ def connect(page: Page, handlers: Handlers, *, exif: bool) -> None:
             (page.save_conversation, handlers.save_conversation),
             (page.save_picture, handlers.save_picture),
         ):
-            on(button.click, save, conversation, page.download).success(None, js=_DOWNLOAD)
+            on(button.click, save, conversation, page.download).success(None, js=scripts.DOWNLOAD)
         if not exif:
             add = handlers.picture_added
             on(page.picture.upload, add, page.picture, page.picture, preprocess=False)
@@ -173,14 +155,11 @@ def connect(page: Page, handlers: Handlers, *, exif: bool) -> None:
         for number, button in enumerate(page.shortcuts):
             fn = _with_number(handlers.shortcut, number)
             on(button.click, fn, page.box, [page.box, page.hint])
-        page.blocks.load(None, js=_COPY_AS_SHOWN)
-        on(
-            page.blocks.load,
-            handlers.load,
-            [page.token, conversation],
-            [page.token, page.status],
-            js=_HAD_CONVERSATION,
-        )
+        for script in (scripts.COPY_AS_SHOWN, scripts.KEEP_QUESTION):
+            page.blocks.load(None, js=script)
+        opened = [page.token, page.box, conversation]
+        shown = [page.token, page.box, page.status]
+        on(page.blocks.load, handlers.load, opened, shown, js=scripts.REMEMBERED)
 
 
 def _with_number(fn: Callable[..., Any], number: int) -> Callable[[Any], Any]:
