@@ -64,9 +64,10 @@ _NO_EXIF_HELP = {
 
 
 def make_parser(
-    command: str, description: str, *, model_required: bool = True, exif: bool = True
+    command: str, description: str, *, model_required: bool = True, exif: bool | None = True
 ) -> Parser:
-    """A parser with --model and how to load it. exif: whether images are rotated by default."""
+    """A parser with --model and how to load it. exif: whether images are rotated by default; None: the
+    command reads no images."""
     p = Parser(prog=f"python -m minigpt4_jax.{command}", description=description)
     p.add_argument(
         "--model",
@@ -88,8 +89,11 @@ def make_parser(
     p.add_argument(
         "--allow-nonfinite", action="store_true", help="load weights that are NaN or infinite"
     )
-    p.add_argument("--no-exif", dest="exif", action="store_false", default=exif,
-                   help=_NO_EXIF_HELP[exif])  # fmt: skip
+    if exif is None:
+        p.set_defaults(exif=True)
+    else:
+        p.add_argument("--no-exif", dest="exif", action="store_false", default=exif,
+                       help=_NO_EXIF_HELP[exif])  # fmt: skip
     p.add_argument("--system", metavar="TEXT", help="replaces the template's system message")
     p.add_argument("--template", metavar="NAME", help="chat template, by default the model's")
     p.add_argument(

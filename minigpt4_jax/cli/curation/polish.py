@@ -33,13 +33,24 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.storage.atomic import write_error, write_text_atomically
 
 MILLION = 1_000_000
-MODEL_OPTIONS = ("base", "dtype", "quantize", "kv_cache", "mesh", "template", "allow_nonfinite")
+# options that one way of asking has
+OPTIONS_OF = {
+    "model": (
+        "base", "dtype", "quantize", "kv_cache", "mesh", "template", "allow_nonfinite", "extra_bos", "seed",
+        "batch_size",
+    ),
+    "endpoint": (
+        "served_model", "concurrency", "retries", "timeout", "key_variable", "retry_errors"
+    ),
+}  # fmt: skip
+# and options of both
+ASKING = ("instruction", "temperature", "max_tokens", "price_in", "price_out", "cache")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = common.make_parser(
         "curate polish", "Correct descriptions with a language model, and remove bad ones.",
-        model_required=False,
+        model_required=False, exif=None,
     )  # fmt: skip
     p.add_argument("--input", required=True, type=Path, metavar="FILE", help="rows to polish")
     p.add_argument(
@@ -84,7 +95,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help=f"fewer are too short ({limits.min_characters})")  # fmt: skip
     rules.add_argument("--max-repetition", type=float, default=limits.max_repetition, metavar="SHARE",
                        help=f"of 4-grams that occurred before ({limits.max_repetition})")  # fmt: skip
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.changed = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    return args
 
 
 class _PrintInstruction(argparse.Action):
@@ -98,24 +111,32 @@ class _PrintInstruction(argparse.Action):
         parser.exit()
 
 
+def _check_used(args: argparse.Namespace) -> None:
+    """UserError: an option that has no effect."""
+    for owner, names in OPTIONS_OF.items():
+        if getattr(args, owner) is None:
+            for name in names:
+                if name in args.changed:
+                    raise UserError(f"{_flag(name)} is an option of --{owner}, which is not given")
+    for name in ASKING if args.rules_only else ():
+        if name in args.changed:
+            raise UserError(f"{_flag(name)} has no effect with --rules-only, which asks nothing")
+
+
+def _flag(name: str) -> str:
+    special = {"extra_bos": "--no-extra-bos", "batch_size": "--batch_size"}
+    return special.get(name, f"--{name.replace('_', '-')}")
+
+
 def _check(args: argparse.Namespace) -> None:
     chosen = [args.endpoint is not None, args.model is not None, args.rules_only]
     if sum(chosen) != 1:
         raise UserError("expected one of --endpoint=URL, --model=DIR and --rules-only")
     if args.system is not None:
         raise UserError("--system: the instruction is the system message; pass --instruction=FILE")
-    if args.model is None:
-        given = [name for name in MODEL_OPTIONS if getattr(args, name) not in (None, False)]
-        if given:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} is an option of --model, which is not given"
-            )
-    if args.endpoint is None and args.served_model is not None:
-        raise UserError("--served-model is an option of --endpoint, which is not given")
     for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
-            flag = name if name == "batch_size" else name.replace("_", "-")
-            raise UserError(f"--{flag}={getattr(args, name)}: expected {least} or more")
+            raise UserError(f"{_flag(name)}={getattr(args, name)}: expected {least} or more")
     if not args.timeout > 0:
         raise UserError(f"--timeout={args.timeout:g}: expected seconds, more than 0")
     if not 0 <= args.temperature <= 2:
@@ -124,6 +145,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--price-in and --price-out belong together; give both")
     if args.input.resolve() == args.output.resolve():
         raise UserError("--input and --output are the same file; choose another --output")
+    _check_used(args)
 
 
 def read_instruction(path: Path | None) -> str:
