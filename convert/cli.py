@@ -117,6 +117,7 @@ def _add_export(commands: Commands) -> None:
         "Blip2ForImageTextRetrieval, Blip2Processor).",
     )
     _add_model(e, "model directory, also one that training wrote")
+    _add_base(e)
     e.add_argument("--out", type=Path, required=True, metavar="PATH",
                    help="the .pth file to write, or the directory, which must not exist")  # fmt: skip
     e.add_argument("--format", choices=_EXPORT_FORMATS, default=_EXPORT_FORMATS[0],
@@ -136,6 +137,7 @@ def _add_merge(commands: Commands) -> None:
         "same.",
     )
     _add_model(m, "model directory with LoRA")
+    _add_base(m)
     _add_out(m)
     _add_dtype_of_sums(m)
 
@@ -150,12 +152,19 @@ def _add_unmerge(commands: Commands) -> None:
     _add_model(u, "model directory that `merge` wrote")
     u.add_argument("--lora", type=input_path, required=True, metavar="DIR",
                    help="the model directory with LoRA that was merged")  # fmt: skip
+    _add_base(u, "--lora")
     _add_out(u)
     _add_dtype_of_sums(u)
 
 
 def _add_model(command: Parser, text: str) -> None:
     command.add_argument("--model", type=input_path, required=True, metavar="DIR", help=text)
+
+
+def _add_base(command: Parser, of: str = "--model") -> None:
+    command.add_argument("--base", type=input_path, metavar="DIR",
+                         help=f"the model that {of} is based on, if it is no longer where model.json "
+                         "says; its fingerprint is compared")  # fmt: skip
 
 
 def _add_out(command: Parser) -> None:
@@ -178,9 +187,7 @@ def _add_pack(commands: Commands) -> None:
     )
     _add_model(p, "model directory that training wrote")
     _add_out(p)
-    p.add_argument("--base", type=input_path, metavar="DIR",
-                   help="the model that --model is based on, if it is no longer where model.json "
-                   "says; its fingerprint is compared")  # fmt: skip
+    _add_base(p)
     p.add_argument("--merge-lora", action="store_true",
                    help="add LoRA to the weights it adapts (default: LoRA is kept)")  # fmt: skip
     p.add_argument("--dtype", choices=_FLOATS,
@@ -198,6 +205,7 @@ def _add_inspect(commands: Commands) -> None:
         "part, the configuration, and the files it was made from.",
     )
     i.add_argument("model", type=input_path, metavar="DIR", help="model directory")
+    _add_base(i, "DIR")
     i.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -225,11 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "merge":
         from convert.merge import merge
 
-        merge(args.model, args.out, args.dtype)
+        merge(args.model, args.out, args.dtype, base=args.base)
     elif args.command == "unmerge":
         from convert.merge import unmerge
 
-        unmerge(args.model, args.lora, args.out, args.dtype)
+        unmerge(args.model, args.lora, args.out, args.dtype, base=args.base)
     elif args.command == "pack":
         from convert.pack import pack
 
@@ -244,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         from convert.inspect import inspect
 
-        inspect(args.model, as_json=args.json)
+        inspect(args.model, base=args.base, as_json=args.json)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -255,6 +263,7 @@ def _export(args: argparse.Namespace) -> None:
         export(
             args.model,
             args.out,
+            base=args.base,
             overwrite=args.overwrite,
             allow_nonfinite=args.allow_nonfinite,
         )
@@ -265,7 +274,7 @@ def _export(args: argparse.Namespace) -> None:
         raise errors.UserError(
             "--overwrite is for files, and --format=huggingface writes a directory: choose another --out"
         )
-    export_huggingface(args.model, args.out, allow_nonfinite=args.allow_nonfinite)
+    export_huggingface(args.model, args.out, base=args.base, allow_nonfinite=args.allow_nonfinite)
 
 
 def run(argv: list[str] | None = None) -> NoReturn:

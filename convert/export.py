@@ -35,10 +35,16 @@ Shape = tuple[int, ...]
 
 
 def export(
-    model_dir: Path, out: Path, *, overwrite: bool = False, allow_nonfinite: bool = False
+    model_dir: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[str]:
     """Write projection, LoRA and whatever else was trained to `out`, atomically; returns the keys.
 
+    base: the directory of the model's base, if that is no longer where model.json says.
     UserError: `model_dir` is not a model directory, values are NaN or infinite (unless allow_nonfinite),
     `out` exists (unless overwrite), is in a directory of the model, or cannot be written.
     """
@@ -48,16 +54,17 @@ def export(
             f"--out: {out} is a directory; expected a file name such as checkpoint.pth "
             "(--format=huggingface writes a directory)"
         )
-    check_apart(out, model_chain(model_dir))
+    chain = model_chain(model_dir, base)
+    check_apart(out, chain)
     if out.exists() and not overwrite:
         raise UserError(
             f"--out: {out} exists: choose another name, or give --overwrite to replace it"
         )
     config = read_config(model_dir)
-    tensors = Tensors(model_dir)
+    tensors = Tensors(model_dir, base)
     table = LAVIS_TABLES.get(config.variant, FINE_TUNED)
     trained: dict[str, Load] = {}
-    for name in sorted(_trained_names(model_dir, tensors, config)):
+    for name in sorted(_trained_names(chain[-1], tensors, config)):
         key = original_key(table, name)
         if key is None:
             raise UserError(
@@ -71,14 +78,13 @@ def export(
     return list(trained)
 
 
-def _trained_names(model_dir: Path, tensors: Tensors, config: ModelConfig) -> set[str]:
+def _trained_names(base: Path, tensors: Tensors, config: ModelConfig) -> set[str]:
     """Projection, LoRA, and all tensors that training wrote into a directory of its own; of BLIP-2 also
-    the Q-Former and ln_vision, which its training saves."""
+    the Q-Former and ln_vision, which its training saves. base: the last directory of the chain."""
     parts = ("projection", "lora", "qformer") if config.image_first else ("projection", "lora")
     names = {n for n in tensors if part_of(n) in parts}
     if config.image_first:
         names |= {n for n in tensors if n.startswith("ln_vision.")}
-    base = model_chain(model_dir)[-1]
     return names | {n for n in tensors if tensors.path(n).parent != base}
 
 

@@ -30,6 +30,7 @@ from minigpt4_jax.checkpoint.model_directory import (
     Tensors,
     model_chain,
     read_config,
+    tokenizer_dir,
 )
 from minigpt4_jax.checkpoint.parameters import check_shapes, parameter_shapes
 from minigpt4_jax.config import ModelConfig
@@ -48,11 +49,17 @@ _STAGE1_ONLY = {
 
 
 def export_huggingface(
-    model_dir: Path, out: Path, *, allow_nonfinite: bool = False, shard_bytes: int = SHARD_BYTES
+    model_dir: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    allow_nonfinite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write a directory for Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval, atomically.
     Returns the keys.
 
+    base: the directory of the model's base, if that is no longer where model.json says.
     UserError: transformers has no such model, the model is quantized or has LoRA, a directory is missing or
     damaged, values are NaN or infinite (unless allow_nonfinite), or `out` exists, is in a directory
     of the model, or cannot be written.
@@ -60,9 +67,10 @@ def export_huggingface(
     model_dir, out = parse_path("model directory", model_dir), parse_local_path("--out", out)
     config = read_config(model_dir)
     _refuse_other_models(model_dir, config)
-    check_apart(out, model_chain(model_dir))
+    chain = model_chain(model_dir, base)
+    check_apart(out, chain)
     parent = check_output(out)
-    stored = Tensors(model_dir)
+    stored = Tensors(model_dir, base)
     shapes = {name: stored.shape(name) for name in stored}
     check_shapes(shapes, parameter_shapes(config), model_dir)
     readable = stored if allow_nonfinite else FiniteTensors(stored, model_dir)
@@ -81,8 +89,8 @@ def export_huggingface(
         )
     try:
         with atomic_directory(out, "config.json") as directory:
-            write_tokenizer(directory.path, model_dir, config)
-            notes += _write_configs(directory.path, model_dir, config, dtype)
+            write_tokenizer(directory.path, tokenizer_dir(model_dir, base), config)
+            notes += _write_configs(directory.path, chain, config, dtype)
             _write_weights(directory.path, tensors, size, shard_bytes)
             notes += _check_again(directory.path, out, config)
     except OSError as e:
@@ -197,9 +205,11 @@ def _write_weights(
 # --- configuration --------------------------------------------------------------------------------
 
 
-def _write_configs(directory: Path, model_dir: Path, config: ModelConfig, dtype: str) -> list[str]:
+def _write_configs(
+    directory: Path, chain: list[Path], config: ModelConfig, dtype: str
+) -> list[str]:
     """config.json and the files of generation and of the processor. Returns notes."""
-    recorded = combined_sources(model_chain(model_dir)).get("checkpoint") or {}
+    recorded = combined_sources(chain).get("checkpoint") or {}
     image_token: int | None = recorded.get("image_token_index")
     ends: list[int] = []
     notes: list[str] = []

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.bert_tokenizer import DECODE_TOKEN
@@ -23,10 +22,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(directory: Path, model_dir: Path, config: ModelConfig) -> None:
-    """Copy the tokenizer's files. Its class is named, as transformers would take another one of a BLIP-2
-    model. UserError: they are missing or damaged."""
-    source = tokenizer_dir(model_dir)
+def write_tokenizer(directory: Path, source: Path, config: ModelConfig) -> None:
+    """Copy the tokenizer's files from `source`. Its class is named, as transformers would take another
+    one of a BLIP-2 model. UserError: they are missing or damaged."""
     load_tokenizer(source, config.tokenizer.kind)  # an error names this directory
     for path in sorted(source.iterdir()):
         if path.name != "config.json":  # of the language model, where it told the class

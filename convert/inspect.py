@@ -24,21 +24,22 @@ _ORIGINS = {
 }
 
 
-def inspect(model_dir: Path, as_json: bool = False) -> dict[str, Any]:
+def inspect(model_dir: Path, *, base: Path | None = None, as_json: bool = False) -> dict[str, Any]:
     """Print describe() as a table or JSON. UserError: not a model directory."""
-    description = describe(model_dir)
+    description = describe(model_dir, base)
     print(json.dumps(description, indent=1) if as_json else _table(description))
     return description
 
 
-def describe(model_dir: Path) -> dict[str, Any]:
+def describe(model_dir: Path, base: Path | None = None) -> dict[str, Any]:
     """Variant, configuration, origins, the parameters, dtypes and bytes of each part, and what is
-    needed to use the model (usage.py)."""
+    needed to use the model (usage.py). base: the directory of its base, if that is no longer where
+    model.json says."""
     model_dir = parse_path("model directory", model_dir)
     config = read_config(model_dir)
-    chain = model_chain(model_dir)
+    chain = model_chain(model_dir, base)
     sources = combined_sources(chain)
-    parts = _parts(Tensors(model_dir))
+    parts = _parts(Tensors(model_dir, base))
     for name, part in parts.items():
         origin = next((sources[o] for o in _ORIGINS[name] if o in sources), None)
         if len(part["directories"]) and part["directories"] != [str(chain[-1])]:
@@ -53,7 +54,7 @@ def describe(model_dir: Path) -> dict[str, Any]:
         "bytes": sum(p["bytes"] for p in parts.values()),
         "parts": parts,
         "config": config.to_dict(),
-        "usage": describe_usage(model_dir, config),
+        "usage": describe_usage(model_dir, config, base),
         "sources": sources,
     }
 

@@ -28,8 +28,10 @@ from minigpt4_jax.utils.text import format_bytes
 QUESTION = "What is in this image?"
 
 
-def describe_usage(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
-    """The `usage` section of `convert inspect --json`."""
+def describe_usage(
+    model_dir: Path, config: ModelConfig, base: Path | None = None
+) -> dict[str, Any]:
+    """The `usage` section of `convert inspect --json`. base: of `model_dir`, if it was moved."""
     return {
         "memory": _memory(config),
         "context": {
@@ -37,8 +39,8 @@ def describe_usage(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
             "chat": min(CHAT_CONTEXT, config.llm.max_length),
             "image": config.visual_tokens,
         },
-        "template": _template(model_dir, config),
-        "commands": commands(model_dir, config),
+        "template": _template(model_dir, config, base),
+        "commands": commands(model_dir, config) if base is None else _pack(model_dir, base),
     }
 
 
@@ -79,7 +81,7 @@ def weight_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
     return total
 
 
-def _template(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
+def _template(model_dir: Path, config: ModelConfig, base: Path | None) -> dict[str, Any]:
     """The prompt of QUESTION about one image as chat renders it, with its ids, and the text that
     closes an answer; {"error": MESSAGE} if there is none or the tokenizer cannot be read.
 
@@ -88,7 +90,7 @@ def _template(model_dir: Path, config: ModelConfig) -> dict[str, Any]:
     if config.is_stage1:
         return {"error": f"{config.variant} has no language model, so it answers no questions"}
     try:
-        tokenizer = load_tokenizer(tokenizer_dir(model_dir), config.tokenizer.kind)
+        tokenizer = load_tokenizer(tokenizer_dir(model_dir, base), config.tokenizer.kind)
         question = with_images(QUESTION, 1)
         prompt = chat_format(config, tokenizer).render([(question, None)])
         ids = prompt_tokens(tokenizer, config, prompt, images=1)
@@ -125,6 +127,12 @@ def commands(model_dir: Path, config: ModelConfig) -> dict[str, str]:
         "train": f"python -m minigpt4_jax.train --config=finetune --workdir=runs/mine "
         f"--config.model={model} --config.data.path=rows.jsonl"
     }
+
+
+def _pack(model_dir: Path, base: Path) -> dict[str, str]:
+    """The command for a model whose base was moved, which training does not find."""
+    paths = f"--model={shlex.quote(str(model_dir))} --base={shlex.quote(str(base))}"
+    return {"pack": f"python -m convert pack {paths} --out=NEW"}
 
 
 def _stage1_commands(model_dir: Path, config: ModelConfig) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,14 +117,17 @@ def test_models_of_lavis(tmp_path, capsys, name, original):
 
 
 def test_what_was_trained_is_exported(tmp_path):
-    """A directory that training wrote has the trained parts only; the rest comes from its base."""
-    base, config = reference.shared("hf-opt"), read_config(reference.shared("hf-opt"))
+    """A directory that training wrote has the trained parts only; the rest comes from its base, which was
+    moved here."""
+    base = Path(shutil.copytree(reference.shared("hf-opt"), tmp_path / "base"))
+    config = read_config(base)
     t = Tensors(base)
     names = ("projection.bias", "qformer.query", "qformer.blocks.0.attn.q.bias", "ln_vision.bias")
     changed = {name: t[name] + np.float32(1) for name in names}
     changed["vit.blocks.0.attn.q_bias"] = t["vit.blocks.0.attn.q_bias"] - np.float32(1)
     write_model(tmp_path / "trained", config, changed.items(), base=base)
-    keys = export_huggingface(tmp_path / "trained", tmp_path / "out")
+    moved = base.rename(tmp_path / "moved")
+    keys = export_huggingface(tmp_path / "trained", tmp_path / "out", base=moved)
     state, before = load(tmp_path / "out").state_dict(), load(HF / "opt").state_dict()
     different = {key for key in keys if not torch.equal(state[key], before[key])}
     bias = "vision_model.encoder.layers.0.self_attn.qkv.bias"

@@ -119,6 +119,32 @@ def test_a_base_that_was_moved(base, trained, command, refused, tmp_path):
     assert all(Tensors(out)[n].tobytes() == before[n].tobytes() for n in before)
 
 
+def test_every_command_takes_the_place_of_a_base_that_was_moved(base, trained, command, tmp_path):
+    moved = tmp_path / "moved"
+    for folder in ("before", "after"):
+        place = [] if folder == "before" else [f"--base={base.rename(moved)}"]
+        (out := tmp_path / folder).mkdir()
+        for words in (
+            ["export", f"--model={trained}", f"--out={out}/trained.pth"],
+            ["merge", f"--model={trained}", f"--out={out}/merged"],
+            ["unmerge", f"--model={out}/merged", f"--lora={trained}", f"--out={out}/unmerged"],
+        ):
+            code, _, err = command(*words, *place)
+            assert code == 0, err
+    files = [tmp_path / folder / "trained.pth" for folder in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for name in ("merged", "unmerged"):
+        before, after = (Tensors(tmp_path / folder / name) for folder in ("before", "after"))
+        assert set(before) == set(after)
+        assert all(before[n].tobytes() == after[n].tobytes() for n in before)
+    code, text, _ = command("inspect", trained, f"--base={moved}", "--json")
+    description = json.loads(text)
+    assert code == 0 and description["base"] == [str(moved)]
+    assert description["usage"]["template"]["ids"]
+    (line,) = description["usage"]["commands"].values()
+    assert f"pack --model={trained} --base={moved} --out=" in line
+
+
 def test_a_model_is_loaded_with_a_base_that_has_moved(base, trained, tmp_path):
     before = Tensors(trained)["llm.embed"].copy()
     moved = base.rename(tmp_path / "moved")
