@@ -1,5 +1,7 @@
 """Sampling, compared with the original's logits processors and with the definitions of the filters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +27,32 @@ from minigpt4_jax.utils.platform import compiling_for
 DUMP = np.load(FIXTURES / "logits_processors.npz")
 EOS = 2
 
+# Compiled as in the engine: operation by operation, each would be a program.
+filter_program = jax.jit(filter_logits, static_argnums=2)
+sample_program = jax.jit(sample, static_argnums=6)
+# Two functions: one would be traced for the first platform only.
+platform_programs = {name: jax.jit(partial(sample), static_argnums=6) for name in ("cpu", "gpu")}
+
+
+@partial(jax.jit, static_argnums=2)
+def draw_program(logits, params, num_candidates, keys, step):
+    return draw(*filter_logits(logits, params, num_candidates), keys, step)
+
+
+@jax.jit
+def original_program(logits, ids, params):
+    logits = apply_repetition_penalty(logits, ids, params.repetition_penalty)
+    logits = forbid(logits, jnp.full((3, 1), EOS), jnp.ones(3, bool))  # min_length was on
+    return filter_logits(logits, params)
+
 
 def filtered(logits, params, num_candidates=0):
     """Scores [B, V] in vocabulary order, -inf where a filter removed the token."""
-    scores, ids = filter_logits(jnp.asarray(logits), params, num_candidates)
-    out = np.full(logits.shape, -np.inf, np.float32)
+    return in_vocabulary_order(logits.shape, *filter_program(logits, params, num_candidates))
+
+
+def in_vocabulary_order(shape, scores, ids):
+    out = np.full(shape, -np.inf, np.float32)
     np.put_along_axis(out, np.asarray(ids), np.asarray(scores), axis=1)
     return out
 
@@ -38,6 +61,7 @@ def rows(n, **values):
     return stack_sampling_params([SamplingParams(**values)] * n)
 
 
+@partial(jax.jit, static_argnums=0)
 def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
@@ -46,44 +70,43 @@ def keys(n, seed=0):
 def test_equals_the_original(name):
     top_p, temperature, penalty = (float(part[1:]) for part in name.split("_"))
     params = rows(3, top_p=top_p, temperature=temperature, repetition_penalty=penalty)
-    ids = jnp.asarray(DUMP["ids"], jnp.int32)
-    logits = apply_repetition_penalty(jnp.asarray(DUMP["logits"]), ids, params.repetition_penalty)
-    logits = forbid(logits, jnp.full((3, 1), EOS), jnp.ones(3, bool))  # min_length was on
-    ours, theirs = filtered(np.asarray(logits), params), DUMP[name]
+    logits, theirs = DUMP["logits"], DUMP[name]
+    found = original_program(logits, DUMP["ids"].astype(np.int32), params)
+    ours = in_vocabulary_order(logits.shape, *found)
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_penalty_does_not_change_other_tokens():
-    logits = jnp.asarray([[2.0, -2.0, 1.0, 3.0]])
-    out = apply_repetition_penalty(logits, jnp.asarray([[0, 1, 0, -1]]), jnp.asarray([2.0]))
+    logits = np.asarray([[2.0, -2.0, 1.0, 3.0]], np.float32)
+    penalize = jax.jit(apply_repetition_penalty)
+    out = penalize(logits, np.asarray([[0, 1, 0, -1]]), np.asarray([2.0], np.float32))
     np.testing.assert_allclose(out, [[1.0, -4.0, 1.0, 3.0]])
 
 
 def test_penalties_of_openai():
     """Subtracted once a time, and once if at all, from generated tokens."""
-    logits = jnp.zeros((3, 4))
-    generated = jnp.asarray([[1, 2, 1, -1]] * 3)
-    out = apply_count_penalties(
-        logits, generated, jnp.asarray([0.5, 0.0, 0.5]), jnp.asarray([0.0, 1.0, 1.0])
-    )
+    generated = np.asarray([[1, 2, 1, -1]] * 3)
+    frequency, presence = np.asarray([[0.5, 0.0, 0.5], [0.0, 1.0, 1.0]], np.float32)
+    penalize = jax.jit(apply_count_penalties)
+    out = penalize(np.zeros((3, 4), np.float32), generated, frequency, presence)
     np.testing.assert_allclose(out, [[0, -1, -0.5, 0], [0, -1, -1, 0], [0, -2, -1.5, 0]])
     params = stack_sampling_params([SamplingParams(frequency_penalty=2.0), SamplingParams()])
     stages = required_stages([SamplingParams(frequency_penalty=2.0)], 4)
-    logits = jnp.asarray([[1.0, 3.0, 2.5, 0.0]] * 2)
-    none = jnp.full((2, 1), -1)
-    tokens = sample(logits, generated[:2], jnp.full(2, 3), none, keys(2), params, stages)
+    logits = np.asarray([[1.0, 3.0, 2.5, 0.0]] * 2, np.float32)
+    none = np.full((2, 1), -1)
+    tokens = sample_program(logits, generated[:2], np.full(2, 3), none, keys(2), params, stages)
     assert tokens.tolist() == [0, 1]
 
 
 def test_prior_token_is_penalized():
-    logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0]] * 2)
+    logits = np.asarray([[1.0, 3.0, 2.0, 0.0]] * 2, np.float32)
     params = stack_sampling_params(
         [SamplingParams(repetition_penalty=2.0, prior_token=b) for b in (-1, 1)]
     )
     stages = required_stages([SamplingParams(repetition_penalty=2.0)], 4)
-    none = jnp.full((2, 3), -1)
-    tokens = sample(logits, none, jnp.zeros(2, int), none[:, :1], keys(2), params, stages)
+    none = np.full((2, 4), -1)
+    tokens = sample_program(logits, none, np.zeros(2, int), none[:, :1], keys(2), params, stages)
     assert tokens.tolist() == [1, 2]
 
 
@@ -123,9 +146,9 @@ def test_draws_follow_the_filtered_softmax():
     """Chi-square test over 8,000 draws at p = 0.0001; fails for a wrong filter or a biased draw."""
     logits = np.random.default_rng(3).normal(0, 2, size=(1, 30)).astype(np.float32)
     n = 8000
-    many = jnp.repeat(jnp.asarray(logits), n, 0)
+    many = np.repeat(logits, n, 0)
     params = rows(n, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02)
-    drawn = np.asarray(draw(*filter_logits(many, params, 16), keys(n), jnp.zeros(n, jnp.int32)))
+    drawn = np.asarray(draw_program(many, params, 16, keys(n), np.zeros(n, np.int32)))
     scores = filtered(logits, rows(1, temperature=0.7, top_k=12, top_p=0.95, min_p=0.02))[0]
     probs = np.exp(scores - scores.max())
     probs /= probs.sum()
@@ -139,31 +162,31 @@ def test_draws_follow_the_filtered_softmax():
 
 
 def test_draws_of_a_row_do_not_depend_on_other_rows():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
+    logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
     params = rows(6, temperature=1.3, top_k=7, top_p=0.9)
-    step = jnp.arange(6, dtype=jnp.int32)
-    together = draw(*filter_logits(logits, params, 0), keys(6), step)
+    step, row_keys = np.arange(6, dtype=np.int32), keys(6)
+    together = np.asarray(draw_program(logits, params, 0, row_keys, step))
     for i in range(6):
-        one = rows(1, temperature=1.3, top_k=7, top_p=0.9)
-        alone = draw(*filter_logits(logits[i : i + 1], one, 8), keys(6)[i : i + 1], step[i : i + 1])
-        assert alone[0] == together[i]
+        one, row = rows(1, temperature=1.3, top_k=7, top_p=0.9), slice(i, i + 1)
+        alone = draw_program(logits[row], one, 8, row_keys[row], step[row])
+        assert alone.tolist() == [together[i]]
 
 
 def test_stop_tokens_are_forbidden_before_the_minimum_length():
-    logits = jnp.zeros((2, 5)).at[:, 3].set(9.0)
-    out = forbid(logits, jnp.asarray([[3, -1], [3, -1]]), jnp.asarray([True, False]))
-    assert out.argmax(1).tolist() == [0, 3]
+    logits = np.asarray([[0, 0, 0, 9, 0]] * 2, np.float32)
+    out = jax.jit(forbid)(logits, np.asarray([[3, -1], [3, -1]]), np.asarray([True, False]))
+    assert np.asarray(out).argmax(1).tolist() == [0, 3]
 
 
 def test_greedy_and_sampled_rows_in_one_batch():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20)), jnp.float32)
+    logits = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
     mixed = [SamplingParams(), SamplingParams(temperature=5.0, top_k=3)]
-    none = jnp.full((2, 4), -1)
+    none = np.full((2, 4), -1)
     stages = required_stages(mixed, 20)
     assert stages == SamplingStages(random=True, num_candidates=0, penalties=True)
-    start, params = jnp.zeros(2, jnp.int32), stack_sampling_params(mixed)
+    start, params = np.zeros(2, np.int32), stack_sampling_params(mixed)
     tokens = {
-        tuple(sample(logits, none, start, none, keys(2, seed), params, stages).tolist())
+        tuple(sample_program(logits, none, start, none, keys(2, seed), params, stages).tolist())
         for seed in range(20)
     }
     assert {first for first, _ in tokens} == {int(logits[0].argmax())}
@@ -182,16 +205,16 @@ def test_what_is_skipped_changes_no_token(options, live):
     """A row with options beside a greedy one, in a program with branches and in one without."""
     rng = np.random.default_rng(1)
     params = stack_sampling_params([SamplingParams(), SamplingParams(**options)])
-    logits = jnp.asarray(rng.normal(size=(2, 20)), jnp.float32)
+    logits = rng.normal(size=(2, 20)).astype(np.float32)
     likely = logits.argmax(1, keepdims=True)
-    generated = jnp.concatenate([likely, likely, jnp.full((2, 2), -1)], axis=1)
+    generated = np.concatenate([likely, likely, np.full((2, 2), -1)], axis=1)
     stages = SamplingStages(random=True, num_candidates=0, penalties=True)
     tokens = {}
-    for platform in ("cpu", "gpu"):  # on a GPU there are no branches
+    for platform, program in platform_programs.items():  # on a GPU there are no branches
         with compiling_for(platform):
-            tokens[platform] = sample(
-                logits, generated, jnp.full(2, 2), likely, keys(2, 5), params, stages,
-                jnp.asarray([True, live]),
+            tokens[platform] = program(
+                logits, generated, np.full(2, 2), likely, keys(2, 5), params, stages,
+                np.asarray([True, live]),
             ).tolist()  # fmt: skip
     assert tokens["cpu"][0] == tokens["gpu"][0] == int(likely[0, 0])
     assert not live or tokens["cpu"] == tokens["gpu"]
