@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -182,7 +183,7 @@ class DeviceCall(Work):
 class WaitingQueue:
     """The work that waits for the scheduler's thread, at most `limit` of it.
 
-    The next one is of the client with the fewest running answers, and of these the oldest.
+    Next are those of the clients with the fewest running answers, and of these the oldest.
     """
 
     def __init__(self, limit: int):
@@ -228,11 +229,11 @@ class WaitingQueue:
                 work.fail(timed_out(work.timeout))
         return dropped
 
-    def first(self, running: Sequence[Work]) -> Work | None:
-        """The work whose turn it is; it stays in the queue. running: to be fair to other clients."""
-        clients = [work.client for work in running]
+    def in_order(self, running: Sequence[Work]) -> list[Work]:
+        """What waits, beginning with the work whose turn it is. running: to be fair to other clients."""
+        clients = Counter(work.client for work in running)
         with self._changed:
-            return min(self._waiting, key=lambda work: clients.count(work.client), default=None)
+            return sorted(self._waiting, key=lambda work: clients[work.client])
 
     def remove(self, work: Work) -> None:
         """Take this one out of the queue."""

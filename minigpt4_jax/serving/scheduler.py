@@ -51,7 +51,7 @@ class SchedulerConfig:
         prefill_tokens: prompt tokens processed in a step: fewer make the gaps between the tokens of
             running answers shorter, more start new ones sooner.
         decode_steps: tokens of every answer in a step; one while more answers are about to begin.
-        encode_images: images encoded in a step.
+        encode_images: images encoded together, once in a step.
         image_bytes: visual tokens kept in the host's memory.
     """
 
@@ -191,12 +191,13 @@ class Scheduler:
     def _is_filling(self) -> bool:
         """Whether the next step can begin more answers."""
         waits = self._next is not None or len(self.queue) > 0
-        return waits and self._has_room
+        return waits and self._room > 0
 
     @property
-    def _has_room(self) -> bool:
+    def _room(self) -> int:
+        """How many more requests the batch takes now."""
         waiting = self.batch.num_waiting
-        return self.batch.num_free > waiting and waiting < MAX_STARTING
+        return min(self.batch.num_free, MAX_STARTING) - waiting
 
     def _drop_ended(self) -> None:
         """Drop work that nobody waits for any more, or whose time is over."""
@@ -218,24 +219,20 @@ class Scheduler:
     def _admit(self) -> None:
         """Move requests whose turn it is to the batch, and encode their images."""
         budget = self.config.encode_images
-        while budget > 0:
-            work = self._next = self._next or self._take()
-            if work is None:
-                return
+        while work := self._next or self._take():
+            self._next = work
             try:
                 visual = self.images.get(work.images)
-                if visual is None:
-                    encoded = self.images.encode(work.images, budget)
-                    self.metrics.images.inc(encoded)
-                    budget -= encoded
+                if visual is None and budget > 0:
+                    budget -= self._encode(work, budget)
                     visual = self.images.get(work.images)
                 if visual is None:
                     return  # continue in the next step
                 self._next = None
                 if isinstance(work, DeviceCall):
-                    budget = 0
                     work.run(visual)
-                elif isinstance(work, Generation):
+                    return
+                if isinstance(work, Generation):
                     self._begin(work, visual)
             except Exception as error:
                 self._next = None
@@ -243,12 +240,25 @@ class Scheduler:
 
     def _take(self) -> Work | None:
         """The work whose turn it is, out of the queue, if the batch has room for it."""
-        work = self.queue.first(self._running)
-        if isinstance(work, Generation) and not self._has_room:
+        work = next(iter(self.queue.in_order(self._running)), None)
+        if isinstance(work, Generation) and self._room <= 0:
             return None
         if work is not None:
             self.queue.remove(work)
         return work
+
+    def _encode(self, work: Work, at_most: int) -> int:
+        """Encode images of this work, and with them those of the requests that begin next: how many."""
+        later = self.queue.in_order(self._running)[: max(self._room - 1, 0)]
+        ahead = [image for job in later for image in job.images]
+        try:
+            encoded = self.images.encode([*work.images, *ahead], at_most)
+        except Exception:
+            if not ahead:
+                raise
+            encoded = self.images.encode(work.images, at_most)  # the error may be that of another
+        self.metrics.images.inc(encoded)
+        return encoded
 
     def _begin(self, job: Generation, visual: list[np.ndarray]) -> None:
         if visual:

@@ -14,6 +14,7 @@ from minigpt4_jax.inference.requests import Request
 from minigpt4_jax.inference.text_generator import TextGenerator
 from minigpt4_jax.serving.jobs import DeviceCall
 from minigpt4_jax.serving.scheduler import Scheduler, SchedulerConfig
+from minigpt4_jax.utils.rounding import powers_of_two
 
 SECONDS = 3600.0  # for one program
 
@@ -56,7 +57,7 @@ def _programs(
 ) -> Iterator[Callable[[], object]]:
     """Functions that run the programs of one set of array sizes each."""
     warmer = _Warmer(model, shapes, config.cache_tokens)
-    for images in sorted({1, config.encode_images}):
+    for images in powers_of_two(config.encode_images):  # as images are padded
         yield partial(warmer.encode, images)
     for size in shapes.prompts:
         yield partial(warmer.prefill, size)

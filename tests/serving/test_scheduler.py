@@ -140,6 +140,36 @@ def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
     np.testing.assert_allclose(visual, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_images_of_waiting_requests_are_encoded_together(model, monkeypatch):
+    """One of them with which the device fails ends alone."""
+    calls, encode = [], model.encode_pixels
+    bad = image(3).pixels
+
+    def record(pixels):
+        calls.append(len(pixels))
+        if any((p == bad).all() for p in pixels):
+            raise RuntimeError("bad image")
+        return encode(pixels)
+
+    async def main():
+        monkeypatch.setattr(model, "encode_pixels", record)
+        scheduler = Scheduler(model, CONFIG)
+        jobs = [generation(model, "<ImageHere> a", [image(n)]) for n in range(5)]
+        scheduler.submit(*jobs)
+        while scheduler._busy():
+            scheduler._step()
+        results = await asyncio.gather(*(job.result() for job in jobs), return_exceptions=True)
+        # 0 and 1; 2 and 3 fail, so 2 alone; 3 alone fails twice, as 4 was to come with it; 4
+        assert calls == [2, 2, 1, 1, 1, 1]
+        assert [isinstance(result, RequestError) for result in results] == [
+            n == 3 for n in range(5)
+        ]
+        return results[0]
+
+    first = asyncio.run(main())
+    assert first.ids == expected(model, "<ImageHere> a", [image(0)])
+
+
 def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
     async def main():
         scheduler = Scheduler(model, CONFIG)
@@ -222,7 +252,8 @@ def test_clients_take_turns(model):
         scheduler.submit(*jobs)
         order = []
         running = []
-        while work := scheduler.queue.first(running):
+        while waiting := scheduler.queue.in_order(running):
+            work = waiting[0]
             scheduler.queue.remove(work)
             running.append(work)
             order.append(work.client)
