@@ -74,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     paths = [str(folder), None if is_main_process else str(folder / "helpers" / "without_torch")]
     paths.append(os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # PyTorch's threads wait for work in a loop: for small models that costs more than their work.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.getoption("quick_codegen") and "PYTEST_XDIST_WORKER" not in os.environ:
         flags = [os.environ.get("XLA_FLAGS"), quick_codegen_flags()]
         os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,6 +114,7 @@ def their_logits(kind, folder, inputs):
         return None
 
 
+@jax.disable_jit()  # else each configuration compiles its layers anew
 def our_logits(config, state, inputs):
     model = with_weights(config, state, llm_table(config.model_type))
     prompt, answer = (model.embed_tokens(jnp.asarray(ids)) for ids in inputs)
