@@ -7,7 +7,8 @@ from flax import nnx
 
 from minigpt4_jax.config import IMAGE, LlmConfig, ModelConfig, QFormerConfig, VisionConfig
 from minigpt4_jax.inference.engine import Engine
-from minigpt4_jax.inference.requests import Request
+from minigpt4_jax.inference.requests import BucketSizes, Request
+from minigpt4_jax.inference.sampling import SamplingStages
 from minigpt4_jax.models.llm import unstack
 from minigpt4_jax.models.minigpt import MiniGpt
 
@@ -58,3 +59,14 @@ def greedy_requests(count=4, **changes):
     rng = np.random.default_rng(7)
     shapes = [(5, 0), (33, 1), (2, 2), (17, 0)][:count]
     return [Request(*prompt(rng, n, i), **{"max_new_tokens": 8} | changes) for n, i in shapes]
+
+
+LARGEST = BucketSizes(cache_length=384, max_new_tokens=256, num_stops=32, stop_width=16)
+ALL_STAGES = SamplingStages(random=True, num_candidates=0, penalties=True)
+
+
+def ids_alone(request):
+    """The ids of one request without a running batch. Requests of all sizes share two programs."""
+    state = engine().prefill([request], LARGEST, ALL_STAGES, prompt_size=LARGEST.cache_length)
+    state = engine().decode(state, ALL_STAGES)
+    return np.asarray(state.ids)[0, : int(state.num_generated[0])].tolist()

@@ -81,7 +81,9 @@ def test_random_conversations_have_the_ids_of_a_full_prefill(window, stacked, ki
             if rng.random() < 0.1:
                 begin = 1 + max(i for i, t in enumerate(tokens) if t < 0)  # after all images
                 tokens, visual = tokens[min(begin, len(tokens) - 1) :], None
-            num_images = int(rng.integers(0, 2)) if visual is None or len(visual) < MOST_VISUAL else 0
+            num_images = (
+                int(rng.integers(0, 2)) if visual is None or len(visual) < MOST_VISUAL else 0
+            )
             new_tokens, new_visual = prompt(rng, int(rng.integers(1, 14)), num_images)
             tokens = tokens + new_tokens
             parts = [v for v in (visual, new_visual) if v is not None]
