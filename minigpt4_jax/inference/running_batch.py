@@ -94,7 +94,7 @@ class RunningBatch:
             runner, self._sizing, prefill_tokens, prefix_cache, share_prompts=share_prompts
         )
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
-        self._starts_together = not (prefill_tokens or prefix_cache or share_prompts)
+        self._starts_together = not (prefill_tokens or prefix_cache or share_prompts or shapes)
         self._report_progress = report_progress
         self._waiting: deque[Row] = deque()
         self._prefilling: Row | None = None  # a prompt of which a part is processed

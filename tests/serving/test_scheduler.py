@@ -9,6 +9,7 @@ import pytest
 from helpers import blip2_reference, tiny
 
 import minigpt4_jax
+from minigpt4_jax.inference import batch_shapes
 from minigpt4_jax.inference.generation_config import GenerationConfig
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.jobs import DeviceCall, Generation, ImageInput
@@ -78,7 +79,8 @@ def test_answers_equal_those_of_generate(model, scheduler):
 
 
 @blip2_reference.NEEDS_BLIP2
-def test_an_encoder_reads_a_prompt_longer_than_a_piece():
+def test_an_encoder_reads_a_prompt_longer_than_a_piece(monkeypatch, compiled):
+    monkeypatch.setattr(batch_shapes, "PROMPTS", (64,))  # and the context: few programs
     model = blip2_reference.load("flant5")
     picture = image(0, model.config.vision.image_size)
     config = replace(CONFIG, max_rows=1, context=128, cache_tokens=128, max_new_tokens=8)
@@ -90,10 +92,12 @@ def test_an_encoder_reads_a_prompt_longer_than_a_piece():
             job = generation(model, "a photo of " * 20, [picture], max_new_tokens=6)
             assert len(job.request.tokens) > config.prefill_tokens
             await warm_up(scheduler)
+            compiled.clear()
             scheduler.submit(job)
             return await job.result()
 
         found = asyncio.run(main())
+        assert not compiled
     finally:
         scheduler.stop(0)
     assert found.ids == expected(model, "a photo of " * 20, [picture], max_new_tokens=6)
