@@ -83,7 +83,9 @@ def test_an_encoder_reads_a_prompt_longer_than_a_piece(monkeypatch, compiled):
     monkeypatch.setattr(batch_shapes, "PROMPTS", (64,))  # and the context: few programs
     model = blip2_reference.load("flant5")
     picture = image(0, model.config.vision.image_size)
-    config = replace(CONFIG, max_rows=1, context=128, cache_tokens=128, max_new_tokens=8)
+    config = replace(
+        CONFIG, max_rows=1, context=128, cache_tokens=128, max_new_tokens=8, encode_images=1
+    )
     scheduler = Scheduler(model, config)
     scheduler.start()
     try:
