@@ -18,7 +18,8 @@ def with_weights(c, tensors, table):
         if path[0] in ("blocks", "encoder_blocks"):
             layers = c.layers if path[0] == "blocks" else c.encoder_layers
             keys = [found.pop(f"llm.{path[0]}.{i}.{name}").key for i in range(layers)]
-            value = np.stack([tensors[k] for k in keys])
+            first = tensors[keys[0]]
+            value = first[None] if layers == 1 else np.stack([tensors[k] for k in keys])
         else:
             value = tensors[found.pop(".".join(["llm", *map(str, path)])).key]
         assert value.shape == leaf.get_value().shape, path

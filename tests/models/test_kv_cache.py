@@ -42,14 +42,19 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@jax.jit
+def rounded_in_int8(x):
+    levels = quantize_vectors(x)
+    return levels, dequantize_vectors(levels, jnp.float32)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.floats(1e-30, 1e30), st.integers(0, 1 << 30))
 def test_quantization_error_is_at_most_half_a_step(h, size, seed):
     x = np.random.default_rng(seed).standard_t(3, (5, h)).astype(np.float32) * np.float32(size)
     x[0] = 0
-    rounded = quantize_vectors(jnp.asarray(x))
+    rounded, found = rounded_in_int8(x)
     assert rounded.levels.dtype == jnp.int8
-    found = np.asarray(dequantize_vectors(rounded, jnp.float32))
     step = np.abs(x).max(-1, keepdims=True) / 127
     assert (np.abs(found - x) <= 0.501 * step).all()
 
@@ -65,16 +70,19 @@ def test_float8_rounds_to_four_bits_within_its_range():
 @pytest.mark.parametrize("kind", KINDS)
 def test_incremental_writes_and_growth_equal_one_write(kind):
     """Also with rows of different lengths, where padding is overwritten."""
-    rng, to = np.random.default_rng(0), partial(round_vectors, kind=kind)
-    x = vectors(rng, 2, 9, 3, 4)  # [B, T, K, H]
-    whole = new_cache(to(x), 16)
-    cache = KVCache([new_cache(to(x[:, :5]), 8)], [new_cache(to(x[:, :5]), 8)])
-    (cache,) = grow_cache(cache, 16).k
-    starts = jnp.asarray([[5], [3]])  # the second row's slots 3 and 4 were padding
-    positions = starts + jnp.arange(4)
+    rng, to = np.random.default_rng(0), jax.jit(partial(round_vectors, kind=kind))
+    x = np.asarray(vectors(rng, 2, 9, 3, 4))  # [B, T, K, H]
+    in_slots = jax.jit(new_cache, static_argnums=1)
+    whole = in_slots(to(x), 16)
+    cache = in_slots(to(x[:, :5]), 8)
+    cache = KVCache([cache], [jax.tree.map(jnp.copy, cache)])
+    (cache,) = jax.jit(grow_cache, static_argnums=1)(cache, 16).k
+    starts = np.array([[5], [3]])  # the second row's slots 3 and 4 were padding
+    positions = starts + np.arange(4)
     assert kind_of(cache) == kind
-    rest = jnp.take_along_axis(x, positions[:, :, None, None], axis=1)
-    cache = write_cache(cache, to(rest), positions)
+    rest = np.take_along_axis(x, positions[:, :, None, None], axis=1)
+    cache = jax.jit(write_cache)(cache, to(rest), positions)
+    whole, cache = jax.tree.map(np.asarray, (whole, cache))
     assert_equal(jax.tree.map(lambda a: a[0], cache), jax.tree.map(lambda a: a[0], whole))
     assert_equal(
         jax.tree.map(lambda a: a[1, :, :7], cache), jax.tree.map(lambda a: a[1, :, :7], whole)
@@ -85,17 +93,18 @@ def test_incremental_writes_and_growth_equal_one_write(kind):
 def test_8_bit_attention_equals_attention_to_dequantized_vectors(kind, window):
     rng = np.random.default_rng(1)
     q = vectors(rng, 2, 3, 6, 8)
-    seen = causal_cache_update(jnp.asarray([[7, 8, 9], [0, 1, 2]]), 12, window).attention_mask
-    k, v = (round_vectors(vectors(rng, 2, 12, 2, 8), kind) for _ in range(2))
-    keys, values = new_cache(k, 12), new_cache(v, 12)
-    found = attend_to_cache(q, keys, values, seen, scale=0.3)
-    wanted = attend_to_cache(
-        q,
-        dequantize_vectors(keys, "float32"),
-        dequantize_vectors(values, "float32"),
-        seen,
-        scale=0.3,
-    )
+    positions = jnp.asarray([[7, 8, 9], [0, 1, 2]])
+    x = [vectors(rng, 2, 12, 2, 8) for _ in range(2)]
+    attend = jax.jit(partial(attend_to_cache, scale=0.3))
+
+    @jax.jit
+    def caches(positions, *x):
+        seen = causal_cache_update(positions, 12, window).attention_mask
+        rounded = [new_cache(round_vectors(a, kind), 12) for a in x]
+        return seen, rounded, [dequantize_vectors(a, "float32") for a in rounded]
+
+    seen, in_8_bits, in_floats = caches(positions, *x)
+    found, wanted = attend(q, *in_8_bits, seen), attend(q, *in_floats, seen)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -103,22 +112,30 @@ def test_8_bit_attention_equals_attention_to_dequantized_vectors(kind, window):
 def test_caches_of_a_gpu_hold_the_same_numbers(kind):
     """There the scales of keys and values in int8 are one array."""
     rng = np.random.default_rng(3)
-    x = [vectors(rng, 2, 9, 2, 8) for _ in range(2)]  # keys and values [B, T, K, H]
-    q, positions = vectors(rng, 2, 1, 6, 8), jnp.asarray([[8], [6]])
-    seen = causal_cache_update(positions, 16, None).attention_mask
+    x = [np.asarray(vectors(rng, 2, 9, 2, 8)) for _ in range(2)]  # keys and values [B, T, K, H]
+    q, positions = vectors(rng, 2, 1, 6, 8), np.array([[8], [6]])
 
     def attended(target):
-        with platform.compiling_for(target):
-            start = [round_vectors(a[:, :6], kind) for a in x]
-            keys, values = new_caches(*start, 8)
+        @jax.jit
+        def start(*x):
+            keys, values = new_caches(*(round_vectors(a, kind) for a in x), 8)
             grown = grow_cache(KVCache([keys], [values]), 16)
-            caches = grown.k[0], grown.v[0]
+            return grown.k[0], grown.v[0]
+
+        @jax.jit
+        def attend(q, positions, caches):
+            seen = causal_cache_update(positions, 16, None).attention_mask
+            return attend_to_cache(q, *caches, seen, scale=0.3)
+
+        write = jax.jit(write_caches)
+        with platform.compiling_for(target):
+            caches = start(*(a[:, :6] for a in x))
             assert {kind_of(c) for c in caches} == {kind}
             for n in range(6, 9):  # one by one; the second row repeats its last
-                at = jnp.minimum(jnp.asarray([[n], [n]]), positions)
-                new = [jnp.take_along_axis(a, at[:, :, None, None], axis=1) for a in x]
-                caches = write_caches(caches, *new, at)
-            y = attend_to_cache(q, *caches, seen, scale=0.3)
+                at = np.minimum([[n], [n]], positions)
+                new = [np.take_along_axis(a, at[:, :, None, None], axis=1) for a in x]
+                caches = write(caches, *new, at)
+            y = attend(q, positions, caches)
         return y, isinstance(caches[1], QuantizedArray)
 
     (wanted, apart), (found, apart_on_gpu) = attended("tpu"), attended("gpu")

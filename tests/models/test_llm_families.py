@@ -48,6 +48,17 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@jax.jit  # one program: a small one for each operation takes longer to compile
+def logits_of(model, embeds, lengths, encoded=None):
+    return model.logits(model(embeds, lengths, encoded=encoded))
+
+
+@jax.jit
+def decode_logits(model, embeds, positions, cache):
+    hidden, cache = model.decode(embeds, positions, cache)
+    return model.logits(hidden[:, 0]), cache
+
+
 def build(family):
     """(model of transformers, ours with its weights) of one family; all parameters random, norms too."""
     name, changes = FAMILIES[family]
@@ -71,20 +82,21 @@ def test_logits(family):
     ids = np.random.default_rng(1).integers(0, 90, (2, 40))
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
-    tokens = jnp.asarray(ids, jnp.int32)
-    embeds, lengths = ours.embed_tokens(tokens), jnp.asarray([40, 40])
+    embeds = np.asarray(jax.jit(type(ours).embed_tokens)(ours, ids))
     scale = np.abs(wanted).max()
-    np.testing.assert_allclose(
-        ours.logits(ours(embeds, lengths)) / scale, wanted / scale, atol=1e-4
-    )
+    found = logits_of(ours, embeds, np.array([40, 40]))
+    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-4)
 
     # the same through a cache: 25 positions at once, the others one by one
-    hidden, cache = ours.prefill(embeds[:, :25], jnp.asarray([25, 25]), 64)
-    np.testing.assert_allclose(ours.logits(hidden) / scale, wanted[:, :25] / scale, atol=1e-4)
-    step = jax.jit(ours.decode)
+    @jax.jit
+    def prefill(model, embeds, lengths):
+        hidden, cache = model.prefill(embeds, lengths, 64)
+        return model.logits(hidden), cache
+
+    found, cache = prefill(ours, embeds[:, :25], np.array([25, 25]))
+    np.testing.assert_allclose(found / scale, wanted[:, :25] / scale, atol=1e-4)
     for t in range(25, 40):
-        hidden, cache = step(embeds[:, t : t + 1], jnp.full((2, 1), t), cache)
-        one = ours.logits(hidden[:, 0])
+        one, cache = decode_logits(ours, embeds[:, t : t + 1], np.full((2, 1), t), cache)
         np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
 
 
@@ -119,20 +131,18 @@ def test_t5_logits(activation):
             decoder_input_ids=torch.tensor(answers),
         ).logits.numpy()  # fmt: skip
     scale = np.abs(wanted).max()
-    embeds = ours.embed_tokens(jnp.asarray(prompts, jnp.int32))
-    encoded = ours.encode(embeds, jnp.asarray(lengths))
-    written = ours.embed_tokens(jnp.asarray(answers, jnp.int32))
-    hidden = ours(written, jnp.asarray([20, 20]), encoded=encoded)
-    np.testing.assert_allclose(ours.logits(hidden) / scale, wanted / scale, atol=1e-4)
+    embed = jax.jit(type(ours).embed_tokens)
+    embeds, written = np.asarray(embed(ours, prompts)), np.asarray(embed(ours, answers))
+    encoded = jax.jit(type(ours).encode)(ours, embeds, lengths)
+    found = logits_of(ours, written, np.array([20, 20]), encoded)
+    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-4)
 
     # the same through caches, token by token; the activation makes no difference there
     for model in (ours, unstack(ours)) if activation == "gelu_new" else ():
-        hidden, cache = model.start(embeds, jnp.asarray(lengths), 32, 192)
+        hidden, cache = jax.jit(lambda m, *args: m.start(*args, 32, 192))(model, embeds, lengths)
         np.testing.assert_allclose(ours.logits(hidden) / scale, wanted[:, 0] / scale, atol=1e-4)
-        step = jax.jit(model.decode)
         for t in range(1, 6):
-            hidden, cache = step(written[:, t : t + 1], jnp.full((2, 1), t), cache)
-            one = ours.logits(hidden[:, 0])
+            one, cache = decode_logits(model, written[:, t : t + 1], np.full((2, 1), t), cache)
             np.testing.assert_allclose(one / scale, wanted[:, t] / scale, atol=1e-4)
 
 
@@ -154,13 +164,18 @@ def test_a_layer_of_full_size(kind):
         make = transformers.T5ForConditionalGeneration
     with transformers.initialization.no_init_weights():  # takes long
         theirs = make(config).eval()
+        theirs.tie_weights()
         if kind.startswith("FlanT5"):
             theirs.lm_head = torch.nn.Linear(4096, 90, bias=False)
-    numbers = torch.randn(1_000_003)
-    with torch.no_grad():
-        for path, p in theirs.named_parameters():
-            p.copy_(numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view_as(p))
-            p.mul_(p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1).add_("norm" in path)
+    # Matrices of as many inputs lie in one array, a few numbers apart: drawing all of them takes long.
+    numbers, scaled = torch.randn(max(p.numel() for p in theirs.parameters()) + 640), {}
+    for n, (path, p) in enumerate(theirs.named_parameters()):
+        scale = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1
+        if scale not in scaled:
+            scaled[scale] = numbers * scale
+        p.data = scaled[scale][16 * n :][: p.numel()].view_as(p)
+        if "norm" in path:
+            p.data = p.data + 1
     c = llm_config_from_hf(config.to_dict())
     tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if c.tie:
@@ -171,18 +186,23 @@ def test_a_layer_of_full_size(kind):
     decoder = {"decoder_input_ids": torch.tensor(ids)} if c.encoder_layers else {}
     with torch.no_grad():
         wanted = theirs(input_ids=torch.tensor(ids), **decoder).logits.numpy()
-    embeds = ours.embed_tokens(tokens)
-    encoded = ours.encode(embeds, lengths) if c.encoder_layers else None
-    logits = ours.logits(ours(embeds, lengths, encoded=encoded))
+
+    @jax.jit
+    def run(model):
+        embeds = model.embed_tokens(tokens)
+        encoded = model.encode(embeds, lengths) if c.encoder_layers else None
+        return model.logits(model(embeds, lengths, encoded=encoded))
+
+    logits = np.asarray(run(ours))
     np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_right_padding_changes_nothing():
     _, ours = build("mistral")
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 90, (2, 30)), jnp.int32)
-    embeds = ours.embed_tokens(ids)
-    whole = ours(embeds, jnp.asarray([30, 30]))
-    padded = ours(embeds, jnp.asarray([30, 11]))
+    hidden = jax.jit(lambda model, lengths: model(model.embed_tokens(ids), lengths))
+    whole = np.asarray(hidden(ours, np.array([30, 30])))
+    padded = np.asarray(hidden(ours, np.array([30, 11])))
     np.testing.assert_allclose(padded[1, :11], whole[1, :11], atol=1e-5)
     np.testing.assert_allclose(padded[0], whole[0], atol=1e-5)
 
