@@ -103,9 +103,7 @@ def test_dropout_depends_on_key_and_layer_and_is_off_without_a_key():
         hidden(llm, dropout_key=jax.random.key(1), remat=True), one, rtol=1e-4
     )
     # two layers of equal weights drop different inputs: one key for both gives something else
-    same = jax.tree.map(
-        lambda a: jnp.asarray(np.asarray(a)[[0, 0]]), nnx.state(llm.blocks)
-    )
+    same = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[[0, 0]]), nnx.state(llm.blocks))
     nnx.update(llm.blocks, same)
     block = unstack(llm).blocks[0]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 16)), jnp.float32)

@@ -115,7 +115,6 @@ def test_decoding_equals_prefill(tmp_path, quantize):
     folder = tiny.write_random_model(tmp_path / "model", llm=llm)
     model, config = load_model(folder, stacked=False, quantize=quantize)
 
-
     @jax.jit
     def run(decoder: Llm):
         embeds = decoder.embed_tokens(jnp.asarray([[5, 9, 30, 7]]))

@@ -274,9 +274,11 @@ def test_a_tied_embedding_is_its_own_output_matrix(tmp_path):
     state = nnx.state(nnx.eval_shape(lambda: MiniGpt(c, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     for _, leaf in nnx.to_flat_state(state):
-        integers = jnp.issubdtype(leaf.dtype, jnp.integer)
-        drawn = rng.integers(0, 127, leaf.shape) if integers else rng.normal(0, 0.02, leaf.shape)
-        leaf.set_value(drawn.astype(leaf.dtype))
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            lowest, highest = jnp.iinfo(leaf.dtype).min, jnp.iinfo(leaf.dtype).max
+            leaf.set_value(rng.integers(lowest, highest, leaf.shape, leaf.dtype, endpoint=True))
+        else:
+            leaf.set_value(rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype))
     out = write_model(tmp_path / "m", c, named_tensors(state))
     model, _ = load_model(out)
     levels, scale = map(np.asarray, (model.llm.embed[...], model.llm.embed_scale[...]))

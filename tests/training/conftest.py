@@ -1,5 +1,7 @@
 """Fixtures for tests of training."""
 
+import inspect
+
 import pytest
 
 from minigpt4_jax.training import setup
@@ -7,12 +9,14 @@ from minigpt4_jax.training import setup
 
 @pytest.fixture(scope="module")
 def traced_steps():
-    """Runs with the same optimizer, batch shapes and options share a jitted step, which is traced once
-    instead of in every run of the module. Cleared, the next run traces its own."""
+    """Runs with the same model, optimizer, batch shapes and options share a jitted step, which is traced
+    once instead of in every run of the module. Cleared, the next run traces its own."""
     made, make_step = {}, setup.make_step
 
     def shared_step(split, tx, mesh, **options):
-        key = (*sorted(split.decay_mask), mesh, str(sorted(options.items())))
+        joined = inspect.getclosurevars(split.join).nonlocals
+        layers = *sorted(split.decay_mask.items()), joined["graphdef"], joined["dtype"]
+        key = (*layers, mesh, str(sorted(options.items())))
         if key not in made:
             made[key] = make_step(split, tx, mesh, **options)
         return made[key]

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,12 +113,17 @@ def test_adamw_equals_torch(clip):
     )  # fmt: skip
     tx = optimizer.adamw({"w": True, "b": False}, clip=clip)
     ours = {k: jnp.asarray(v) for k, v in params.items()}
-    state = tx.init(ours)
+    state = jax.jit(tx.init)(ours)
+
+    @jax.jit
+    def update(grads, state, params, rate):
+        updates, state = tx.update(grads, state, params)
+        return optimizer.apply_updates(params, updates, rate), state
+
     for step in range(6):
         rate = 0.1 / (step + 1)
         grads = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
-        updates, state = tx.update({k: jnp.asarray(g) for k, g in grads.items()}, state, ours)
-        ours = optimizer.apply_updates(ours, updates, rate)
+        ours, state = update(grads, state, ours, rate)
         for k, p in theirs.items():
             p.grad = torch.tensor(grads[k])
         if clip:

@@ -17,6 +17,9 @@ from minigpt4_jax.training.evaluation import choose_examples, sampled_turn
 from minigpt4_jax.training.trainer import train
 
 
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
+
 def examples(*images: str) -> list[Example]:
     return [Example(tuple(image.split()), ("",), (str(i),)) for i, image in enumerate(images)]
 

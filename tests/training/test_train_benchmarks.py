@@ -14,6 +14,8 @@ from minigpt4_jax.training import benchmarks
 from minigpt4_jax.training.config import EvalConfig, TrainConfig
 from minigpt4_jax.training.logs import read_metrics
 
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
 TASKS = ("gqa", "hm")
 
 

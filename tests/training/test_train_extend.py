@@ -18,7 +18,7 @@ from minigpt4_jax.training.optimizer import make_schedule
 from minigpt4_jax.training.preemption import Stopped
 from minigpt4_jax.training.trainer import Trainer, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "traced_steps")
 
 
 @pytest.fixture(scope="module")

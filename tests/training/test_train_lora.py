@@ -25,6 +25,8 @@ from minigpt4_jax.training.train_step import make_evaluation, make_step, split_m
 from minigpt4_jax.training.trainer import train
 
 PARTS = trained_parts(freeze_vit=True, freeze_qformer=True)
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
 CHOICE = LoraChoice(rank=2, targets=("q", "down"), dropout=0.3)
 
 

@@ -1,6 +1,7 @@
 """Four AdamW steps of the original, from its checkpoints to its final parameters."""
 
 import json
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,14 @@ def loaded(model_dir):
     return split_model(model, parts, jnp.dtype("float32")), config
 
 
-def loss_and_grad(split, batch):
+@cache
+def first_gradient(case):
+    """(split, configuration, batch, its loss, gradient) of a model before training"""
+    split, config = loaded(build_model(case))
+    batch = dumped_batch(case, build_model(case), config)
     loss = jax.jit(jax.value_and_grad(lambda p: split.join(p, split.frozen).loss(batch)))
-    return loss(split.trainable)
+    value, grads = loss(split.trainable)
+    return split, config, batch, float(value), jax.tree.map(np.asarray, grads)
 
 
 def theirs(dump, name):
@@ -80,20 +86,24 @@ def theirs(dump, name):
 @pytest.mark.parametrize(("case", "accumulate"), [("a", 1), ("b", 2), ("c", 1)])
 def test_four_steps_equal_the_originals(case, accumulate):
     expected = np.load(DUMPS / f"{case}_train.npz")
-    split, config = loaded(build_model(case))
+    split, config, batch, loss, grads = first_gradient(case)
     lora = {f"llm.blocks.attn.{n}.lora_{ab}" for n in "qv" for ab in "ab"} if case == "c" else set()
     assert set(split.trainable) == {"projection.weight", "projection.bias"} | lora
     rate = optimizer.cosine_schedule(**RATES)
     np.testing.assert_allclose([rate(t) for t in range(4)], expected["lrs"], rtol=1e-12)
-    batch = dumped_batch(case, build_model(case), config)
     tx = optimizer.adamw(split.decay_mask)
-    params, state = split.trainable, tx.init(split.trainable)
+    params, state = split.trainable, jax.jit(tx.init)(split.trainable)
 
-    loss, grads = loss_and_grad(split, batch)
     more = np.load(DUMPS / f"{case}_forward_{LEFT_OVER[case]}.npz")
     grads = {name: g + theirs(more, f"grad/{name}") for name, g in grads.items()}
-    updates, state = tx.update(grads, state, params)
-    params, losses = optimizer.apply_updates(params, updates, rate(0)), [float(loss)]
+
+    @jax.jit
+    def update(grads, state, params, rate):
+        updates, state = tx.update(grads, state, params)
+        return optimizer.apply_updates(params, updates, rate), state
+
+    params, state = update(grads, state, params, rate(0))
+    losses = [loss]
 
     step = make_step(split, tx, mesh=None, accumulate=accumulate, remat=accumulate > 1)
     for t in range(1, 4):
@@ -110,8 +120,7 @@ def test_four_steps_equal_the_originals(case, accumulate):
 @pytest.mark.parametrize("case", CASES)
 def test_first_gradient_equals_the_originals(case):
     expected = np.load(DUMPS / f"{case}_forward_{FIRST[case]}.npz")
-    split, config = loaded(build_model(case))
-    loss, grads = loss_and_grad(split, dumped_batch(case, build_model(case), config))
+    *_, loss, grads = first_gradient(case)
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
     for name, grad in grads.items():
         wanted = theirs(expected, f"grad/{name}")

@@ -22,6 +22,8 @@ from minigpt4_jax.processing.chat_templates import fill_template
 from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("traced_steps")
+
 PROMPT = "<Img><ImageHere></Img> What is it?"
 
 
