@@ -16,7 +16,6 @@ from minigpt4_jax.training.config import TrainConfig
 from minigpt4_jax.training.evaluation import choose_examples, sampled_turn
 from minigpt4_jax.training.trainer import train
 
-
 pytestmark = pytest.mark.usefixtures("traced_steps")
 
 

@@ -86,7 +86,7 @@ def theirs(dump, name):
 @pytest.mark.parametrize(("case", "accumulate"), [("a", 1), ("b", 2), ("c", 1)])
 def test_four_steps_equal_the_originals(case, accumulate):
     expected = np.load(DUMPS / f"{case}_train.npz")
-    split, config, batch, loss, grads = first_gradient(case)
+    split, _, batch, loss, grads = first_gradient(case)
     lora = {f"llm.blocks.attn.{n}.lora_{ab}" for n in "qv" for ab in "ab"} if case == "c" else set()
     assert set(split.trainable) == {"projection.weight", "projection.bias"} | lora
     rate = optimizer.cosine_schedule(**RATES)
