@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import shuffled_indices
 from helpers.virtual_devices import quick_codegen_flags
 from PIL import Image
 
@@ -103,6 +105,8 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
+    if "grain" in sys.modules:
+        shuffled_indices.remember()
 
 
 @pytest.fixture(scope="module", autouse=True)

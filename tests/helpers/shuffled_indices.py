@@ -1,0 +1,18 @@
+"""Grain's shuffled indices, each computed once.
+
+Grain encrypts 16 bits again and again until they are an index of the dataset. For one of 5 rows that
+takes 7 ms, which was most of the time of tests with many loaders of the same rows. The function is pure.
+"""
+
+import functools
+import types
+
+
+def remember() -> None:
+    """Shuffle with a cache in this process."""
+    from grain._src.python.dataset.transformations import shuffle
+
+    function = shuffle.index_shuffle.index_shuffle
+    if not hasattr(function, "cache_info"):
+        cached = functools.lru_cache(1 << 16)(function)
+        shuffle.index_shuffle = types.SimpleNamespace(index_shuffle=cached)
