@@ -83,7 +83,12 @@ class TextGenerator:
 
     def encode_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """As `encode_images`, for images [S, S, 3] that `load_pixels` returned."""
-        return self._encoder.to_host(self._encode(pixels))
+        return self.start_encoding(pixels)()
+
+    def start_encoding(self, pixels: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
+        """As `encode_pixels`, but only dispatched to the device: the function waits for the result."""
+        visual = self._encode(pixels)
+        return lambda: self._encoder.to_host(visual)
 
     def visual_tokens(self, images: Sequence[ImageSource]) -> list[jax.Array]:
         """As `encode_images`, but on the device: an array [P, D] float32 for each image."""

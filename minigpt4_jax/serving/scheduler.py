@@ -2,12 +2,14 @@
 
 Each step of the thread processes some prompt tokens of new requests, dispatches a few decoding steps for
 all running answers, and reads the tokens of the step before (inference/running_batch.py). Images are
-encoded, and functions of others called, between two steps.
+dispatched before these decoding steps and used after them, so that the device never waits for the host.
+Functions of others are called between two steps.
 """
 
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,6 +94,7 @@ class Scheduler:
         self.queue = WaitingQueue(config.max_queue)
         self.images = ImageStore(model, config.image_bytes)
         self._next: Work | None = None  # taken from the queue; its images are being encoded
+        self._encodes_alone = False  # only images of _next are being encoded, or are to be
         self._running: list[Generation] = []  # in the batch, in the order of admission
         self._suspects: list[Generation] = []  # one of them made the device fail
         self._on_trial: Generation | None = None  # the suspect that was admitted last
@@ -217,25 +220,22 @@ class Scheduler:
     # --- admission ----------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move requests whose turn it is to the batch, and encode their images."""
-        budget = self.config.encode_images
+        """Move requests whose turn it is to the batch, if their images are encoded."""
+        self._try_encoding(self.images.finish)
         while work := self._next or self._take():
             self._next = work
+            visual = self.images.get(work.images)
+            if visual is None:
+                self._try_encoding(self._start_encoding, work)
+                return  # the running answers go on meanwhile
+            self._next, self._encodes_alone = None, False
             try:
-                visual = self.images.get(work.images)
-                if visual is None and budget > 0:
-                    budget -= self._encode(work, budget)
-                    visual = self.images.get(work.images)
-                if visual is None:
-                    return  # continue in the next step
-                self._next = None
                 if isinstance(work, DeviceCall):
                     work.run(visual)
                     return
                 if isinstance(work, Generation):
                     self._begin(work, visual)
             except Exception as error:
-                self._next = None
                 self._fail(work, error)
 
     def _take(self) -> Work | None:
@@ -247,18 +247,24 @@ class Scheduler:
             self.queue.remove(work)
         return work
 
-    def _encode(self, work: Work, at_most: int) -> int:
-        """Encode images of this work, and with them those of the requests that begin next: how many."""
+    def _start_encoding(self, work: Work) -> None:
+        """Images of this work, and with them those of the requests that begin next."""
         later = self.queue.in_order(self._running)[: max(self._room - 1, 0)]
-        ahead = [image for job in later for image in job.images]
+        ahead = [] if self._encodes_alone else [image for job in later for image in job.images]
+        self._encodes_alone = not ahead
+        images = [*work.images, *ahead]
+        self.metrics.images.inc(self.images.start(images, self.config.encode_images))
+
+    def _try_encoding(self, function: Callable[..., None], *args: Work) -> None:
+        """If the device fails with images of several requests, those of the next one are encoded alone; if
+        it fails with these, the request ends."""
         try:
-            encoded = self.images.encode([*work.images, *ahead], at_most)
-        except Exception:
-            if not ahead:
-                raise
-            encoded = self.images.encode(work.images, at_most)  # the error may be that of another
-        self.metrics.images.inc(encoded)
-        return encoded
+            function(*args)
+        except Exception as error:
+            if self._encodes_alone and self._next is not None:
+                self._fail(self._next, error)
+                self._next = None
+            self._encodes_alone = not self._encodes_alone
 
     def _begin(self, job: Generation, visual: list[np.ndarray]) -> None:
         if visual:

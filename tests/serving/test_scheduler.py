@@ -128,8 +128,8 @@ def test_a_prompt_continues_from_what_another_began_with(model, scheduler):
 
 
 def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
-    encoded, encode = [], model.encode_pixels
-    monkeypatch.setattr(model, "encode_pixels", lambda p: encoded.extend(p) or encode(p))
+    encoded, encode = [], model.start_encoding
+    monkeypatch.setattr(model, "start_encoding", lambda p: encoded.extend(p) or encode(p))
 
     async def main():
         for prompt, images in [("<ImageHere> a", [1]), ("<ImageHere><ImageHere> b", [2, 1])]:
@@ -146,34 +146,63 @@ def test_an_image_is_encoded_once(model, scheduler, monkeypatch):
     np.testing.assert_allclose(visual, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_images_of_waiting_requests_are_encoded_together(model, monkeypatch):
+@pytest.mark.parametrize("when", ["dispatched", "read"])
+def test_images_of_waiting_requests_are_encoded_together(model, monkeypatch, when):
     """One of them with which the device fails ends alone."""
-    calls, encode = [], model.encode_pixels
+    calls, start = [], model.start_encoding
     bad = image(3).pixels
+
+    def fail():
+        raise RuntimeError("bad image")
 
     def record(pixels):
         calls.append(len(pixels))
-        if any((p == bad).all() for p in pixels):
-            raise RuntimeError("bad image")
-        return encode(pixels)
+        if not any((p == bad).all() for p in pixels):
+            return start(pixels)
+        return fail if when == "read" else fail()
 
     async def main():
-        monkeypatch.setattr(model, "encode_pixels", record)
+        monkeypatch.setattr(model, "start_encoding", record)
         scheduler = Scheduler(model, CONFIG)
-        jobs = [generation(model, "<ImageHere> a", [image(n)]) for n in range(5)]
+        jobs = [generation(model, "<ImageHere> a", [image(n)]) for n in range(6)]
         scheduler.submit(*jobs)
         while scheduler._busy():
             scheduler._step()
         results = await asyncio.gather(*(job.result() for job in jobs), return_exceptions=True)
-        # 0 and 1; 2 and 3 fail, so 2 alone; 3 alone fails twice, as 4 was to come with it; 4
-        assert calls == [2, 2, 1, 1, 1, 1]
+        # 0 and 1; 2 and 3 fail, so 2 alone; 3 and 4 fail, so 3 alone, which fails; 4 and 5
+        assert calls == [2, 2, 1, 2, 1, 2]
         assert [isinstance(result, RequestError) for result in results] == [
-            n == 3 for n in range(5)
+            n == 3 for n in range(6)
         ]
-        return results[0]
+        return results[4]
 
-    first = asyncio.run(main())
-    assert first.ids == expected(model, "<ImageHere> a", [image(0)])
+    answer = asyncio.run(main())
+    assert answer.ids == expected(model, "<ImageHere> a", [image(4)])
+
+
+def test_running_answers_go_on_while_images_are_encoded(model, monkeypatch):
+    events, start = [], model.start_encoding
+
+    def record(pixels):
+        events.append("start")
+        result = start(pixels)
+        return lambda: events.append("finish") or result()
+
+    async def main():
+        monkeypatch.setattr(model, "start_encoding", record)
+        scheduler = Scheduler(model, CONFIG)
+        decode = scheduler.batch._runner.decode
+        monkeypatch.setattr(
+            scheduler.batch._runner, "decode", lambda *a: events.append("decode") or decode(*a)
+        )
+        scheduler.submit(generation(model, "a word"))
+        scheduler._step()
+        scheduler.submit(generation(model, "<ImageHere> a", [image(0)]))
+        for _ in range(2):
+            scheduler._step()
+
+    asyncio.run(main())
+    assert events == ["decode", "start", "decode", "finish", "decode"]
 
 
 def test_steps_are_short_while_rows_are_filled(model, monkeypatch):
