@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import preloaded, virtual_devices
+from helpers import virtual_devices
 
 HERE = Path(__file__).parent
 
@@ -21,7 +21,7 @@ def free_address() -> str:
 def start_python(command: list[object], devices: int = 1, **variables: str) -> subprocess.Popen:
     """Start Python with this command line, with this many virtual CPU devices."""
     environment = virtual_devices.environment(devices) | variables
-    environment[preloaded.MIN_SECONDS] = "0.1"
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -31,18 +31,17 @@ def start_python(command: list[object], devices: int = 1, **variables: str) -> s
 def run_jobs(folder: Path, count: int, devices: int, jobs: dict) -> list[dict]:
     """Run the jobs (see multihost_worker) in `count` processes of `devices` devices; their results."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = virtual_devices.environment(devices) | {preloaded.MIN_SECONDS: "0.1"}
-    arguments, script = (folder, free_address(), count), HERE / "multihost_worker.py"
-    outputs = [folder / f"{index}-of-{count}.out" for index in range(count)]
-    codes = preloaded.run_together(
-        [
-            preloaded.Command(script, (*arguments, index), environment, output)
-            for index, output in enumerate(outputs)
-        ]
-    )
-    for index, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+    command = [HERE / "multihost_worker.py", folder, free_address(), count]
+    processes = [start_python([*command, index], devices) for index in range(count)]
+    for index, process in enumerate(processes):
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            raise
         log = (folder / f"{index}-of-{count}.log").read_text()
-        assert code == 0, f"process {index}: {log[-2000:]}{output.read_text()[-4000:]}"
+        assert process.returncode == 0, f"process {index}: {log[-2000:]}{out[-2000:]}{err[-4000:]}"
     return read_results(folder, count)
 
 

@@ -4,14 +4,15 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import preloaded, sharded_programs, tiny, virtual_devices
+from helpers import sharded_programs, tiny, virtual_devices
 from helpers.paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,17 +25,15 @@ from minigpt4_jax.parallel import sharding
 from minigpt4_jax.parallel.sharding import AXES, divisible_axes, parameter_spec, parse_mesh
 
 
-def run_on_eight_devices(folder: Path, script: str, *args: object) -> str:
-    """What the script prints; `folder` is for its output."""
-    output = folder / "output.txt"
-    path = ROOT / "tests" / "helpers" / script
-    command = preloaded.Command(path, args, virtual_devices.environment(8), output)
-    (code,) = preloaded.run_together([command], timeout=600)
-    text = output.read_text()
-    assert code == 0, text[-4000:]
+def run_on_eight_devices(script: str, *args: object) -> str:
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / script), *map(str, args)]
+    done = subprocess.run(
+        command, env=virtual_devices.environment(8), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     # XLA's warning when it replicates an array to reshard it
-    assert "Involuntary full rematerialization" not in text
-    return text
+    assert "Involuntary full rematerialization" not in done.stderr
+    return done.stdout
 
 
 # --- meshes and partition rules -------------------------------------------------------------
@@ -194,7 +193,7 @@ def test_stacked_layers_are_copied_in_chunks_into_one_array(monkeypatch):
 def programs(tmp_path_factory):
     """ "MODEL|MESH|VALUE" -> array"""
     out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    run_on_eight_devices(out.parent, "sharded_programs.py", out)
+    run_on_eight_devices("sharded_programs.py", out)
     return dict(np.load(out))
 
 
@@ -219,7 +218,7 @@ def test_loss_gradients_and_tokens_equal_those_of_one_device(programs, case):
 
 
 def test_tokens_of_a_quantized_model_with_an_int8_cache(tmp_path):
-    run_on_eight_devices(tmp_path, "sharded_quantized.py", tmp_path)
+    run_on_eight_devices("sharded_quantized.py", tmp_path)
 
 
 @pytest.mark.slow
@@ -240,7 +239,7 @@ def test_training_runs_and_generation(tmp_path):
     }  # fmt: skip
     train(values, tmp_path / "one")
     (tmp_path / "values.json").write_text(json.dumps(values))
-    log = run_on_eight_devices(tmp_path, "sharded_runs.py", tmp_path)
+    log = run_on_eight_devices("sharded_runs.py", tmp_path)
 
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
