@@ -16,10 +16,18 @@ from convert.key_mapping import original_key
 from minigpt4_jax.checkpoint.loader import load_model
 from minigpt4_jax.checkpoint.model_directory import tokenizer_dir
 from minigpt4_jax.checkpoint.parameters import is_stacked, layer_names
-from minigpt4_jax.config import QFormerConfig
+from minigpt4_jax.config import (
+    QFORMER_LLM,
+    LlmConfig,
+    ModelConfig,
+    QFormerConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
 from minigpt4_jax.data.batching import pad_sequences
 from minigpt4_jax.models.minigpt import Batch, Dropout
 from minigpt4_jax.models.qformer import QFormer
+from minigpt4_jax.models.stage1 import Stage1
 from minigpt4_jax.models.stage1_losses import (
     Negatives,
     Similarities,
@@ -58,14 +66,22 @@ class Case:
 
     @cached_property
     def stage1(self):
-        """The losses of stage 1 and their gradients; batches of equal shapes share a program."""
+        """The losses of stage 1 and their gradients, of rows in two groups. ranks: 1 if the second group has
+        no labels, and so halves the mean over groups. All dumps of a model share the program."""
 
-        def losses(trainable, frozen, batch, negatives):
+        def losses(trainable, frozen, batch, negatives, ranks):
             model = self.split.join(trainable, frozen)
-            found = stage1_losses(model, batch, negatives=negatives)
+            found = stage1_losses(model, batch, negatives=negatives, num_groups=2)
+            found = found._replace(captioning=found.captioning * 2 / ranks)
             return found.total, found
 
-        return jax.jit(jax.value_and_grad(losses, has_aux=True))
+        run = jax.jit(jax.value_and_grad(losses, has_aux=True))
+
+        def of_ranks(batch, negatives, *, ranks):
+            batch, negatives = in_groups(batch, negatives, ranks)
+            return run(self.split.trainable, self.split.frozen, batch, negatives, float(ranks))
+
+        return of_ranks
 
     def original(self, gradients):
         """Gradients by the original's names."""
@@ -77,6 +93,19 @@ class Case:
                 shape = original_shape(tensor, layer.shape, self.config)
                 named[original_key(self.table, tensor)] = layer.reshape(shape)
         return named
+
+
+def in_groups(batch, negatives, ranks, size=5):
+    """The rows of each rank, as many, filled up to groups of equal size with rows without labels, which count
+    nowhere; with one rank the second group has no others."""
+    each = len(batch.tokens) // ranks
+    places = [(rank, i) for rank in range(2) for i in range(size)]
+    rows = np.array([min(i, each - 1) + min(rank, ranks - 1) * each for rank, i in places])
+    is_filler = np.array([i >= each or rank >= ranks for rank, i in places])
+    filled = jax.tree.map(lambda a: a[rows], batch)
+    filled.label_positions[is_filler] = -1
+    moved = [(row // each * size + row % each)[rows] for row in negatives]
+    return filled, Negatives(*moved)
 
 
 def check_gradients(named, expected, prefix="grad/"):
@@ -118,15 +147,7 @@ def test_stage1(stage1, dump):
     )
     negatives = Negatives(expected["neg_image_for_text"], expected["neg_text_for_image"])
     assert batch.tokens.tolist() == expected["input_ids"].tolist()
-    if dump == "stage1_forward":
-        # Filled up with a row without labels, which counts nowhere, to the shapes of the next dump.
-        batch = jax.tree.map(lambda a: np.concatenate([a, a[:1]]), batch)
-        batch.label_positions[-1] = -1
-        negatives = Negatives(*(np.append(rows, 0) for rows in negatives))
-
-    (total, found), gradients = case.stage1(
-        case.split.trainable, case.split.frozen, batch, negatives
-    )
+    (total, found), gradients = case.stage1(batch, negatives, ranks=1)
     for name, value in (
         ("loss", total), ("loss_itc", found.contrastive), ("loss_itm", found.matching),
         ("loss_lm", found.captioning),
@@ -140,19 +161,64 @@ def test_stage1(stage1, dump):
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_dropout_follows_the_key(stage1):
-    case = stage1("pretrain")
-    batch = case.batch("pretrain", np.arange(3), ["a dog", "two men", "a boat"])
-    negatives = Negatives(np.array([1, 2, 0]), np.array([2, 0, 1]))
+def small_stage1():
+    """A model whose losses depend on everything, and a batch of three rows."""
+    vision = VisionConfig(image_size=8, patch_size=4, width=8, depth=1, heads=2, mlp=12)
+    qformer = QFormerConfig(
+        queries=2, hidden=8, layers=1, heads=2, ffn=12, vision_width=8, vocab=12, max_positions=6,
+        itc_width=4, lm_head=True,
+    )  # fmt: skip
+    config = ModelConfig(
+        "blip2-qformer",
+        vision,
+        qformer,
+        LlmConfig(QFORMER_LLM),
+        tokenizer=TokenizerConfig(bos_id=1),
+    )
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Stage1(config, nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda a: rng.normal(0.5, 0.5, a.shape).astype(np.float32), state)
+    lengths = np.array([5, 3, 4], np.int32)
+    labels = np.where(np.arange(5) < lengths[:, None], np.arange(5), -1)
+    pixels = rng.normal(0, 1, (3, 1, 8, 8, 3)).astype(np.float32)
+    batch = Batch(pixels, rng.integers(2, 12, (3, 5)), lengths, labels)
+    return graphdef, state, batch, Negatives(np.array([1, 2, 0]), np.array([2, 0, 1]))
+
+
+def test_dropout_follows_the_key():
+    graphdef, state, batch, negatives = small_stage1()
 
     @jax.jit
-    def losses(trainable, frozen, key):
-        model = case.split.join(trainable, frozen)
+    def losses(state, key):
+        model = nnx.merge(graphdef, state)
         return stage1_losses(model, batch, negatives=negatives, dropout=Dropout(qformer=key))
 
-    runs = [losses(case.split.trainable, case.split.frozen, jax.random.key(n)) for n in (0, 0, 1)]
+    runs = [losses(state, jax.random.key(n)) for n in (0, 0, 1)]
     first, again, other = np.array([[float(loss) for loss in run] for run in runs])
     assert (first == again).all() and (np.abs(first - other) > 1e-4).all()
+
+
+def test_rows_of_one_process_are_one_group():
+    """By default the captioning loss is the mean over the tokens of all rows, however many each has; the
+    other losses are the same in any groups, and with rows that fill them up."""
+    graphdef, state, batch, negatives = small_stage1()
+
+    @jax.jit
+    def losses(state):
+        model = nnx.merge(graphdef, state)
+        one, all_apart = (
+            stage1_losses(model, batch, negatives=negatives, **groups)
+            for groups in ({}, {"num_groups": 3})
+        )
+        filled, moved = in_groups(batch, negatives, 1)
+        return one, all_apart, stage1_losses(model, filled, negatives=moved, num_groups=2)
+
+    one, apart, filled = losses(state)
+    assert float(one.captioning) == pytest.approx(float(filled.captioning) * 2, rel=1e-5)
+    assert abs(one.captioning - apart.captioning) > 1e-4
+    for name in ("contrastive", "matching"):
+        expected = pytest.approx(float(getattr(one, name)), rel=1e-5)
+        assert float(getattr(apart, name)) == expected == float(getattr(filled, name)), name
 
 
 PASSES = ["read_image", "read_text", "read_both", "write_text"]
@@ -266,13 +332,8 @@ def test_stage1_of_two_processes(stage1, name):
     batch = case.batch(name, both("image_index"), captions, image_ids=ids)
     negatives = Negatives(both("neg_image_for_text"), both("neg_text_for_image"))
 
-    def loss(trainable, frozen, batch, negatives):
-        model = case.split.join(trainable, frozen)
-        return stage1_losses(model, batch, negatives=negatives, num_groups=2).total
-
     mean = np.mean([texts["losses"]["loss"] for _, texts in ranks])
-    run = jax.jit(jax.value_and_grad(loss))
-    total, gradients = run(case.split.trainable, case.split.frozen, batch, negatives)
+    (total, _), gradients = case.stage1(batch, negatives, ranks=2)
     assert float(total) == pytest.approx(mean, abs=1e-5)
     check_gradients(case.original(gradients), ranks[0][0], "grad_mean_over_ranks/")
 
