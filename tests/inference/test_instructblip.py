@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -118,17 +119,22 @@ def test_logits(case):
     pixels = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)[:, None]
     text = inputs["qformer_input_ids"].numpy()
     instruction = Instruction(np.pad(text, ((0, 0), (0, 5))), np.array([text.shape[1]]))
-    visual = module.encode(pixels, instruction=instruction)
     tokens = inputs["input_ids"].numpy().astype(np.int32)
     tokens[0, :QUERIES] = -1
-    embeds, lengths = module.merge(tokens, visual), np.array([tokens.shape[1]], np.int32)
-    if kind == "flant5":
-        encoded = module.llm.encode(embeds, lengths)
-        embeds = module.llm.embed_tokens(np.array([[0, 7, 9]]))
-        hidden = module.llm(embeds, np.array([3], np.int32), encoded=encoded)
-    else:
-        hidden = module.llm(embeds, lengths)
-    np.testing.assert_allclose(module.llm.logits(hidden)[0], expected, atol=1e-4, rtol=1e-4)
+
+    @jax.jit
+    def logits(module):
+        visual = module.encode(pixels, instruction=instruction)
+        embeds, lengths = module.merge(tokens, visual), np.array([tokens.shape[1]], np.int32)
+        if kind == "flant5":
+            encoded = module.llm.encode(embeds, lengths)
+            embeds = module.llm.embed_tokens(np.array([[0, 7, 9]]))
+            hidden = module.llm(embeds, np.array([3], np.int32), encoded=encoded)
+        else:
+            hidden = module.llm(embeds, lengths)
+        return module.llm.logits(hidden)[0]
+
+    np.testing.assert_allclose(logits(module), expected, atol=1e-4, rtol=1e-4)
     assert config.tokenizer.bos_id == (2 if kind == "vicuna" else None)
 
 
@@ -137,22 +143,23 @@ def test_answers(case):
     kind, theirs, _, ours = case
     model = minigpt4_jax.load(ours, "float32")
     images = reference.pictures()[: len(PROMPTS)]
-    for beams in (1, 3):
-        details = model.generate_details(images, PROMPTS, max_new_tokens=8, num_beams=beams)
+    # Limits, beams and rows as in the calls below, which so need no programs of their own.
+    for beams in (1, 5):
+        details = model.generate_details(images, PROMPTS, max_new_tokens=10, num_beams=beams)
         for prompt, image, (output,) in zip(PROMPTS, images, details, strict=True):
             inputs = inputs_of(kind, theirs, prompt, image)
             with torch.no_grad():
                 (ids,) = theirs.generate(
-                    **inputs, max_new_tokens=8, num_beams=beams, do_sample=False
+                    **inputs, max_new_tokens=10, num_beams=beams, do_sample=False
                 ).tolist()
             ids = ids[inputs["input_ids"].shape[1] :] if kind == "vicuna" else ids[1:]
             assert output.ids == reference.ended(ids, 2 if kind == "vicuna" else 1)
-    text = "".join(model.stream(images[0], PROMPTS[0], max_new_tokens=8))
-    assert text == model.generate(images[:1], PROMPTS[:1], max_new_tokens=8)[0]
-    assert len(model.answer(images, PROMPTS[0], max_length=6)) == 3
-    assert len(model.predict_answers(images[:2], PROMPTS[:2])) == 2
-    assert model.conversation().ask(PROMPTS[0], images[0], max_new_tokens=8) == text
-    nll, _ = model.score(images[:2], [PROMPTS[0]] * 2, ["red", "blue"])
+    text = "".join(model.stream(images[0], PROMPTS[0], max_new_tokens=10))
+    assert text == model.generate(images[:1], PROMPTS[:1], max_new_tokens=10)[0]
+    assert len(model.answer(images, PROMPTS[0], max_length=10)) == 3
+    assert len(model.predict_answers(images, PROMPTS)) == 3
+    assert model.conversation().ask(PROMPTS[0], images[0], max_new_tokens=10) == text
+    nll, _ = model.score(images, [PROMPTS[0]] * 3, ["red", "blue", "two"])
     assert np.isfinite(nll).all()
     with pytest.raises(UserError, match="together with its prompt"):
         model.encode_images(images)
