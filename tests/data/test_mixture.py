@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers.paths import TOKENIZER
+from helpers.questions import Questions
 from helpers.resuming import answers_of, data_config, half, joined, same_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,32 +24,13 @@ from minigpt4_jax.data.mixture import (
     mixture_cycle,
 )
 from minigpt4_jax.data.skipped import SkipCounter, SkippedRow
-from minigpt4_jax.errors import DataError, UserError
-from minigpt4_jax.processing.chat_templates import IMAGE_SLOT
+from minigpt4_jax.errors import UserError
 from minigpt4_jax.processing.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(TOKENIZER)
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=28), qformer=QFormerConfig(queries=8), max_text_length=20
 )
-
-
-class Questions:
-    """A Source with random questions; the answer identifies the example."""
-
-    dropped: dict[str, int] = {}  # noqa: RUF012
-
-    def __init__(self, name, photos, invalid=()):
-        self.name, self._photos, self._invalid = name, photos, invalid
-
-    def __len__(self):
-        return len(self._photos)
-
-    def example(self, index, rng):
-        if index in self._invalid:
-            raise DataError(f"{self.name} {index}: a torn row", "row that is torn")
-        question = f"{IMAGE_SLOT} {rng.integers(10)}?"
-        return Example((self._photos[index],), (question,), (f"{self.name}{index}",))
 
 
 def loader(components, *, batch_size=6, seed=1, multiple=1, shard=None, **data):
