@@ -171,7 +171,9 @@ class RunLog:
             if self._event_writer is None:
                 directory = self.directory / TENSORBOARD
                 directory.mkdir(exist_ok=True)
-                self._event_writer = EventsWriter(str(directory / "events"))
+                # Names have the second: a run that goes on within it would overwrite the earlier events.
+                suffix = f".{time.time_ns()}"
+                self._event_writer = EventsWriter(str(directory / "events"), suffix)
                 if self._step:  # tells TensorBoard to drop an interrupted run's later events
                     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
                     write(step=self._step + 1, session_log=start)

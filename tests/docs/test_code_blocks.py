@@ -8,6 +8,7 @@ is cut to two steps and answers to eight tokens; a command that several pages sh
 
 import configparser
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -64,16 +65,22 @@ def sandbox(tmp_path_factory) -> Path:
 
 
 def _write_models(folder: Path) -> None:
+    # One layer in each part but the Q-Former: programs of the unrolled layers are smaller.
+    sizes = {
+        "llm": dataclasses.replace(tiny.config().llm, layers=1),
+        "vision": dataclasses.replace(tiny.config().vision, depth=1),
+    }
     for name in (
         "models/minigpt4-7b",
         "runs/stage1/model",
         "runs/stage2/model",
         "quickstart/stage2/model",
     ):
-        tiny.write_model(folder / name)
+        tiny.write_model(folder / name, **sizes)
     tiny.write_model(
         folder / "models/minigpt-v2", qformer=False, variant="minigpt-v2",
         prompt_template="[INST] {} [/INST] ", chat_template="minigptv2", end_symbol="</s>",
+        **sizes,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ def config(*, qformer: bool = True, **changes) -> ModelConfig:
     q = QFormerConfig(queries=3, hidden=16, layers=2, heads=2, ffn=24, vision_width=16, dropout=0.1)
     llm = LlmConfig(vocab=785, width=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn=32)
     variant = "minigpt4-vicuna" if qformer else "minigpt4-llama2"
-    made = {"variant": variant, "llm": llm} | changes
-    return ModelConfig(vision=vision, qformer=q if qformer else None, **made).check()
+    made = {"variant": variant, "llm": llm, "vision": vision} | changes
+    return ModelConfig(qformer=q if qformer else None, **made).check()
 
 
 def write_model(out: Path, seed: int = 0, **changes) -> Path:

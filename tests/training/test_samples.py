@@ -55,6 +55,7 @@ def config(tmp_path_factory) -> TrainConfig:
     fields = {
         "steps": 4, "batch_size": 2, "warmup_steps": 1, "dtype": "float32", "save_every": 2,
         "log_every": 1, "eval_every": 0, "sample_every": 2, "sample_images": 3, "sample_tokens": 6,
+        "max_text_length": 12,  # batches of one width: each width is a program
     }  # fmt: skip
     return TrainConfig(model=str(folder / "model"), data=data, **fields)
 

@@ -33,7 +33,7 @@ def config(home, **choices):
     return TrainConfig(
         str(home / "model"), data=DataConfig(path=(str(home / "rows" / "rows.jsonl"),)),
         steps=4, batch_size=2, dtype="float32", save_every=2, warmup_steps=0, mesh="data:1",
-        eval=replace(choice, **choices),
+        eval=replace(choice, **choices), max_text_length=12,
     )  # fmt: skip
 
 

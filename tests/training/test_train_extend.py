@@ -30,6 +30,7 @@ def config(tmp_path_factory) -> TrainConfig:
     fields = {
         "steps": 3, "batch_size": 2, "init_lr": 0.01, "warmup_steps": 1, "dtype": "float32",
         "save_every": 2, "log_every": 1,
+        "max_text_length": 12,  # batches of one width: each width is a program
     }  # fmt: skip
     return TrainConfig(model=str(folder / "model"), data=data, **fields)
 

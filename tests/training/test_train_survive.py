@@ -45,6 +45,7 @@ def config(home: Path, **changes) -> TrainConfig:
     fields = {
         "steps": 6, "batch_size": 2, "init_lr": 0.01, "warmup_steps": 1, "dtype": "float32",
         "save_every": 2, "log_every": 1,
+        "max_text_length": 12,  # batches of one width: each width is a program
     }  # fmt: skip
     return dataclasses.replace(
         TrainConfig(model=str(home / "model"), data=data, **fields), **changes
