@@ -75,6 +75,7 @@ def test_chat_turns(case):
     dump, turns = case.arrays("chat"), []
     image = case.images[1 if case.name == "b" else 0]
     visual = case.model.encode_images([image])[0]
+    on_device = case.model.visual_tokens([image])[0]  # the program of a public conversation
     merge = jax.jit(case.module.merge)
     assert relative(visual, dump["img_emb"][0]) < 1e-4
     for n, turn in enumerate(case.document("chat")):
@@ -91,7 +92,7 @@ def test_chat_turns(case):
         theirs = dump[f"turn{n}/ids"][1:].tolist()
         stops = stop_sequences(case.tokenizer, case.config.end_symbol)
         options = SamplingParams(repetition_penalty=1.05)  # the chat's default
-        request = engine.Request(tokens, visual, len(theirs), options, stop_sequences=stops)
+        request = engine.Request(tokens, on_device, len(theirs), options, stop_sequences=stops)
         assert case.model.engine.generate([request])[0] == theirs
         turns[-1] = (question, turn["answer"])
 

@@ -60,7 +60,9 @@ def test_logits_are_close_to_those_of_the_float_cache(kind, window):
 def test_batch_size_refilled_slots_and_layout_do_not_change_the_ids(kind, options, monkeypatch):
     requests = greedy_requests(**options)
     an_engine = engine(kind=kind)
-    if options:  # a beam search is slow to compile: prompts of all sizes share one for each batch size
+    if (
+        options
+    ):  # a beam search is slow to compile: prompts of all sizes share one for each batch size
         inputs = partial(an_engine.batch_inputs, prompt_size=48)
         monkeypatch.setattr(an_engine, "batch_inputs", inputs)
     together = an_engine.generate(requests)
