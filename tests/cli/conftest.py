@@ -1,8 +1,8 @@
 """Fixtures for tests of `python -m minigpt4_jax.chat`."""
 
-import argparse
 import io
 import sys
+from functools import cache
 
 import pytest
 from helpers import model_calls, tiny
@@ -10,7 +10,8 @@ from helpers.chat_command import arguments
 from PIL import Image
 
 from minigpt4_jax import errors
-from minigpt4_jax.cli import chat, common
+from minigpt4_jax.cli import chat
+from minigpt4_jax.inference import loading
 
 
 @pytest.fixture(scope="session")
@@ -24,22 +25,23 @@ def chat_home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded_models():
-    """Options of loading -> the model that they name, loaded once."""
+    """Arguments of `begin_loading` -> what it returned, with a model that is loaded once."""
     return {}
 
 
 @pytest.fixture
 def chat_command(capsys, monkeypatch, loaded_models):
     """chat_command(*arguments) -> (exit code, stdout, stderr) of `python -m minigpt4_jax.chat`."""
-    load_model = common.load_model
+    begin_loading = loading.begin_loading
 
-    def load_once(args: argparse.Namespace):
-        options = (args.model, args.dtype, args.quantize, args.kv_cache, args.exif)
-        if options not in loaded_models:
-            loaded_models[options] = load_model(args)
-        return loaded_models[options]
+    def begin_once(*args: object, **options: object) -> loading.Loading:
+        key = (args, tuple(sorted(options.items())))
+        if key not in loaded_models:
+            begun = begin_loading(*args, **options)
+            loaded_models[key] = begun._replace(finish=cache(begun.finish))
+        return loaded_models[key]
 
-    monkeypatch.setattr(common, "load_model", load_once)
+    monkeypatch.setattr(loading, "begin_loading", begin_once)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
