@@ -268,7 +268,7 @@ class ModelRunner:
         tokens = np.zeros((b, prompt_size or bucket(int(lengths.max()))), np.int32)
         for target, row in zip(tokens, rows, strict=True):
             target[: len(row.tokens)] = row.tokens
-        seeds = jnp.asarray([row.seed % (1 << 32) for row in rows], jnp.uint32)
+        seeds = np.array([row.seed % (1 << 32) for row in rows], np.uint32)
         return BatchInputs(
             tokens, lengths,
             stack_visual(
@@ -279,9 +279,15 @@ class ModelRunner:
             stack_stop_sequences(
                 [row.stop_sequences for row in rows], sizes.num_stops, sizes.stop_width
             ),
-            jax.vmap(partial(jax.random.key, impl=PRNG))(seeds),
+            _keys(seeds),
             stack_sampling_params([row.sampling for row in rows]),
         )  # fmt: skip
+
+
+@jax.jit
+def _keys(seeds: jax.Array) -> jax.Array:
+    """PRNG keys [B] of seeds [B] uint32."""
+    return jax.vmap(partial(jax.random.key, impl=PRNG))(seeds)
 
 
 def _read_options(model: MiniGpt, mesh: Mesh | None) -> str:
