@@ -60,8 +60,8 @@ def vision_layers(model, pixels):
     """What each layer of the vision side computes, by its name in the dump."""
     x = model.vit.embed(pixels)
     found = {"patch_embed": x, "vit": model.vit(pixels)}
-    cls = model.vit.cls[...]
-    x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape[-2:])), x], 1)
+    cls = jnp.broadcast_to(model.vit.cls[...], (len(x), 1, x.shape[-1]))
+    x = jnp.concatenate([cls, x], 1)
     x = x + model.vit.pos[...]
     graphdef, state = nnx.split(model.vit.blocks)
     for i in range(model.config.vision.depth):
