@@ -11,15 +11,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 
-# Most of a test's time is compilation, which uses one core. There are more workers than the two cores of CI, as
-# tests that wait for processes and sockets leave a core idle.
-PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations 15
+# Most of a test's time is compilation, which uses one core. One worker more than the two cores of CI: tests that
+# wait for processes and sockets leave a core idle.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 TPU_VENV ?= .venv-tpu
 IMAGE_OPTIONS ?= --python=$(PYTHON)
 GPU_VENV ?= .venv-gpu
 
-.PHONY: quickstart tiny_v2 compare demo test test-quickly-compiled test-as-compiled-for-users smoke tpu-check gpu-check image-check lint docs clean
+.PHONY: quickstart tiny_v2 compare demo test smoke tpu-check gpu-check image-check lint docs clean
 
 quickstart: $(VENV)/.package $(VENV)/.smollm2
 	$(BIN)/python -m minigpt4_jax.quickstart $(ARGS)
@@ -33,18 +33,12 @@ compare: $(VENV)/.package $(VENV)/.smollm2
 demo: $(VENV)/.demo
 	$(BIN)/python -m minigpt4_jax.demo $(ARGS)
 
-# Two runs at the same time: the first compiles quickly; the second runs the tests marked default_compiler, whose
-# programs are compiled as for users (tests/conftest.py). Its output is printed when it has ended.
+# The first run compiles quickly; the second runs the tests marked default_compiler, whose programs are compiled
+# as for users (tests/conftest.py).
 # Exit code 5: no test was selected.
 test: $(VENV)/.dev $(VENV)/.smollm2
-	@$(MAKE) --no-print-directory -j2 test-quickly-compiled test-as-compiled-for-users
-
-test-quickly-compiled:
-	$(PYTEST) -n 3 --quick-codegen $(ARGS) || [ $$? = 5 ]
-
-test-as-compiled-for-users:
-	@log=$$(mktemp) && { $(PYTEST) -n 1 -m default_compiler -o cache_dir=.pytest_cache/as-for-users \
-	  $(ARGS) > $$log 2>&1 || code=$$?; printf '\n'; cat $$log; rm -f $$log; [ $${code:-0} = 0 ] || [ $$code = 5 ]; }
+	$(PYTEST) --quick-codegen $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -m default_compiler $(ARGS) || [ $$? = 5 ]
 
 # A fast test of each part, without PyTorch: `make VENV=.venv312 PYTHON=python3.12 smoke`.
 smoke: $(VENV)/.package

@@ -1,7 +1,9 @@
 """One layer of each network at full size, in float32, against float64 NumPy; parameter counts."""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,10 +28,13 @@ pytestmark = pytest.mark.default_compiler
 def random_layer(make):
     """(a layer with all parameters random, its tensors by name)."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    rng, tensors, filled = np.random.default_rng(0), {}, []
-    for path, leaf in nnx.to_flat_state(state):
-        value = rng.standard_normal(leaf.shape, np.float32)
-        value *= leaf.shape[-1] ** -0.5 if len(leaf.shape) > 1 else 0.3
+    leaves, tensors, filled = nnx.to_flat_state(state), {}, []
+    # Parts of one array, a few numbers apart: drawing all of them takes seconds.
+    sizes = [math.prod(leaf.shape) for _, leaf in leaves]
+    numbers = np.random.default_rng(0).standard_normal(max(sizes) + 16 * len(sizes), np.float32)
+    for n, (path, leaf) in enumerate(leaves):
+        value = numbers[16 * n :][: sizes[n]].reshape(leaf.shape)
+        value = value * np.float32(leaf.shape[-1] ** -0.5 if len(leaf.shape) > 1 else 0.3)
         if path[-1] == "scale":
             value += 1
         tensors[".".join(map(str, path))] = value
@@ -41,6 +46,11 @@ def tokens(count, width, seed=1):
     return np.random.default_rng(seed).standard_normal((1, count, width), np.float32)
 
 
+@partial(jax.jit, static_argnames="queries")
+def run(block, *args, **queries):
+    return block(*args, **queries)
+
+
 def check(ours, expected):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(ours) / scale, expected / scale, atol=1e-5)
@@ -49,7 +59,7 @@ def check(ours, expected):
 def test_vit_block():
     c, x = VisionConfig(), tokens(257, 1408)
     block, tensors = random_layer(lambda r: vit.Block(c, r))
-    check(block(jnp.asarray(x))[0], oracle.vit_block(tensors, "", oracle.f64(x[0]), c))
+    check(run(block, x)[0], oracle.vit_block(tensors, "", oracle.f64(x[0]), c))
 
 
 def test_qformer_layer():
@@ -57,7 +67,7 @@ def test_qformer_layer():
     block, tensors = random_layer(lambda r: qformer.Block(c, 0, r))
     x64, vision64 = oracle.f64(x[0]), oracle.f64(vision[0])
     expected = oracle.qformer_layer(tensors, "", x64, vision64, c, cross=True)
-    ours, _ = block(jnp.asarray(x), jnp.asarray(vision), None, queries=32)
+    ours, _ = run(block, x, vision, None, queries=32)
     check(ours[0], expected)
 
 
@@ -66,7 +76,7 @@ def test_llama_7b_layer():
     c, x = LlmConfig(), tokens(12, 4096)
     block, tensors = random_layer(lambda r: llm_layers.Block(c, None, r))
     rope = positions.rotary(c, jnp.arange(12)[None])
-    ours, _ = block(jnp.asarray(x), rope, jnp.asarray([12]))
+    ours, _ = run(block, x, rope, np.array([12]))
     check(ours[0], oracle.llm_block(tensors, "", oracle.f64(x[0]), c))
 
 
