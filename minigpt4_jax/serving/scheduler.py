@@ -264,6 +264,10 @@ class Scheduler:
             if self._encodes_alone and self._next is not None:
                 self._fail(self._next, error)
                 self._next = None
+            else:
+                log.warning(
+                    "encoding several images failed, so each request's alone: %s", one_line(error)
+                )
             self._encodes_alone = not self._encodes_alone
 
     def _begin(self, job: Generation, visual: list[np.ndarray]) -> None:

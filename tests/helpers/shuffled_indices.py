@@ -9,10 +9,13 @@ import types
 
 
 def remember() -> None:
-    """Shuffle with a cache in this process."""
-    from grain._src.python.dataset.transformations import shuffle
+    """Shuffle with a cache in this process; without one if Grain's private module has changed."""
+    try:
+        from grain._src.python.dataset.transformations import shuffle
 
-    function = shuffle.index_shuffle.index_shuffle
+        function = shuffle.index_shuffle.index_shuffle
+    except (ImportError, AttributeError):
+        return
     if not hasattr(function, "cache_info"):
         cached = functools.lru_cache(1 << 16)(function)
         shuffle.index_shuffle = types.SimpleNamespace(index_shuffle=cached)
