@@ -11,8 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import shuffled_indices
-from helpers.virtual_devices import quick_codegen_flags
+from helpers import quick_codegen, shuffled_indices
 from PIL import Image
 
 if find_spec("hypothesis"):
@@ -63,8 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick-codegen",
         action="store_true",
-        help="leave out the tests marked default_compiler and compile programs with the code generator "
-        "that needs half the time; `make test` runs the marked tests separately, as users' programs are",
+        help="compile programs with the code generator that needs half the time, except in modules marked "
+        "default_compiler",
     )
 
 
@@ -79,22 +78,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # PyTorch's threads wait for work in a loop: for small models that costs more than their work.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.getoption("quick_codegen") and "PYTEST_XDIST_WORKER" not in os.environ:
-        flags = [os.environ.get("XLA_FLAGS"), quick_codegen_flags()]
+        flags = [os.environ.get("XLA_FLAGS"), quick_codegen.flags()]
         os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # The imports of all test files need ten seconds; the second run of `make test` selects few of them.
-    if config.option.markexpr != "default_compiler" or collection_path.suffix != ".py":
-        return None
-    return True if "default_compiler" not in collection_path.read_text(encoding="utf-8") else None
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("quick_codegen"):
-        left_out = [item for item in items if item.get_closest_marker("default_compiler")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -135,7 +123,8 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile with few optimizations, which takes a quarter of the time, here and in the processes that
     tests start; except in modules marked default_compiler."""
     if request.node.get_closest_marker("default_compiler"):
-        yield
+        with quick_codegen.default_options():
+            yield
         return
     name = "jax_disable_most_optimizations"
     with pytest.MonkeyPatch.context() as patch:

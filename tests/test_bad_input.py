@@ -27,7 +27,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    tiny.write_random_model(folder / "model")
+    tiny.write_random_model(folder / "model", llm_layers=1)
     tiny.write_data(folder / "data", rows=4)
     return folder
 

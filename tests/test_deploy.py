@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.paths import ROOT
 
-from minigpt4_jax.cli import serve, serve_ray
+from minigpt4_jax.cli import serve_options, serve_ray
 from minigpt4_jax.serving.gate import OPEN_PATHS
 
 KUBERNETES = "1.30"
@@ -31,7 +31,7 @@ def _options(arguments):
     """What the server makes of arguments after those of the image's entry point."""
     program, command, *fixed = _json_list("ENTRYPOINT")
     assert (program, command) == ("minigpt4", "serve")
-    return serve.parse([*fixed, *arguments])
+    return serve_options.parse([*fixed, *arguments])
 
 
 def test_the_dockerfile_has_no_lint():

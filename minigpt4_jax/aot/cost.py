@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from minigpt4_jax.aot.hbm_traffic import hbm_traffic
-from minigpt4_jax.aot.hlo import Computation, Instruction, Module, is_collective, operand_arrays
+from minigpt4_jax.aot.hlo import Computation, HloInstruction, Module, is_collective, operand_arrays
 from minigpt4_jax.aot.matmul_flops import matmul_flops
 
 
@@ -103,14 +103,14 @@ def _merge(executions: dict[tuple[str, int, int, bool, str], int]) -> tuple[Coll
 
 
 def _instruction_cost(
-    i: Instruction, computation: Computation, module: Module, count: int
+    i: HloInstruction, computation: Computation, module: Module, count: int
 ) -> InstructionCost:
     flops, mxu_flops = matmul_flops(i, computation, module)
     hbm_bytes, overlapped = hbm_traffic(i, computation, module)
     return InstructionCost(flops, mxu_flops, hbm_bytes, overlapped, count)
 
 
-def _group_size(i: Instruction) -> int:
+def _group_size(i: HloInstruction) -> int:
     """Chips per group, from replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=4] {'b'};
     2 for a permutation. ValueError: another format."""
     text = i.attributes
@@ -129,7 +129,7 @@ def _group_size(i: Instruction) -> int:
     return size
 
 
-def _full_size(i: Instruction, computation: Computation) -> int:
+def _full_size(i: HloInstruction, computation: Computation) -> int:
     """Bytes of the full array, before a scatter or after a gather."""
     kind = i.opcode.removesuffix("-start")
     if kind == "reduce-scatter":

@@ -6,7 +6,7 @@ slices an operand, the slices count; if it updates one in place, the update coun
 
 from collections import defaultdict
 
-from minigpt4_jax.aot.hlo import Computation, Instruction, Module, is_collective, operand_arrays
+from minigpt4_jax.aot.hlo import Computation, HloInstruction, Module, is_collective, operand_arrays
 
 # Instructions without traffic of their own: aliases, control flow, and the second half of
 # asynchronous operations, which are counted at their start.
@@ -25,10 +25,10 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 # Name of an instruction -> (instruction that uses it, position among its operands)
-_Users = dict[str, list[tuple[Instruction, int]]]
+_Users = dict[str, list[tuple[HloInstruction, int]]]
 
 
-def hbm_traffic(i: Instruction, computation: Computation, module: Module) -> tuple[float, bool]:
+def hbm_traffic(i: HloInstruction, computation: Computation, module: Module) -> tuple[float, bool]:
     """(bytes, whether the instruction is asynchronous and overlaps others)"""
     if i.opcode in _NO_TRAFFIC or _is_free_call(i):
         return 0.0, False
@@ -40,13 +40,13 @@ def hbm_traffic(i: Instruction, computation: Computation, module: Module) -> tup
     return _bytes_written(i, module) + _bytes_read(i, computation, module), False
 
 
-def _is_free_call(i: Instruction) -> bool:
+def _is_free_call(i: HloInstruction) -> bool:
     return i.opcode == "custom-call" and any(
         f'custom_call_target="{name}' in i.attributes for name in _NO_TRAFFIC_CALLS
     )
 
 
-def _async_copy_bytes(i: Instruction, computation: Computation) -> float:
+def _async_copy_bytes(i: HloInstruction, computation: Computation) -> float:
     """Bytes of the result, once for its write and once for the read, each if that side is in HBM."""
     arrays = i.arrays[:2]
     result = arrays[0] if i.opcode == "copy-start" else arrays[-1]
@@ -55,14 +55,14 @@ def _async_copy_bytes(i: Instruction, computation: Computation) -> float:
     return float(read + (result.bytes if result.hbm else 0))
 
 
-def _fused_computation(i: Instruction, module: Module) -> Computation:
+def _fused_computation(i: HloInstruction, module: Module) -> Computation:
     """The body of a fusion; empty for other instructions."""
     if i.opcode != "fusion" or not i.called:
         return {}
     return module.computations.get(i.called[0], {})
 
 
-def _bytes_written(i: Instruction, module: Module) -> float:
+def _bytes_written(i: HloInstruction, module: Module) -> float:
     if i.opcode == "dynamic-update-slice":
         return 0.0  # in place: the update is counted as read
     partial = _partial_writes(i, module)
@@ -72,7 +72,7 @@ def _bytes_written(i: Instruction, module: Module) -> float:
     return float(sum(partial.get(n, a.bytes) for n, a in arrays if a.hbm))
 
 
-def _partial_writes(i: Instruction, module: Module) -> dict[int, int]:
+def _partial_writes(i: HloInstruction, module: Module) -> dict[int, int]:
     """Index of a fusion's output -> bytes, for outputs that are not fully written: arrays updated
     in place, and those forwarded by a piece of a collective."""
     body = _fused_computation(i, module)
@@ -93,14 +93,16 @@ def _partial_writes(i: Instruction, module: Module) -> dict[int, int]:
     return written
 
 
-def _elementwise_origin(i: Instruction | None, computation: Computation) -> Instruction | None:
+def _elementwise_origin(
+    i: HloInstruction | None, computation: Computation
+) -> HloInstruction | None:
     """Follow a chain of bitcasts and conversions back to its first instruction."""
     while i is not None and i.opcode in _ELEMENTWISE and i.operands:
         i = computation.get(i.operands[0])
     return i
 
 
-def _bytes_read(i: Instruction, computation: Computation, module: Module) -> float:
+def _bytes_read(i: HloInstruction, computation: Computation, module: Module) -> float:
     if i.opcode in _SLICES:
         source = operand_arrays(i.operands[0], computation)
         return float(i.arrays[0].bytes) if source and source[0].hbm else 0.0
@@ -113,7 +115,7 @@ def _bytes_read(i: Instruction, computation: Computation, module: Module) -> flo
     return total
 
 
-def _partial_reads(i: Instruction, module: Module) -> dict[int, int]:
+def _partial_reads(i: HloInstruction, module: Module) -> dict[int, int]:
     """Index of a fusion's operand -> bytes, for operands of which only slices are read."""
     body = _fused_computation(i, module)
     users: _Users = defaultdict(list)

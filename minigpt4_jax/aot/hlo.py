@@ -58,7 +58,7 @@ def parse_type(text: str) -> list[Array]:
 
 
 @dataclass
-class Instruction:
+class HloInstruction:
     """One line of a computation."""
 
     name: str
@@ -87,7 +87,7 @@ class Instruction:
         return match[1] if match else ""
 
 
-Computation = dict[str, Instruction]  # by name, in program order
+Computation = dict[str, HloInstruction]  # by name, in program order
 
 
 def operand_arrays(name: str, computation: Computation) -> list[Array]:
@@ -95,7 +95,7 @@ def operand_arrays(name: str, computation: Computation) -> list[Array]:
     return computation[name].arrays if name in computation else []
 
 
-def skip_copies(name: str, computation: Computation) -> Instruction | None:
+def skip_copies(name: str, computation: Computation) -> HloInstruction | None:
     """The instruction behind a name, with copies and bitcasts skipped."""
     i = computation.get(name)
     while i is not None and i.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
@@ -117,7 +117,7 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def is_collective(i: Instruction) -> bool:
+def is_collective(i: HloInstruction) -> bool:
     """Whether chips communicate; of an asynchronous collective only the start counts."""
     return i.opcode.removesuffix("-start") in COLLECTIVES
 
@@ -149,7 +149,7 @@ class Module:
                     self.caller_opcodes.setdefault(called, i.opcode)
         return dict(counts)
 
-    def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
+    def trip_count(self, loop: HloInstruction, computation: Computation) -> int | None:
         """Iterations of a while loop: its known_trip_count, or computed from the condition
         `counter < constant` if the counter starts at a constant and grows by a constant. None if it
         depends on data. computation: the one that contains the loop."""
@@ -191,10 +191,10 @@ class Module:
     def _known(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.computations]
 
-    def _called_by(self, loop: Instruction, attribute: str) -> Computation:
+    def _called_by(self, loop: HloInstruction, attribute: str) -> Computation:
         return self.computations.get(loop.attribute(attribute)[1:], {})
 
-    def _increment(self, loop: Instruction, index: int) -> int | None:
+    def _increment(self, loop: HloInstruction, index: int) -> int | None:
         """Constant that an iteration adds to element `index` of the loop state."""
         body = self._called_by(loop, "body")
         state = next(reversed(body.values()), None)
@@ -216,7 +216,7 @@ class Module:
         order.append(name)
 
 
-def _initial_value(loop: Instruction, index: int, computation: Computation) -> int | None:
+def _initial_value(loop: HloInstruction, index: int, computation: Computation) -> int | None:
     """Constant that element `index` of the loop state starts from."""
     state = computation.get(loop.operands[0])
     if state is None or state.opcode != "tuple":
@@ -241,7 +241,7 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def _parse_instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> HloInstruction | None:
     match = _INSTRUCTION_NAME.match(line)
     if not match:
         return None
@@ -252,7 +252,7 @@ def _parse_instruction(line: str) -> Instruction | None:
     close = _closing_parenthesis(rest, len(opcode))
     arguments = rest[len(opcode) + 1 : close]
     operands = re.findall(r"%([\w.\-]+)", arguments)
-    return Instruction(match[1], opcode, result_type, operands, rest[close + 1 :], arguments)
+    return HloInstruction(match[1], opcode, result_type, operands, rest[close + 1 :], arguments)
 
 
 def _closing_parenthesis(text: str, start: int) -> int:

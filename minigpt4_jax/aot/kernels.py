@@ -9,7 +9,7 @@ a few.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minigpt4_jax.aot.hlo import Instruction, Module
+from minigpt4_jax.aot.hlo import HloInstruction, Module
 
 # Instructions that start no kernel: aliases, control flow, and the second half of asynchronous ones.
 _NO_KERNEL = {
@@ -80,7 +80,7 @@ def _reachable(start: str, module: Module) -> set[str]:
     return found
 
 
-def _only_moves(i: Instruction, module: Module) -> bool:
+def _only_moves(i: HloInstruction, module: Module) -> bool:
     """Whether a kernel copies, slices, transposes or joins arrays, and computes nothing."""
     if i.opcode != "fusion":
         return i.opcode in _MOVES
@@ -88,14 +88,14 @@ def _only_moves(i: Instruction, module: Module) -> bool:
     return opcodes <= set(_IN_MOVES) and not opcodes.isdisjoint(_MOVES)
 
 
-def _moves_arguments(i: Instruction, computation: str, module: Module) -> bool:
+def _moves_arguments(i: HloInstruction, computation: str, module: Module) -> bool:
     """Whether all arrays that a copy reads are arguments of the program."""
     body = module.computations[computation]
     arrays = [name for name in i.operands if name in body and _is_large(body[name])]
     return bool(arrays) and all(_is_argument(name, computation, module) for name in arrays)
 
 
-def _is_large(i: Instruction) -> bool:
+def _is_large(i: HloInstruction) -> bool:
     return any(a.bytes >= _SMALL for a in i.arrays)
 
 
@@ -125,7 +125,7 @@ def _is_argument(name: str, computation: str, module: Module) -> bool:
             return False
 
 
-def _callers(called: str, module: Module) -> Iterator[tuple[str, Instruction]]:
+def _callers(called: str, module: Module) -> Iterator[tuple[str, HloInstruction]]:
     """(computation, instruction) that run a computation as a loop or a call."""
     for name, computation in module.computations.items():
         for i in computation.values():

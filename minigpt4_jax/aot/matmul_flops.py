@@ -4,11 +4,13 @@ import math
 import re
 from functools import cache
 
-from minigpt4_jax.aot.hlo import Computation, Instruction, Module, operand_arrays
+from minigpt4_jax.aot.hlo import Computation, HloInstruction, Module, operand_arrays
 from minigpt4_jax.models.attention import SPLASH_BLOCK
 
 
-def matmul_flops(i: Instruction, computation: Computation, module: Module) -> tuple[float, float]:
+def matmul_flops(
+    i: HloInstruction, computation: Computation, module: Module
+) -> tuple[float, float]:
     """(FLOPs, FLOPs times bfloat16 passes) of an instruction and, for a fusion, of all it contains."""
     if i.opcode in ("dot", "convolution"):
         flops = (_dot_flops if i.opcode == "dot" else _convolution_flops)(i, computation)
@@ -26,7 +28,7 @@ def matmul_flops(i: Instruction, computation: Computation, module: Module) -> tu
     return flops, mxu_flops
 
 
-def _library_product_flops(i: Instruction, computation: Computation) -> float:
+def _library_product_flops(i: HloInstruction, computation: Computation) -> float:
     """FLOPs of a product that XLA leaves to cuBLAS, or of an attention of cuDNN; 0 for other calls."""
     result = i.arrays[0] if i.arrays else None
     if 'custom_call_target="__cublas' in i.attributes:
@@ -47,7 +49,7 @@ def _library_product_flops(i: Instruction, computation: Computation) -> float:
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def _attention_kernel_flops(i: Instruction, computation: Computation) -> float:
+def _attention_kernel_flops(i: HloInstruction, computation: Computation) -> float:
     """FLOPs of a causal attention kernel; 0 for other custom calls."""
     match = re.match(r"splash_mha_(fwd|dq|dkv)", i.name)
     operands = [a for name in i.operands for a in operand_arrays(name, computation)]
@@ -60,7 +62,7 @@ def _attention_kernel_flops(i: Instruction, computation: Computation) -> float:
     return 2.0 * _KERNEL_PRODUCTS[match[1]] * scores * head_dim
 
 
-def _bfloat16_passes(i: Instruction, computation: Computation) -> float:
+def _bfloat16_passes(i: HloInstruction, computation: Computation) -> float:
     """bfloat16 passes of the matrix unit: a float32 product takes 6 at highest precision, 3 at high; GPUs
     multiply float8 at twice the rate of bfloat16."""
     if 'custom_call_target="__cublas$lt$matmul$f8"' in i.attributes:
@@ -71,14 +73,14 @@ def _bfloat16_passes(i: Instruction, computation: Computation) -> float:
     return 6 if "highest" in i.attributes else 3 if "high" in i.attributes else 1
 
 
-def _dot_flops(i: Instruction, computation: Computation) -> float:
+def _dot_flops(i: HloInstruction, computation: Computation) -> float:
     """2 x elements of the result x size of the contracted dimensions."""
     left = operand_arrays(i.operands[0], computation)
     axes = [int(d) for d in re.findall(r"\d+", i.attribute("lhs_contracting_dims"))]
     return 2.0 * i.arrays[0].size * math.prod(left[0].dims[a] for a in axes) if left else 0.0
 
 
-def _convolution_flops(i: Instruction, computation: Computation) -> float:
+def _convolution_flops(i: HloInstruction, computation: Computation) -> float:
     """2 x batch x output features x input features of a group x position pairs that overlap.
 
     The TPU compiler writes matrix products as convolutions; the batch of an attention product becomes

@@ -48,7 +48,7 @@ class _Sample(NamedTuple):
 
 
 @dataclass
-class Report:
+class DataReport:
     """What was found in a dataset. `failed`: something cannot be read.
 
     dropped, left_out: see data.dataset.Source. turns: its share of the mixture. opened: examples
@@ -124,7 +124,7 @@ def check_sheet(path: Path) -> None:
         raise UserError(f"--sheet={path}: {folder} is no directory that can be written")
 
 
-def write_sheet(reports: Sequence[Report], path: Path) -> None:
+def write_sheet(reports: Sequence[DataReport], path: Path) -> None:
     """Save the samples as one image, if there are any, and print its path."""
     samples = [sample for report in reports for sample in report.samples]
     if samples:
@@ -169,9 +169,9 @@ def check(
     seed: int,
     *,
     exif: bool = False,
-) -> Report:
+) -> DataReport:
     """Open a dataset and `look` random examples of it (None: all); keep some as samples."""
-    report = Report(name)
+    report = DataReport(name)
     try:
         source = open_source()
     except UserError as e:
@@ -256,7 +256,7 @@ def _shorten(text: str) -> str:
     return textwrap.shorten(text, _MAX_TEXT, placeholder=" ...")
 
 
-def format_reports(reports: Sequence[Report]) -> str:
+def format_reports(reports: Sequence[DataReport]) -> str:
     """One line per dataset, followed by what is wrong with it."""
     width = max(len(report.name) for report in reports)
     head = (

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minigpt4_jax.cli import common, ray_cluster
-from minigpt4_jax.cli import serve as serve_command
+from minigpt4_jax.cli import common, ray_cluster, serve_options
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,7 +31,7 @@ def load(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     logging.getLogger("minigpt4_jax").setLevel(logging.INFO)
     from minigpt4_jax.serving.app import create_app
 
-    service = serve_command.make_service(common.load_model(args), args)
+    service = serve_options.make_service(common.load_model(args), args)
     app = create_app(service, allow_image_urls=args.allow_image_urls, log_prompts=args.log_prompts)
     return app, service
 
@@ -53,7 +52,7 @@ def make_application(
         ingresses=min(high, ray_cluster.num_machines()),
         shutdown_seconds=args.shutdown_timeout,
     )
-    limits = serve_command.limits_of(args)
+    limits = serve_options.limits_of(args)
     return build(
         partial(load, args), deployment,
         limits=limits, keys=keys, hosts=hosts, compiled=args.warm_up,
@@ -65,7 +64,7 @@ def parse(options: Mapping[str, Any]) -> argparse.Namespace:
     words = ["--ray"]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    return serve_command.parse(words)
+    return serve_options.parse(words)
 
 
 def build(options: dict[str, Any]) -> "serve.Application":
@@ -74,7 +73,7 @@ def build(options: dict[str, Any]) -> "serve.Application":
     UserError: wrong options.
     """
     args = parse(options)
-    return make_application(args, serve_command.read_keys(args.api_key_file))
+    return make_application(args, serve_options.read_keys(args.api_key_file))
 
 
 def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
@@ -86,7 +85,7 @@ def main(args: argparse.Namespace, keys: Sequence[str]) -> int:
         _on_signal(_leave)
         begin = time.monotonic()
         port = args.port or _free_port(args.host)
-        made = make_application(args, keys, serve_command.allowed_hosts(args, keys))
+        made = make_application(args, keys, serve_options.allowed_hosts(args, keys))
         ingress = application.start(made, args.host, port)
         stopped = threading.Event()
         _on_signal(lambda *_: stopped.set())

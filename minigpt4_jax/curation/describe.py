@@ -49,7 +49,7 @@ class RawPrompts:
         return question
 
 
-class Task(NamedTuple):
+class DescribeTask(NamedTuple):
     """A description to write. number: of the row, which is added to the seed."""
 
     number: int
@@ -72,7 +72,7 @@ class Description:
 class _Row(NamedTuple):
     """A request in the running batch."""
 
-    task: Task
+    task: DescribeTask
     request: "Request"
     first: "GenerationOutput | None" = None  # the answer of the first turn, in a second one
 
@@ -124,13 +124,15 @@ class Describer:
 
     # --- the running batch ------------------------------------------------------------------------
 
-    def run(self, tasks: Sequence[Task], batch_size: int) -> Iterator[tuple[Task, Description]]:
+    def run(
+        self, tasks: Sequence[DescribeTask], batch_size: int
+    ) -> Iterator[tuple[DescribeTask, Description]]:
         """Yield each task with its description as it is finished.
 
         Tasks of the same image should be next to each other: it is then encoded once.
         """
         waiting: deque[_Row] = deque()  # second turns
-        finished: deque[tuple[Task, Description]] = deque()  # images that cannot be read
+        finished: deque[tuple[DescribeTask, Description]] = deque()  # images that cannot be read
         first_turns = self._first_turns(tasks, finished)
         longest = len(self._sized_for[1].tokens)
 
@@ -155,10 +157,10 @@ class Describer:
         self,
         rows: Iterator[_Row],
         waiting: deque[_Row],
-        finished: deque[tuple[Task, Description]],
+        finished: deque[tuple[DescribeTask, Description]],
         sized_for: "list[Request]",
         batch_size: int,
-    ) -> Iterator[tuple[Task, Description]]:
+    ) -> Iterator[tuple[DescribeTask, Description]]:
         taken: dict[int, _Row] = {}
 
         def requests() -> "Iterator[Request]":
@@ -195,7 +197,7 @@ class Describer:
     # --- images ---------------------------------------------------------------------------------
 
     def _first_turns(
-        self, tasks: Sequence[Task], failed: deque[tuple[Task, Description]]
+        self, tasks: Sequence[DescribeTask], failed: deque[tuple[DescribeTask, Description]]
     ) -> Iterator[_Row]:
         """The first turn of each task whose image can be read; the others go to `failed`."""
         from minigpt4_jax.inference.encode_ahead import ImageFailure

@@ -34,7 +34,7 @@ _MIN_LATIN = 0.95  # share of letters
 
 
 @dataclass(frozen=True)
-class Limits:
+class FilterLimits:
     """What the filters tolerate.
 
     min_characters: of a text. ngram: length of the word sequences that are counted. max_repetition: share
@@ -70,21 +70,21 @@ def sentences_of(text: str) -> list[str]:
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 
-def _is_short(text: str, limits: Limits) -> bool:
+def _is_short(text: str, limits: FilterLimits) -> bool:
     return len(text) < limits.min_characters
 
 
-def _apologizes(text: str, limits: Limits) -> bool:
+def _apologizes(text: str, limits: FilterLimits) -> bool:
     return _APOLOGY.search(text) is not None
 
 
-def _repeats(text: str, limits: Limits) -> bool:
+def _repeats(text: str, limits: FilterLimits) -> bool:
     sentences = [" ".join(words_of(sentence)) for sentence in sentences_of(text)]
     long = [sentence for sentence in sentences if sentence.count(" ") >= 2]
     return len({*long}) < len(long) or repetition(text, limits.ngram) > limits.max_repetition
 
 
-def _is_meaningless(text: str, limits: Limits) -> bool:
+def _is_meaningless(text: str, limits: FilterLimits) -> bool:
     if _MARKUP.search(text) or _RUN.search(text):
         return True
     if any(len(word) > _LONGEST_WORD for word in text.split()):
@@ -97,7 +97,7 @@ def _is_meaningless(text: str, limits: Limits) -> bool:
     return broken or "\ufffd" in text or letters < 0.75 * len(text)
 
 
-def _is_not_english(text: str, limits: Limits) -> bool:
+def _is_not_english(text: str, limits: FilterLimits) -> bool:
     letters = [c for c in text if c.isalpha()]
     latin = sum(unicodedata.name(c, "").startswith("LATIN") for c in letters)
     if latin < _MIN_LATIN * len(letters):
@@ -108,7 +108,7 @@ def _is_not_english(text: str, limits: Limits) -> bool:
 
 
 # In this order: a text is counted under the first that finds it.
-FILTERS: dict[str, Callable[[str, Limits], bool]] = {
+FILTERS: dict[str, Callable[[str, FilterLimits], bool]] = {
     "apology": _apologizes,
     "language": _is_not_english,
     "meaningless": _is_meaningless,
@@ -117,7 +117,9 @@ FILTERS: dict[str, Callable[[str, Limits], bool]] = {
 }
 
 
-def find_fault(text: str, limits: Limits, without: frozenset[str] = frozenset()) -> str | None:
+def find_fault(
+    text: str, limits: FilterLimits, without: frozenset[str] = frozenset()
+) -> str | None:
     """The name of the first filter that removes a text, or None. without: filters that are not used."""
     for name, finds in FILTERS.items():
         if name not in without and finds(text, limits):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from minigpt4_jax.curation.answers import REFUSED, Answer
-from minigpt4_jax.curation.filters import Limits, find_fault
+from minigpt4_jax.curation.filters import FilterLimits, find_fault
 from minigpt4_jax.curation.rows import Row
 
 # Causes of removal besides the names of the filters
@@ -67,7 +67,7 @@ def judge_reply(text: str, answer: Answer) -> tuple[str, str | None]:
 def polish_rows(
     rows: Sequence[Row],
     answer_of: Callable[[str], Answer | None] | None,
-    limits: Limits,
+    limits: FilterLimits,
     without: frozenset[str] = frozenset(),
 ) -> Polished:
     """Apply replies, rules and filters to rows.

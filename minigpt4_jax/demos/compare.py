@@ -61,7 +61,7 @@ class Measurement:
     trained: int  # parameters, in all stages
 
 
-class Comparison:
+class RecipeComparison:
     """Trains and measures the ways, one seed after the other."""
 
     def __init__(self, workdir: Path, seeds: Sequence[int], images: int, judged: int):
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seeds = read_seeds(args.seeds)
     common.prepare_workdir(args, [f"seed{seed}" for seed in seeds])
-    Comparison(args.workdir, seeds, args.images, args.judged).run()
+    RecipeComparison(args.workdir, seeds, args.images, args.judged).run()
     return 0
 
 

@@ -16,7 +16,7 @@ from minigpt4_jax.processing.images import open_image
 WIDTH = 300  # pixels of a picture
 PREDICTED, TRUE = (214, 40, 40), (22, 140, 70)
 
-Row = Mapping[str, Any]  # an entry of scores.json's per_row
+ScoreRow = Mapping[str, Any]  # an entry of scores.json's per_row
 
 
 class ShownRow(NamedTuple):
@@ -31,12 +31,12 @@ class ShownRow(NamedTuple):
     note: str
 
 
-def worst(rows: Sequence[Row], count: int, *, higher_is_better: bool) -> list[Row]:
+def worst(rows: Sequence[ScoreRow], count: int, *, higher_is_better: bool) -> list[ScoreRow]:
     """The rows with the worst scores, without right ones; of equal ones those with an error, then with the
     least IoU first, then in an order that mixes images."""
     right = 100.0 if higher_is_better else 0.0
 
-    def key(row: Row) -> tuple[float, bool, float, int]:
+    def key(row: ScoreRow) -> tuple[float, bool, float, int]:
         score = row["score"] if higher_is_better else -row["score"]
         mixed = zlib.crc32(str(row["id"]).encode())
         return score, "error" not in row, row.get("iou") or 0.0, mixed
@@ -45,12 +45,12 @@ def worst(rows: Sequence[Row], count: int, *, higher_is_better: bool) -> list[Ro
     return sorted(wrong, key=key)[:count]
 
 
-def sample(rows: Sequence[Row], count: int, seed: int = 0) -> list[Row]:
+def sample(rows: Sequence[ScoreRow], count: int, seed: int = 0) -> list[ScoreRow]:
     """A random sample, the same for every report."""
     return random.Random(seed).sample(list(rows), min(count, len(rows)))
 
 
-def show(row: Row) -> ShownRow:
+def show(row: ScoreRow) -> ShownRow:
     """A row of scores.json as a report shows it."""
     answer = row["answer"]
     if isinstance(answer, list) and row.get("kept_answer"):
@@ -73,7 +73,7 @@ def _text(value: Any) -> str:
     return " | ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _picture(row: Row) -> str:
+def _picture(row: ScoreRow) -> str:
     """The image of a row with its predicted and true box, as a data URL; "" if it cannot be read."""
     if not row.get("image"):
         return ""

@@ -6,16 +6,15 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.inference.preprocess import error_context
 from minigpt4_jax.inference.requests import pad_rows
+from minigpt4_jax.inference.shared_programs import shared_jit, shared_programs
 from minigpt4_jax.models.minigpt import Instruction, MiniGpt
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.processing.images import ImageSource, load_pixels
-from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 ENCODE_BATCH = 8  # images through the vision encoder at a time
@@ -26,23 +25,10 @@ class ImageEncoder:
 
     def __init__(self, graphdef: Any, config: ModelConfig, mesh: Mesh | None):
         self._config = config
-
-        def encode(state: Any, pixels: jax.Array) -> jax.Array:
-            return encode_pixels(nnx.merge(graphdef, state), pixels)
-
-        def encode_instructed(
-            state: Any, pixels: jax.Array, tokens: jax.Array, lengths: jax.Array
-        ) -> jax.Array:
-            # without padding beyond the Q-Former's positions
-            tokens = tokens[:, : config.qformer.max_positions] if config.qformer else tokens
-            instruction = Instruction(tokens, lengths)
-            return encode_pixels(nnx.merge(graphdef, state), pixels, instruction)
-
-        self._encode, self._encode_instructed = (
-            jax.jit(with_mesh(f, mesh), compiler_options=compiler_options("products"))
-            for f in (encode, encode_instructed)
-        )
-        self._take: Callable[..., Any] = jax.jit(with_mesh(_take_image, mesh))
+        compiled = shared_programs(graphdef, mesh)
+        self._encode = compiled(encode_pixels)
+        self._encode_instructed = compiled(_encode_instructed)
+        self._take = shared_jit(_take_image, mesh)
 
     def with_programs(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
         """A copy that runs `wrap` of each program instead of it, and whose visual tokens are zeros."""
@@ -107,6 +93,16 @@ def encode_pixels(
     """The compiled program: pixels [B, S, S, 3], split by rows -> [B, P, D], replicated."""
     pixels = constrain(pixels, BATCH_AXES)[:, None]
     return constrain(model.encode(pixels, instruction=instruction))
+
+
+def _encode_instructed(
+    model: MiniGpt, pixels: jax.Array, tokens: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """As `encode_pixels`, of a Q-Former that reads instructions [B, T] of these lengths [B]."""
+    qformer = model.config.qformer
+    # without padding beyond the Q-Former's positions
+    tokens = tokens[:, : qformer.max_positions] if qformer else tokens
+    return encode_pixels(model, pixels, Instruction(tokens, lengths))
 
 
 def _zeros(a: Any) -> jax.Array:

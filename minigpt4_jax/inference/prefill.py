@@ -25,7 +25,7 @@ NOTHING = Completion([], [], False, 0.0)
 
 
 @dataclass(eq=False)
-class Row:
+class PrefillRow:
     """A request on its way through a running batch.
 
     Attributes:
@@ -68,7 +68,7 @@ class Prefill:
         self._piece_tokens, self._finished = piece_tokens, prefix_cache
         self._shared = PrefixCache(SHARED_PROMPTS, compare_visual=False) if share_prompts else None
 
-    def reuse_prefix(self, row: Row) -> None:
+    def reuse_prefix(self, row: PrefillRow) -> None:
         """Let a row continue from a cached prompt that begins alike, if there is one."""
         caches = self._finished or self._shared
         if caches is not None:
@@ -76,7 +76,7 @@ class Prefill:
             row.num_cached, row.cache = cached or (0, None)
             row.num_reused = row.num_cached
 
-    def next_piece(self, row: Row) -> tuple[int, int]:
+    def next_piece(self, row: PrefillRow) -> tuple[int, int]:
         """The end of a row's next piece, and how many tokens it takes with its padding."""
         total = len(row.request.tokens)
         limit = self._piece_tokens
@@ -93,7 +93,7 @@ class Prefill:
             return before_last + bucket(last)
         return before_last + shapes.prompt(last, resumed=resumed or before_last > 0)
 
-    def process_part(self, row: Row, stop: int) -> None:
+    def process_part(self, row: PrefillRow, stop: int) -> None:
         """Process a row's prompt up to a token that is not its last."""
         request, piece = row.request, stop - row.num_cached
         length = bucket(-(-len(request.tokens) // piece) * piece)
@@ -101,7 +101,7 @@ class Prefill:
         row.cache = self._run(row, section(request, 0, stop), sizes).cache
         row.num_cached = stop
 
-    def finish(self, row: Row, *, starts_batch: bool) -> DecodeState:
+    def finish(self, row: PrefillRow, *, starts_batch: bool) -> DecodeState:
         """Process the rest of a row's prompt.
 
         starts_batch: the state becomes the batch's, in the batch's sizes. Otherwise its row is inserted
@@ -122,7 +122,7 @@ class Prefill:
             state = self._runner.resize(state, slots, self._sizing.sizes([request], rows))
         return state
 
-    def _run(self, row: Row, request: Request, sizes: BucketSizes) -> DecodeState:
+    def _run(self, row: PrefillRow, request: Request, sizes: BucketSizes) -> DecodeState:
         """request: the row's, up to the last token of this piece."""
         if self._sizing.shapes is not None:
             return self._run_in_shapes(self._sizing.shapes, row, request)
@@ -134,7 +134,7 @@ class Prefill:
         cache, row.cache = row.cache, None
         return self._runner.resume(cache, row.num_cached, request, sizes, stages)
 
-    def _run_shared(self, shared: PrefixCache, row: Row) -> DecodeState:
+    def _run_shared(self, shared: PrefixCache, row: PrefillRow) -> DecodeState:
         """Process the rest of a row's prompt, and keep its cache for those that follow."""
         request, runner = row.request, self._runner
         # Powers of two: the caches of most prompts have the same shape, as have the programs.
@@ -153,7 +153,7 @@ class Prefill:
         shared.store(request, [], state.cache, runner.leaves, state.nonfinite)
         return state
 
-    def _run_in_shapes(self, shapes: BatchShapes, row: Row, request: Request) -> DecodeState:
+    def _run_in_shapes(self, shapes: BatchShapes, row: PrefillRow, request: Request) -> DecodeState:
         size = shapes.prompt(len(request.tokens) - row.num_cached, resumed=row.cache is not None)
         stages = shapes.stages[-1]  # one program for all requests
         if row.cache is None:

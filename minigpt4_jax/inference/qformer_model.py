@@ -17,13 +17,14 @@ from minigpt4_jax.inference.model import Model
 from minigpt4_jax.inference.preprocess import Images, PreparedPrompt
 from minigpt4_jax.inference.requests import pad_rows
 from minigpt4_jax.inference.retrieval import RetrievalScores, rerank
+from minigpt4_jax.inference.shared_programs import shared_programs
+from minigpt4_jax.models.image_text_encoder import ImageOutput, TextOutput
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.models.stage1 import Stage1
-from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain, with_mesh
+from minigpt4_jax.parallel.sharding import BATCH_AXES, constrain
 from minigpt4_jax.processing.bert_tokenizer import BertTokenizer
 from minigpt4_jax.processing.images import ImageSource, is_image
 from minigpt4_jax.processing.tokenizer import Tokenizer
-from minigpt4_jax.utils.platform import compiler_options
 
 PAIR_BATCH = 32  # pairs of image and text through the Q-Former at a time
 TEXT_BATCH = 256  # texts
@@ -68,7 +69,8 @@ class QFormerModel(Model):
         exif: bool = False,
     ):
         super().__init__(module, config, tokenizer, mesh, exif=exif)
-        self._programs = _Programs(nnx.graphdef(module), mesh)
+        compiled = shared_programs(nnx.graphdef(module), mesh)
+        self._image, self._text, self._pairs = map(compiled, (_image, _text, _pairs))
 
     # --- features ----------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class QFormerModel(Model):
         flat: Any = [images] if is_image(images) else list(images)  # type: ignore[arg-type]
         results = []
         for pixels in load_image_batches(flat, self.config, exif=self.exif):
-            features = self._programs.image(self._state, pad_images(pixels))
+            features = self._image(self._state, pad_images(pixels))
             results.append([np.asarray(a)[: len(pixels)] for a in features])
         if not results:
             raise UserError("encode_image: there are no images; expected at least one")
@@ -248,7 +250,7 @@ class QFormerModel(Model):
         """Embeddings [B, T, D] and projections [B, T, E] of some texts at a time, padded differently."""
         for start in range(0, len(tokens), TEXT_BATCH):
             rows = tokens[start : start + TEXT_BATCH]
-            embeds, projected = self._programs.text(self._state, *pad_rows(rows))
+            embeds, projected = self._text(self._state, *pad_rows(rows))
             yield np.asarray(embeds)[: len(rows)], np.asarray(projected)[: len(rows)]
 
     def _read_pairs(
@@ -262,7 +264,7 @@ class QFormerModel(Model):
             ids, counts = pad_rows(tokens[part])
             rows = np.zeros((len(ids), *vision.shape[1:]), np.float32)
             rows[: len(tokens[part])] = vision[numbers[part]]
-            queries, logits = self._programs.pairs(self._state, rows, ids, counts)
+            queries, logits = self._pairs(self._state, rows, ids, counts)
             count = len(tokens[part])
             yield np.asarray(queries)[:count], np.asarray(logits)[:count]
 
@@ -318,40 +320,29 @@ def _broadcast_pairs(images: int, tokens: list[list[int]]) -> tuple[np.ndarray, 
     return numbers, tokens
 
 
-class _Programs:
-    """The compiled programs. state: the model's parameters (nnx.state)."""
+# --- programs --------------------------------------------------------------------------------
 
-    def __init__(self, graphdef: Any, mesh: Mesh | None):
-        def merge(state: Any) -> Stage1:
-            module: Stage1 = nnx.merge(graphdef, state)
-            return module
 
-        def image(state: Any, pixels: jax.Array) -> Any:
-            return merge(state).image_features(constrain(pixels, BATCH_AXES))
+def _image(model: Stage1, pixels: jax.Array) -> ImageOutput:
+    """pixels [B, S, S, 3] -> features of the images."""
+    return ImageOutput(*map(constrain, model.image_features(constrain(pixels, BATCH_AXES))))
 
-        def text(state: Any, tokens: jax.Array, lengths: jax.Array) -> Any:
-            tokens = _at_most(tokens, merge(state))
-            return merge(state).text_features(tokens, lengths)
 
-        def pairs(state: Any, vision: jax.Array, tokens: jax.Array, lengths: jax.Array) -> Any:
-            model = merge(state)
-            text = model.qformer.embed_text(_at_most(tokens, model))
-            queries = model.qformer.read_both(vision, text, lengths)
-            return queries, model.match(queries)
+def _text(model: Stage1, tokens: jax.Array, lengths: jax.Array) -> TextOutput:
+    """tokens [B, T], lengths [B] -> features of the texts."""
+    return TextOutput(*map(constrain, model.text_features(_at_most(tokens, model), lengths)))
 
-        self.image, self.text, self.pairs = (
-            jax.jit(with_mesh(_replicated(f), mesh), compiler_options=compiler_options("products"))
-            for f in (image, text, pairs)
-        )
+
+def _pairs(
+    model: Stage1, vision: jax.Array, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """vision [B, S, Dv], tokens [B, T], lengths [B] -> queries [B, P, D] that have read both, and logits
+    [B, 2]."""
+    text = model.qformer.embed_text(_at_most(tokens, model))
+    queries = model.qformer.read_both(vision, text, lengths)
+    return constrain(queries), constrain(model.match(queries))
 
 
 def _at_most(tokens: jax.Array, model: Stage1) -> jax.Array:
     """tokens [B, T] without padding beyond the model's positions."""
     return jnp.asarray(tokens)[:, : model.qformer.positions.shape[0]]
-
-
-def _replicated(f: Any) -> Any:
-    def program(*args: Any) -> Any:
-        return jax.tree.map(constrain, f(*args))
-
-    return program

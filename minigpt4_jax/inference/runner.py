@@ -8,7 +8,7 @@ so that few programs are compiled. The cache is donated, so that decoding does n
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -38,16 +38,15 @@ from minigpt4_jax.inference.requests import (
     section,
 )
 from minigpt4_jax.inference.sampling import SamplingStages, required_stages, stack_sampling_params
+from minigpt4_jax.inference.shared_programs import Program, shared_jit, shared_programs
 from minigpt4_jax.inference.stop_sequences import stack_stop_sequences
 from minigpt4_jax.inference.visual_tokens import stack_visual
 from minigpt4_jax.models.kv_cache import KVCache, bytes_per_position, grow_cache
 from minigpt4_jax.models.lora import lora_layers
 from minigpt4_jax.models.minigpt import MiniGpt
-from minigpt4_jax.parallel.sharding import with_mesh
-from minigpt4_jax.utils.platform import backend, compiler_options
+from minigpt4_jax.utils.platform import backend
 from minigpt4_jax.utils.rounding import next_power_of_two
 
-Program = Callable[..., Any]  # a function that jax.jit made
 UNLIMITED = (
     1 << 30
 )  # more than any max_new_tokens or number of rows: decode until every row is done
@@ -59,37 +58,25 @@ class ModelRunner:
     def __init__(self, model: MiniGpt, mesh: Mesh | None = None):
         """mesh: the mesh that the parameters lie on; None for one device."""
         self.config = model.config
-        self._graphdef, state = nnx.split(model)
-        self._leaves, self._treedef = jax.tree.flatten(state)
+        graphdef, state = nnx.split(model)
+        self._leaves, treedef = jax.tree.flatten(state)
         self._weight_slots = _weight_slots(model)
 
-        def compiled(program: Callable[..., Any], bound: str, **options: Any) -> Any:
-            """program(model, ...) as a compiled function of (leaves, ...). bound: see `compiler_options`."""
-
-            @wraps(program)
-            def of_leaves(leaves: list[jax.Array], *args: Any) -> Any:
-                return program(self._model(leaves), *args)
-
-            return jax.jit(
-                with_mesh(of_leaves, mesh), compiler_options=compiler_options(bound), **options
-            )
-
+        compiled = shared_programs(graphdef, mesh, treedef)
         reads = _read_options(model, mesh)
-        self._prefill = compiled(programs.prefill, "products", static_argnums=(2, 3, 4))
-        self._resume = compiled(
-            programs.resume, "products", static_argnums=(4, 5), donate_argnums=(1,)
-        )
+        self._prefill = compiled(programs.prefill, static_argnums=(2, 3, 4))
+        self._resume = compiled(programs.resume, static_argnums=(4, 5), donate_argnums=(1,))
         decode = partial(compiled, programs.decode, static_argnums=(4,), donate_argnums=(1,))
         self._decode = self._decode_row = decode(bound=reads)
         if backend() == "gpu" and reads in ("separate reads", "unsplit reads"):
             self._decode_row = decode(bound="reads")  # joined products of one row copy no weights
         self._search = compiled(programs.search, reads, static_argnums=(4, 5, 6))
-        self._grow_cache = jax.jit(with_mesh(grow_cache, mesh), static_argnums=(1,))
-        self._insert = jax.jit(with_mesh(insert, mesh), donate_argnums=(0,))
-        self._resize = jax.jit(with_mesh(resize, mesh), static_argnums=(2,))
-        self._take_cache_row = jax.jit(with_mesh(take_cache_row, mesh), static_argnums=(2,))
-        self._finish_rows = jax.jit(with_mesh(finish_rows, mesh), donate_argnums=(0,))
-        self._snapshot = jax.jit(with_mesh(take_snapshot, mesh))
+        self._grow_cache = shared_jit(grow_cache, mesh, static_argnums=(1,))
+        self._insert = shared_jit(insert, mesh, donate_argnums=(0,))
+        self._resize = shared_jit(resize, mesh, static_argnums=(2,))
+        self._take_cache_row = shared_jit(take_cache_row, mesh, static_argnums=(2,))
+        self._finish_rows = shared_jit(finish_rows, mesh, donate_argnums=(0,))
+        self._snapshot = shared_jit(take_snapshot, mesh)
 
     def with_programs(self, wrap: Callable[[Program], Program]) -> Self:
         """A copy that runs `wrap` of each program instead of it."""
@@ -121,10 +108,6 @@ class ModelRunner:
         if backend() != "gpu" or not self._weight_slots:
             return bucket(tokens)
         return fine_bucket(tokens, self._weight_slots / rows)
-
-    def _model(self, leaves: list[jax.Array]) -> MiniGpt:
-        model: MiniGpt = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
-        return model
 
     @property
     def vocab(self) -> int:

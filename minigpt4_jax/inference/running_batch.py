@@ -15,7 +15,7 @@ from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.batch_shapes import BatchShapes
 from minigpt4_jax.inference.batch_sizing import SMALLEST_SIZES, BatchSizing, sizes_of
 from minigpt4_jax.inference.decode_state import DecodeState, Snapshot, read_snapshot, truncate
-from minigpt4_jax.inference.prefill import NOTHING, Prefill, Row
+from minigpt4_jax.inference.prefill import NOTHING, Prefill, PrefillRow
 from minigpt4_jax.inference.prefix_cache import PrefixCache, is_deleted
 from minigpt4_jax.inference.requests import BucketSizes, Progress, Request
 from minigpt4_jax.inference.runner import UNLIMITED, ModelRunner
@@ -28,7 +28,7 @@ class _Unread(NamedTuple):
     """A snapshot that the host has not read yet."""
 
     snapshot: Snapshot
-    rows: list[Row | None]  # by slot in the snapshot
+    rows: list[PrefillRow | None]  # by slot in the snapshot
 
 
 class RunningBatch:
@@ -96,10 +96,10 @@ class RunningBatch:
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
         self._starts_together = not (prefill_tokens or prefix_cache or share_prompts or shapes)
         self._report_progress = report_progress
-        self._waiting: deque[Row] = deque()
-        self._prefilling: Row | None = None  # a prompt of which a part is processed
+        self._waiting: deque[PrefillRow] = deque()
+        self._prefilling: PrefillRow | None = None  # a prompt of which a part is processed
         self._state: DecodeState | None = None
-        self._slots: list[Row | None] = []  # the row in each slot of the state
+        self._slots: list[PrefillRow | None] = []  # the row in each slot of the state
         self._stopped: set[int] = set()  # free slots that the device still decodes
         self._unread: deque[_Unread] = deque()
 
@@ -118,7 +118,7 @@ class RunningBatch:
                 f"{len(request.tokens)} tokens and max_new_tokens {request.max_new_tokens} exceed the "
                 f"cache of {self._sizing.max_cache_tokens} tokens; shorten the prompt or lower max_new_tokens"
             )
-        self._waiting.append(Row(key, request))
+        self._waiting.append(PrefillRow(key, request))
 
     def cancel(self, key: Hashable) -> bool:
         """Drop a request; it is not reported any more. False: there is none with this key."""
@@ -215,7 +215,7 @@ class RunningBatch:
         self._state = self._runner.decode(self._state, stages, steps, max_ended)
         self._snapshot(self._state, self._slots)
 
-    def _snapshot(self, state: DecodeState, rows: Sequence[Row | None]) -> None:
+    def _snapshot(self, state: DecodeState, rows: Sequence[PrefillRow | None]) -> None:
         self._unread.append(_Unread(self._runner.snapshot(state), list(rows)))
 
     def _read(self, unread: _Unread) -> list[Progress]:
@@ -238,7 +238,7 @@ class RunningBatch:
                 news.append(progress._replace(num_cached=row.num_reused))
         return news
 
-    def _free(self, row: Row) -> None:
+    def _free(self, row: PrefillRow) -> None:
         row.finished = True
         if row.slot is not None:
             self._slots[row.slot] = None
@@ -271,7 +271,7 @@ class RunningBatch:
 
     def _admit_together(self) -> list[Progress]:
         """The first rows of a batch, in one prefill."""
-        rows: list[Row] = []
+        rows: list[PrefillRow] = []
         while self._waiting and len(rows) < self._max_rows:
             if rows and self._exceeds_cache([*rows, self._waiting[0]]):
                 break
@@ -287,7 +287,7 @@ class RunningBatch:
         self._start(rows, state)
         return []
 
-    def _next_waiting(self) -> Row | None:
+    def _next_waiting(self) -> PrefillRow | None:
         """The first waiting row, if there is room for it."""
         running = self._running()
         if not self._waiting or len(running) >= self._max_rows:
@@ -299,7 +299,7 @@ class RunningBatch:
         self._prefill.reuse_prefix(row)
         return row
 
-    def _process(self, row: Row, stop: int) -> None:
+    def _process(self, row: PrefillRow, stop: int) -> None:
         """Process a row's prompt up to a token; at its end the row gets a slot."""
         if stop < len(row.request.tokens):
             self._prefill.process_part(row, stop)
@@ -316,7 +316,7 @@ class RunningBatch:
         self._state = self._runner.insert(self._state, new, row.slot)
         self._release_visual(row)
 
-    def _start(self, rows: list[Row], state: DecodeState) -> None:
+    def _start(self, rows: list[PrefillRow], state: DecodeState) -> None:
         """Begin a batch with these rows."""
         self._state = state
         self._slots = [*rows, *[None] * (state.ids.shape[0] - len(rows))]
@@ -326,19 +326,19 @@ class RunningBatch:
         if self._report_progress:
             self._snapshot(state, rows)
 
-    def _release_visual(self, row: Row) -> None:
+    def _release_visual(self, row: PrefillRow) -> None:
         if self._prefix_cache is None:  # which compares them
             row.request = replace(row.request, visual=None)
 
     # --- sizes ------------------------------------------------------------------------------
 
-    def _free_slot(self, row: Row) -> int:
+    def _free_slot(self, row: PrefillRow) -> int:
         """A free slot that the row fits into; the arrays grow if there is none."""
         if not self._has_room(row):
             self._resize(*self._needed_sizes([*self._running(), row]))
         return self._slots.index(None)
 
-    def _has_room(self, row: Row) -> bool:
+    def _has_room(self, row: PrefillRow) -> bool:
         if None not in self._slots or self._state is None:
             return False
         return self._sizing.fits(row.request, self._state)
@@ -363,22 +363,22 @@ class RunningBatch:
         for slot, row in enumerate(rows):
             row.slot = slot
 
-    def _needed_sizes(self, rows: Sequence[Row]) -> tuple[int, BucketSizes]:
+    def _needed_sizes(self, rows: Sequence[PrefillRow]) -> tuple[int, BucketSizes]:
         return self._sizing.needed([row.request for row in rows])
 
-    def _exceeds_cache(self, rows: Sequence[Row]) -> bool:
+    def _exceeds_cache(self, rows: Sequence[PrefillRow]) -> bool:
         return self._sizing.exceeds_cache([row.request for row in rows])
 
     # --- rows -------------------------------------------------------------------------------
 
-    def _running(self) -> list[Row]:
+    def _running(self) -> list[PrefillRow]:
         return [row for row in self._slots if row is not None]
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[PrefillRow]:
         prefilling = [] if self._prefilling is None else [self._prefilling]
         return [*self._running(), *prefilling, *self._waiting]
 
-    def _store_prefix(self, row: Row) -> None:
+    def _store_prefix(self, row: PrefillRow) -> None:
         """Keep what is cached of a running row."""
         state, ids = self._state, row.completion.ids
         if self._prefix_cache is None or state is None or row.slot is None:
@@ -394,7 +394,7 @@ class RunningBatch:
         self._prefix_cache.store(row.request, ids, cache, self._runner.leaves)
 
 
-def _failure(row: Row, error: Exception) -> Progress:
+def _failure(row: PrefillRow, error: Exception) -> Progress:
     """The news of a request whose prompt could not be processed."""
     row.finished = True
     return Progress(row.key, row.request, NOTHING, True, error)

@@ -6,19 +6,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.errors import UserError
 from minigpt4_jax.inference.preprocess import error_context
 from minigpt4_jax.inference.requests import bucket
+from minigpt4_jax.inference.shared_programs import shared_programs
 from minigpt4_jax.inference.visual_tokens import VisualTokens, stack_visual
 from minigpt4_jax.models.minigpt import Batch, MiniGpt
-from minigpt4_jax.parallel.sharding import constrain, with_mesh
+from minigpt4_jax.parallel.sharding import constrain
 from minigpt4_jax.processing.sequences import TokenSequence, build_row
 from minigpt4_jax.processing.tokenizer import Tokenizer
-from minigpt4_jax.utils.platform import compiler_options
 from minigpt4_jax.utils.rounding import next_power_of_two
 
 MAX_TOP = 20  # most likely tokens that `top_logprobs` returns
@@ -171,22 +170,8 @@ class Scorer:
 
     def __init__(self, graphdef: Any, config: ModelConfig, mesh: Mesh | None):
         self._config = config
-
-        def nll(state: Any, batch: Batch, visual: jax.Array) -> jax.Array:
-            return _summed_nll(nnx.merge(graphdef, state), batch, visual)
-
-        self._nll = jax.jit(with_mesh(nll, mesh), compiler_options=compiler_options("products"))
-
-        def top(
-            state: Any,
-            tokens: jax.Array,
-            visual: jax.Array,
-            length: jax.Array,
-            positions: jax.Array,
-        ) -> tuple[jax.Array, jax.Array]:
-            return _top_logprobs(nnx.merge(graphdef, state), tokens, visual, length, positions)
-
-        self._top = jax.jit(with_mesh(top, mesh), compiler_options=compiler_options("products"))
+        compiled = shared_programs(graphdef, mesh)
+        self._nll, self._top = compiled(_summed_nll), compiled(_top_logprobs)
 
     def top_logprobs(
         self, state: Any, tokens: Sequence[int], visual: VisualTokens | None, count: int

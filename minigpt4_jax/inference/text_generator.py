@@ -25,7 +25,7 @@ from minigpt4_jax.inference.preprocess import (
     prepare_prompts,
 )
 from minigpt4_jax.inference.requests import Completion, Request
-from minigpt4_jax.inference.runner import Program
+from minigpt4_jax.inference.shared_programs import Program
 from minigpt4_jax.inference.visual_tokens import VisualTokens
 from minigpt4_jax.models.minigpt import MiniGpt
 from minigpt4_jax.processing.images import ImageSource, is_image, load_pixels, open_image

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from minigpt4_jax.models.image_text_encoder import ImageTextEncoder
 from minigpt4_jax.models.minigpt import NO_DROPOUT, Batch, Dropout
 from minigpt4_jax.models.qformer import QFormer
-from minigpt4_jax.models.stage1 import Stage1
 
 SMOOTHING = 0.1
 MASKED = -10000.0
@@ -44,7 +44,7 @@ class Similarities(NamedTuple):
 
 
 def stage1_losses(
-    model: Stage1,
+    model: ImageTextEncoder,
     batch: Batch,
     *,
     negatives: Negatives | None = None,
@@ -102,7 +102,7 @@ def _in_threes(*arrays: jax.Array) -> jax.Array:
     return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def _similarities(model: Stage1, queries: jax.Array, text: jax.Array) -> Similarities:
+def _similarities(model: ImageTextEncoder, queries: jax.Array, text: jax.Array) -> Similarities:
     """queries [B, P, D], text [B, D] of the first token."""
     images, texts = model.project_queries(queries), model.project_text(text)
     stop, temperature = jax.lax.stop_gradient, model.qformer.temperature[0]

@@ -24,7 +24,7 @@ from minigpt4_jax.serving.errors import RequestError, invalid
 from minigpt4_jax.serving.gate import Gate
 from minigpt4_jax.serving.images import RequestImage, decode_data_url
 from minigpt4_jax.serving.messages import parse_messages
-from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.serving.metrics import ServerMetrics
 from minigpt4_jax.serving.protocol import (
     Body,
     ChatRequest,
@@ -49,7 +49,7 @@ class Api:
     def __init__(
         self,
         service: Service,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         *,
         allow_image_urls: bool = False,
         log_prompts: bool = False,

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minigpt4_jax.serving.errors import RequestError, timed_out
 from minigpt4_jax.serving.limits import Limits
-from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.serving.metrics import ServerMetrics
 from minigpt4_jax.utils.text import shorten
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Gate:
     """Refuses requests without the key, too large, too slow or too many; reads bodies of /v1 whole."""
 
     def __init__(
-        self, app: ASGIApp, *, limits: Limits, metrics: Metrics, keys: Sequence[str] = (),
+        self, app: ASGIApp, *, limits: Limits, metrics: ServerMetrics, keys: Sequence[str] = (),
         unguarded: Sequence[str] = (), hosts: Sequence[str] | None = None,
     ):  # fmt: skip
         """keys: one of them must be sent; without any, everyone may ask. unguarded: beginnings of paths

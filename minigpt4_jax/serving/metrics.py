@@ -1,18 +1,15 @@
 """What the server counts and times, for Prometheus."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-if TYPE_CHECKING:
-    from minigpt4_jax.serving.jobs import Generation
-    from minigpt4_jax.serving.scheduler import Scheduler
+from minigpt4_jax.serving.jobs import Generation
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
-class Metrics:
+class ServerMetrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -41,27 +38,17 @@ class Metrics:
             name + "startup_seconds", "from start to ready", registry=self.registry
         )
 
-    def watch(self, scheduler: "Scheduler") -> None:
-        """Read the gauges from a scheduler whenever they are asked for."""
-        config, batch, prefixes = scheduler.config, scheduler.batch, scheduler.prefixes
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "waiting_requests": ("requests in the queue", lambda: len(scheduler.queue)),
-            "running_requests": ("answers being generated", lambda: scheduler.num_running),
-            "cache_tokens": ("allocated cache of running answers", lambda: batch.cache_tokens),
-            "cache_tokens_limit": ("most of it", lambda: config.cache_tokens),
-            "prefix_cache_tokens": ("cache of earlier answers", lambda: prefixes.num_tokens),
-            "image_cache_bytes": ("encoded images", lambda: scheduler.images.size),
-        }
-        for name, (text, read) in gauges.items():
-            gauge = Gauge(f"minigpt4_{name}", text, registry=self.registry)
-            gauge.set_function(read)
+    def add_gauge(self, short: str, text: str, read: Callable[[], float]) -> None:
+        """A value that is read whenever the metrics are asked for."""
+        gauge = Gauge(f"minigpt4_{short}", text, registry=self.registry)
+        gauge.set_function(read)
 
-    def started(self, job: "Generation", seconds: float) -> None:
+    def started(self, job: Generation, seconds: float) -> None:
         """A request has left the queue after some seconds."""
         self.queue_seconds.observe(seconds)
         self.prompt_tokens.inc(len(job.request.tokens))
 
-    def generated(self, job: "Generation", tokens: int, gap: float | None) -> None:
+    def generated(self, job: Generation, tokens: int, gap: float | None) -> None:
         """Some new tokens of an answer, some seconds after those before."""
         self.generated_tokens.inc(tokens)
         if tokens and gap is None and job.first_token is not None:

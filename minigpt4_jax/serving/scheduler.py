@@ -30,7 +30,7 @@ from minigpt4_jax.serving.errors import (
 )
 from minigpt4_jax.serving.image_store import ImageStore
 from minigpt4_jax.serving.jobs import DeviceCall, Generation, WaitingQueue, Work
-from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.serving.metrics import ServerMetrics
 from minigpt4_jax.utils.text import one_line
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Scheduler:
     """
 
     def __init__(self, model: Model, config: SchedulerConfig):
-        self.model, self.config, self.metrics = model, config, Metrics()
+        self.model, self.config, self.metrics = model, config, ServerMetrics()
         self.shapes = BatchShapes(
             model.engine.vocab, max_rows=config.max_rows, context=config.context,
             max_new_tokens=config.max_new_tokens, prefill_tokens=config.prefill_tokens,
@@ -101,7 +101,16 @@ class Scheduler:
         self._failures = 0
         self.accepting, self._stopping = True, False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self.metrics.watch(self)
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        add = self.metrics.add_gauge
+        add("waiting_requests", "requests in the queue", lambda: len(self.queue))
+        add("running_requests", "answers being generated", lambda: self.num_running)
+        add("cache_tokens", "allocated cache of running answers", lambda: self.batch.cache_tokens)
+        add("cache_tokens_limit", "most of it", lambda: self.config.cache_tokens)
+        add("prefix_cache_tokens", "cache of earlier answers", lambda: self.prefixes.num_tokens)
+        add("image_cache_bytes", "encoded images", lambda: self.images.size)
 
     # --- called from outside ------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ class _Mark(NamedTuple):
     rows: int
 
 
-class Progress:
+class TrainingProgress:
     """Writes results of steps to the log.
 
     count_skipped: the skipped rows of all processes; called when a step reports more of them than

@@ -3,9 +3,9 @@
 Every recipe starts from the defaults of `training.config.TrainConfig`. It lives in the package because
 `configs` may also be the name of a user's own folder.
 
-Layout of the folder `config.data.root` for MiniGPT-v2: each `Published.path` and `Published.images` below
-it. If a dataset lies elsewhere, set its path, for example `--config.data.mix.gqa.path=DIR`; to leave one
-out, set its ratio to 0: `--config.data.mix.gqa.ratio=0`.
+Layout of the folder `config.data.root` for MiniGPT-v2: each `path` and `images` of a `PublishedDataset` is
+below it. If a dataset lies elsewhere, set its path, for example `--config.data.mix.gqa.path=DIR`; to
+leave one out, set its ratio to 0: `--config.data.mix.gqa.ratio=0`.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def blip2() -> ConfigDict:
     return c
 
 
-class Published(NamedTuple):
+class PublishedDataset(NamedTuple):
     """A dataset as the released training of MiniGPT-v2 (minigptv2_finetune.yaml) mixes it."""
 
     name: str  # also the name of its reader
@@ -86,41 +86,41 @@ _COCO = "coco/images"  # train2014
 
 # Web captions, with the ratios of stage 1 of MiniGPT-4.
 WEB = (
-    Published("laion", 115, 64, "laion/laion_dataset/{00000..10488}.tar"),
-    Published("cc_sbu", 14, 64, "cc_sbu/cc_sbu_dataset/{00000..01255}.tar"),
+    PublishedDataset("laion", 115, 64, "laion/laion_dataset/{00000..10488}.tar"),
+    PublishedDataset("cc_sbu", 14, 64, "cc_sbu/cc_sbu_dataset/{00000..01255}.tar"),
 )
 # Fine-grained datasets: captions, referring expressions, questions.
 TASKS = (
-    Published("coco_caption", 10, 6, "coco_captions/annotations", _COCO),
-    Published("textcaps_caption", 30, 6, "textcaps"),
-    Published("refcoco", 25, 6, "refcoco_annotations", _COCO),
-    Published("refcocop", 25, 6, "refcoco_annotations", _COCO),
-    Published("refcocog", 25, 6, "refcoco_annotations", _COCO),
-    Published("invrefcoco", 10, 6, "refcoco_annotations", _COCO),
-    Published("invrefcocop", 10, 6, "refcoco_annotations", _COCO),
-    Published("invrefcocog", 10, 6, "refcoco_annotations", _COCO),
-    Published("refvg", 40, 6, "visual_genome"),
-    Published("coco_vqa", 15, 6, "vqav2", _COCO),
-    Published("ok_vqa", 8, 6, "okvqa", _COCO),
-    Published("aok_vqa", 12, 6, "aokvqa", _COCO),
-    Published("gqa", 50, 6, "gqa"),
-    Published("ocrvqa", 30, 6, "ocrvqa"),
+    PublishedDataset("coco_caption", 10, 6, "coco_captions/annotations", _COCO),
+    PublishedDataset("textcaps_caption", 30, 6, "textcaps"),
+    PublishedDataset("refcoco", 25, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("refcocop", 25, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("refcocog", 25, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("invrefcoco", 10, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("invrefcocop", 10, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("invrefcocog", 10, 6, "refcoco_annotations", _COCO),
+    PublishedDataset("refvg", 40, 6, "visual_genome"),
+    PublishedDataset("coco_vqa", 15, 6, "vqav2", _COCO),
+    PublishedDataset("ok_vqa", 8, 6, "okvqa", _COCO),
+    PublishedDataset("aok_vqa", 12, 6, "aokvqa", _COCO),
+    PublishedDataset("gqa", 50, 6, "gqa"),
+    PublishedDataset("ocrvqa", 30, 6, "ocrvqa"),
 )
 # Conversations, instructions and grounded descriptions.
 INSTRUCTIONS = (
-    Published("multitask_conversation", 50, 2, "multitask_conversation", _COCO),
-    Published("llava_conversation", 30, 2, "llava", _COCO),
-    Published("unnatural_instruction", 10, 1, "unnatural_instructions"),
-    Published("llava_detail", 20, 4, "llava", _COCO),
-    Published("llava_reason", 80, 4, "llava", _COCO),
-    Published("flickr_grounded_caption", 80, 2, "filtered_flickr"),
-    Published("flickr_CaptionToPhrase", 80, 2, "filtered_flickr"),
-    Published("flickr_ObjectToPhrase", 80, 2, "filtered_flickr"),
+    PublishedDataset("multitask_conversation", 50, 2, "multitask_conversation", _COCO),
+    PublishedDataset("llava_conversation", 30, 2, "llava", _COCO),
+    PublishedDataset("unnatural_instruction", 10, 1, "unnatural_instructions"),
+    PublishedDataset("llava_detail", 20, 4, "llava", _COCO),
+    PublishedDataset("llava_reason", 80, 4, "llava", _COCO),
+    PublishedDataset("flickr_grounded_caption", 80, 2, "filtered_flickr"),
+    PublishedDataset("flickr_CaptionToPhrase", 80, 2, "filtered_flickr"),
+    PublishedDataset("flickr_ObjectToPhrase", 80, 2, "filtered_flickr"),
 )
 
 
 def minigpt_v2(
-    arg: str, datasets: Sequence[Published], *, own_batch_sizes: bool = False
+    arg: str, datasets: Sequence[PublishedDataset], *, own_batch_sizes: bool = False
 ) -> ConfigDict:
     """All stages of MiniGPT-v2: the projection and LoRA on q and v are trained, at 448 pixels.
 

@@ -43,7 +43,7 @@ from minigpt4_jax.training.logs import (
     read_metrics,
 )
 from minigpt4_jax.training.preemption import StopAgreement, handle_signals
-from minigpt4_jax.training.progress import OnMetrics, Progress
+from minigpt4_jax.training.progress import OnMetrics, TrainingProgress
 from minigpt4_jax.training.run import Run, open_run
 from minigpt4_jax.training.run_summary import summarize_run, summarize_sharding
 from minigpt4_jax.training.setup import open_inputs
@@ -161,7 +161,7 @@ class Trainer:
             self.validation = Validation(run.c, *parts, inputs.validation_examples, self.model)
         self.benchmarks = Benchmarks(run.c.eval, inputs.eval_tasks) if inputs.eval_tasks else None
         self.sum_over_processes = AllReduceSum(inputs.mesh)
-        self.progress = Progress(run.c, run.log, run.count_skipped, on_metrics)
+        self.progress = TrainingProgress(run.c, run.log, run.count_skipped, on_metrics)
         self.pending_steps: list[_PendingStep] = []
 
     def train(self) -> TrainResult:

@@ -18,7 +18,7 @@ from minigpt4_jax.inference import loading
 def chat_home(tmp_path_factory):
     """A folder with a small random model, model/, and an image of 40 x 30 pixels, a.png."""
     folder = tmp_path_factory.mktemp("chat")
-    tiny.write_random_model(folder / "model")
+    tiny.write_random_model(folder / "model", llm_layers=1)
     Image.fromarray(model_calls.picture(0)).save(folder / "a.png")
     return folder
 

@@ -29,7 +29,7 @@ COUNT = 40
 def home(tmp_path_factory):
     """A model, five images, and rows of zero to two images with questions of several lengths."""
     folder = tmp_path_factory.mktemp("batch")
-    tiny.write_random_model(folder / "model")
+    tiny.write_random_model(folder / "model", llm_layers=1)
     rng = np.random.default_rng(0)
     for n in range(5):
         pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)

@@ -147,7 +147,7 @@ def test_damaged_input_is_named(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny.write_random_model(tmp_path_factory.mktemp("ray") / "model")
+    return tiny.write_random_model(tmp_path_factory.mktemp("ray") / "model", llm_layers=1)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ LIMIT = 7
 def home(tmp_path_factory):
     """A model, and a folder of images, one of them in a folder below and one damaged."""
     folder = tmp_path_factory.mktemp("describe")
-    tiny.write_random_model(folder / "model")
+    tiny.write_random_model(folder / "model", llm_layers=1)
     rng = np.random.default_rng(0)
     (folder / "images" / "below").mkdir(parents=True)
     for n in range(NUM_IMAGES):

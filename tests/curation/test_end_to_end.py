@@ -32,7 +32,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curate")
-    tiny.write_random_model(folder / "model")
+    tiny.write_random_model(folder / "model", llm_layers=1)
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for n in range(NUM_IMAGES):

@@ -3,7 +3,7 @@
 import pytest
 
 from minigpt4_jax.curation.answers import REFUSED, Answer
-from minigpt4_jax.curation.filters import FILTERS, Limits, find_fault, repetition
+from minigpt4_jax.curation.filters import FILTERS, FilterLimits, find_fault, repetition
 from minigpt4_jax.curation.polish import judge_reply, polish_rows
 
 GOOD = (
@@ -43,11 +43,11 @@ BAD = {
 
 
 def test_a_good_text_passes():
-    assert find_fault(GOOD, Limits()) is None
+    assert find_fault(GOOD, FilterLimits()) is None
     assert (
         find_fault(
             "A caf\u00e9 with 12 tables, 3.5 m wide... It's Zo\u00eb's: \u201cbig\u201d; 20% off!",
-            Limits(),
+            FilterLimits(),
         )
         is None
     )
@@ -56,16 +56,16 @@ def test_a_good_text_passes():
 @pytest.mark.parametrize("name", FILTERS)
 def test_each_filter_finds_its_fault_and_can_be_left_out(name):
     for text in BAD[name]:
-        assert find_fault(text, Limits()) == name, (name, text)
-        assert find_fault(text, Limits(), frozenset(FILTERS)) is None
+        assert find_fault(text, FilterLimits()) == name, (name, text)
+        assert find_fault(text, FilterLimits(), frozenset(FILTERS)) is None
     alone = BAD[name][0]
-    assert find_fault(alone, Limits(), frozenset({name})) is None
+    assert find_fault(alone, FilterLimits(), frozenset({name})) is None
 
 
 def test_limits_are_limits():
     text = "The wooden bench stands in a large public park."
-    assert find_fault(text, Limits(min_characters=len(text))) is None
-    assert find_fault(text, Limits(min_characters=len(text) + 1)) == "short"
+    assert find_fault(text, FilterLimits(min_characters=len(text))) is None
+    assert find_fault(text, FilterLimits(min_characters=len(text) + 1)) == "short"
     words = "one two three four five one two three four"
     assert repetition(words) == pytest.approx(1 / 6)  # one of its six 4-grams occurred before
     assert repetition("") == 0
@@ -99,7 +99,7 @@ def test_removed_rows_keep_their_cause():
         "b": Answer("A chair.", "stop"),
     }
     rows = [{"id": str(n), "caption": text} for n, text in enumerate([GOOD, "a", "b", "c"])]
-    polished = polish_rows([*rows, {"id": "4", "error": "no image"}], replies.get, Limits())
+    polished = polish_rows([*rows, {"id": "4", "error": "no image"}], replies.get, FilterLimits())
     assert [row["id"] for row in polished.kept] == ["0", "1"] and polished.unchanged == 1
     assert polished.kept[0] == rows[0]
     assert polished.kept[1]["original"] == "a" and "chair" in polished.kept[1]["caption"]

@@ -36,7 +36,7 @@ def test_pictures_show_the_answers_of_all_ways(tmp_path):
         records = [{"step": step, "loss": 1 / step} for step in (1, 2)]
         (tmp_path / way / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
         answers[way] = ["a red circle"] * 6
-    compare.Comparison(tmp_path, (0,), 100, 6).draw_pictures(tmp_path, answers)
+    compare.RecipeComparison(tmp_path, (0,), 100, 6).draw_pictures(tmp_path, answers)
     sheet = Image.open(tmp_path / "contact_sheet.png")
     assert sheet.width > 4 * 500 and sheet.height > 6 * 168  # a row of four answers an image
     assert Image.open(tmp_path / "loss.png").width > 500

@@ -47,7 +47,7 @@ def patched(tmp_path_factory) -> Path:
         assert done.returncode == 0, f"{block}: {done.stderr}"
     data = tiny.write_data(folder / "vizwiz" / "train", rows=2).parent.parent
     (data / "train.json").write_text(ROWS)
-    tiny.write_model(folder / "model")
+    tiny.write_model(folder / "model", llm_layers=1)
     return folder
 
 

@@ -28,7 +28,9 @@ NAMES = [name for name in BENCHMARKS if not name.startswith("shapes")]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    tiny.write_random_model(folder / "model", qformer=False, chat_template="minigptv2")
+    tiny.write_random_model(
+        folder / "model", qformer=False, chat_template="minigptv2", llm_layers=1
+    )
     benchmark_layouts.write_all(folder / "data")
     return folder
 
@@ -169,7 +171,7 @@ def test_nothing_is_loaded_when_everything_is_answered(home, whole_run, monkeypa
 
 
 def test_other_options_do_not_continue_a_run(home, whole_run):
-    tiny.write_model(home / "other", qformer=False, chat_template="minigptv2")
+    tiny.write_model(home / "other", qformer=False, chat_template="minigptv2", llm_layers=1)
     for more, message in {
         "--template=vicuna0": "was started with template None, now vicuna0",
         "--no-extra-bos": "was started with extra_bos True, now False",

@@ -19,7 +19,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 def folder(tmp_path_factory) -> Path:
     """A model in model/ and six images with rows.jsonl in data/."""
     folder = tmp_path_factory.mktemp("examples")
-    tiny.write_model(folder / "model")
+    tiny.write_model(folder / "model", llm_layers=1)
     tiny.write_data(folder / "data", rows=6)
     return folder
 

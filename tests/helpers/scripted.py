@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.inference import beam_search, decode_state
+from minigpt4_jax.inference.shared_programs import clear_programs
 
 WIDTH = 64  # of the table of tokens: scripts of any texts share the compiled programs' shapes
+
+
+@contextlib.contextmanager
+def own_programs() -> Iterator[None]:
+    """Models made meanwhile share no compiled programs with others, so that these can be scripted."""
+    clear_programs()
+    yield
+    clear_programs()
 
 
 @contextlib.contextmanager
@@ -18,7 +27,7 @@ def scripted(scripts: Sequence[Sequence[int]], then: int) -> Iterator[None]:
     """Programs that are compiled meanwhile choose the tokens of scripts[seed], and `then` after them.
 
     Everything else is real: prompts, prefill, stop sequences, checks of the text. Beam search:
-    `scripted_beams`.
+    `scripted_beams`. The models are made in `own_programs`.
     """
     table = np.full((len(scripts), WIDTH), then, np.int32)
     for row, ids in zip(table, scripts, strict=True):

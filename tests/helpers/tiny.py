@@ -15,10 +15,13 @@ from minigpt4_jax.config import LlmConfig, ModelConfig, QFormerConfig, VisionCon
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "black": (5, 5, 5)}
 
 
-def config(*, qformer: bool = True, **changes) -> ModelConfig:
+def config(*, qformer: bool = True, llm_layers: int = 2, **changes) -> ModelConfig:
+    """llm_layers: 1 where the model's numbers are not the subject; its programs compile a fifth faster."""
     vision = VisionConfig(image_size=28, patch_size=14, width=16, depth=2, heads=2, mlp=24)
     q = QFormerConfig(queries=3, hidden=16, layers=2, heads=2, ffn=24, vision_width=16, dropout=0.1)
-    llm = LlmConfig(vocab=785, width=24, layers=2, heads=2, kv_heads=1, head_dim=12, ffn=32)
+    llm = LlmConfig(
+        vocab=785, width=24, layers=llm_layers, heads=2, kv_heads=1, head_dim=12, ffn=32
+    )
     variant = "minigpt4-vicuna" if qformer else "minigpt4-llama2"
     made = {"variant": variant, "llm": llm, "vision": vision} | changes
     return ModelConfig(qformer=q if qformer else None, **made).check()

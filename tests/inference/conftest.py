@@ -9,7 +9,9 @@ import minigpt4_jax
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A model directory with small random weights; tests do not change it."""
-    return tiny.write_random_model(tmp_path_factory.mktemp("api") / "model", max_text_length=12)
+    return tiny.write_random_model(
+        tmp_path_factory.mktemp("api") / "model", max_text_length=12, llm_layers=1
+    )
 
 
 @pytest.fixture(scope="session")

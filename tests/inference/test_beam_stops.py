@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers import tiny
-from helpers.scripted import scripted_beams
+from helpers.scripted import own_programs, scripted_beams
 
 import minigpt4_jax
 from minigpt4_jax.cli import batch, chat, common
@@ -16,7 +16,9 @@ OPTIONS = {"max_new_tokens": 24, "num_beams": 2, "stop": [STOP], "context": 200}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return minigpt4_jax.load(tiny.write_random_model(tmp_path_factory.mktemp("beams")), "float32")
+    folder = tiny.write_random_model(tmp_path_factory.mktemp("beams"), llm_layers=1)
+    with own_programs():
+        return minigpt4_jax.load(folder, "float32")
 
 
 @pytest.fixture(scope="module")

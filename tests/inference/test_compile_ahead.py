@@ -35,7 +35,7 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_random_model(tmp_path_factory.mktemp("ahead") / "model")
+    return tiny.write_random_model(tmp_path_factory.mktemp("ahead") / "model", llm_layers=1)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ LIMITS = Limits(
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    folder = tiny.write_random_model(tmp_path_factory.mktemp("limits") / "model")
+    folder = tiny.write_random_model(tmp_path_factory.mktemp("limits") / "model", llm_layers=1)
     service = make_service(minigpt4_jax.load(folder, dtype="float32"), limits=LIMITS)
     service.scheduler.start()
     yield service

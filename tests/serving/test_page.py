@@ -21,7 +21,7 @@ from minigpt4_jax.processing.boxes import parse_boxes
 from minigpt4_jax.serving.app import create_app
 from minigpt4_jax.serving.service import Sender
 from minigpt4_jax.serving.ui import answering, guard
-from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.examples import PageExample
 from minigpt4_jax.serving.ui.page import mount_page
 from minigpt4_jax.visualization.boxes import PALETTE
 
@@ -42,7 +42,7 @@ class Site:
     def start(self):
         self.service = make_service(self.model, SMALL)
         self.service.defaults = dict(SAMPLING)
-        examples = [Example(self.picture, "[vqa] how many?")]
+        examples = [PageExample(self.picture, "[vqa] how many?")]
         self._running = running_server(
             self.service, port=self._port, mount=lambda app: mount_page(app, self.service, examples)
         )
@@ -66,7 +66,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     # LoRA-free MiniGPT-v2 with four patches a token
     path = tiny.write_random_model(
-        folder / "model", qformer=False, variant="minigpt-v2", merge_patches=4
+        folder / "model", qformer=False, variant="minigpt-v2", merge_patches=4, llm_layers=1
     )
     patch = pytest.MonkeyPatch()
     patch.setattr(answering, "INTERVAL", 0.0)  # every piece is sent

@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 from helpers import chat_families, tiny
-from helpers.scripted import scripted
+from helpers.scripted import own_programs, scripted
 from helpers.serving import make_service, running_server
 
 import minigpt4_jax
@@ -55,7 +55,9 @@ class Case:
             ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
             end = TokenizerChatTemplate(tokenizer).end_symbol
             options = {"tokenizer": TokenizerConfig("hf", *ids, True), "end_symbol": end}
-        path = tiny.write_random_model(folder / "model", tokenizer_files=files, **options)
+        path = tiny.write_random_model(
+            folder / "model", tokenizer_files=files, **options, llm_layers=1
+        )
         self.model = minigpt4_jax.load(path, "float32")
         self.original = not isinstance(made, chat_families.Family)
         self.expected, self.scripts = [], []
@@ -85,7 +87,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=FORMATS)
 def case(request, tmp_path_factory):
-    made = Case(tmp_path_factory.mktemp("same"), request.param)
+    with own_programs():
+        made = Case(tmp_path_factory.mktemp("same"), request.param)
     with scripted(made.scripts, then=made.model.tokenizer.eos_id):
         yield made
 

@@ -23,7 +23,7 @@ CONFIG = SchedulerConfig(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tiny.write_random_model(tmp_path_factory.mktemp("scheduler") / "model")
+    folder = tiny.write_random_model(tmp_path_factory.mktemp("scheduler") / "model", llm_layers=1)
     return minigpt4_jax.load(folder, dtype="float32")
 
 

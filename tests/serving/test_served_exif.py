@@ -19,7 +19,7 @@ from minigpt4_jax.serving.app import create_app
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.ui import handlers, layout
 from minigpt4_jax.serving.ui.conversation import PageConversation
-from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.examples import PageExample
 from minigpt4_jax.serving.ui.page import mount_page
 from minigpt4_jax.serving.ui.stored_copies import stored_copy
 from minigpt4_jax.serving.ui.tasks import V2_SHORTCUTS
@@ -28,7 +28,7 @@ from minigpt4_jax.serving.ui.tasks import V2_SHORTCUTS
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exif") / "model"
-    return minigpt4_jax.load(tiny.write_random_model(folder), dtype="float32")
+    return minigpt4_jax.load(tiny.write_random_model(folder, llm_layers=1), dtype="float32")
 
 
 @pytest.fixture(params=[True, False])
@@ -160,7 +160,7 @@ def test_a_page_replaces_pictures_only_where_the_model_does_not_turn_them(
     monkeypatch.setattr(
         layout, "build", lambda info: built.append((info, build(info))) or built[-1][1]
     )
-    mount_page(create_app(service), service, [Example(photo, "what is this?")])
+    mount_page(create_app(service), service, [PageExample(photo, "what is this?")])
     ((info, page),) = built
     triggers = [target for fn in page.blocks.fns.values() for target in fn.targets]
     assert ((page.picture._id, "upload") in triggers) != service.model.exif

@@ -46,7 +46,7 @@ def test_chosen_images_differ_and_are_spread_over_the_file(images, count, expect
 def config(tmp_path_factory) -> TrainConfig:
     """Four captions a picture in the validation file."""
     folder = tmp_path_factory.mktemp("samples")
-    tiny.write_model(folder / "model")
+    tiny.write_model(folder / "model", llm_layers=1)
     rows = tiny.write_data(folder / "data", rows=6)
     lines = rows.read_text().splitlines()
     captions = folder / "data" / "captions.jsonl"

@@ -22,7 +22,7 @@ TASKS = ("gqa", "hm")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train-benchmarks")
-    tiny.write_model(folder / "model")
+    tiny.write_model(folder / "model", llm_layers=1)
     tiny.write_data(folder / "rows")
     benchmark_layouts.write_all(folder / "data")
     return folder

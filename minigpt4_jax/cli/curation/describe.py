@@ -22,10 +22,10 @@ from minigpt4_jax.curation.describe import (
     CONTINUE_PROMPT,
     PROMPT,
     Describer,
+    DescribeTask,
     Description,
     Instructions,
     RawPrompts,
-    Task,
 )
 from minigpt4_jax.curation.images import ImageRow, list_images
 from minigpt4_jax.curation.rows import image_fields
@@ -97,13 +97,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_rows(
     images: Sequence[ImageRow], samples: int, folder: Path
-) -> tuple[list[BatchRow], list[Task]]:
+) -> tuple[list[BatchRow], list[DescribeTask]]:
     """The rows of the output without their descriptions, and what is to be described for each.
 
     folder: of the output, which image paths are relative to. UserError: a field that the output needs.
     """
     rows: list[BatchRow] = []
-    tasks: list[Task] = []
+    tasks: list[DescribeTask] = []
     for image in images:
         if reserved := [name for name in image.fields if name in ROW_KEYS]:
             raise UserError(
@@ -115,12 +115,16 @@ def make_rows(
         for sample in range(samples):
             number = len(rows)
             rows.append(BatchRow(number, {**fields, **image.fields, "sample": sample}))
-            tasks.append(Task(number, image.source))
+            tasks.append(DescribeTask(number, image.source))
     return rows, tasks
 
 
 def describe_all(
-    describer: Describer, tasks: Sequence[Task], num_rows: int, output: Output, batch_size: int
+    describer: Describer,
+    tasks: Sequence[DescribeTask],
+    num_rows: int,
+    output: Output,
+    batch_size: int,
 ) -> None:
     """Describe the remaining rows of an output. num_rows: of the whole file."""
     remaining = [tasks[row.number] for row in output.remaining]

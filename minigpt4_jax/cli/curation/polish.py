@@ -18,7 +18,7 @@ from minigpt4_jax.checkpoint.model_directory import fingerprint
 from minigpt4_jax.cli import common
 from minigpt4_jax.curation import endpoint, polish
 from minigpt4_jax.curation.answers import Answer, AnswerCache, answer_key
-from minigpt4_jax.curation.filters import FILTERS, Limits
+from minigpt4_jax.curation.filters import FILTERS, FilterLimits
 from minigpt4_jax.curation.local_polisher import BATCH_SIZE, LocalPolisher
 from minigpt4_jax.curation.rows import (
     check_output,
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--retry-errors", action="store_true", help="ask again what the server refused"
     )
     rules = p.add_argument_group("filters")
-    limits = Limits()
+    limits = FilterLimits()
     rules.add_argument("--no-filter", action="append", default=[], choices=tuple(FILTERS),
                        help="leave this filter out; may be repeated")  # fmt: skip
     rules.add_argument("--min-characters", type=int, default=limits.min_characters,
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     instruction = read_instruction(args.instruction)
     check_output(args.output, "polish", args.input)
     rows = read_rows(args.input)
-    limits = Limits(args.min_characters, max_repetition=args.max_repetition)
+    limits = FilterLimits(args.min_characters, max_repetition=args.max_repetition)
     without = frozenset(args.no_filter)
     texts = list(dict.fromkeys(row["caption"] for row in rows if row.get("caption", "").strip()))
     used: dict[str, Any] = {}
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(
-    args: argparse.Namespace, polished: polish.Polished, used: dict[str, Any], limits: Limits
+    args: argparse.Namespace, polished: polish.Polished, used: dict[str, Any], limits: FilterLimits
 ) -> None:
     source, target = args.input.parent, args.output.parent
     report = {

@@ -23,7 +23,7 @@ class Member(NamedTuple):
     data: bytes
 
 
-class Sample(NamedTuple):
+class TarSample(NamedTuple):
     """A row: its key with the folder, and its files."""
 
     key: str
@@ -90,9 +90,9 @@ def _split(name: str) -> tuple[str | None, str]:
     return os.path.join(folder, stem), suffix.lower()
 
 
-def _read_samples(path: Path, start: int) -> Iterator[Sample]:
+def _read_samples(path: Path, start: int) -> Iterator[TarSample]:
     """The rows from a byte on."""
-    current: Sample | None = None
+    current: TarSample | None = None
     with path.open("rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -103,14 +103,14 @@ def _read_samples(path: Path, start: int) -> Iterator[Sample]:
                 if current is None or key != current.key:
                     if current is not None:
                         yield current
-                    current = Sample(key, [])
+                    current = TarSample(key, [])
                 content = archive.extractfile(info)
                 current.members.append(Member(suffix, content.read() if content else b""))
     if current is not None:
         yield current
 
 
-def _fields(sample: Sample) -> dict[str, Any]:
+def _fields(sample: TarSample) -> dict[str, Any]:
     """The sample's JSON object. ValueError: it is none."""
     for suffix, data in sample.members:
         if suffix == "json":
@@ -121,7 +121,7 @@ def _fields(sample: Sample) -> dict[str, Any]:
     return {}
 
 
-def _row(sample: Sample, number: int, folder: Path, prompt: str | None) -> BatchRow:
+def _row(sample: TarSample, number: int, folder: Path, prompt: str | None) -> BatchRow:
     images = tuple(
         data for suffix, data in sample.members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES
     )

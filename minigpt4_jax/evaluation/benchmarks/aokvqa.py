@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 from minigpt4_jax.data.annotations import identity_of, integer_of, text_of, texts_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import (
+    Answer,
+    Benchmark,
+    DataFile,
+    PublishedScore,
+    Result,
+    Row,
+)
 from minigpt4_jax.evaluation.benchmarks.common import (
     MINIGPT4_PAPER,
     no_split,
@@ -22,7 +29,7 @@ from minigpt4_jax.evaluation.predictions import texts
 FILES = ("aokvqa_v1p0_val.json", "aokvqa.json")
 
 
-class Target(NamedTuple):
+class AokvqaTarget(NamedTuple):
     """answers: of people. choice: the text of the right choice; None without choices. difficult: left out
     of the official direct answers."""
 
@@ -47,7 +54,7 @@ def read(data: Path, split: str) -> list[Row]:
                     f'{where}: "correct_choice_idx" is {index!r}; expected the index of a choice'
                 )
             choice = choices[index]
-        target = Target(answers, choice, bool(row.get("difficult_direct_answer", False)))
+        target = AokvqaTarget(answers, choice, bool(row.get("difficult_direct_answer", False)))
         image = integer_of(row, "image_id", where) if "image_id" in row else 0
         images = coco_paths(image, "val2017", "train2017", "val2014")
         question = short_answer(text_of(row, "question", where) if "question" in row else "")
@@ -90,5 +97,5 @@ BENCHMARK = Benchmark(
     files=(DataFile((f"aokvqa/{FILES[0]}",), "https://allenai.org/project/a-okvqa"),),
     images=(DataFile(("coco/val2017",), "http://images.cocodataset.org/zips/val2017.zip"),),
     read=read, judge=judge,
-    published=(Published("MiniGPT-4 (multiple choice)", 58.2, MINIGPT4_PAPER),),
+    published=(PublishedScore("MiniGPT-4 (multiple choice)", 58.2, MINIGPT4_PAPER),),
 )  # fmt: skip

@@ -16,7 +16,14 @@ from minigpt4_jax.data.annotations import (
     text_of,
 )  # fmt: skip
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import (
+    Answer,
+    Benchmark,
+    DataFile,
+    PublishedScore,
+    Result,
+    Row,
+)
 from minigpt4_jax.evaluation.benchmarks.common import MINIGPT4_PAPER, no_split, row_result
 from minigpt4_jax.evaluation.layout import coco_paths, find_file
 from minigpt4_jax.evaluation.metrics import chair
@@ -28,7 +35,7 @@ LONG = "Please describe this image as detailed as possible."
 SHORT = "Please describe the image shortly and precisely, in less than 20 words."
 
 
-class Target(NamedTuple):
+class ChairTarget(NamedTuple):
     """The objects in an image: segmented ones, and those that people mention."""
 
     objects: frozenset[str]
@@ -60,7 +67,7 @@ def read(data: Path, split: str, *, name: str, prompt: str) -> list[Row]:
     images = [integer_of(image, "id", where) for image in objects_of(instances, "images", where)]
     return [
         Row(image, prompt, coco_paths(image, "val2014", "val2017", "train2017"),
-            Target(frozenset(true[image])))
+            ChairTarget(frozenset(true[image])))
         for image in images
     ]  # fmt: skip
 
@@ -98,7 +105,7 @@ def _benchmark(name: str, title: str, prompt: str, tokens: int, published: float
         images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
         read=partial(read, name=name, prompt=prompt), judge=partial(judge, name=name),
         max_new_tokens=tokens, higher_is_better=False, headline=headline,
-        published=(Published("MiniGPT-4", published, MINIGPT4_PAPER),),
+        published=(PublishedScore("MiniGPT-4", published, MINIGPT4_PAPER),),
     )  # fmt: skip
 
 

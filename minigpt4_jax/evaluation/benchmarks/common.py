@@ -5,8 +5,8 @@ from typing import Any
 
 from minigpt4_jax.data.annotations import field_of, identity_of, kind, objects_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import Published, Row
-from minigpt4_jax.evaluation.metrics.vqa_accuracy import Question
+from minigpt4_jax.evaluation.benchmark import PublishedScore, Row
+from minigpt4_jax.evaluation.metrics.vqa_accuracy import VqaQuestion
 
 PAPER = "MiniGPT-v2 paper, arXiv 2310.09478"
 MODEL = "MiniGPT-v2 7B"
@@ -21,14 +21,16 @@ def short_answer(question: str) -> str:
     return f"[vqa] Based on the image, respond to this question with a short answer: {question}"
 
 
-def of_paper(score: float, split: str = "") -> Published:
+def of_paper(score: float, split: str = "") -> PublishedScore:
     """A figure of MiniGPT-v2 7B in its paper."""
-    return Published(MODEL, score, PAPER, split)
+    return PublishedScore(MODEL, score, PAPER, split)
 
 
-def of_chat_model(score: float) -> Published:
+def of_chat_model(score: float) -> PublishedScore:
     """A figure of the MiniGPT-v2 chat model in the first version of its paper."""
-    return Published(f"{MODEL} chat", score, f"{PAPER}, first version (quoted in arXiv 2401.13601)")
+    return PublishedScore(
+        f"{MODEL} chat", score, f"{PAPER}, first version (quoted in arXiv 2401.13601)"
+    )
 
 
 def no_split(name: str, split: str, only: str = "") -> None:
@@ -42,7 +44,7 @@ def row_result(row: Row, answer: Any, score: float, **fields: Any) -> dict[str, 
     return {"id": row.id, "answer": answer, "score": 100.0 * score, **fields}
 
 
-def vqa_question(row: Mapping[str, Any], where: str) -> Question:
+def vqa_question(row: Mapping[str, Any], where: str) -> VqaQuestion:
     """The fields of an annotation of the VQA API."""
     answers = objects_of(dict(row), "answers", where)
     for answer in answers:
@@ -51,7 +53,7 @@ def vqa_question(row: Mapping[str, Any], where: str) -> Question:
                 f'{where}: an answer has {kind(answer.get("answer"))} as "answer"; expected text'
             )
     require_answers(answers, where)
-    return Question(
+    return VqaQuestion(
         identity_of(dict(row), "question_id", where),
         str(row.get("question_type", "")), str(row.get("answer_type", "")), answers,
     )  # fmt: skip

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.data.annotations import expect_object, first_character, read_object, text_of
-from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
+from minigpt4_jax.evaluation.benchmark import (
+    Answer,
+    Benchmark,
+    DataFile,
+    PublishedScore,
+    Result,
+    Row,
+)
 from minigpt4_jax.evaluation.benchmarks.common import (
     LLAVA,
     LLAVA_ZOO,
@@ -40,14 +47,14 @@ def read(data: Path, split: str) -> list[Row]:
     return rows
 
 
-def _target(row: dict[str, Any], where: str) -> gqa.Question:
+def _target(row: dict[str, Any], where: str) -> gqa.GqaQuestion:
     types, groups = (
         expect_object(row.get(key) or {}, f'{where}, "{key}"') for key in ("types", "groups")
     )
     structural, semantic = (str(types.get(key) or "") for key in ("structural", "semantic"))
     group = str(groups["global"]) if groups.get("global") else None
     balanced = bool(row.get("isBalanced", True))
-    return gqa.Question(text_of(row, "answer", where), balanced, structural, semantic, group)
+    return gqa.GqaQuestion(text_of(row, "answer", where), balanced, structural, semantic, group)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,7 +68,7 @@ def judge(rows: Sequence[Row], answers: Sequence[Answer]) -> Result:
     """original: the answer in lower case equals the label. official: accuracy with both normalized as for
     VQA (LAVIS), and the figures of GQA's own eval.py, which compares them as they are."""
     given = texts(answers, "gqa")
-    questions: list[gqa.Question] = [row.truth for row in rows]
+    questions: list[gqa.GqaQuestion] = [row.truth for row in rows]
     pairs = list(zip(given, (question.answer for question in questions), strict=True))
     right = [answer.lower() == truth for answer, truth in pairs]
     normalized = [normalize(answer) == normalize(truth) for answer, truth in pairs]
@@ -82,6 +89,6 @@ BENCHMARK = Benchmark(
     read=read, judge=judge,
     published=(
         of_paper(60.3), of_chat_model(58.8),
-        Published("MiniGPT-4", 32.2, MINIGPT4_PAPER), Published(LLAVA, 62.0, LLAVA_ZOO),
+        PublishedScore("MiniGPT-4", 32.2, MINIGPT4_PAPER), PublishedScore(LLAVA, 62.0, LLAVA_ZOO),
     ),
 )  # fmt: skip

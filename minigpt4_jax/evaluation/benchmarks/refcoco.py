@@ -16,7 +16,7 @@ from minigpt4_jax.evaluation.metrics.statistics import mean_percent
 PICTURE_NAME = 27  # characters of img_id that name the picture; "_" and a number follow
 
 
-class Target(NamedTuple):
+class RefcocoTarget(NamedTuple):
     """expression: as annotated. box: x1, y1, x2, y2 in pixels of an image of width x height."""
 
     expression: str
@@ -37,7 +37,7 @@ def read(data: Path, split: str, *, name: str, splits: Sequence[str]) -> list[Ro
     for where, row in read_rows(path):
         image = text_of(row, "img_id", where)
         # "sents" as one text tells these files from the refs files of the RefCOCO authors
-        target = Target(
+        target = RefcocoTarget(
             text_of(row, "sents", where), referring.true_box(_bbox(row, where)),
             number_of(row, "width", where), number_of(row, "height", where),
         )  # fmt: skip
@@ -96,7 +96,7 @@ def _rounds(answer: Answer) -> list[str]:
 
 
 def _judge_row(row: Row, rounds: Sequence[str], *, resample: bool) -> dict[str, Any]:
-    target: Target = row.truth
+    target: RefcocoTarget = row.truth
     reading = referring.read_answers(rounds, resample=resample)
     box = iou = None
     if reading.answer is not None:

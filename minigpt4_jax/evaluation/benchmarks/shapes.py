@@ -31,7 +31,7 @@ VQA_QUESTIONS = 4  # of each image
 NEW_TOKENS, DESCRIPTION_TOKENS = 96, 72
 
 
-class Target(NamedTuple):
+class ShapesTarget(NamedTuple):
     """A question about a scene with its true answer."""
 
     scene: Scene
@@ -85,7 +85,7 @@ def rows_of(path: Path, scene: Scene, index: int) -> list[Row]:
             f"{path.stem}_{k}",
             question.question,
             _places(path),
-            Target(scene, question),
+            ShapesTarget(scene, question),
             group=question.task,
         )
         for k, question in enumerate(questions)
@@ -156,7 +156,7 @@ def _by_task(per_row: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _entry(row: Row, answer: str, score: float) -> dict[str, Any]:
-    target: Target = row.truth
+    target: ShapesTarget = row.truth
     fields: dict[str, Any] = {"truth": target.question.answer, "group": row.group}
     if row.group == PRESENCE:
         fields |= {"label": target.question.answer, "reading": yes_no.read_pope(answer)}

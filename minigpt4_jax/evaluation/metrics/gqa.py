@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from minigpt4_jax.evaluation.metrics.statistics import mean_percent, ratio
 
 
-class Question(NamedTuple):
+class GqaQuestion(NamedTuple):
     """answer: the true one. balanced: others are not evaluated. structural, semantic: types of the
     question; "" in files without types. group: of questions with one distribution of answers."""
 
@@ -22,7 +22,7 @@ class Question(NamedTuple):
     group: str | None = None
 
 
-def figures(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+def figures(questions: Sequence[GqaQuestion], answers: Sequence[str]) -> dict[str, Any]:
     """exact_match: percent of answers that equal the true one, upper case and spaces included. With types
     also binary, open (percent of the questions to be answered with a free choice or not), by type, and
     distribution (lower is better)."""
@@ -46,7 +46,7 @@ def figures(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, 
     return found | tables.pop("") | {"distribution": distribution(pairs)} | tables
 
 
-def distribution(pairs: Sequence[tuple[Question, str]]) -> float:
+def distribution(pairs: Sequence[tuple[GqaQuestion, str]]) -> float:
     """The chi-square distance of the answers given in each group from the true ones, averaged over groups
     by their number of questions, over 100."""
     true: dict[str, Counter[str]] = defaultdict(Counter)

@@ -63,7 +63,7 @@ def _clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-class Question(NamedTuple):
+class VqaQuestion(NamedTuple):
     """What the tables of VQA accuracy group by."""
 
     id: str | int
@@ -73,7 +73,7 @@ class Question(NamedTuple):
 
 
 def table(
-    questions: Sequence[Question], predictions: Sequence[str], of: Accuracy
+    questions: Sequence[VqaQuestion], predictions: Sequence[str], of: Accuracy
 ) -> dict[str, Any]:
     """{"overall", "per_question_type", "per_answer_type", "per_question"} in percent, with two decimals
     as the VQA API prints them. of: the accuracy of one question."""

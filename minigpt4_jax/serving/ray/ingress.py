@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minigpt4_jax.serving.errors import RequestError
 from minigpt4_jax.serving.gate import Gate
 from minigpt4_jax.serving.limits import Limits
-from minigpt4_jax.serving.metrics import Metrics
+from minigpt4_jax.serving.metrics import ServerMetrics
 from minigpt4_jax.serving.ray.conversations import conversation_key
 
 ATTEMPTS, PAUSE = 3, 0.5  # of passing a request on whose replica was lost; seconds between them
@@ -42,7 +42,7 @@ class Ingress:
     ):
         """replicas: Ray's handle of them. keys, hosts: see `Gate`."""
         self._replicas = replicas
-        self._metrics = Metrics()
+        self._metrics = ServerMetrics()
         self._gate = Gate(self._route, limits=limits, metrics=self._metrics, keys=keys, hosts=hosts)
         self._open, self._closing = 0, False
 

@@ -36,7 +36,7 @@ class Settings:
         return values
 
 
-class Stopped(RequestError):
+class AnswerStopped(RequestError):
     """The user has stopped the answer."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ async def answer(
 
     def stop() -> None:
         job.cancel()
-        job.fail(Stopped())
+        job.fail(AnswerStopped())
 
     conversation.stop = stop
     try:
@@ -95,7 +95,7 @@ async def _stream(
             elif piece and time.monotonic() - shown > INTERVAL:
                 shown = time.monotonic()
                 yield Update(stream.text)
-    except Stopped:
+    except AnswerStopped:
         yield Update(stream.text.strip(), _note(job, config, "stopped"))
 
 

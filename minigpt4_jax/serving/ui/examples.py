@@ -14,14 +14,14 @@ from minigpt4_jax.utils.text import one_line
 MAX_EXAMPLES = 8
 
 
-class Example(NamedTuple):
+class PageExample(NamedTuple):
     """An image and a question about it."""
 
     image: Path
     question: str
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path) -> list[PageExample]:
     """The rows {"image", "question"} of a JSONL file. UserError: other rows, an unreadable image.
 
     Relative paths count from the directory of the file."""
@@ -36,7 +36,7 @@ def read_examples(path: Path) -> list[Example]:
     ]
 
 
-def _example(line: str, where: str, folder: Path) -> Example:
+def _example(line: str, where: str, folder: Path) -> PageExample:
     try:
         row = json.loads(line)
         image, question = row["image"], row["question"]
@@ -45,10 +45,10 @@ def _example(line: str, where: str, folder: Path) -> Example:
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{where}: expected {{"image": FILE, "question": TEXT}}') from None
     open_image(folder / image)
-    return Example(folder / image, question)
+    return PageExample(folder / image, question)
 
 
-def demonstration_examples(model_dir: str) -> list[Example]:
+def demonstration_examples(model_dir: str) -> list[PageExample]:
     """The examples of the demonstration that made a model; none if it is not of one."""
     folder = Path(model_dir).resolve()
     split = folder.parent.parent / "shapes" / "heldout"  # WORKDIR/STAGE/model, WORKDIR/shapes
@@ -57,7 +57,7 @@ def demonstration_examples(model_dir: str) -> list[Example]:
     return shapes_examples(split, read_config(folder).variant)
 
 
-def shapes_examples(split: Path, variant: str) -> list[Example]:
+def shapes_examples(split: Path, variant: str) -> list[PageExample]:
     """Examples about the images of a split of the dataset `shapes`."""
     from minigpt4_jax.shapes.dataset import read_scenes
     from minigpt4_jax.shapes.tasks import task_questions
@@ -65,7 +65,7 @@ def shapes_examples(split: Path, variant: str) -> list[Example]:
     scenes = read_scenes(split)
     if variant != "minigpt-v2":
         return [
-            Example(path, "Describe this image in detail.") for path, _ in scenes[:MAX_EXAMPLES]
+            PageExample(path, "Describe this image in detail.") for path, _ in scenes[:MAX_EXAMPLES]
         ]
     wanted = ("grounding", "refer", "vqa", "detection", "identify", "caption")
     examples = []
@@ -74,5 +74,5 @@ def shapes_examples(split: Path, variant: str) -> list[Example]:
             q.question for q in task_questions(scene, np.random.default_rng(i))
             if q.task == wanted[i % len(wanted)]
         ]  # fmt: skip
-        examples.append(Example(path, questions[0]))
+        examples.append(PageExample(path, questions[0]))
     return examples

@@ -18,7 +18,7 @@ from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.ui import rendering
 from minigpt4_jax.serving.ui.answering import Settings, answer
 from minigpt4_jax.serving.ui.conversation import PageConversation, PageImage, PageTurn
-from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.examples import PageExample
 from minigpt4_jax.serving.ui.inputs import drawn_box, picture_file, question_of, settings_of
 from minigpt4_jax.serving.ui.stored_copies import stored_copy
 from minigpt4_jax.serving.ui.tasks import Box, Shortcut, needs_box, with_box
@@ -43,7 +43,7 @@ class Handlers:
     """The handlers of one model's page."""
 
     def __init__(
-        self, service: Service, folder: Path, shortcuts: Sequence[Shortcut], examples: Sequence[Example],
+        self, service: Service, folder: Path, shortcuts: Sequence[Shortcut], examples: Sequence[PageExample],
         *, draws_boxes: bool, has_system: bool,
     ):  # fmt: skip
         """folder: for the files that the page shows."""

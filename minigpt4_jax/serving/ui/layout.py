@@ -9,7 +9,7 @@ import gradio as gr
 from gradio_image_annotation import image_annotator
 
 from minigpt4_jax.serving.ui.answering import Settings
-from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.examples import PageExample
 from minigpt4_jax.serving.ui.tasks import Shortcut
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ class PageInfo(NamedTuple):
     max_new_tokens: int
     max_beams: int
     shortcuts: Sequence[Shortcut]
-    examples: Sequence[Example]
+    examples: Sequence[PageExample]
 
 
 class Page(NamedTuple):
@@ -151,7 +151,7 @@ def _picture(draws_boxes: bool) -> Any:
     )  # fmt: skip
 
 
-def _examples(examples: Sequence[Example]) -> Any:
+def _examples(examples: Sequence[PageExample]) -> Any:
     samples = [[str(example.image), example.question] for example in examples]
     return gr.Dataset(
         label="Examples", components=[gr.Image(render=False, type="filepath"), gr.Textbox(render=False)],

@@ -17,7 +17,7 @@ from minigpt4_jax.serving.service import Service
 from minigpt4_jax.serving.ui import layout, scripts
 from minigpt4_jax.serving.ui.answering import Settings
 from minigpt4_jax.serving.ui.conversation import PageConversation
-from minigpt4_jax.serving.ui.examples import Example
+from minigpt4_jax.serving.ui.examples import PageExample
 from minigpt4_jax.serving.ui.guard import PageGuard
 from minigpt4_jax.serving.ui.handlers import Handlers, View
 from minigpt4_jax.serving.ui.layout import Page, PageInfo
@@ -30,7 +30,11 @@ TITLES = {"minigpt-v2": "MiniGPT-v2", "blip2-opt": "BLIP-2", "blip2-flant5": "BL
 
 
 def mount_page(
-    app: FastAPI, service: Service, examples: Sequence[Example] = (), *, keys: Sequence[str] = ()
+    app: FastAPI,
+    service: Service,
+    examples: Sequence[PageExample] = (),
+    *,
+    keys: Sequence[str] = (),
 ) -> None:
     """Add the page at /ui to an application of `create_app`, with `unguarded=(PATH,)` if it has keys.
 
@@ -81,7 +85,7 @@ def _login(keys: Sequence[str]) -> Callable[[str, str], bool]:
     return is_known
 
 
-def page_info(service: Service, examples: Sequence[Example]) -> PageInfo:
+def page_info(service: Service, examples: Sequence[PageExample]) -> PageInfo:
     """What the page says about the service's model, and the limits of its settings."""
     variant, scheduler = service.model.config.variant, service.scheduler.config
     defaults = service.generation_config({"seed": 0})
