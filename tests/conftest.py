@@ -1,5 +1,6 @@
 """How tests compile programs, the order of the files, and fixtures for all of them."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import quick_codegen, shuffled_indices
+from helpers import shuffled_indices
+from helpers.quick_codegen import quick_codegen
 from PIL import Image
 
 if find_spec("hypothesis"):
@@ -77,9 +79,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     # PyTorch's threads wait for work in a loop: for small models that costs more than their work.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if config.getoption("quick_codegen") and "PYTEST_XDIST_WORKER" not in os.environ:
-        flags = [os.environ.get("XLA_FLAGS"), quick_codegen.flags()]
-        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,12 +122,15 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile with few optimizations, which takes a quarter of the time, here and in the processes that
     tests start; except in modules marked default_compiler."""
     if request.node.get_closest_marker("default_compiler"):
-        with quick_codegen.default_options():
-            yield
+        jax.clear_caches()  # of programs that other modules compiled quickly
+        yield
+        jax.clear_caches()
         return
     name = "jax_disable_most_optimizations"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name.upper(), "1")
+    with contextlib.ExitStack() as stack:
+        if request.config.getoption("quick_codegen"):
+            stack.enter_context(quick_codegen())
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv(name.upper(), "1")
         jax.config.update(name, True)
         yield
         jax.config.update(name, False)

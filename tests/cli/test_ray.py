@@ -40,7 +40,7 @@ def second(cluster):
 def home(tmp_path_factory):
     """A model, and rows.jsonl with images and questions; one image is missing."""
     folder = tmp_path_factory.mktemp("ray")
-    tiny.write_random_model(folder / "model", llm_layers=1)
+    tiny.write_random_model(folder / "model")
     rng = np.random.default_rng(0)
     for n in range(4):
         pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)

@@ -1,16 +1,16 @@
-"""Compile programs in less time, in a process and in its children; and as for users in parts of it.
+"""Options of XLA with which programs compile quickly, for this process and for those that it starts.
 
-XLA reads XLA_FLAGS once in a process. Options of a single program take precedence over them.
+In this process they are options of each program, because XLA_FLAGS hold for all of its programs: what XLA
+compiled with these flags before makes programs without them differ from those of users.
 """
 
 import contextlib
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 # The older code generator of fusions takes half the time; programs are too small to split among threads;
@@ -19,29 +19,31 @@ FLAGS = (
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_opt_preset=FAST_COMPILE"
 )
-DEFAULTS: dict[str, str | bool | int] = {
-    "xla_cpu_use_fusion_emitters": True,
-    "xla_cpu_parallel_codegen_split_count": 32,
-    "xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT",
+OPTIONS: dict[str, str | bool | int] = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
 }
 
 
 @functools.cache
 def flags() -> str:
-    """FLAGS, or "" if this version of XLA does not know them: it ends the process then."""
-    if FLAGS in os.environ.get("XLA_FLAGS", ""):
-        return FLAGS
-    variables = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", "import jax; jax.devices()"]
-    done = subprocess.run(command, env=variables, capture_output=True)
-    return "" if done.returncode else FLAGS
+    """FLAGS, or "" if this version of XLA does not know them: they would end a process.
+
+    After a call XLA has read this process' own XLA_FLAGS.
+    """
+    program = jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), jnp.float32))
+    try:
+        program.compile(compiler_options=dict(OPTIONS))
+    except jax.errors.JaxRuntimeError:
+        return ""
+    return FLAGS
 
 
 @contextlib.contextmanager
-def default_options() -> Iterator[None]:
-    """Compile as without FLAGS, here and in the processes started meanwhile."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if FLAGS not in given:
+def quick_codegen() -> Iterator[None]:
+    """Compile with OPTIONS here, and with FLAGS in the processes started meanwhile."""
+    if not flags():
         yield
         return
     from jax._src import compiler  # no public function reaches every program
@@ -49,12 +51,10 @@ def default_options() -> Iterator[None]:
     original = compiler.get_compile_options
 
     def get_compile_options(*args, env_options_overrides=None, **kwargs):
-        options = DEFAULTS | (env_options_overrides or {})
+        options = OPTIONS | (env_options_overrides or {})
         return original(*args, env_options_overrides=options, **kwargs)
 
-    jax.clear_caches()  # of programs that other modules compiled quickly
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", get_compile_options)
-        patch.setenv("XLA_FLAGS", given.replace(FLAGS, ""))
+        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip())
         yield
-    jax.clear_caches()
