@@ -55,7 +55,7 @@ class Result:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class PublishedScore(NamedTuple):
+class Published(NamedTuple):
     """A figure that others published; percent."""
 
     model: str
@@ -111,4 +111,4 @@ class Benchmark:
     ranked: bool = False
     higher_is_better: bool = True
     headline: Callable[[Sequence[Mapping[str, Any]]], float] | None = None
-    published: tuple[PublishedScore, ...] = ()
+    published: tuple[Published, ...] = ()

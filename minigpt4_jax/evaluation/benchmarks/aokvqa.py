@@ -6,14 +6,7 @@ from typing import NamedTuple
 
 from minigpt4_jax.data.annotations import identity_of, integer_of, text_of, texts_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
     MINIGPT4_PAPER,
     no_split,
@@ -97,5 +90,5 @@ BENCHMARK = Benchmark(
     files=(DataFile((f"aokvqa/{FILES[0]}",), "https://allenai.org/project/a-okvqa"),),
     images=(DataFile(("coco/val2017",), "http://images.cocodataset.org/zips/val2017.zip"),),
     read=read, judge=judge,
-    published=(PublishedScore("MiniGPT-4 (multiple choice)", 58.2, MINIGPT4_PAPER),),
+    published=(Published("MiniGPT-4 (multiple choice)", 58.2, MINIGPT4_PAPER),),
 )  # fmt: skip

@@ -14,14 +14,7 @@ from minigpt4_jax.data.annotations import (
     text_of,
 )  # fmt: skip
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import BLIP2_README, row_result
 from minigpt4_jax.evaluation.layout import coco_paths, find_file
 from minigpt4_jax.evaluation.metrics import meteor
@@ -149,8 +142,8 @@ BENCHMARKS = (
         images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
         read=partial(read, name="coco_caption", files=COCO_FILES),
         judge=partial(judge, name="coco_caption"), max_new_tokens=30,
-        published=(PublishedScore("BLIP-2 OPT 2.7B (fine-tuned)", 145.8, _BLIP2_PAPER),
-                   PublishedScore("BLIP-2 FlanT5 XL (fine-tuned)", 144.5, _BLIP2_PAPER)),
+        published=(Published("BLIP-2 OPT 2.7B (fine-tuned)", 145.8, _BLIP2_PAPER),
+                   Published("BLIP-2 FlanT5 XL (fine-tuned)", 144.5, _BLIP2_PAPER)),
     ),
     Benchmark(
         name="nocaps", title="NoCaps val", kind="caption", metric="CIDEr", folder="nocaps",
@@ -158,6 +151,6 @@ BENCHMARKS = (
         images=(DataFile(("nocaps/val", "nocaps/images", "nocaps"), "https://nocaps.org/download"),),
         read=partial(read, name="nocaps", files=NOCAPS_FILES), judge=partial(judge, name="nocaps"),
         max_new_tokens=30,
-        published=(PublishedScore("BLIP-2 (zero-shot)", 121.6, BLIP2_README),),
+        published=(Published("BLIP-2 (zero-shot)", 121.6, BLIP2_README),),
     ),
 )  # fmt: skip

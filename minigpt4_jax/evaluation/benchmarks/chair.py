@@ -16,14 +16,7 @@ from minigpt4_jax.data.annotations import (
     text_of,
 )  # fmt: skip
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import MINIGPT4_PAPER, no_split, row_result
 from minigpt4_jax.evaluation.layout import coco_paths, find_file
 from minigpt4_jax.evaluation.metrics import chair
@@ -105,7 +98,7 @@ def _benchmark(name: str, title: str, prompt: str, tokens: int, published: float
         images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
         read=partial(read, name=name, prompt=prompt), judge=partial(judge, name=name),
         max_new_tokens=tokens, higher_is_better=False, headline=headline,
-        published=(PublishedScore("MiniGPT-4", published, MINIGPT4_PAPER),),
+        published=(Published("MiniGPT-4", published, MINIGPT4_PAPER),),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from minigpt4_jax.data.annotations import field_of, identity_of, kind, objects_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import PublishedScore, Row
+from minigpt4_jax.evaluation.benchmark import Published, Row
 from minigpt4_jax.evaluation.metrics.vqa_accuracy import VqaQuestion
 
 PAPER = "MiniGPT-v2 paper, arXiv 2310.09478"
@@ -21,16 +21,14 @@ def short_answer(question: str) -> str:
     return f"[vqa] Based on the image, respond to this question with a short answer: {question}"
 
 
-def of_paper(score: float, split: str = "") -> PublishedScore:
+def of_paper(score: float, split: str = "") -> Published:
     """A figure of MiniGPT-v2 7B in its paper."""
-    return PublishedScore(MODEL, score, PAPER, split)
+    return Published(MODEL, score, PAPER, split)
 
 
-def of_chat_model(score: float) -> PublishedScore:
+def of_chat_model(score: float) -> Published:
     """A figure of the MiniGPT-v2 chat model in the first version of its paper."""
-    return PublishedScore(
-        f"{MODEL} chat", score, f"{PAPER}, first version (quoted in arXiv 2401.13601)"
-    )
+    return Published(f"{MODEL} chat", score, f"{PAPER}, first version (quoted in arXiv 2401.13601)")
 
 
 def no_split(name: str, split: str, only: str = "") -> None:

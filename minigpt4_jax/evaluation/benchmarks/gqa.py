@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.data.annotations import expect_object, first_character, read_object, text_of
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
     LLAVA,
     LLAVA_ZOO,
@@ -89,6 +82,6 @@ BENCHMARK = Benchmark(
     read=read, judge=judge,
     published=(
         of_paper(60.3), of_chat_model(58.8),
-        PublishedScore("MiniGPT-4", 32.2, MINIGPT4_PAPER), PublishedScore(LLAVA, 62.0, LLAVA_ZOO),
+        Published("MiniGPT-4", 32.2, MINIGPT4_PAPER), Published(LLAVA, 62.0, LLAVA_ZOO),
     ),
 )  # fmt: skip

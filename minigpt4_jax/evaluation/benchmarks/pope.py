@@ -8,14 +8,7 @@ from typing import Any
 
 from minigpt4_jax.data.annotations import identity_of, text_of
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import LLAVA, LLAVA_ZOO, label_of, row_result
 from minigpt4_jax.evaluation.layout import find_file, read_rows
 from minigpt4_jax.evaluation.metrics import yes_no
@@ -142,5 +135,5 @@ BENCHMARK = Benchmark(
     files=tuple(DataFile((f"pope/coco_pope_{split}.json",), _SOURCE) for split in SPLITS),
     images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
     read=read, judge=judge, headline=headline,
-    published=(PublishedScore(LLAVA, 85.9, LLAVA_ZOO),),
+    published=(Published(LLAVA, 85.9, LLAVA_ZOO),),
 )  # fmt: skip

@@ -15,14 +15,7 @@ from minigpt4_jax.data.annotations import (
     texts_of,
 )
 from minigpt4_jax.errors import UserError
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import LLAVA, LLAVA_ZOO, row_result
 from minigpt4_jax.evaluation.layout import find_file
 from minigpt4_jax.evaluation.metrics.statistics import mean_percent
@@ -121,5 +114,5 @@ BENCHMARK = Benchmark(
                 for name in ("problems.json", "pid_splits.json")),
     images=(DataFile(("scienceqa/images", "scienceqa/test"), "https://scienceqa.github.io"),),
     read=read, judge=judge,
-    published=(PublishedScore(f"{LLAVA} (questions with an image)", 66.8, LLAVA_ZOO),),
+    published=(Published(f"{LLAVA} (questions with an image)", 66.8, LLAVA_ZOO),),
 )  # fmt: skip

@@ -4,14 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt4_jax.data.annotations import identity_of, text_of, texts_of
-from minigpt4_jax.evaluation.benchmark import (
-    Answer,
-    Benchmark,
-    DataFile,
-    PublishedScore,
-    Result,
-    Row,
-)
+from minigpt4_jax.evaluation.benchmark import Answer, Benchmark, DataFile, Published, Result, Row
 from minigpt4_jax.evaluation.benchmarks.common import (
     LLAVA,
     LLAVA_ZOO,
@@ -71,5 +64,5 @@ BENCHMARK = Benchmark(
     files=(DataFile((f"textvqa/{FILES[0]}",), "https://textvqa.org/dataset"),),
     images=(DataFile(("textvqa/train_images",), "https://textvqa.org/dataset"),),
     read=read, judge=judge,
-    published=(PublishedScore(f"{LLAVA} (OCR tokens in the question)", 58.2, LLAVA_ZOO),),
+    published=(Published(f"{LLAVA} (OCR tokens in the question)", 58.2, LLAVA_ZOO),),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from minigpt4_jax.evaluation.benchmark import Benchmark, DataFile, PublishedScore, Row
+from minigpt4_jax.evaluation.benchmark import Benchmark, DataFile, Published, Row
 from minigpt4_jax.evaluation.benchmarks.common import BLIP2_README, no_split
 from minigpt4_jax.evaluation.benchmarks.vqa_files import judge, read_questions_and_annotations
 from minigpt4_jax.evaluation.layout import coco_paths
@@ -29,5 +29,5 @@ BENCHMARK = Benchmark(
     ),
     images=(DataFile(("coco/val2014",), "http://images.cocodataset.org/zips/val2014.zip"),),
     read=read, judge=partial(judge, name="vqav2"),
-    published=(PublishedScore("BLIP-2 (zero-shot)", 65.0, BLIP2_README),),
+    published=(Published("BLIP-2 (zero-shot)", 65.0, BLIP2_README),),
 )  # fmt: skip
