@@ -1,6 +1,7 @@
 """Compiled functions of models, which all models of the same structure in a process share: a model that is
 loaded again, or another checkpoint of it, traces and compiles nothing."""
 
+import os
 from collections.abc import Callable, Hashable
 from functools import cache, lru_cache, wraps
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from minigpt4_jax.models.attention import CUDNN_VARIABLE
 from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.platform import backend, compiler_options, compute_capability
 
@@ -42,7 +44,7 @@ def clear_programs() -> None:
 
 def _platform() -> Hashable:
     """What programs are traced for (`compiling_for`), besides their arguments."""
-    return backend(), compute_capability()
+    return backend(), compute_capability(), os.environ.get(CUDNN_VARIABLE)
 
 
 @lru_cache(maxsize=4 * MAX_STRUCTURES)

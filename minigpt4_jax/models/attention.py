@@ -19,6 +19,7 @@ from minigpt4_jax.utils.rounding import round_up
 
 CHUNKED_FROM = 1024  # longer prompts are processed in chunks
 QUERY_CHUNK = 256  # queries per chunk
+CUDNN_VARIABLE = "MINIGPT4_JAX_CUDNN"
 
 
 def attention(
@@ -145,7 +146,7 @@ def cudnn_supports(q: jax.Array) -> bool:
     cuDNN off."""
     return (
         backend() == "gpu"
-        and os.environ.get("MINIGPT4_JAX_CUDNN", "") != "0"
+        and os.environ.get(CUDNN_VARIABLE, "") != "0"
         and q.dtype == jnp.bfloat16
         and q.shape[-1] <= 128
         and q.shape[-1] % 8 == 0

@@ -40,7 +40,7 @@ def test_another_checkpoint_of_the_same_structure_compiles_nothing(folders, phot
     np.testing.assert_array_equal(second[2], alone[2])
 
 
-def test_what_changes_a_program_is_not_shared(folders):
+def test_what_changes_a_program_is_not_shared(folders, monkeypatch):
     def program(**options):
         return load(folders[0], "float32", **options).engine._decode
 
@@ -49,9 +49,12 @@ def test_what_changes_a_program_is_not_shared(folders):
     others = [program(kv_cache="int8"), program(quantize="int8")]
     with compiling_for("gpu"):  # a plan: other kernels, although the arguments are the same
         others.append(program())
+        monkeypatch.setenv("MINIGPT4_JAX_CUDNN", "0")
+        others.append(program())
+    monkeypatch.undo()
     clear_programs()
     others.append(program())
-    assert len({id(p) for p in [shared, *others]}) == 5
+    assert len({id(p) for p in [shared, *others]}) == 6
 
 
 def test_options_of_the_compiler_are_not_shared():
