@@ -15,7 +15,9 @@ from minigpt4_jax.parallel.sharding import with_mesh
 from minigpt4_jax.utils.platform import backend, compiler_options, compute_capability
 
 Program = Callable[..., Any]  # a function that jax.jit made
-MAX_STRUCTURES = 32  # whose programs stay in memory
+MAX_STRUCTURES = (
+    32  # whose programs stay in memory; a model has two: parameters as leaves, and as a state
+)
 
 
 def shared_programs(
